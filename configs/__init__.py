@@ -1,0 +1,1 @@
+"""Packaged configuration: models, GPUs, runs and the demo data."""

@@ -1,0 +1,50 @@
+"""Errors of lowmem.
+
+    LowMemError
+      UserError            the user can mend it: one line saying what and how; the CLI exits with 2
+        ConfigError        every problem of a configuration at once
+        CheckpointError    a damaged, partial or foreign checkpoint
+
+A message says what was given, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LowMemError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UserError(LowMemError, ValueError):
+    """Something the user can mend."""
+
+
+class ConfigError(UserError):
+    """All problems of one configuration.
+
+    Args:
+        problems: one sentence each.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be resumed from."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """End of an error message: the nearest known name and the whole list.
+
+    >>> nearest("galor", ["adamw", "galore"])
+    "did you mean 'galore'? Known: adamw, galore"
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""What a run takes: counted, traced, simulated, measured."""

@@ -1,0 +1,1 @@
+"""The optimizer and its parts; needs torch alone."""

@@ -1,0 +1,1 @@
+"""Where a gradient is seen: one file per family of projectors."""

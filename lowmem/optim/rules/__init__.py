@@ -1,0 +1,1 @@
+"""Update rules over codecs: one file per family."""

@@ -1,0 +1,1 @@
+"""Named methods: one file each, found automatically."""

@@ -1,0 +1,1 @@
+"""The Hugging Face side: trainers, arguments, checkpoints, data, models."""

@@ -1,0 +1,1 @@
+"""Programs that read top to bottom and are meant to be copied."""
