@@ -1,1 +1,12 @@
-"""The command line."""
+"""The command line: `lowmem COMMAND`, one file per command beside this one.
+
+A file `cli/NAME.py` with a function `command` is the command `lowmem NAME`: it parses,
+calls one library function or recipe, and hands the result to `render`, the only printer.
+Heavy packages are imported inside `command`, so that `--help` stays instant.
+"""
+
+from __future__ import annotations
+
+from .app import app
+
+__all__ = ["app"]

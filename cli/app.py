@@ -1,0 +1,169 @@
+"""The frame around every command: discovery, error handling, a clean stdout.
+
+Exit codes: 0 done; 2 the user can mend it, said in one line on stderr; 130 interrupted;
+1 our fault, with the traceback. While a command runs, stdout belongs to `render.emit`:
+whatever third parties print there goes to stderr, so that `--json` is one document.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lowmem.errors import ConfigError, UserError
+
+from . import render
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else to stdout.")]
+
+# Read when torch, datasets, transformers and huggingface_hub are imported; a value the user has set wins.
+# The first two: on a busy machine each barrier of a chunk loop can cost a scheduler tick while threads spin.
+_ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "0",
+    "OMP_WAIT_POLICY": "passive",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_NOT_COMMANDS = {"app", "render"}
+
+
+class Guarded(TyperGroup):
+    """The group of commands with lowmem's exit codes."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run one command; with `standalone_mode` leave with its exit code."""
+
+        def run() -> Any:
+            return super(Guarded, self).main(
+                args, prog_name, complete_var, False, windows_expand_args, **extra
+            )
+
+        if not standalone_mode:
+            return run()
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        sys.exit(_exit_code(run))
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    """Exit code of `run()`; errors are said on stderr."""
+    try:
+        code = run()
+    except ConfigError as error:
+        for problem in error.problems:
+            render.error(problem)
+        return 2
+    except UserError as error:
+        render.error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `lowmem strategies | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        return _usage_or_fault(error)
+    return code if isinstance(code, int) else 0
+
+
+def _usage_or_fault(error: Exception) -> int:
+    """2 for an error of typer's own parser, 1 for anything unforeseen."""
+    message = getattr(error, "format_message", None)
+    if message is None:
+        traceback.print_exc()
+        return 1
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help already
+        where = f"{context.command_path}: " if context is not None else ""
+        render.error(f"{where}{' '.join(message().split())} (see --help)")
+    return 2
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    """Show lowmem's own warnings as one line each, hide those of other packages."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        render.warning(str(message))
+
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"lowmem(\.|$)")
+            warnings.showwarning = show
+        yield
+
+
+def _discover(target: typer.Typer) -> None:
+    """Register each module beside this one that has a `command`, under its file name."""
+    package = __package__ or "lowmem.cli"
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if module.name in _NOT_COMMANDS or module.name.startswith("_"):
+            continue
+        command = getattr(importlib.import_module(f".{module.name}", package), "command", None)
+        if command is not None:
+            target.command(module.name.replace("_", "-"))(_quiet(command))
+
+
+def _quiet(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with stdout reserved for its result; typer's own help stays on stdout."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with render.reserved_stdout(), _quiet_warnings():
+            command(*args, **kwargs)
+
+    return run
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lowmem import __version__
+
+        render.out(f"lowmem {__version__}")
+        raise typer.Exit()
+
+
+app = typer.Typer(
+    name="lowmem",
+    cls=Guarded,
+    help="Fine-tune language models in less memory, and know beforehand how much it takes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+_discover(app)

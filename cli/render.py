@@ -1,0 +1,166 @@
+"""The only printer of the command line.
+
+`emit` prints a result to stdout: tables for people, or one JSON document. Everything else
+(progress, notes, warnings, errors) goes to stderr, so stdout can be piped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_stdout: TextIO | None = None  # the stream reserved for results while a command runs
+
+
+@contextmanager
+def reserved_stdout() -> Iterator[None]:
+    """Keep stdout for `out` and `emit`; what anybody else prints there goes to stderr.
+
+    A real file descriptor 1 is redirected too: compilers and worker processes write to it directly.
+    """
+    global _stdout
+    before, real = _stdout, _descriptor(sys.stdout) == 1
+    sys.stdout.flush()
+    saved = os.dup(1) if real else -1
+    _stdout = os.fdopen(saved, "w", encoding=sys.stdout.encoding, errors="replace") if real else sys.stdout
+    if real:
+        os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        stream, _stdout = _stdout, before
+        stream.flush()
+        if real:
+            os.dup2(saved, 1)
+            stream.close()
+
+
+def _descriptor(stream: TextIO) -> int:
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return -1
+
+
+def out_console() -> Console:
+    """Console on the reserved stdout."""
+    stream = _stdout or sys.stdout
+    # Piped output is read by programs and diffed by tests: a fixed width, no colour.
+    return Console(file=stream, width=None if stream.isatty() else 120, highlight=False, soft_wrap=False)
+
+
+def err_console() -> Console:
+    """Console on stderr, for progress and notes."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def out(*renderables: RenderableType) -> None:
+    """Print results for people to stdout."""
+    console = out_console()
+    for renderable in renderables:
+        console.print(renderable if not isinstance(renderable, str) else Text(renderable))
+
+
+def say(text: str) -> None:
+    """Print one note to stderr."""
+    err_console().print(Text(text))
+
+
+def warning(text: str) -> None:
+    """Print one warning line to stderr."""
+    err_console().print(Text.assemble(("warning: ", "yellow"), " ".join(text.split())))
+
+
+def error(text: str) -> None:
+    """Print one error line to stderr."""
+    err_console().print(Text.assemble(("error: ", "bold red"), " ".join(text.split())))
+
+
+def emit(document: Any, table: RenderableType | Sequence[RenderableType] | None, as_json: bool) -> None:
+    """Print a command's result: `document` as JSON, or `table` (one renderable or several) for people."""
+    if as_json:
+        stream = _stdout or sys.stdout
+        stream.write(json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        stream.flush()
+    elif table is not None:
+        several = isinstance(table, Sequence) and not isinstance(table, str)
+        out(*(table if several else [table]))  # type: ignore[misc]
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it: paths as text, tuples as lists, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (str, int, bool)) or value is None:
+        return value
+    if hasattr(value, "item"):  # a numpy or torch scalar
+        return plain(value.item())
+    return str(value) if isinstance(value, Path) else _refuse(value)
+
+
+def _refuse(value: Any) -> Any:
+    raise TypeError(f"{type(value).__name__} does not belong in a JSON document: {value!r}")
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[str] = ()
+) -> Table:
+    """A table; columns named in `right` are aligned to the right.
+
+    Args:
+        title: shown above; empty for none.
+        columns: headings.
+        rows: cells; None is shown as a dash.
+        right: headings of numeric columns.
+    """
+    result = Table(title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    for column in columns:
+        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+    return result
+
+
+def size(count: int | float | None) -> str:
+    """Bytes for people, in binary units.
+
+    >>> size(489245184)
+    '466.6 MiB'
+    """
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def seconds(count: float | None) -> str:
+    """A duration for people.
+
+    >>> seconds(137.2)
+    '2 min 17 s'
+    """
+    if count is None:
+        return "-"
+    if count < 60:
+        return f"{count:.1f} s"
+    minutes, rest = divmod(round(count), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
