@@ -1,0 +1,338 @@
+"""One fine-tuning run as data: RunConfig <-> YAML <-> command-line flags.
+
+A knob is declared once, as a field of `RunConfig` with its help, allowed values and
+range; YAML keys, flags, checks and the commented dump are derived from that declaration,
+so they cannot drift apart. `--lr 1e-4` and `lr: 1e-4` go through the same parser.
+
+Every problem of a configuration is reported at once, in one `ConfigError`, before
+anything heavy is imported. What needs the registry of strategies is checked by a function
+that the caller passes in, since this module imports nothing but the errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import ConfigError, UserError, nearest
+
+__all__ = ["Check", "RunConfig", "build", "dump", "from_flags", "load", "read"]
+
+Check = Callable[[Mapping[str, Any]], Iterable[str]]  # values by name -> problems
+
+
+def _knob(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Any:
+    """A field with what its flag, its YAML key and its check need to know."""
+    limits = {"least": least, "above": above, "below": below}
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of one fine-tuning run; the fields are the flags of `lowmem finetune`.
+
+    Raises:
+        ConfigError: naming every value out of range and every impossible combination.
+
+    Example:
+        >>> RunConfig(model="smollm2-135m", optim="galore", optim_args="rank=128", lr=5e-4).lr
+        0.0005
+    """
+
+    model: str = _knob(MISSING, "Model", "name (see `lowmem models`), local path or Hub id")
+    dtype: str = _knob(
+        "bfloat16", "Model", "dtype of the weights", choices=("bfloat16", "float16", "float32")
+    )
+    lora_rank: int | None = _knob(None, "Model", "train LoRA adapters of this rank only", least=1)
+    quantize: str | None = _knob(
+        None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)
+    )
+
+    data: str = _knob("factbook", "Data", "file, folder, Hub id, or the demo data 'factbook'")
+    data_format: str | None = _knob(None, "Data", "format of the rows; recognised when not given")
+    eval_data: str | None = _knob(None, "Data", "held-out rows; a part of the data when not given")
+    eval_rows: int = _knob(80, "Data", "most held-out rows to evaluate on", least=1)
+    seq_len: int = _knob(512, "Data", "tokens per row, longer ones are cut", least=2)
+    packing: bool = _knob(True, "Data", "fill each row of seq_len tokens with several examples")
+
+    optim: str = _knob(MISSING, "Optimizer", "strategy (see `lowmem strategies`)")
+    optim_args: str = _knob("", "Optimizer", "options of the strategy, as in rank=128,states=int8")
+    lr: float = _knob(1e-4, "Optimizer", "peak learning rate", least=0)
+    betas: tuple[float, float] = _knob(
+        (0.9, 0.999), "Optimizer", "decay rates of the moments", least=0, below=1
+    )
+    eps: float = _knob(1e-8, "Optimizer", "added to the denominator of the step", above=0)
+    weight_decay: float = _knob(0.0, "Optimizer", "decoupled weight decay", least=0)
+    schedule: str = _knob(
+        "linear", "Optimizer", "how lr falls after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup: int = _knob(0, "Optimizer", "steps over which lr rises from 0", least=0)
+    max_grad_norm: float = _knob(1.0, "Optimizer", "norm to clip gradients to", above=0)
+    clip: str = _knob(
+        "auto",
+        "Optimizer",
+        "clip all gradients together, each tensor, or by the norm of the step before; "
+        "auto is global, previous with gradient_release, none without gradients",
+        choices=("auto", "none", "global", "tensor", "previous"),
+    )
+    writer: str = _knob(
+        "auto",
+        "Optimizer",
+        "how new weights are rounded; auto is nearest for float32, stochastic for 16 bits",
+        choices=("auto", "nearest", "stochastic", "kahan", "split"),
+    )
+    compile: str = _knob(
+        "auto", "Optimizer", "compile the step; auto where it pays", choices=("auto", "on", "off")
+    )
+
+    gradient_checkpointing: bool = _knob(False, "Memory", "recompute activations in the backward pass")
+    gradient_release: bool = _knob(
+        False, "Memory", "step each tensor inside the backward pass and free its gradient"
+    )
+
+    steps: int | None = _knob(None, "Run", "optimizer steps; one epoch when neither is given", least=1)
+    epochs: float | None = _knob(None, "Run", "passes over the data, instead of steps", above=0)
+    batch_size: int = _knob(1, "Run", "rows per forward pass", least=1)
+    accumulation: int = _knob(1, "Run", "forward passes per optimizer step", least=1)
+    seed: int = _knob(0, "Run", "seed of everything random", least=0, below=2**32)
+    threads: int | None = _knob(None, "Run", "CPU threads; torch decides when not given", least=1)
+
+    output_dir: str | None = _knob(None, "Output", "folder to write; outputs/MODEL-OPTIM when not given")
+    resume: bool = _knob(False, "Output", "go on from the newest whole checkpoint in output_dir")
+    overwrite: bool = _knob(False, "Output", "replace what an earlier run left in output_dir")
+    save_steps: int = _knob(100, "Output", "steps between checkpoints", least=1)
+    save_total_limit: int = _knob(2, "Output", "checkpoints to keep", least=1)
+    eval_steps: int | None = _knob(
+        None, "Output", "steps between evaluations; before and after only when not given", least=1
+    )
+    logging_steps: int = _knob(5, "Output", "steps between logged losses", least=1)
+    prompt: tuple[str, ...] = _knob((), "Output", "answer this before and after; can be repeated")
+    report: bool = _knob(True, "Output", "measure memory during the run and write memory_report.*")
+
+    def __post_init__(self) -> None:
+        """Check values and combinations; keep each in its declared type."""
+        values, problems = _parse({f.name: getattr(self, f.name) for f in fields(self)})
+        problems += _combinations(values)
+        if problems:
+            raise ConfigError(problems)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def output_path(self) -> Path:
+        """Folder of the run's results."""
+        leaf = f"{Path(self.model).name}-{self.optim}".lower()
+        return Path(self.output_dir) if self.output_dir else Path("outputs") / leaf
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Values of a YAML file by key, not yet checked.
+
+    Raises:
+        UserError: the file is missing, is not YAML, repeats a key or is not a mapping.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"cannot read config {str(path)!r}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path} must map names to values, as in 'lr: 1e-4'; got {type(values).__name__}")
+    keys = [key.value for key, _ in node.value]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise UserError(f"{path} sets {', '.join(repeated)} more than once; keep one line of each")
+    return {str(key): value for key, value in values.items()}
+
+
+def load(path: str | Path, check: Check | None = None) -> RunConfig:
+    """The run that a YAML file describes.
+
+    Args:
+        path: file with a mapping of field names to values.
+        check: further problems of the values, such as options unknown to the strategy.
+    """
+    return build(read(path), check)
+
+
+def from_flags(
+    flags: Mapping[str, Any], config: str | Path | None = None, check: Check | None = None
+) -> RunConfig:
+    """The run that command-line flags describe, on top of a YAML file if there is one.
+
+    Args:
+        flags: value by field name; None means not given.
+        config: YAML file whose values hold where no flag is given.
+        check: as in `load`.
+    """
+    base = read(config) if config is not None else {}
+    return build({**base, **{k: v for k, v in flags.items() if v is not None}}, check)
+
+
+def build(values: Mapping[str, Any], check: Check | None = None) -> RunConfig:
+    """A run from values by field name, each as YAML or a flag gives it.
+
+    Raises:
+        ConfigError: with every problem of every value.
+
+    Example:
+        >>> build({"model": "gpt2", "optim": "adamw", "lr": "3e-5"}).lr
+        3e-05
+    """
+    parsed, problems = _parse(values)
+    problems += _combinations(parsed)
+    if check is not None:
+        problems += check(parsed)
+    if problems:
+        raise ConfigError(problems)
+    return RunConfig(**parsed)
+
+
+def dump(config: RunConfig) -> str:
+    """YAML text of a run, with a comment at each knob; `load` gives the same run back."""
+    import yaml
+
+    lines = ["# lowmem finetune --config THIS_FILE"]
+    group = ""
+    for f in fields(config):
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            lines += ["", f"# {group}"]
+        value = getattr(config, f.name)
+        plain = list(value) if isinstance(value, tuple) else value
+        text = yaml.safe_dump([plain], default_flow_style=True, allow_unicode=True, width=10**6).strip()
+        lines.append(f"{f.name}: {text[1:-1]}  # {_hint(f)}")
+    return "\n".join(lines) + "\n"
+
+
+def _hint(f: dataclasses.Field[Any]) -> str:
+    choices = f.metadata["choices"]
+    return f"{f.metadata['help']}: {' | '.join(choices)}" if choices else str(f.metadata["help"])
+
+
+def _parse(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Typed values of all fields (the default where one is missing or wrong) and the problems."""
+    known = {f.name: f for f in fields(RunConfig)}
+    hints = typing.get_type_hints(RunConfig)
+    problems = [f"unknown setting {k!r}; {nearest(k, known)}" for k in values if k not in known]
+    parsed: dict[str, Any] = {}
+    for name, f in known.items():
+        parsed[name] = "" if f.default is MISSING else f.default
+        if name not in values and f.default is MISSING:
+            problems.append(f"{name} is missing: {f.metadata['help']}; give --{name} or '{name}:' in YAML")
+        elif name in values:
+            try:
+                parsed[name] = _convert(values[name], hints[name], f.metadata)
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+    return parsed, problems
+
+
+def _convert(value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """`value`, from YAML, a flag or Python, in the type of its field; ValueError says what is allowed."""
+    if isinstance(hint, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return _convert(value, typing.get_args(hint)[0], metadata)
+    if value is None:
+        raise ValueError("no value given; leave the line out for the default")
+    if typing.get_origin(hint) is tuple:
+        return _convert_tuple(value, typing.get_args(hint), metadata)
+    if hint is bool:
+        return _convert_bool(value)
+    if hint is str:
+        return _convert_text(value, metadata["choices"])
+    return _convert_number(value, hint, metadata)
+
+
+def _convert_tuple(value: Any, kinds: tuple[Any, ...], metadata: Mapping[str, Any]) -> tuple[Any, ...]:
+    if kinds[-1] is Ellipsis:  # texts: a lone one is a list of one
+        items = [value] if isinstance(value, str) else value
+        kinds = (kinds[0],) * (len(items) if isinstance(items, (list, tuple)) else 0)
+    else:
+        items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or len(items) != len(kinds):
+        raise ValueError(f"{value!r} is not a list of {len(kinds) or 'text'} values")
+    return tuple(_convert(item, kind, metadata) for item, kind in zip(items, kinds, strict=True))
+
+
+def _convert_bool(value: Any) -> bool:
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError(f"{value!r} is not true or false")
+
+
+def _convert_text(value: Any, choices: tuple[str, ...]) -> str:
+    if isinstance(value, bool) and "on" in choices:  # YAML reads a bare on and off as true and false
+        value = "on" if value else "off"
+    if isinstance(value, Mapping):  # options of a strategy, one per line in YAML
+        value = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in value.items())
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text; put it in quotes")
+    if choices and value not in choices:
+        raise ValueError(f"{value!r} is not allowed; {nearest(value, choices)}")
+    return value
+
+
+def _convert_number(value: Any, kind: type, metadata: Mapping[str, Any]) -> int | float:
+    word = "a whole number" if kind is int else "a number"
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError
+        number = float(value)  # YAML reads 1e-4, without a point, as text
+        whole = int(number) if kind is int else number
+    except (ValueError, OverflowError):
+        raise ValueError(f"{value!r} is not {word}") from None
+    if whole != number:
+        raise ValueError(f"{value!r} is not {word}")
+    least, above, below = metadata["least"], metadata["above"], metadata["below"]
+    if not math.isfinite(number) or number < least or number <= above or number >= below:
+        limits = [(least, "at least"), (above, "above"), (below, "below")]
+        allowed = " and ".join(f"{text} {limit:g}" for limit, text in limits if math.isfinite(limit))
+        raise ValueError(f"{value} is out of range; it must be {allowed or 'finite'}")
+    return whole
+
+
+def _combinations(v: Mapping[str, Any]) -> list[str]:
+    """Settings that exclude each other."""
+    rules = [
+        (v["steps"] and v["epochs"], "steps and epochs: both given; give one of them"),
+        (v["resume"] and v["overwrite"], "resume and overwrite: one keeps the earlier run, one replaces it"),
+        (v["quantize"] and not v["lora_rank"], "quantize: frozen weights only; give lora_rank as well"),
+        (
+            v["steps"] and v["warmup"] > v["steps"],
+            f"warmup: {v['warmup']} steps of warm-up in a run of {v['steps']} steps",
+        ),
+        (
+            v["gradient_release"] and v["clip"] == "global",
+            "clip: with gradient_release the norm of all gradients is not known when the first tensor steps; "
+            "use clip: previous, tensor or none",
+        ),
+        (
+            v["dtype"] == "float32" and v["writer"] == "split",
+            "writer: split keeps the rest of 16-bit weights",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
