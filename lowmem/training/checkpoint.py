@@ -141,7 +141,7 @@ def check_origin(folder: Path, about: Mapping[str, Any]) -> None:
     reason = damage(folder)
     if reason is not None:
         raise CheckpointError(
-            f"cannot resume from {folder}: {reason}; name the run's folder to take its newest whole checkpoint"
+            f"cannot resume from {folder}: {reason}; name the run's folder to take the newest whole one"
         )
     theirs = _manifest(folder)["about"]
     for key in ("strategy", "options", "parameters"):
