@@ -104,9 +104,10 @@ def test_dynamic_encode_finds_the_nearest_entry(signed: bool) -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 1000])
-def test_companded_codes_stay_within_their_bound(signed: bool, size: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_companded_codes_stay_within_their_bound(signed: bool, size: int, dtype: torch.dtype) -> None:
     x = torch.randn(size) if signed else torch.rand(size) ** 3
-    codes, scale = companded.encode(x, signed)
+    codes, scale = companded.encode(x, signed, dtype)
     error = (companded.decode(codes, scale, signed) - x).abs()
     bound = companded.worst_error(scale, signed).repeat_interleave(companded.GROUP)[:size]
     assert (error <= bound).all()

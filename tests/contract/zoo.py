@@ -1,0 +1,78 @@
+"""A model small enough for hundreds of runs that holds every kind of weight there is.
+
+Tall, wide, square, prime and odd matrices, a 4-D convolution, GPT-2's transposed Conv1D, an embedding
+tied to the head, norms and biases; and the loss that the contract suite lowers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+VOCABULARY, WIDTH = 23, 12
+
+
+class Block(nn.Module):
+    """Matrices of every shape, under the names a decoder layer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(WIDTH)
+        self.up_proj = nn.Linear(WIDTH, 31, bias=False)
+        self.down_proj = nn.Linear(31, 17)
+        self.c_proj = Conv1D(13, 17)
+        self.o_proj = nn.Linear(13, 13, bias=False)
+        self.conv = nn.Conv2d(1, 5, (3, 2), bias=False)
+        self.out_proj = nn.Linear(5 * 11 * 12, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.up_proj(self.input_layernorm(x)))
+        y = self.o_proj(self.c_proj(self.down_proj(y)))
+        image = y.view(-1, 1, 1, 13).expand(-1, 1, 13, 13)
+        return x + self.out_proj(self.conv(image).flatten(1))
+
+
+class Zoo(nn.Module):
+    """Next-token logits from one token; the head is tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layer = Block()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.norm(self.layer(self.embed_tokens(ids)))).float()
+
+
+def build(dtype: torch.dtype = torch.float32, seed: int = 0) -> Zoo:
+    """The same weights for the same seed; the global generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Zoo().to(dtype)
+
+
+def batch(step: int, size: int = 16) -> tuple[Tensor, Tensor]:
+    """A learnable mapping from token to token, other tokens in each step."""
+    g = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(VOCABULARY, (size,), generator=g)
+    return ids, (5 * ids + 3) % VOCABULARY
+
+
+def loss_of(model: nn.Module, step: int, size: int = 16) -> Tensor:
+    ids, target = batch(step, size)
+    return F.cross_entropy(model(ids), target)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module) -> float:
+    ids = torch.arange(VOCABULARY)
+    return float(F.cross_entropy(model(ids), (5 * ids + 3) % VOCABULARY))
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
