@@ -1,0 +1,67 @@
+"""Finding and checking run configurations: files of the user, or shipped ones by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import UserError, nearest
+
+
+def shipped() -> dict[str, Path]:
+    """Shipped run configurations by name: `demo` is configs/runs/demo.yaml."""
+    folder = Path(str(resources.files("lowmem.configs") / "runs"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find(name_or_path: str) -> Path:
+    """The user's file, or the shipped configuration of that name."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    known = shipped()
+    if name_or_path not in known:
+        raise UserError(
+            f"no config file {name_or_path!r}; of the shipped ones {nearest(name_or_path, known)}"
+        )
+    return known[name_or_path]
+
+
+def problems(values: Mapping[str, Any]) -> list[str]:
+    """Problems of a run that need the registries: its model, its strategy and that strategy's options."""
+    from lowmem.memory.model import resolve
+
+    found = []
+    if values["model"]:
+        try:
+            resolve(values["model"])
+        except UserError as error:
+            found.append(f"model: {error}")
+    return found + (_strategy_problems(values) if values["optim"] else [])
+
+
+def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
+    from lowmem.strategies import create, parse_options
+
+    try:
+        strategy = create(values["optim"], **parse_options(values["optim"], values["optim_args"]))
+    except UserError as error:
+        return [f"optim: {error}"]
+    if strategy.source.needs_autograd:
+        return []
+    pointless = {
+        "gradient_checkpointing": "there is no backward pass to recompute activations for",
+        "gradient_release": "there are no gradients to release",
+    }
+    found = [
+        f"{name}: {values['optim']} works without gradients, {reason}; leave it out"
+        for name, reason in pointless.items()
+        if values[name]
+    ]
+    if values["clip"] not in ("auto", "none"):
+        found.append(
+            f"clip: {values['optim']} works without gradients, there is nothing to clip; leave it out"
+        )
+    return found

@@ -1,0 +1,85 @@
+"""What a recipe reports while it works, drawn as bars on stderr, or as lines where that is no terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from lowmem.training.console import Console
+
+from . import render
+
+_SHOWN = {"loss": "loss {:.3f}", "eval_loss": "held-out loss {:.3f}", "learning_rate": "lr {:.1e}"}
+
+
+class Bars(Console):
+    """A console for recipes; use it as a context manager."""
+
+    def __init__(self) -> None:
+        console = render.err_console()
+        self._live = console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._stage = self._note = ""
+        self._total: int | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        """Begin to draw."""
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Stop drawing, also after an error."""
+        self.finish()
+        if self._live:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line above the bars."""
+        if self._live:
+            self._bars.console.print(text, markup=False)
+        else:
+            render.say(text)
+
+    def start(self, stage: str, total: int | None = None) -> None:
+        """Open a bar, or print its name."""
+        self.finish()
+        self._stage, self._total, self._note = stage, total, ""
+        if self._live:
+            self._task = self._bars.add_task(stage, total=total, note="")
+        else:
+            render.say(stage if total is None else f"{stage}: {total} steps")
+
+    def advance(self, done: int, values: dict[str, float]) -> None:
+        """Move the bar; without a terminal print a line at each tenth of the stage."""
+        shown = [text.format(values[key]) for key, text in _SHOWN.items() if key in values]
+        self._note = ", ".join(shown) or self._note
+        if self._task is not None:
+            self._bars.update(self._task, completed=done, note=self._note)
+        elif self._total and done % max(1, self._total // 10) == 0:
+            render.say(f"  {self._stage} {done}/{self._total} {self._note}".rstrip())
+
+    def finish(self) -> None:
+        """Close the bar."""
+        if self._task is not None:
+            self._bars.update(self._task, total=self._total, completed=self._total)
+            self._bars.stop_task(self._task)
+        self._task, self._stage, self._total = None, "", None

@@ -1,0 +1,80 @@
+"""`lowmem finetune`: parse, run the recipe, show what came out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any
+
+import typer
+
+from lowmem.config import RunConfig, build, read
+
+from . import render
+from ._configs import find, problems, shipped
+from ._flags import run_flags
+from .app import Json
+
+
+@run_flags()
+def command(
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE", help="YAML with any of these settings; flags win over it."),
+    ] = None,
+    as_json: Json = False,
+    **flags: Any,
+) -> None:
+    """Fine-tune a language model. Without --data and --config it runs the demo."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    run = build({**_base(given, config), **given}, problems)
+    recipe = importlib.import_module("lowmem.recipes.finetune")
+    from ._progress import Bars
+
+    with Bars() as progress:
+        result = recipe.finetune(run, progress=progress)
+    render.emit(result, _tables(result, run), as_json)
+
+
+def _base(given: dict[str, Any], config: str | None) -> dict[str, Any]:
+    """Settings under the flags: those of --config, or of the demo when no data is named."""
+    if config is not None:
+        return read(find(config))
+    if given.get("data", "factbook") != "factbook":
+        return {}
+    demo = read(shipped()["demo"])
+    tuned = {"lr", "optim_args"}  # for the demo's own strategy; another one starts from its defaults
+    own = given.get("optim", demo["optim"]) == demo["optim"]
+    render.say("demo data: settings of configs/runs/demo.yaml where no flag is given")
+    return {k: v for k, v in demo.items() if k not in {"model", "optim"} and (own or k not in tuned)}
+
+
+def _tables(result: dict[str, Any], run: RunConfig) -> list[Any]:
+    """The closing table and the sample answers."""
+    rows = [(label, value) for label, value in _facts(result, run) if value is not None]
+    tables: list[Any] = [render.table("", [f"{run.model}, {run.optim}", ""], rows)]
+    for sample in result.get("samples", []):
+        lines = [(when, sample[when]) for when in ("before", "after")]
+        tables.append(render.table(sample["prompt"], ["", "answer"], lines))
+    return tables
+
+
+def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None]]:
+    loss, state = result["loss"], result["state_bytes"]
+    against = [
+        f"{render.size(count)} with {dtype} moments ({state / count - 1:+.0%})"
+        for dtype, count in result["adamw_state_bytes"].items()
+    ]
+    return [
+        ("held-out loss", _before_after(loss["before"], loss["after"])),
+        ("training", f"{result['steps']} steps in {render.seconds(result['seconds'])}"),
+        ("optimizer state", f"{render.size(state)} ({state:,} bytes)"),
+        ("AdamW would hold", "\n".join(against)),
+        ("peak memory", render.size(result["peak_bytes"]) if result["peak_bytes"] else None),
+        ("written to", str(result["output_dir"])),
+    ]
+
+
+def _before_after(before: float | None, after: float | None) -> str | None:
+    if before is None or after is None:
+        return None
+    return f"{before:.3f} -> {after:.3f} ({after / before - 1:+.0%})"

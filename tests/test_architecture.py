@@ -1,0 +1,241 @@
+"""The house rules that a machine can check: import directions, sizes, docstrings, the list of packages."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ("lowmem", "cli", "recipes", "configs")
+FILES = sorted(file for folder in SHIPPED for file in (ROOT / folder).rglob("*.py"))
+LIBRARY = [file for file in FILES if file.is_relative_to(ROOT / "lowmem")]
+
+# A room imports only from itself and from rooms before it.
+ROOMS = ["optim", "sources", "strategies", "memory", "training", "cli", "recipes"]
+FREE = {"errors", "config", "configs"}  # may be imported by all
+# Inside optim the same, by layers: parts of one layer do not import each other, except inside one package.
+LAYERS = [
+    {"noise", "math"},
+    {"blocks", "rule"},
+    {"codecs", "writers"},
+    {"chunks"},
+    {"rules"},
+    {"residuals", "projectors"},
+    {"subspace", "modifiers"},
+    {"schedule", "strategy"},
+    {"optimizer"},
+    {"release"},
+]
+HEAVY = {
+    "transformers",
+    "trl",
+    "datasets",
+    "matplotlib",
+    "bitsandbytes",
+    "peft",
+    "accelerate",
+    "gguf",
+    "pandas",
+}
+
+
+def name_of(file: Path) -> str:
+    """Module name under which a file is installed."""
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts if parts[0] == "lowmem" else ["lowmem", *parts])
+
+
+def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Absolute names of the modules that a file imports, type-checking blocks aside."""
+    yield from _imports(ast.parse(file.read_text(encoding="utf-8")), name_of(file), file, top_level)
+
+
+def _imports(node: ast.AST, module: str, file: Path, top_level: bool) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if top_level and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield from _from(child, module, file)
+        yield from _imports(child, module, file, top_level)
+
+
+def _from(node: ast.ImportFrom, module: str, file: Path) -> Iterator[str]:
+    base = node.module or ""
+    if node.level:
+        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        parts = package.split(".")[: len(package.split(".")) - node.level + 1]
+        base = ".".join([*parts, node.module] if node.module else parts)
+    for alias in node.names:  # `from lowmem.memory import hub` imports lowmem.memory.hub
+        child = [*base.split(".")[1:], alias.name]
+        found = ROOT.joinpath("lowmem", *child)
+        yield f"{base}.{alias.name}" if base.startswith("lowmem") and _is_module(found) else base
+
+
+def _is_module(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def layer(module: str) -> int:
+    part = module.split(".")[2]
+    found = [i for i, names in enumerate(LAYERS) if part in names]
+    assert found, f"{module}: optim has no layer for {part!r}; give it one in LAYERS"
+    return found[0]
+
+
+def own_imports() -> Iterator[tuple[str, str]]:
+    for file in FILES:
+        for target in imports(file):
+            if target.split(".")[0] == "lowmem":
+                yield name_of(file), target
+
+
+def test_rooms_import_only_from_rooms_before_them() -> None:
+    wrong = [
+        f"{source} imports {target}"
+        for source, target in own_imports()
+        if room(source) in ROOMS
+        and room(target) not in {"", *FREE}
+        and ROOMS.index(room(target)) > ROOMS.index(room(source))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_errors_and_config_import_nothing_above_them() -> None:
+    for stem in ("errors", "config"):
+        targets = {t for t in imports(ROOT / "lowmem" / f"{stem}.py") if t.startswith("lowmem")}
+        assert targets <= {"lowmem.errors"}, f"{stem}.py imports {targets}"
+
+
+def test_nobody_imports_the_command_line_or_a_recipe() -> None:
+    wrong = [
+        f"{source} imports {target}"
+        for source, target in own_imports()
+        if room(target) in ("cli", "recipes") and room(source) != room(target)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_recipes_stand_alone() -> None:
+    """A recipe is copied out and run as a script: absolute imports, and none from a sibling."""
+    for file in (ROOT / "recipes").glob("*.py"):
+        assert not [t for t in imports(file) if t.startswith("lowmem.recipes")], file.name
+
+
+def test_layers_of_optim() -> None:
+    wrong = []
+    for source, target in own_imports():
+        if source.startswith("lowmem.optim.") and target.startswith("lowmem.optim."):
+            same = source.split(".")[2] == target.split(".")[2]
+            together = {source.split(".")[2], target.split(".")[2]} <= LAYERS[layer(source)]
+            if layer(target) > layer(source) or (
+                layer(target) == layer(source) and not same and not together
+            ):
+                wrong.append(f"{source} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_memory_names_no_strategy() -> None:
+    wrong = [
+        f"{source} imports {target}"
+        for source, target in own_imports()
+        if room(source) == "memory" and target.startswith("lowmem.strategies.") and "registry" not in target
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_optim_needs_torch_alone() -> None:
+    third = {
+        t.split(".")[0]
+        for file in LIBRARY
+        if room(name_of(file)) in ("optim", "sources", "strategies")
+        for t in imports(file)
+    }
+    import sys
+
+    assert third - set(sys.stdlib_module_names) <= {"lowmem", "torch", "__future__"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_heavy_packages_are_imported_where_used(file: Path) -> None:
+    if room(name_of(file)) == "training" and file.stem in ("trainer", "arguments"):
+        return  # their classes inherit from transformers and trl; `lowmem` resolves them lazily
+    heavy = {t.split(".")[0] for t in imports(file, top_level=True)} & HEAVY
+    assert not heavy, f"import {', '.join(sorted(heavy))} inside the function that needs it"
+
+
+def functions(file: Path) -> Iterator[tuple[str, int]]:
+    """Name and length of each function, docstring left out."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield node.name, (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_functions_fit_one_screen(file: Path) -> None:
+    long = [f"{name}: {length} lines" for name, length in functions(file) if length > 60]
+    assert not long, ", ".join(long)
+
+
+def test_functions_are_short_in_the_median() -> None:
+    lengths = sorted(length for file in FILES for _, length in functions(file))
+    assert lengths[len(lengths) // 2] <= 10
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_and_docstrings_are_short(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring, "the module docstring explains the idea"
+    assert len(docstring.splitlines()) < 25
+    assert len(text.splitlines()) <= 350
+
+
+def test_library_leaves_process_and_terminal_alone() -> None:
+    """No print, no exit, no environment variable set, no seeding of the global generator."""
+    wrong = []
+    for file in LIBRARY:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if call in {
+                "print",
+                "exit",
+                "sys.exit",
+                "os._exit",
+                "torch.manual_seed",
+                "random.seed",
+                "os.putenv",
+            }:
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} calls {call}")
+            if isinstance(node, ast.Assign) and any("os.environ[" in ast.unparse(t) for t in node.targets):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} sets an environment variable")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_packages_listed_are_those_on_disk() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = project["tool"]["setuptools"]["packages"]
+    on_disk = sorted({name_of(file.parent / "__init__.py") for file in FILES if file.name == "__init__.py"})
+    with_code = sorted({name_of(file.parent / "__init__.py") for file in FILES})
+    assert with_code == on_disk, "a folder of modules lacks its __init__.py"
+    assert sorted(listed) == on_disk
+
+
+@pytest.mark.parametrize("folder", ["cli", "recipes", "configs"])
+def test_no_folder_shadows_the_package_map(folder: str) -> None:
+    assert not (ROOT / "lowmem" / folder).exists()
