@@ -1,0 +1,220 @@
+"""RunConfig: one declaration behind flags, YAML and checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lowmem.config import RunConfig, build, dump, from_flags, load, read
+from lowmem.errors import ConfigError, UserError
+
+LEAST = {"model": "gpt2", "optim": "adamw"}
+ROOT = Path(__file__).resolve().parents[2]
+# A value other than the default for every field.
+OTHER: dict[str, Any] = {
+    "model": "./my model",
+    "dtype": "float32",
+    "lora_rank": 8,
+    "quantize": "nf4",
+    "data": "rows: all.jsonl",
+    "data_format": "text",
+    "eval_data": "held # out.jsonl",
+    "eval_rows": 7,
+    "seq_len": 33,
+    "packing": False,
+    "optim": "galore",
+    "optim_args": "rank=4,states=int8",
+    "lr": 3e-5,
+    "betas": (0.8, 0.95),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "schedule": "cosine",
+    "warmup": 2,
+    "max_grad_norm": 0.5,
+    "clip": "tensor",
+    "writer": "kahan",
+    "compile": "off",
+    "gradient_checkpointing": True,
+    "gradient_release": True,
+    "steps": 9,
+    "epochs": 0.5,
+    "batch_size": 3,
+    "accumulation": 4,
+    "seed": 5,
+    "threads": 2,
+    "output_dir": "~/out, put",
+    "resume": True,
+    "overwrite": True,
+    "save_steps": 6,
+    "save_total_limit": 3,
+    "eval_steps": 4,
+    "logging_steps": 2,
+    "prompt": ("Who's there?", "yes", "2015", "[a, b]"),
+    "report": False,
+}
+EXCLUSIVE = [{"epochs"}, {"overwrite"}]  # left out of the first half, alone in the second
+
+
+def halves() -> list[dict[str, Any]]:
+    """All values of OTHER, in two configurations that may be written."""
+    first = {k: v for k, v in OTHER.items() if k not in ("epochs", "overwrite")}
+    return [first, {**LEAST, "epochs": OTHER["epochs"], "overwrite": OTHER["overwrite"]}]
+
+
+def test_the_table_above_names_every_field() -> None:
+    assert list(OTHER) == [f.name for f in dataclasses.fields(RunConfig)]
+    for f in dataclasses.fields(RunConfig):
+        assert OTHER[f.name] != f.default
+
+
+@pytest.mark.parametrize("values", halves())
+def test_dump_and_load_give_the_same_run(values: dict[str, Any], tmp_path: Path) -> None:
+    config = RunConfig(**values)
+    (tmp_path / "run.yaml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp_path / "run.yaml") == config
+    assert {k: v for k, v in dataclasses.asdict(config).items() if k in values} == values
+
+
+@pytest.mark.parametrize("values", halves())
+def test_text_of_a_flag_means_the_same_as_the_value(values: dict[str, Any]) -> None:
+    def as_flag(value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, tuple) and not isinstance(value[0], str):
+            return ",".join(map(str, value))
+        return list(value) if isinstance(value, tuple) else str(value)
+
+    assert from_flags({k: as_flag(v) for k, v in values.items()}) == RunConfig(**values)
+
+
+def test_a_flag_wins_over_the_file_and_none_is_not_a_flag(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: gpt2\noptim: adamw\nlr: 1e-3\nseed: 7\n", encoding="utf-8")
+    config = from_flags({"lr": "2e-3", "seed": None}, tmp_path / "run.yaml")
+    assert (config.lr, config.seed) == (2e-3, 7)
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    values = {
+        "modle": 1,
+        "lr": "fast",
+        "steps": 0,
+        "warmup": -1,
+        "compile": "of",
+        "eps": 0,
+        "packing": "maybe",
+    }
+    with pytest.raises(ConfigError) as raised:
+        build({**values, "betas": [0.9]}, check=lambda v: [f"checked {v['dtype']}"])
+    text = "\n".join(raised.value.problems)
+    assert len(raised.value.problems) == 11
+    for expected in (
+        "unknown setting 'modle'; did you mean 'model'?",
+        "model is missing",
+        "optim is missing",
+        "lr: 'fast' is not a number",
+        "steps: 0 is out of range; it must be at least 1",
+        "warmup: -1 is out of range",
+        "compile: 'of' is not allowed; did you mean 'off'?",
+        "eps: 0 is out of range; it must be above 0",
+        "packing: 'maybe' is not true or false",
+        "betas: [0.9] is not a list of 2 values",
+        "checked bfloat16",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"steps": 10, "epochs": 1}, "steps and epochs: both given"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite"),
+        ({"quantize": "nf4"}, "give lora_rank as well"),
+        ({"steps": 10, "warmup": 11}, "11 steps of warm-up in a run of 10 steps"),
+        ({"gradient_release": True, "clip": "global"}, "use clip: previous, tensor or none"),
+        ({"dtype": "float32", "writer": "split"}, "split keeps the rest of 16-bit weights"),
+    ],
+)
+def test_settings_that_exclude_each_other(values: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        build({**LEAST, **values})
+    with pytest.raises(ConfigError, match=problem):
+        RunConfig(**{**LEAST, **values})
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("lr: 1e-4", "lr", 1e-4),  # text for YAML 1.1
+        ("compile: on", "compile", "on"),  # true for YAML 1.1
+        ("compile: off", "compile", "off"),
+        ("steps: 1e3", "steps", 1000),
+        ("quantize: none", "quantize", None),
+        ("steps: null", "steps", None),
+        ("prompt: one", "prompt", ("one",)),
+        ("betas: 0.9,0.99", "betas", (0.9, 0.99)),
+        (
+            "optim_args:\n  rank: 4\n  exact: true\n  states: int8",
+            "optim_args",
+            "rank=4,exact=true,states=int8",
+        ),
+    ],
+)
+def test_how_yaml_is_read(line: str, name: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: gpt2\noptim: adamw\n{line}\n", encoding="utf-8")
+    assert getattr(load(tmp_path / "run.yaml"), name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("lr: 1\nlr: 2\n", "sets lr more than once"),
+        ("- lr\n", "must map names to values"),
+        ("", "must map names to values"),
+        ("lr: [1\n", "is not valid YAML"),
+        ("lr: {a: b}\nmodel: gpt2\noptim: adamw", "lr: {'a': 'b'} is not a number"),
+        ("seed: true\nmodel: gpt2\noptim: adamw", "seed: True is not a whole number"),
+        ("data: 2015\nmodel: gpt2\noptim: adamw", "data: 2015 is not a text; put it in quotes"),
+        ("lr: null\nmodel: gpt2\noptim: adamw", "lr: no value given"),
+    ],
+)
+def test_bad_files_are_one_line(text: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        load(tmp_path / "run.yaml")
+    assert problem in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_and_bytes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read(tmp_path / "absent.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        read(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", math.nan, math.inf])
+def test_numbers_are_finite(value: Any) -> None:
+    with pytest.raises(ConfigError, match="lr"):
+        build({**LEAST, "lr": value})
+
+
+def test_the_default_folder_is_named_after_model_and_strategy() -> None:
+    assert build({"model": "HuggingFaceTB/SmolLM2-135M", "optim": "galore"}).output_path == Path(
+        "outputs/smollm2-135m-galore"
+    )
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "runs").glob("*.yaml")), ids=lambda f: f.name)
+def test_shipped_configurations(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.splitlines()[0] == f"# lowmem finetune --config configs/runs/{file.name}"
+    knobs = [line for line in text.splitlines() if ":" in line and not line.startswith("#")]
+    assert [line for line in knobs if "#" not in line] == [], "each knob has a comment"
+    load(file)
+    assert set(yaml.safe_load(text)) <= set(OTHER)
