@@ -136,6 +136,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ({"quantize": "nf4"}, "give lora_rank as well"),
         ({"steps": 10, "warmup": 11}, "11 steps of warm-up in a run of 10 steps"),
         ({"gradient_release": True, "clip": "global"}, "use clip: previous, tensor or none"),
+        ({"clip": "previous"}, "clip: previous is for gradient_release; use clip: global"),
         ({"dtype": "float32", "writer": "split"}, "split keeps the rest of 16-bit weights"),
     ],
 )
