@@ -104,11 +104,14 @@ def damage(folder: Path) -> str | None:
     return f"it was saved without {', '.join(absent)}" if absent else None
 
 
+def is_checkpoint_name(path: Path) -> bool:
+    """Whether a path names one checkpoint, rather than the folder of a run."""
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-N, highest N first, whole or not."""
-    found = [
-        p for p in output_dir.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)
-    ]
+    found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and is_checkpoint_name(p)]
     return sorted(found, key=_step, reverse=True)
 
 

@@ -1,0 +1,240 @@
+"""Training arguments that know lowmem's strategies.
+
+    LowMemArguments(output_dir="out", optim="galore", optim_args="rank=128,update_proj_gap=200")
+    LowMemSFTConfig(...)      the same for TRL's supervised fine-tuning; made on first use, TRL stays optional
+
+They are the stock arguments with a few fields more, so that HfArgumentParser,
+`dataclasses.replace` and `to_dict` work on them. transformers accepts only its own
+optimizer names: the name is hidden from its check and put back.
+
+What would be ignored is refused: all problems at once, each with the remedy.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+
+from lowmem.errors import ConfigError, UserError, nearest
+
+if TYPE_CHECKING:
+    from lowmem.optim.strategy import Strategy
+
+CLIP = ("auto", "none", "global", "tensor", "previous")
+COMPILE = ("auto", "on", "off")
+WRITERS = ("auto", "nearest", "stochastic", "kahan", "split")
+
+
+@dataclass
+class LowMemFields:
+    """The fields that lowmem adds, and the check they share."""
+
+    optim: str = field(default="galore", metadata={"help": "Strategy, see `lowmem strategies`."})
+    optim_args: str | None = field(
+        default=None, metadata={"help": "Options of the strategy, as in rank=128,states=int8."}
+    )
+    gradient_release: bool = field(
+        default=False, metadata={"help": "Step each tensor inside the backward pass and free its gradient."}
+    )
+    clip: str = field(
+        default="auto",
+        metadata={
+            "help": "What max_grad_norm applies to: all gradients together (global), each tensor (tensor), "
+            "or all by the norm of the step before (previous). auto: global; previous with gradient release; "
+            "none without gradients.",
+            "choices": list(CLIP),
+        },
+    )
+    writer: str = field(
+        default="auto",
+        metadata={
+            "help": "How new weights are rounded. auto: nearest for float32, stochastic for 16 bits.",
+            "choices": list(WRITERS),
+        },
+    )
+    compile: str = field(
+        default="auto",
+        metadata={"help": "Compile the optimizer step; auto: where it pays.", "choices": list(COMPILE)},
+    )
+
+    def __post_init__(self) -> None:
+        """Check what lowmem added, then let the stock arguments check the rest."""
+        self._default_checkpointing()
+        problems = check(self)
+        if problems:
+            raise ConfigError(problems)
+        name, self.optim = self.optim, "adamw_torch"
+        try:
+            super().__post_init__()  # type: ignore[misc]
+        finally:
+            self.optim = name
+
+    def _default_checkpointing(self) -> None:
+        """Leave activation checkpointing as the stock arguments have it."""
+
+    def strategy(self) -> Strategy:
+        """The strategy that `optim`, `optim_args` and `writer` describe.
+
+        Raises:
+            UserError: unknown name, option or value, with the nearest known one.
+        """
+        return build_strategy(self.optim, self.optim_args or "", self.writer)
+
+    @property
+    def clip_policy(self) -> str:
+        """`clip` with auto resolved: none, global, tensor or previous."""
+        if self.clip != "auto":
+            return self.clip
+        if not self.strategy().source.needs_autograd or not _clips(self):
+            return "none"
+        return "previous" if self.gradient_release else "global"
+
+
+@dataclass
+class LowMemArguments(LowMemFields, TrainingArguments):
+    """Arguments for `LowMemTrainer`.
+
+    Example:
+        >>> LowMemArguments(output_dir="out", optim="galore", optim_args="rank=128").optim
+        'galore'
+    """
+
+
+def build_strategy(name: str, options: str, writer: str = "auto") -> Strategy:
+    """A strategy from what a person writes on one line.
+
+    Args:
+        name: of a registered strategy.
+        options: "rank=128,states=int8", possibly empty.
+        writer: one of `WRITERS`; auto leaves the strategy's own.
+    """
+    from lowmem.strategies import create, parse_options
+
+    strategy = create(name, **parse_options(name, options))
+    return strategy if writer == "auto" else replace(strategy, writer=writer)
+
+
+def check(args: Any) -> list[str]:
+    """Every problem of a set of training arguments, one sentence each.
+
+    Args:
+        args: stock training arguments with the fields of `LowMemFields`.
+    """
+    problems = [
+        f"{name}: {getattr(args, name)!r} is not allowed; {nearest(str(getattr(args, name)), allowed)}"
+        for name, allowed in (("clip", CLIP), ("compile", COMPILE), ("writer", WRITERS))
+        if getattr(args, name) not in allowed
+    ]
+    problems += _engines(args)
+    try:
+        strategy = build_strategy(args.optim, args.optim_args or "")
+    except UserError as error:
+        return [f"optim: {error}", *problems]
+    return problems + (_released(args) if strategy.source.needs_autograd else _gradient_free(args))
+
+
+def _clips(args: Any) -> bool:
+    return bool(args.max_grad_norm and args.max_grad_norm > 0)
+
+
+def _engines(args: Any) -> list[str]:
+    """Engines that flatten or shard parameters, which a strategy per tensor cannot see through."""
+    rules = [
+        (args.deepspeed, "deepspeed: it flattens parameters, a strategy needs their shapes; leave it out"),
+        (args.fsdp, "fsdp: sharded parameters are not supported yet; leave it out, or train with plain DDP"),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+def _released(args: Any) -> list[str]:
+    """Problems of clipping and gradient release."""
+    rules = [
+        (
+            args.gradient_release and args.clip == "global",
+            "clip: with gradient_release the norm of all gradients is not known when the first tensor steps; "
+            "use clip='previous', 'tensor' or 'none'",
+        ),
+        (
+            not args.gradient_release and args.clip in ("tensor", "previous"),
+            f"clip: {args.clip!r} is for gradient_release; use clip='global', or set gradient_release=True",
+        ),
+        (
+            args.clip in ("global", "tensor", "previous") and not _clips(args),
+            f"clip: {args.clip!r} needs a norm; set max_grad_norm above 0, or clip='none'",
+        ),
+        (
+            args.gradient_release and args.fp16,
+            "fp16: loss scaling needs all gradients before the first step; use bf16=True instead",
+        ),
+        (
+            args.gradient_release and args.auto_find_batch_size,
+            "auto_find_batch_size: with gradient_release a batch that fails has stepped some tensors; "
+            "set per_device_train_batch_size",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+def _gradient_free(args: Any) -> list[str]:
+    """Problems of a strategy that takes no backward pass."""
+    name = args.optim
+    checkpointing = args.activation_checkpointing or args.gradient_checkpointing
+    rules = [
+        (
+            checkpointing,
+            f"activation_checkpointing: {name} takes no backward pass; set it to False",
+        ),
+        (args.gradient_release, f"gradient_release: {name} has no gradients to release; leave it out"),
+        (
+            args.clip not in ("auto", "none"),
+            f"clip: {name} has no gradients to clip; leave it out",
+        ),
+        (args.fp16, f"fp16: {name} takes no backward pass to scale the loss for; load the model in float16"),
+        (args.torch_compile, f"torch_compile: {name} swaps weights during the forward pass; leave it out"),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+@functools.cache
+def _sft_config() -> type[Any]:
+    """`LowMemSFTConfig`, a class made once."""
+    sft_config: Any = importlib.import_module("trl").SFTConfig
+
+    @dataclass
+    class LowMemSFTConfig(LowMemFields, sft_config):  # type: ignore[misc]
+        """Arguments for `LowMemSFTTrainer`.
+
+        As TRL has it, activation checkpointing is on by default, but for
+        strategies that take no backward pass.
+        """
+
+        gradient_checkpointing: bool | None = field(
+            default=None, metadata={"help": "Old name of activation_checkpointing."}
+        )
+        label_loss: bool = field(
+            default=True,
+            metadata={
+                "help": "Make logits at label positions only, where those are few; TRL's tiles elsewhere."
+            },
+        )
+
+        def _default_checkpointing(self) -> None:
+            if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+                try:
+                    self.activation_checkpointing = self.strategy().source.needs_autograd
+                except UserError:  # reported with everything else
+                    self.activation_checkpointing = False
+
+    LowMemSFTConfig.__module__, LowMemSFTConfig.__qualname__ = __name__, "LowMemSFTConfig"
+    return LowMemSFTConfig
+
+
+def __getattr__(name: str) -> Any:
+    """Make `LowMemSFTConfig` when it is first asked for."""
+    if name == "LowMemSFTConfig":
+        return _sft_config()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,111 @@
+"""From a strategy's name to an optimizer over a Hugging Face model.
+
+Our trainers and the stock ones make their optimizer in one place, here: the
+Trainer's own decay groups, named parameters, and hyper-parameters as given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from transformers import Trainer
+
+from lowmem.errors import UserError
+from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.training.arguments import build_strategy
+
+if TYPE_CHECKING:
+    from lowmem.optim.strategy import Strategy
+
+
+def decay_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay applies to, by the Trainer's own rule."""
+    return set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+
+
+def make_optimizer(
+    model: nn.Module,
+    strategy: Strategy,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    compile: str = "auto",
+) -> LowMemOptimizer:
+    """An optimizer over the trainable parameters of a model, with the Trainer's decay groups.
+
+    Args:
+        model: its parameters' names decide the role and whether weight decay applies.
+        strategy: from `lowmem.create`.
+        lr: learning rate of every group; a scheduler changes it in the groups.
+        betas: decay rates of the moments.
+        eps: added to the denominator of the step.
+        weight_decay: decoupled; 0 for biases and norms.
+        seed: of everything random in the strategy.
+        compile: auto, on or off.
+    """
+    groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
+    return LowMemOptimizer(
+        groups, strategy, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile
+    )
+
+
+class Factory:
+    """What a stock trainer calls to make the optimizer once it has the model."""
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> LowMemOptimizer:
+        """Make the optimizer from the keyword arguments that `hf_optimizer` returned."""
+        settings = dict(kwargs)
+        strategy = build_strategy(settings.pop("strategy"), settings.pop("options"), settings.pop("writer"))
+        return make_optimizer(model, strategy, **settings)
+
+
+def hf_optimizer(
+    name: str,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    writer: str = "auto",
+    compile: str = "auto",
+    **options: Any,
+) -> tuple[type[Factory], dict[str, Any]]:
+    """Optimizer for any stock Trainer, as its `optimizer_cls_and_kwargs`.
+
+    The stock Trainer passes nothing from its arguments on, so lr and the like are
+    given here; its scheduler starts from this lr. Gradient release and strategies
+    without gradients need `LowMemTrainer`.
+
+    Args:
+        name: of a registered strategy.
+        lr: peak learning rate.
+        betas: decay rates of the moments.
+        eps: added to the denominator of the step.
+        weight_decay: decoupled; 0 for biases and norms.
+        seed: of everything random in the strategy.
+        writer: how new weights are rounded; auto leaves it to the dtype.
+        compile: auto, on or off.
+        **options: the strategy's own, as for `lowmem.create`.
+
+    Raises:
+        UserError: unknown name or option, or a strategy that takes no gradients.
+
+    Example:
+        >>> factory, kwargs = hf_optimizer("galore", lr=1e-4, rank=64)
+        >>> kwargs["options"]
+        'rank=64'
+    """
+    text = ",".join(f"{key}={_plain(value)}" for key, value in options.items())
+    if not build_strategy(name, text, writer).source.needs_autograd:
+        raise UserError(f"{name} evaluates the loss instead of differentiating it; use lowmem.LowMemTrainer")
+    settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+    return Factory, {"strategy": name, "options": text, "writer": writer, "compile": compile, **settings}
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,309 @@
+"""The Hugging Face trainers on lowmem's strategies.
+
+    LowMemTrainer       transformers.Trainer
+    LowMemSFTTrainer    trl.SFTTrainer (made on first use, so TRL stays optional)
+    hf_optimizer(...)   for any stock trainer, DPO and GRPO included
+
+`LowMemMixin` overrides what must know of strategies and nothing else: the
+optimizer is made with decay groups from the arguments; a step without gradients
+(the strategy's source says so) evaluates the loss instead of differentiating it;
+under gradient release the gradient's norm comes from the hooks, for no gradient
+is left when the Trainer asks; and a save is whole or absent (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from lowmem.errors import ConfigError, UserError
+from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.training.arguments import LowMemArguments, LowMemFields
+from lowmem.training.callbacks import Interruption
+from lowmem.training.factory import hf_optimizer, make_optimizer
+from lowmem.training.loss import label_loss, pays, supports
+from lowmem.training.saving import WholeCheckpoints
+
+if TYPE_CHECKING:
+    from lowmem.optim.release import Release
+
+__all__ = ["LowMemMixin", "LowMemSFTTrainer", "LowMemTrainer", "hf_optimizer"]  # noqa: F822 (made on first use)
+
+
+class LowMemMixin(WholeCheckpoints):
+    """What a Hugging Face trainer needs to run any strategy; mix in before the trainer."""
+
+    optimizer: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_foreign_optimizer(kwargs)
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, LowMemFields):
+            kind, given = type(self).__name__, type(self.args).__name__
+            raise UserError(f"{kind} takes LowMemArguments or LowMemSFTConfig, not {given}")
+        self._strategy = self.args.strategy()
+        self._clip = self.args.clip_policy
+        self._release: Release | None = None
+        self._window: list[dict[str, Any]] = []
+        self._told_state = False
+        self._interruption = Interruption()
+        self.add_callback(self._interruption)  # type: ignore[attr-defined]
+        problems = _engine_problems(self)
+        if problems:
+            raise ConfigError(problems)
+
+    # ---- the optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the strategy's optimizer with the arguments' lr, betas, eps, weight decay and decay groups."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = make_optimizer(
+                self.model if model is None else model,
+                self._strategy,
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+                seed=args.seed,
+                compile=args.compile,
+            )
+        return cast(torch.optim.Optimizer, self.optimizer)
+
+    @property
+    def lowmem_optimizer(self) -> LowMemOptimizer:
+        """The optimizer itself, out of accelerate's wrapper."""
+        return cast(LowMemOptimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
+    # ---- one step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Differentiate one micro-batch, or where the strategy takes no gradients, evaluate the window."""
+        last = bool(self.accelerator.sync_gradients)
+        if not self._strategy.source.needs_autograd:
+            return self._probe(model, inputs, num_items_in_batch, last)
+        if self._release is not None:
+            self._release.sync = last
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        return loss
+
+    def _probe(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, last: bool
+    ) -> Tensor:
+        """Gather micro-batches; at the last one let the source evaluate the loss of them all.
+
+        All probes see the same micro-batches and no dropout, so their difference is the
+        large batch's.
+        """
+        self._window.append(self._prepare_inputs(inputs))  # type: ignore[attr-defined]
+        if not last:
+            return torch.zeros((), device=self.args.device)
+        window, self._window = self._window, []
+
+        def loss() -> Tensor:
+            return cast(
+                Tensor, sum(self._micro_loss(model, batch, num_items, len(window)) for batch in window)
+            )
+
+        with _evaluating(model), torch.no_grad():
+            value = self.lowmem_optimizer.backward(loss, model)
+        return value.detach().to(self.args.device)
+
+    def _micro_loss(
+        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None, parts: int
+    ) -> Tensor:
+        """One micro-batch's share of the window's loss, in fp32."""
+        trainer = cast(Any, self)
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_items)
+        scaled = trainer.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = trainer.model_accepts_loss_kwargs and num_items is not None
+            scaled = counted or trainer.compute_loss_func is not None
+        return cast(Tensor, loss.float() if scaled else loss.float() / parts)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip all gradients together where that is the policy."""
+        if self._clip == "global":
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients before clipping; none is logged where there are no gradients."""
+        if self._release is not None:
+            return self._release.grad_norm()
+        if not self._strategy.source.needs_autograd:
+            return None
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the optimizer's state bytes to the first log of a run."""
+        if not self._told_state and "loss" in logs:
+            self._told_state = True
+            logs["optimizer_state_bytes"] = self.lowmem_optimizer.state_bytes()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    # ---- the run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, resuming where asked; Ctrl-C leaves a checkpoint.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole one in the output folder, or a path.
+            **kwargs: the Trainer's own.
+
+        Raises:
+            CheckpointError: none is whole, or it belongs to another strategy or model.
+            KeyboardInterrupt: after the step during which Ctrl-C was pressed, its checkpoint saved.
+        """
+        resume = self.resume_path(resume_from_checkpoint)
+        self._told_state, self._window = False, []
+        try:
+            with self._interruption.listening():
+                result = super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
+        finally:
+            self._detach()
+        if self._interruption.asked:
+            raise KeyboardInterrupt(f"stopped after step {self.state.global_step}")  # type: ignore[attr-defined]
+        return result
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Attach the hooks of gradient release once model and optimizer are what they will be."""
+        result = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        if self.args.gradient_release:
+            from lowmem.optim.release import release
+
+            self._release = release(
+                self.lowmem_optimizer,
+                accumulation_steps=self.args.gradient_accumulation_steps,
+                clip=self._clip,
+                max_norm=self.args.max_grad_norm,
+            )
+        return result
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Take no step more where a checkpoint of the last step was resumed; the Trainer would take one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _detach(self) -> None:
+        if self._release is not None:
+            self._release.remove()
+            self._release = None
+
+
+class LowMemTrainer(LowMemMixin, Trainer):  # type: ignore[misc]
+    """transformers.Trainer on any strategy, configured by `LowMemArguments`.
+
+    Example:
+        >>> args = LowMemArguments(output_dir="out", optim="galore", optim_args="rank=128")
+        >>> LowMemTrainer(model, args, train_dataset=rows).train()  # doctest: +SKIP
+    """
+
+    args: LowMemArguments
+
+
+@functools.cache
+def _sft_trainer() -> type[Any]:
+    """`LowMemSFTTrainer`, a class made once."""
+    sft_trainer: Any = importlib.import_module("trl").SFTTrainer
+
+    class LowMemSFTTrainer(LowMemMixin, sft_trainer):  # type: ignore[misc]
+        """trl.SFTTrainer on any strategy, configured by `LowMemSFTConfig`."""
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            """The loss over label positions where their logits are few, TRL's tiled loss elsewhere."""
+            if return_outputs or not self._counts_labels(inputs):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = label_loss(model, inputs, num_items_in_batch)
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            return loss
+
+        def _counts_labels(self, inputs: Any) -> bool:
+            stock = self.compute_loss_func or self.label_smoother or self.aux_loss_enabled
+            if stock or not self.args.label_loss or self.args.loss_type != "nll" or "shift_labels" in inputs:
+                return False
+            model = self.accelerator.unwrap_model(self.model)
+            size = model.get_output_embeddings().weight
+            return supports(model) and pays(inputs["labels"], size.shape[0], size.element_size())
+
+        def _probe(self, *args: Any) -> Tensor:
+            """Probes are training: what TRL measures in them does not belong to the next evaluation."""
+            loss: Tensor = super()._probe(*args)
+            self._metrics["eval"].clear()
+            return loss
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """Write TRL's card only for a model that goes to the Hub; a run's folder has its own report."""
+            if self.args.push_to_hub:
+                super().create_model_card(*args, **kwargs)
+
+        def _send_telemetry(self) -> None:
+            """Tell nobody: TRL would report the run to the Hub."""
+
+    LowMemSFTTrainer.__module__, LowMemSFTTrainer.__qualname__ = __name__, "LowMemSFTTrainer"
+    return LowMemSFTTrainer
+
+
+def __getattr__(name: str) -> Any:
+    """Make `LowMemSFTTrainer` when it is first asked for."""
+    if name == "LowMemSFTTrainer":
+        return _sft_trainer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off meanwhile."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def _refuse_foreign_optimizer(kwargs: dict[str, Any]) -> None:
+    """An optimizer beside args.optim would silently win."""
+    given = [key for key in ("optimizer_cls_and_kwargs",) if kwargs.get(key) is not None]
+    if (kwargs.get("optimizers") or (None, None))[0] is not None:
+        given.append("optimizers")
+    if given:
+        raise UserError(
+            f"{given[0]}: args.optim names the strategy here; pass your optimizer to the stock Trainer"
+        )
+
+
+def _engine_problems(trainer: Any) -> list[str]:
+    """What only the trainer knows of the devices it runs on."""
+    name, args = trainer._strategy.name, trainer.args
+    alone = args.gradient_release or not trainer._strategy.source.needs_autograd
+    what = "gradient_release" if args.gradient_release else name
+    rules = [
+        (trainer.is_deepspeed_enabled, f"deepspeed: it flattens parameters, {name} needs their shapes"),
+        (
+            trainer.is_fsdp_enabled,
+            f"fsdp: {name} does not take sharded parameters yet; train with plain DDP",
+        ),
+        (
+            alone and (args.world_size > 1 or args.n_gpu > 1),
+            f"{what}: runs on one device for now, found {max(args.world_size, args.n_gpu)}; "
+            "start one process and make one GPU visible with CUDA_VISIBLE_DEVICES",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
