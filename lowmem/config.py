@@ -331,6 +331,10 @@ def _combinations(v: Mapping[str, Any]) -> list[str]:
             "use clip: previous, tensor or none",
         ),
         (
+            not v["gradient_release"] and v["clip"] in ("tensor", "previous"),
+            f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
+        ),
+        (
             v["dtype"] == "float32" and v["writer"] == "split",
             "writer: split keeps the rest of 16-bit weights",
         ),
