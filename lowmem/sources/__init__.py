@@ -1,1 +1,5 @@
-"""Where gradients come from: backpropagation, or two values of the loss."""
+"""Where gradients come from: backpropagation, or values of the loss alone."""
+
+from lowmem.sources.backprop import Backprop
+
+__all__ = ["Backprop"]

@@ -1,0 +1,140 @@
+"""What the optimizer takes, counted by running its own code on the meta device.
+
+There is no table of formulas here. The bytes of state are those of the tensors
+that `init` makes; the workspace of a step is what lives, at most, while
+`step_param` runs. Both run on `meta`, where tensors have sizes but no memory,
+so plan and reality cannot drift apart. What a kernel allocates inside itself
+(the scratch of a QR) does not show; compiled kernels need less than the eager
+ones that are counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.memory.trace import Tracker, storages
+from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.rule import stagger
+from lowmem.optim.strategy import Strategy
+from lowmem.strategies import create
+
+Shape = tuple[int, ...]
+FAR = 1_000_003
+"""A step at which no schedule has just begun (prime, so it is no multiple of a gap)."""
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    found = {s._cdata: s.nbytes() for t in tensors for s in storages(t)}
+    return sum(found.values())
+
+
+def state_bytes(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype = torch.float32, role: str = "matrix"
+) -> int:
+    """Bytes of optimizer state held for one weight, exactly; constants shared by all weights not included.
+
+    Args:
+        strategy: from `create`.
+        shape: of the weight; dtype: of the weight.
+        role: matrix or other; refined by the shape as the optimizer does.
+
+    Example:
+        >>> state_bytes(create("adamw"), (3, 5))
+        124
+    """
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return _bytes(strategy.init(strategy.refine(role, shape), x).values())
+
+
+def shared_bytes(strategy: Strategy, roles: Iterable[str] = ("matrix", "other")) -> int:
+    """Bytes of the constants that an optimizer holds once for each role that is in use."""
+    x = torch.empty(1, device="meta")
+    return sum(_bytes(strategy.rules[role].shared(x).values()) for role in set(roles) if role in strategy.rules)
+
+
+def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0) -> int:
+    """Bytes of optimizer state for the trainable parameters of a model, constants included.
+
+    Args:
+        strategy: from `create`; model: on any device, meta too.
+        step: for schedules that change which tensors hold state; seed: of the run.
+    """
+    cache: dict[tuple[str, Shape, torch.dtype], int] = {}
+    total, used = 0, set()
+    for group in strategy.param_groups(model):
+        names = tuple(name for name, _ in group["params"])
+        for name, p in group["params"]:
+            role = strategy.schedule.role(name, group["role"], names, step, seed)
+            key = (role, tuple(p.shape), p.dtype)
+            if key not in cache:
+                cache[key] = _bytes(strategy.init(role, torch.empty_like(p, device="meta")).values())
+            total += cache[key]
+            used.add(role)
+    return total + shared_bytes(strategy, used)
+
+
+def workspace_bytes(
+    strategy: Strategy,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    role: str = "matrix",
+    refresh: bool = False,
+) -> int:
+    """Bytes that live, at most, beside weight, gradient and state while one tensor is stepped (eager).
+
+    Args:
+        strategy, shape, dtype, role: as for `state_bytes`.
+        refresh: at a step where the basis is found anew; False for an ordinary step.
+
+    Example:
+        >>> workspace_bytes(create("galore"), (1024, 4096)) <= (64 << 20) + 4 * 128 * 4096
+        True
+    """
+    config = strategy.to_config()
+    return _workspace(config["name"], tuple(config["options"].items()), strategy.writer, shape, dtype, role, refresh)
+
+
+@functools.lru_cache(maxsize=4096)
+def _workspace(
+    name: str, options: tuple[tuple[str, bool | int | float | str], ...], writer: str,
+    shape: Shape, dtype: torch.dtype, role: str, refresh: bool,
+) -> int:  # fmt: skip
+    strategy = create(name, writer=writer, **dict(options))
+    p = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    gradient = torch.empty_like(p)
+    optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
+    optimizer.init_state()
+    group, held = optimizer.place(p)[0], optimizer.state[p]
+    optimizer.constants(strategy.rules[optimizer.role(p)], optimizer.role(p), p)
+    gap = int(dict(options).get("update_proj_gap", 1))
+    group["step"] = 0 if refresh else _between(gap)
+    tracker = Tracker()
+    tracker.register([p, gradient, *held.values()], "weights")
+    for constants in optimizer._shared.values():
+        tracker.register(constants.values(), "weights")
+    before = tracker.live
+    with tracker:
+        tracker.enter("step", "workspace")
+        optimizer.step_param(p, gradient)
+    peak = tracker.peak().total - before
+    tracker.stop()
+    return max(0, peak)
+
+
+def _between(gap: int) -> int:
+    """A step on which the tensor "w" is not refreshed, where there is one."""
+    offset = stagger("w", gap)
+    return next((step for step in range(FAR, FAR + 2) if (step + offset) % gap), FAR)
+
+
+def workspace_table(strategy: Strategy, model: nn.Module, *, refresh: bool) -> Mapping[str, int]:
+    """Workspace of each trainable parameter of a model, by name."""
+    return {
+        name: workspace_bytes(strategy, tuple(p.shape), p.dtype, group["role"], refresh)
+        for group in strategy.param_groups(model)
+        for name, p in group["params"]
+    }

@@ -1,0 +1,180 @@
+"""A matrix seen as row blocks, and a step not yet taken.
+
+Gradients, weights and steps are as large as the weight; a second fp32 copy of
+one of them is what a low-memory optimizer cannot afford. `Blocks` stands for an
+(m, n) matrix that is only ever looked at in pieces: casts, the clip factor,
+error feedback and zeroth-order noise happen inside a piece. Pieces are flat
+ranges of the row-major elements (`chunk`, for element-wise rules) or whole rows
+(`rows`, for rules that need the matrix). Looking is pure and can be repeated.
+
+A `Direction` is such a matrix together with what the frame needs to take the
+step: W <- decay W - lr D. It may be read many times before it is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+BLOCK = 1 << 20
+"""Elements of a row block, at most (one row at least)."""
+
+
+def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """The (m, n) view of a tensor: rows by everything else; vectors are one row.
+
+    >>> matrix_shape((8, 3, 3, 3)), matrix_shape((5,)), matrix_shape(())
+    ((8, 27), (1, 5), (1, 1))
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+class Blocks:
+    """An (m, n) matrix given by a function of a row range.
+
+    Args:
+        shape: (m, n).
+        rows: maps (i, j) to the fp32 rows i..j, (j - i, n).
+        device: where rows live.
+        dtype: precision of matrix products with it (fp32, or bf16 where the data is bf16).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        rows: Callable[[int, int], Tensor],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shape = shape
+        self.device = device
+        self.dtype = dtype
+        self._rows = rows
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j in fp32, (j - i, n); not to be written to."""
+        return self._rows(i, j)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Flat row-major elements start..stop, in any floating dtype; not to be written to."""
+        n = self.shape[1]
+        first = start // n
+        flat = self.rows(first, -(-stop // n)).reshape(-1)
+        return flat[start - first * n : stop - first * n]
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Row ranges of at most `BLOCK` elements that cover the matrix."""
+        m, n = self.shape
+        height = max(1, BLOCK // n)
+        for i in range(0, m, height):
+            yield i, min(m, i + height)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Blocks:
+        """The matrix with f applied to each row block; f must not mix rows."""
+        return Blocks(self.shape, lambda i, j: f(self.rows(i, j)), self.device, self.dtype)
+
+    def left(self, q: Tensor) -> Tensor:
+        """q' G in fp32: (m, k) and (m, n) to (k, n)."""
+        out = torch.zeros(q.shape[1], self.shape[1], device=self.device)
+        for i, j in self.ranges():
+            out.addmm_(q[i:j].t(), self.rows(i, j))
+        return out
+
+    def right(self, q: Tensor) -> Tensor:
+        """G q in fp32: (m, n) and (n, k) to (m, k)."""
+        return torch.cat([self.rows(i, j) @ q for i, j in self.ranges()])
+
+    def sum(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sum over row blocks of f(block)."""
+        parts = [f(self.rows(i, j)) for i, j in self.ranges()]
+        return torch.stack(parts).sum(0)
+
+
+class Dense(Blocks):
+    """A matrix that is held as a tensor, times an optional 0-D factor.
+
+    Args:
+        tensor: any shape and floating dtype; seen as `matrix_shape`.
+        factor: 0-D fp32 on the same device (the clip factor), or None for 1.
+    """
+
+    def __init__(self, tensor: Tensor, factor: Tensor | None = None) -> None:
+        shape = matrix_shape(tensor.shape)
+        dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+        super().__init__(shape, self._dense_rows, tensor.device, dtype)
+        self.tensor = tensor
+        self.factor = factor
+        self._matrix = tensor.reshape(shape) if tensor.dim() < 2 else tensor.flatten(1)
+        self._flat = self._matrix.view(-1) if self._matrix.is_contiguous() else None
+
+    def _dense_rows(self, i: int, j: int) -> Tensor:
+        rows = self._matrix[i:j].float()
+        return rows if self.factor is None else rows * self.factor
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """A view where the layout allows it."""
+        if self._flat is None:
+            return super().chunk(start, stop)
+        piece = self._flat[start:stop]
+        return piece if self.factor is None else piece.float() * self.factor
+
+    def left(self, q: Tensor) -> Tensor:
+        """One product in the data's own precision: the whole matrix is never cast."""
+        if self._matrix.dtype not in (torch.float32, torch.bfloat16):
+            return super().left(q)
+        return self._scaled(q.t().to(self.dtype) @ self._matrix)
+
+    def right(self, q: Tensor) -> Tensor:
+        """One product in the data's own precision: the whole matrix is never cast."""
+        if self._matrix.dtype not in (torch.float32, torch.bfloat16):
+            return super().right(q)
+        return self._scaled(self._matrix @ q.to(self.dtype))
+
+    def _scaled(self, product: Tensor) -> Tensor:
+        product = product.float()
+        return product if self.factor is None else product.mul_(self.factor)
+
+
+class Projected(Blocks):
+    """A gradient of which only the projection was kept, (r, n) or (m, r).
+
+    Args:
+        shape: (m, n) of the gradient.
+        low: what `Projector.down` gave, summed over the micro-batches; fp32.
+        dtype: precision of the products that made it.
+    """
+
+    def __init__(self, shape: tuple[int, int], low: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(shape, self._gone, low.device, dtype)
+        self.low = low
+
+    def _gone(self, i: int, j: int) -> Tensor:
+        raise RuntimeError("only the projected gradient was kept: rules that read the whole gradient cannot use it")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A step not yet taken: W <- decay W - lr D.
+
+    Args:
+        blocks: D, (m, n).
+        pair: (A, B) with D = A B, where the product alone is the step.
+        lr: 0-D fp32 tensor, where the rule sets its own; None for the group's.
+        decay: 0-D fp32 tensor, likewise.
+        ok: 0-D bool; False leaves the weight as it is. None for True.
+        commit: state to store after the write, by key.
+    """
+
+    blocks: Blocks
+    pair: tuple[Tensor, Tensor] | None = None
+    lr: Tensor | None = None
+    decay: Tensor | None = None
+    ok: Tensor | None = None
+    commit: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,314 @@
+"""The frame around pure steps: cut, pad, guard, compile, write, commit.
+
+Element-wise work is done on flat chunks of a few fixed sizes: temporaries stay
+in cache, and one compiled kernel for each (rule, writer, dtypes, size) serves
+every tensor of a model. A tensor is cut greedily, largest size first; the last
+piece is padded, so results do not depend on the cutting. Sizes must be static:
+compiled for a dynamic length, block-wise codecs fall back to scalar code.
+
+Everything that protects a step is here and nowhere else. A gradient element that
+is not finite leaves its weight and carries its moments over; it is counted. A
+`Direction` that is not ok leaves its tensor. No value is read on the host.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowmem.optim import noise
+from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.rule import SCALARS, ChunkHyper, Hyper, Pointwise, State
+from lowmem.optim.writers import Nearest, Writer
+
+LADDER = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)
+"""Chunk sizes in elements; every grain divides the smallest."""
+
+Kernel = Callable[..., None]
+
+
+def spans(count: int) -> Iterator[tuple[int, int, int]]:
+    """Cut `count` elements into (start, length, size), size from the ladder, the last one padded.
+
+    >>> list(spans(70_000))
+    [(0, 65536, 65536), (65536, 4096, 4096), (69632, 368, 4096)]
+    """
+    start = 0
+    for size in LADDER:
+        while count - start >= size:
+            yield start, size, size
+            start += size
+    if start < count:
+        yield start, count - start, LADDER[-1]
+
+
+def pieces(tensor: Tensor, per: int, start: int, length: int) -> Tensor:
+    """The entries of a state tensor that belong to elements start..start+length."""
+    flat = tensor.view(-1) if per == 1 else tensor
+    return flat[start // per : -(-(start + length) // per)]
+
+
+def pad(piece: Tensor, entries: int) -> Tensor:
+    """A copy with zero entries appended along dim 0."""
+    padded = piece.new_zeros((entries, *piece.shape[1:]))
+    padded[: piece.shape[0]] = piece
+    return padded
+
+
+def _write_flat(tensor: Tensor, start: int, values: Tensor) -> None:
+    """Store flat elements into a tensor of any layout."""
+    if tensor.is_contiguous():
+        tensor.view(-1)[start : start + values.numel()] = values
+        return
+    matrix = tensor.flatten(1) if tensor.dim() > 2 else tensor
+    n = matrix.shape[1]
+    first, last = start // n, -(-(start + values.numel()) // n)
+    rows = matrix[first:last].reshape(-1)
+    rows[start - first * n : start - first * n + values.numel()] = values
+    tensor[first:last] = rows.view(last - first, *tensor.shape[1:])
+
+
+def _read_flat(tensor: Tensor, start: int, length: int) -> Tensor:
+    """Flat elements of a tensor of any layout: a view where that is possible."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[start : start + length]
+    n = tensor[0].numel()
+    first, last = start // n, -(-(start + length) // n)
+    return tensor[first:last].reshape(-1)[start - first * n :][:length]
+
+
+def _body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], held: Sequence[str]) -> Kernel:
+    """The step of one chunk. Without a rule, g is the direction; without a writer, it becomes it."""
+    streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
+
+    def run(
+        w: Tensor, g: Tensor, scalars: Tensor, rates: Tensor, ok: Tensor, position: Tensor, words: Tensor,
+        skipped: Tensor, *tensors: Tensor,
+    ) -> None:  # fmt: skip
+        state = dict(zip(keys, tensors[: len(keys)], strict=True))
+        extra = dict(zip(held, tensors[len(keys) :], strict=True))
+        gradient = g.float()
+        finite = torch.isfinite(gradient) & ok
+        gradient = torch.where(finite, gradient, 0.0)
+        index = torch.arange(g.shape[0], dtype=torch.int32, device=g.device) + position
+        hp = ChunkHyper(scalars, rates[0], rates[1], finite, index, words, streams)
+        direction, new = rule.step(gradient, state, hp) if rule else (gradient, {})
+        direction = torch.where(finite, direction, 0.0)
+        if writer is None:
+            g.copy_(direction)
+        else:
+            weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
+            w.copy_(weight)
+            for name, value in kept.items():
+                extra[name].copy_(value)
+        for name, value in new.items():
+            state[name].copy_(value)
+        skipped.add_((~finite).sum())
+
+    return run
+
+
+def _compiled(body: Kernel) -> Kernel:
+    # the limit on recompilations counts for each code object: every kernel gets its own
+    code = body.__code__.replace(co_name=f"lowmem_kernel_{id(body):x}")
+    own = types.FunctionType(code, body.__globals__, code.co_name, body.__defaults__, body.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+@dataclass
+class Chunks:
+    """Runs pure steps on tensors.
+
+    Args:
+        compile: compile the kernels (once for each rule, writer, dtypes and chunk size).
+    """
+
+    compile: bool = False
+    _kernels: dict[tuple[object, ...], Kernel] = field(default_factory=dict)
+    _skipped: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def skipped(self) -> int:
+        """Elements whose gradient was not finite, so far. Reads from the device."""
+        return sum(int(count) for count in self._skipped.values())
+
+    def _counter(self, device: torch.device) -> Tensor:
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._skipped[device]
+
+    def apply_(
+        self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
+    ) -> None:
+        """One step of a pointwise rule on a weight.
+
+        Args:
+            rule: what to do; writer: how to store the weight.
+            p: the weight, any shape and layout; g: its gradient.
+            s: the rule's state and constants; extra: the writer's state.
+            hp: of this step.
+        """
+        ok = torch.ones((), dtype=torch.bool, device=p.device)
+        self._age(s, ok)
+        run = _Run(self, rule, writer, s, extra, hp, ok, rule.scalars(s, hp), rates(hp))
+        for start, length, size in run.spans(p.numel()):
+            run.weight_chunk(p, g.chunk(start, start + length), start, size)
+
+    def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor) -> None:
+        """Turn a projected gradient into its direction, in place.
+
+        Args:
+            rule: what to do; low: contiguous fp32; s: the rule's state and constants.
+            hp: of this step; ok: 0-D bool, False leaves the state as it is.
+        """
+        self._age(s, ok)
+        run = _Run(self, rule, None, s, {}, hp, ok, rule.scalars(s, hp), rates(hp))
+        run.skipped = torch.zeros_like(run.skipped)  # the write counts what is skipped
+        flat = low.view(-1)
+        for start, length, size in run.spans(flat.numel()):
+            run.low_chunk(flat[start : start + length], start, size)
+
+    def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:
+        """Take a step that a rule has decided, and store what it commits."""
+        ok = direction.ok if direction.ok is not None else torch.ones((), dtype=torch.bool, device=p.device)
+        if direction.pair is not None and direction.lr is None and direction.decay is None:
+            if isinstance(writer, Nearest) and p.dtype == torch.float32 and p.dim() == 2:
+                self._add_product_(p, direction.pair, ok, hp)
+                return
+        run = _Run(self, None, writer, {}, extra, hp, ok, None, rates(hp, direction))
+        n = direction.blocks.shape[1]
+        for i, j in direction.blocks.ranges():
+            rows = direction.blocks.rows(i, j).reshape(-1)
+            for start, length, size in run.spans(rows.numel()):
+                run.weight_chunk(p, rows[start : start + length], i * n + start, size)
+
+    def _add_product_(self, p: Tensor, pair: tuple[Tensor, Tensor], ok: Tensor, hp: Hyper) -> None:
+        """W <- decay W - lr A B in one pass: the product is never held. A step that is not ok has B = 0."""
+        if hp.weight_decay:
+            p.mul_(torch.where(ok, rates(hp)[1], 1.0))
+        p.addmm_(*pair, alpha=-hp.lr)
+        self._counter(p.device).add_((~ok) * p.numel())
+
+    @staticmethod
+    def _age(s: State, ok: Tensor) -> None:
+        if "age" in s:
+            s["age"].add_(ok)
+
+    def kernel(
+        self, rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], tensors: Sequence[Tensor]
+    ) -> Kernel:
+        """The kernel for these tensors: made once, compiled where that is asked for and possible."""
+        live = self.compile and tensors[0].device.type != "meta" and (rule is None or rule.compilable)
+        shape = tuple((t.dtype, t.shape, t.device) for t in tensors) if live else ()
+        name = (rule, writer, tuple(keys), live, shape)
+        if name not in self._kernels:
+            held = tuple(writer.init(torch.empty(1, dtype=tensors[0].dtype))) if writer else ()
+            body = _body(rule, writer, keys, held)
+            self._kernels[name] = _compiled(body) if live else body
+        return self._kernels[name]
+
+
+def rates(hp: Hyper, direction: Direction | None = None) -> Tensor:
+    """lr and decay as (2,) fp32 on the device; a direction may bring its own."""
+    group = hp.vector(hp.lr, hp.decay, dtype=torch.float32)
+    if direction is None or (direction.lr is None and direction.decay is None):
+        return group
+    lr = group[0] if direction.lr is None else direction.lr
+    decay = group[1] if direction.decay is None else direction.decay
+    return torch.stack((lr.float(), decay.float()))
+
+
+class _Run:
+    """One tensor's pass through the frame: what is the same for all of its chunks."""
+
+    def __init__(
+        self, frame: Chunks, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
+        hp: Hyper, ok: Tensor, scalars: Tensor | None, rates: Tensor,
+    ) -> None:  # fmt: skip
+        self.frame, self.rule, self.writer, self.hp, self.ok, self.rates = frame, rule, writer, hp, ok, rates
+        device = rates.device
+        self.scalars = torch.zeros(SCALARS, device=device)
+        if scalars is not None:
+            self.scalars[: scalars.numel()] = scalars
+        self.per = dict(rule.per) if rule else {}
+        self.state, self.extra = s, extra
+        self.keys = tuple(s)
+        self.streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
+        self.skipped = frame._counter(device)
+        self._words: dict[int, Tensor] = {}
+
+    def spans(self, count: int) -> Iterator[tuple[int, int, int]]:
+        """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
+        if self.frame.compile:
+            yield from spans(count)
+            return
+        grain = self.rule.grain if self.rule else 1
+        for start in range(0, count, LADDER[0]):
+            length = min(LADDER[0], count - start)
+            yield start, length, -(-length // grain) * grain
+
+    def words(self, start: int) -> Tensor:
+        """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
+        upper = (start + self.hp.offset) >> 32
+        if upper not in self._words:
+            hp = self.hp
+            names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.streams]
+            device = self.rates.device
+            self._words[upper] = noise.key_tensor(names, device) if names else hp.vector(0.0, dtype=torch.int32)
+        return self._words[upper]
+
+    def _position(self, start: int) -> Tensor:
+        index = (start + self.hp.offset) & 0xFFFFFFFF
+        signed = index - (1 << 32) if index >= 1 << 31 else index
+        return self.hp.vector(signed, dtype=torch.int32)[0]
+
+    def _cut(self, start: int, length: int, size: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Views of the state for one chunk; where it must be padded, copies and where they go back."""
+        views, back = [], []
+        cuts = [(self.state[k], self.per.get(k, 0)) for k in self.keys]
+        cuts += [(tensor, 1) for tensor in self.extra.values()]
+        for tensor, per in cuts:
+            if not per:
+                views.append(tensor)
+                continue
+            piece = pieces(tensor, per, start, length)
+            entries = -(-size // per)
+            if piece.shape[0] == entries:
+                views.append(piece)
+            else:
+                views.append(pad(piece, entries))
+                back.append((piece, views[-1]))
+        return views, back
+
+    def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
+        views, back = self._cut(start, length, g.shape[0])
+        run = self.frame.kernel(self.rule, self.writer, self.keys, (w, g, *views))
+        run(
+            w, g, self.scalars, self.rates, self.ok, self._position(start), self.words(start),
+            self.skipped, *views,
+        )  # fmt: skip
+        for piece, padded in back:
+            piece.copy_(padded[: piece.shape[0]])
+
+    def weight_chunk(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
+        """Step the weight's elements start..start+len(g), padded to size."""
+        length = g.numel()
+        w = _read_flat(p, start, length)
+        if length == size and p.is_contiguous():
+            self._launch(w, g, start, length)
+            return
+        padded = pad(w, size)
+        self._launch(padded, g if length == size else pad(g, size), start, length)
+        _write_flat(p, start, padded[:length])
+
+    def low_chunk(self, low: Tensor, start: int, size: int) -> None:
+        """Overwrite a piece of the projected gradient by its direction."""
+        if low.numel() == size:
+            self._launch(low, low, start, size)
+            return
+        padded = pad(low, size)
+        self._launch(padded, padded, start, low.numel())
+        low.copy_(padded[: low.numel()])

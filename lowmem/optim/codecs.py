@@ -1,0 +1,307 @@
+"""How one moment is held between steps.
+
+A codec turns a flat fp32 moment into a few plain tensors and back. The order is
+the same for every block-wise codec: decode, move the average with the fresh
+gradient, use the un-encoded result for the step, encode. So codec and rule are
+independent choices. Block-wise codecs work on flat chunks whose length is a
+multiple of their grain; the frame pads the tail, so any size and shape can be
+held, and never changes dtype silently.
+
+    Dense        fp32, or bf16 written with stochastic rounding
+    Blockwise    8 or 4 bits of the dynamic map, one fp32 scale for each block
+    Companded    8 bits, softsign for signed moments, square root for the rest
+
+Moments are never silently held in the weight's dtype: an average with
+beta2 = 0.999 in bf16, rounded to nearest, does not move at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError, nearest
+from lowmem.optim import noise
+from lowmem.optim.rule import ChunkHyper, State
+
+STATES = ("fp32", "bf16", "int8", "int4", "companded8")
+
+
+class Codec(Protocol):
+    """How one moment is held. Values are flat fp32; `constants` are the shared tensors."""
+
+    @property
+    def grain(self) -> int: ...
+    @property
+    def per(self) -> Mapping[str, int]: ...
+    @property
+    def streams(self) -> tuple[str, ...]: ...
+
+    def init(self, x: Tensor) -> State:
+        """What is held for a tensor like x; decodes to zero."""
+
+    def shared(self, x: Tensor) -> State:
+        """Constant tables, held once for each optimizer."""
+
+    def decode(self, s: State, constants: Mapping[str, Tensor]) -> Tensor:
+        """The moment, flat fp32."""
+
+    def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
+        """What is held of a flat fp32 moment."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A moment held as it is: 4 bytes (fp32) or 2 bytes (bf16) for each element.
+
+    Args:
+        dtype: torch.float32 or torch.bfloat16; bf16 is rounded at random, since
+            rounding to nearest stops slow averages (see the module's docstring).
+        stream: name of the random stream of the rounding.
+    """
+
+    dtype: torch.dtype = torch.float32
+    stream: str = "moment"
+    grain: int = 1
+
+    @property
+    def per(self) -> Mapping[str, int]:
+        """One entry for each element."""
+        return {"": 1}
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The stream of stochastic rounding, where there is one."""
+        return () if self.dtype == torch.float32 else (self.stream,)
+
+    def init(self, x: Tensor) -> State:
+        """Zeros like x."""
+        return {"": torch.zeros(x.shape, dtype=self.dtype, device=x.device)}
+
+    def shared(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def decode(self, s: State, constants: Mapping[str, Tensor]) -> Tensor:
+        """A cast."""
+        return s[""].float()
+
+    def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
+        """A cast, at random for bf16."""
+        if self.dtype == torch.float32:
+            return {"": value}
+        return {"": noise.round_stochastic(value, self.dtype, hp.noise(self.stream))}
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """The dynamic map of 8-bit optimizers (arXiv 2110.02861), block by block.
+
+    x -> scale = max |x| over the block, code = nearest entry of the map to x / scale.
+
+    Bytes for d elements: d + 4 ceil(d / 256) with 8 bits, ceil(d / 2) + 4 ceil(d / 128)
+    with 4 bits. The 4-bit map of unsigned moments has no zero, so that a small
+    second moment cannot blow up the step (arXiv 2309.01507). 8-bit codes are
+    those of torchao, bit for bit.
+
+    Args:
+        bits: 8 or 4.
+        signed: whether the moment has a sign.
+    """
+
+    bits: int = 8
+    signed: bool = True
+    streams: tuple[str, ...] = ()
+
+    @property
+    def grain(self) -> int:
+        """Elements of a block."""
+        return 256 if self.bits == 8 else 128
+
+    @property
+    def per(self) -> Mapping[str, int]:
+        """One scale a block; two 4-bit codes a byte."""
+        return {"codes": 8 // self.bits, "scale": self.grain}
+
+    @property
+    def _name(self) -> str:
+        return f"dynamic{self.bits}{'s' if self.signed else 'u'}"
+
+    def init(self, x: Tensor) -> State:
+        """Codes and scales of zero."""
+        d = x.numel()
+        return {
+            "codes": torch.zeros(-(-d * self.bits // 8), dtype=torch.uint8, device=x.device),
+            "scale": torch.zeros(-(-d // self.grain), device=x.device),
+        }
+
+    def shared(self, x: Tensor) -> State:
+        """The map, and for 8 bits what finds the nearest entry without a search."""
+        tables = dynamic_tables(self.bits, self.signed)
+        if x.device.type == "meta":
+            return {f"{self._name}.{k}": torch.empty_like(v, device="meta") for k, v in tables.items()}
+        return {f"{self._name}.{k}": v.to(x.device) for k, v in tables.items()}
+
+    def decode(self, s: State, constants: Mapping[str, Tensor]) -> Tensor:
+        """map[code] scale."""
+        codes = s["codes"]
+        if self.bits == 4:
+            codes = torch.stack((codes >> 4, codes & 15), dim=-1).view(-1)
+        values = constants[f"{self._name}.map"][codes.int()]
+        return (values.view(-1, self.grain) * s["scale"].unsqueeze(-1)).view(-1)
+
+    def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
+        """The code of the nearest entry; halfway goes up."""
+        blocks = value.view(-1, self.grain)
+        scale = blocks.abs().amax(-1).clamp(min=1e-12)
+        y = (blocks / scale.unsqueeze(-1)).view(-1)
+        thresholds = constants[f"{self._name}.thresholds"]
+        if self.bits == 8:
+            below = constants[f"{self._name}.below"][(y.view(torch.int32) >> 16) & 0xFFFF].int()
+            codes = below + (y >= thresholds[below]).int()
+            return {"codes": codes.to(torch.uint8), "scale": scale}
+        codes = torch.zeros_like(y, dtype=torch.int32)
+        for k in range(15):
+            codes = codes + (y >= thresholds[k]).int()
+        pairs = codes.view(-1, 2)
+        return {"codes": (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8), "scale": scale}
+
+
+@dataclass(frozen=True)
+class Companded:
+    """8 bits after a curve that spreads small values (FlashOptim, arXiv 2602.23349).
+
+    signed: z = 2y / (1 + |y|), code = round(127 z), y = z / (2 - |z|), with y = x / max |x|;
+    unsigned: code = round(255 sqrt(y)).
+
+    Bytes for d elements: d + 2 ceil(d / 32). No table, exact zero, no tail that
+    collapses. The scale is bf16 where the paper has fp16: moments below 6e-5 have no
+    normal fp16 scale, and below 6e-8 none at all.
+
+    Args:
+        signed: whether the moment has a sign.
+    """
+
+    signed: bool = True
+    grain: int = 32
+    streams: tuple[str, ...] = ()
+
+    @property
+    def per(self) -> Mapping[str, int]:
+        """One scale for each group of 32."""
+        return {"codes": 1, "scale": self.grain}
+
+    def init(self, x: Tensor) -> State:
+        """Codes and scales of zero."""
+        d = x.numel()
+        dtype = torch.int8 if self.signed else torch.uint8
+        scale = torch.zeros(-(-d // self.grain), dtype=torch.bfloat16, device=x.device)
+        return {"codes": torch.zeros(d, dtype=dtype, device=x.device), "scale": scale}
+
+    def shared(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def decode(self, s: State, constants: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of the curve, times the scale."""
+        scale = s["scale"].float().unsqueeze(-1)
+        codes = s["codes"].float().view(-1, self.grain)
+        if self.signed:
+            z = codes * (1.0 / 127.0)
+            return (z / (2.0 - z.abs()) * scale).view(-1)
+        root = codes * (scale * (1.0 / 255.0))
+        return (root * root).view(-1)
+
+    def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
+        """The curve at x / scale; unsigned moments are held by their root."""
+        blocks = value.view(-1, self.grain)
+        blocks = blocks if self.signed else blocks.sqrt()
+        scale = blocks.abs().amax(-1).to(torch.bfloat16)
+        held = scale.float()
+        # a block of zeros has scale 0: its codes are 0 / 1, not 0 / 0
+        y = blocks * torch.where(held > 0, 1.0 / held, 0.0).unsqueeze(-1)
+        if self.signed:
+            z = (2.0 * y / (1.0 + y.abs()) * 127.0).round().clamp(-127, 127)
+            return {"codes": z.to(torch.int8).view(-1), "scale": scale}
+        z = (y * 255.0).round().clamp(0, 255)
+        return {"codes": z.to(torch.uint8).view(-1), "scale": scale}
+
+
+def dynamic_map(bits: int, signed: bool) -> Tensor:
+    """The sorted entries of the dynamic map in [-1, 1], or the linear 4-bit map k / 16.
+
+    One decade of the exponent after the other, each with half the linear
+    entries of the one above; 0 and 1 are added.
+    """
+    if bits == 4 and not signed:
+        return torch.arange(1, 17) / 16.0
+    decades = bits - 1
+    values = [0.0, 1.0]
+    for i in range(decades):
+        cells = 2 ** (i + bits - 1 - decades) if signed else 2 ** (i + bits - decades)
+        edges = torch.linspace(0.1, 1.0, cells + 1)
+        middles = (10.0 ** (i - decades + 1)) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += middles.tolist()
+        values += (-middles).tolist() if signed else []
+    return torch.tensor(sorted(values))
+
+
+def _thresholds(table: Tensor) -> Tensor:
+    """The least fp32 y that rounds to entry k + 1 or above: y - map[k] >= (map[k+1] - map[k]) / 2."""
+    low, high = table[:-1], table[1:]
+    half = (high - low) * 0.5
+    y = low + half
+    for direction in (-math.inf, math.inf):
+        for _ in range(4):
+            moved = torch.nextafter(y, torch.tensor(direction))
+            keep = (moved - low >= half) if direction < 0 else (y - low < half)
+            y = torch.where(keep, moved, y)
+    return y
+
+
+@functools.cache
+def dynamic_tables(bits: int, signed: bool) -> Mapping[str, Tensor]:
+    """The map, its rounding thresholds, and for 8 bits a start for the search.
+
+    `below[h]` counts the thresholds under every fp32 whose upper 16 bits are h;
+    at most one more lies among them, so one comparison finishes the search.
+    """
+    table = dynamic_map(bits, signed)
+    edges = _thresholds(table)
+    tables = {"map": table, "thresholds": torch.cat([edges, torch.tensor([math.inf])])}
+    if bits == 8:
+        words = torch.arange(1 << 16, dtype=torch.int32) << 16
+        least = torch.where(words < 0, words | 0xFFFF, words).view(torch.float32)
+        count = torch.searchsorted(edges, least.nan_to_num(nan=0.0), right=True)
+        tables["below"] = count.clamp(max=255).to(torch.int16)
+    return tables
+
+
+def codec(states: str, *, signed: bool, stream: str) -> Codec:
+    """The codec of a moment from the one word for state precision.
+
+    Args:
+        states: fp32, bf16, int8, int4 or companded8.
+        signed: whether the moment has a sign.
+        stream: the moment's name, for stochastic rounding.
+
+    Raises:
+        UserError: unknown word.
+
+    Example:
+        >>> codec("int8", signed=True, stream="exp_avg").grain
+        256
+    """
+    if states not in STATES:
+        raise UserError(f"unknown states {states!r}; {nearest(states, STATES)}")
+    if states in ("fp32", "bf16"):
+        return Dense(torch.float32 if states == "fp32" else torch.bfloat16, stream)
+    if states == "companded8":
+        return Companded(signed)
+    return Blockwise(8 if states == "int8" else 4, signed)

@@ -1,0 +1,335 @@
+"""One ordinary torch optimizer for every strategy.
+
+`step_param` is the whole update of one tensor: `step()` loops over it, gradient
+release calls it from inside backward. State is made by the same `init` that the
+planner counts, the first time a tensor has a gradient. What a scheduler may
+change lives in `param_groups`, as plain numbers, and so do the clock and the
+strategy's name, so that a checkpoint says what it belongs to.
+
+`load_state_dict` is our own: torch's casts every state tensor to the dtype of
+its parameter, which destroys 16-bit indices and fp32 scales under bf16 weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import CheckpointError, UserError
+from lowmem.optim.blocks import Blocks, Dense
+from lowmem.optim.chunks import Chunks
+from lowmem.optim.rule import AnyRule, Hyper, Lookup, State, is_pointwise, scoped
+from lowmem.optim.source import Named
+from lowmem.optim.strategy import Strategy
+from lowmem.optim.writers import select
+
+log = logging.getLogger(__name__)
+
+COMPILE_FROM = 1 << 23
+"""`compile="auto"` compiles for models with at least this many parameters."""
+
+Params = Iterable[Any]
+
+
+class LowMemOptimizer(torch.optim.Optimizer):
+    """Takes the steps of a strategy.
+
+        W <- (1 - lr weight_decay) W - lr D
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups; a group may have "role".
+        strategy: what to do, from `lowmem.create`.
+        lr: learning rate, at least 0.
+        betas: of the moments, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, at least 0.
+        seed: names every random stream of the run.
+        compile: auto, on or off; compiled and eager steps differ in the last bit, so
+            the choice depends on the model alone and is kept in the checkpoint.
+
+    Raises:
+        UserError: a number outside its range, or a writer that the weights cannot take.
+
+    Example:
+        >>> from lowmem import create
+        >>> weight = nn.Parameter(torch.ones(4, 4))
+        >>> optimizer = LowMemOptimizer([weight], create("adamw"), lr=0.1)
+        >>> weight.grad = torch.ones(4, 4)
+        >>> optimizer.step()
+        >>> optimizer.state_bytes()
+        132
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        strategy: Strategy,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        compile: str = "auto",
+    ) -> None:
+        check_hyper(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, compile=compile)
+        self.strategy = strategy
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "role": "matrix",
+            "step": 0,
+            "seed": seed,
+            "compile": compile,
+            "strategy": json.dumps(strategy.to_config(), sort_keys=True),
+        }
+        self._places: dict[int, tuple[dict[str, Any], str]] = {}
+        self._shared: dict[tuple[str, torch.device], State] = {}
+        self._lookup = Lookup()
+        self._evidence: list[Any] = []
+        self._names: dict[str, tuple[str, ...]] = {}
+        self.released = False
+        super().__init__(params, defaults)
+        compiles = self._decide(compile)
+        for group in self.param_groups:
+            group["compile"] = compiles
+        self.chunks = Chunks(compiles)
+
+    def _decide(self, compile: str) -> bool:
+        if compile != "auto":
+            return compile == "on"
+        count = sum(p.numel() for group in self.param_groups for p in group["params"])
+        cpu = any(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        return count >= COMPILE_FROM and (not cpu or _has_compiler())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; tensors whose shape does not fit its role are put into groups of their own."""
+        for group in self._split(param_group):
+            super().add_param_group(group)
+        self._places.clear()
+        self._names.clear()
+
+    def _split(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+        params = group["params"]
+        members = [params] if isinstance(params, Tensor) else list(params)
+        role = group.get("role", "matrix")
+        by_role: dict[str, list[Any]] = {}
+        for member in members:
+            p = member[1] if isinstance(member, tuple) else member
+            by_role.setdefault(self.strategy.refine(role, p.shape), []).append(member)
+        return [{**group, "params": some, "role": name} for name, some in by_role.items()] or [dict(group)]
+
+    def place(self, p: Tensor) -> tuple[dict[str, Any], str]:
+        """The group and the name of a parameter."""
+        if id(p) not in self._places:
+            # rebuilt on a miss, not once: accelerate swaps the tensors in param_groups
+            self._places = {id(q): (group, name) for group, name, q in self._walk()}
+        return self._places[id(p)]
+
+    def _walk(self) -> Iterable[tuple[dict[str, Any], str, nn.Parameter]]:
+        count = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or [f"param.{count + i}" for i in range(len(group["params"]))]
+            count += len(group["params"])
+            yield from ((group, name, p) for name, p in zip(names, group["params"], strict=True))
+
+    def named_parameters(self) -> Named:
+        """Names and parameters, group by group."""
+        return [(name, p) for _, name, p in self._walk()]
+
+    def role(self, p: Tensor) -> str:
+        """The role of a parameter at this step."""
+        group, name = self.place(p)
+        role = group["role"]
+        if role not in self._names:
+            self._names[role] = tuple(n for g, n, _ in self._walk() if g["role"] == role)
+        return self.strategy.schedule.role(name, role, self._names[role], group["step"], group["seed"])
+
+    def hyper(self, p: Tensor, first: bool = False) -> Hyper:
+        """What a rule may know of the next step of a parameter."""
+        group, name = self.place(p)
+        beta1, beta2 = group["betas"]
+        return Hyper(
+            step=int(group["step"]),
+            name=name,
+            seed=int(group["seed"]),
+            lr=float(group["lr"]),
+            betas=(float(beta1), float(beta2)),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            weight=Dense(p.detach()),
+            shape=tuple(p.shape),
+            advance=self.chunks.advance_,
+            first=first,
+            constant=self._lookup,
+        )
+
+    def constants(self, rule: AnyRule, role: str, p: Tensor) -> State:
+        """A rule's constants, held once for each device."""
+        key = (role, p.device)
+        if key not in self._shared:
+            self._shared[key] = rule.shared(p)
+        return self._shared[key]
+
+    def ready(self, p: Tensor) -> tuple[AnyRule, State, bool]:
+        """The rule of a parameter, its state, and whether the state is new."""
+        role = self.role(p)
+        held = cast("dict[str, Tensor]", self.state[p])
+        switches = self.strategy.schedule.switches(self.place(p)[0]["step"])
+        fresh = not held or switches
+        if fresh:
+            held.clear()
+            held.update(self.strategy.init(role, p))
+        return self.strategy.rules[role], held, fresh
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make the state of every parameter now, as the first step would."""
+        for _, p in self.named_parameters():
+            if p.requires_grad and p.numel():
+                self.ready(p)
+
+    @torch.no_grad()
+    def step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
+        """The whole update of one tensor.
+
+        Args:
+            p: the parameter.
+            g: its gradient, a tensor like p or Blocks.
+        """
+        if not p.numel():
+            return
+        rule, held, fresh = self.ready(p)
+        if isinstance(g, Tensor):
+            if g.is_sparse:
+                raise UserError(f"sparse gradient for {self.place(p)[1]!r}: set sparse=False on its embedding")
+            g = Dense(g)
+        hp = self.hyper(p, fresh)
+        writer = select(self.strategy.writer, p.dtype)
+        extra = scoped(held, "writer")
+        state = {k: v for k, v in held.items() if not k.startswith("writer.")}
+        state |= self.constants(rule, self.role(p), p)
+        weight = p.detach()
+        if is_pointwise(rule):
+            self.chunks.apply_(rule, writer, weight, g, state, extra, hp)
+            return
+        rule.prepare(g, state, hp)
+        direction = rule.update(g, state, hp)
+        self.chunks.write_(writer, weight, direction, extra, hp)
+        for key, value in direction.commit.items():
+            state[key].copy_(value)
+
+    def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
+        """Evaluate the loss and leave what the step needs.
+
+        Args:
+            loss_fn: gives the scalar loss of one batch.
+            model: owner of the parameters; zeroth-order sources probe inside its forward.
+        """
+        group = self.param_groups[0]
+        step, seed = group["step"], group["seed"]
+        loss, evidence = self.strategy.source.backward(
+            [(n, p) for n, p in self.named_parameters() if p.requires_grad], loss_fn, model=model, seed=seed, step=step
+        )
+        if evidence is not None:
+            self._evidence.append(evidence)
+        return loss
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Step every parameter that has a gradient; tensors that were released have had theirs."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = self.backward(closure) if not self.strategy.source.needs_autograd else closure()
+        for p, g in self.strategy.source.gradients(self.named_parameters(), self._evidence):
+            self.step_param(p, g)
+        self._evidence.clear()
+        for group in self.param_groups:
+            group["step"] += 1
+        return loss
+
+    def nonfinite(self) -> int:
+        """Elements that were not stepped because their gradient was not finite. Reads from the device."""
+        return self.chunks.skipped()
+
+    def state_bytes(self) -> int:
+        """Bytes of state held now: every storage once, constants included."""
+        tensors = [t for held in self.state.values() for t in held.values() if isinstance(t, Tensor)]
+        tensors += [t for held in self._shared.values() for t in held.values()]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Load exactly: dtypes and bits as saved, on the parameter's device.
+
+        Raises:
+            CheckpointError: saved by another strategy, or for other shapes.
+        """
+        groups = state_dict["param_groups"]
+        self._check_foreign(groups)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        ids = [i for group in groups for i in group["params"]]
+        ours = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, ours, strict=True):
+            if i in state_dict["state"]:
+                self.state[p] = self._placed(p, state_dict["state"][i])
+        if self.param_groups:
+            self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
+        self._places.clear()
+
+    def _placed(self, p: Tensor, saved: Mapping[str, Tensor]) -> State:
+        expected = self.strategy.init(self.role(p), torch.empty_like(p, device="meta"))
+        given = {k: (tuple(v.shape), v.dtype) for k, v in saved.items()}
+        if given != {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}:
+            name = self.place(p)[1]
+            raise CheckpointError(
+                f"optimizer state of {name!r} {tuple(p.shape)} does not fit: the checkpoint is of another model, "
+                f"dtype or writer; resume with the settings it was saved with"
+            )
+        return {k: v.detach().to(p.device, copy=True) for k, v in saved.items()}
+
+    def _check_foreign(self, groups: list[dict[str, Any]]) -> None:
+        mine = self.param_groups[0]["strategy"] if self.param_groups else ""
+        for group in groups:
+            theirs = group.get("strategy")
+            if theirs != mine:
+                raise CheckpointError(
+                    f"optimizer state was saved by {theirs or 'another optimizer'}, this run is {mine}: "
+                    f"resume with the strategy and options it was saved with"
+                )
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise CheckpointError("optimizer state was saved for another set of parameters: resume the same model")
+
+
+def check_hyper(
+    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, compile: str = "auto"
+) -> None:
+    """Refuse numbers outside their range, all at once."""
+    bad = []
+    if not lr >= 0.0:
+        bad.append(f"lr must be at least 0, got {lr}")
+    if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
+        bad.append(f"betas must be two numbers in [0, 1), got {betas}")
+    if not eps >= 0.0:
+        bad.append(f"eps must be at least 0, got {eps}")
+    if not weight_decay >= 0.0:
+        bad.append(f"weight_decay must be at least 0, got {weight_decay}")
+    if compile not in ("auto", "on", "off"):
+        bad.append(f"compile must be auto, on or off, got {compile!r}")
+    if bad:
+        raise UserError("; ".join(bad))
+
+
+def _has_compiler() -> bool:
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return any(shutil.which(name) for name in names if name)

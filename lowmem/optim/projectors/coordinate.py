@@ -1,0 +1,180 @@
+"""Projectors that pick coordinates: whole columns, or single elements.
+
+Picking is exact: up(down(G)) copies elements, so a residual of the rest is
+exactly zero where a coordinate is active, and picking everything is the
+identity. Choices are random, named by parameter and step, and sorted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError
+from lowmem.optim import noise
+from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
+from lowmem.optim.projectors import Refreshed
+from lowmem.optim.projectors.dense import check_gap
+from lowmem.optim.rule import Hyper, State
+
+GROUP = 256
+"""Elements of a group of `Elements`; an index within it is one byte."""
+
+
+def _choose(rows: int, count: int, pick: int, hp: Hyper) -> Tensor:
+    """Sorted random choices, (rows, pick) int64: `pick` of `count` in each row."""
+    device = hp.weight.device
+    key = noise.key_tensor([(hp.seed, hp.step, hp.name, "coordinates")], device)
+    words = noise.bits(noise.positions(0, rows * count, device), key[0]).view(rows, count)
+    return words.argsort(dim=1, stable=True)[:, :pick].sort(dim=1).values
+
+
+def _check_density(density: float) -> None:
+    if not 0.0 < density <= 1.0:
+        raise UserError(f"density must be above 0 and at most 1, got {density}")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A random subset of columns (FRUGAL, arXiv 2411.07837): R = G[:, index] is (m, r).
+
+    Holds 4 r bytes, r = floor(density n), at least 1.
+
+    Args:
+        density: fraction of the columns.
+        update_proj_gap: steps between choices, at least 1.
+    """
+
+    density: float
+    update_proj_gap: int = 200
+    rotates: bool = False
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+        check_gap(self.update_proj_gap)
+
+    def _rank(self, shape: tuple[int, int]) -> int:
+        return max(1, int(self.density * shape[1]))
+
+    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(m, r)."""
+        return shape[0], self._rank(shape)
+
+    def complete(self, shape: tuple[int, int]) -> bool:
+        """True where every column is active."""
+        return self._rank(shape) == shape[1]
+
+    def init(self, x: Tensor) -> State:
+        """The first r columns."""
+        rank = self._rank(matrix_shape(x.shape))
+        return {"index": torch.arange(rank, dtype=torch.int32, device=x.device)}
+
+    def shared(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def due(self, hp: Hyper) -> bool:
+        """At the first step, then every `update_proj_gap` steps, staggered by name."""
+        return hp.due(self.update_proj_gap)
+
+    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, matrix: bool) -> Refreshed:
+        """Choose anew; the gradient is not looked at."""
+        s["index"].copy_(_choose(1, g.shape[1], s["index"].shape[0], hp)[0])
+        return Refreshed(torch.ones((), dtype=torch.bool, device=g.device))
+
+    def down(self, s: State, g: Blocks) -> Tensor:
+        """The active columns."""
+        return torch.cat([g.rows(i, j).index_select(1, s["index"]) for i, j in g.ranges()])
+
+    def up(self, s: State, low: Tensor, i: int, j: int, like: Blocks) -> Tensor:
+        """The active columns at their places, zero elsewhere."""
+        rows = torch.zeros(j - i, like.shape[1], device=low.device)
+        return rows.index_copy_(1, s["index"].long(), low[i:j])
+
+    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """Not a product."""
+        return None
+
+
+@dataclass(frozen=True)
+class Elements:
+    """A random subset of single elements (FRUGAL's randk), the same number in each group of 256.
+
+    R is (ceil(m n / 256), k), k = round(256 density), at least 1. Holds one byte
+    for each chosen element, where index pairs would take sixteen.
+
+    Args:
+        density: fraction of the elements.
+        update_proj_gap: steps between choices, at least 1.
+    """
+
+    density: float
+    update_proj_gap: int = 200
+    rotates: bool = False
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+        check_gap(self.update_proj_gap)
+
+    @property
+    def _picked(self) -> int:
+        return max(1, round(GROUP * self.density))
+
+    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(groups, k)."""
+        return -(-shape[0] * shape[1] // GROUP), self._picked
+
+    def complete(self, shape: tuple[int, int]) -> bool:
+        """True where every element is active."""
+        return self._picked == GROUP
+
+    def init(self, x: Tensor) -> State:
+        """The first k elements of each group."""
+        groups = self.low_shape(matrix_shape(x.shape))[0]
+        first = torch.arange(self._picked, dtype=torch.uint8, device=x.device)
+        return {"index": first.repeat(groups, 1)}
+
+    def shared(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def due(self, hp: Hyper) -> bool:
+        """At the first step, then every `update_proj_gap` steps, staggered by name."""
+        return hp.due(self.update_proj_gap)
+
+    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, matrix: bool) -> Refreshed:
+        """Choose anew, some groups at a time; the gradient is not looked at."""
+        index = s["index"]
+        step = BLOCK // GROUP // 4
+        key = noise.key_tensor([(hp.seed, hp.step, hp.name, "coordinates")], g.device)[0]
+        for a in range(0, index.shape[0], step):
+            b = min(a + step, index.shape[0])
+            words = noise.bits(noise.positions(a * GROUP, (b - a) * GROUP, g.device), key)
+            order = words.view(b - a, GROUP).argsort(dim=1, stable=True)
+            index[a:b] = order[:, : self._picked].sort(dim=1).values
+        return Refreshed(torch.ones((), dtype=torch.bool, device=g.device))
+
+    def down(self, s: State, g: Blocks) -> Tensor:
+        """The active elements, group by group."""
+        index, total = s["index"], g.shape[0] * g.shape[1]
+        parts = []
+        for a in range(0, index.shape[0], BLOCK // GROUP):
+            b = min(a + BLOCK // GROUP, index.shape[0])
+            flat = g.chunk(a * GROUP, min(b * GROUP, total)).float()
+            flat = torch.nn.functional.pad(flat, (0, (b - a) * GROUP - flat.numel()))
+            parts.append(flat.view(b - a, GROUP).gather(1, index[a:b].long()))
+        return torch.cat(parts)
+
+    def up(self, s: State, low: Tensor, i: int, j: int, like: Blocks) -> Tensor:
+        """The active elements at their places, zero elsewhere."""
+        n = like.shape[1]
+        a, b = i * n // GROUP, -(-j * n // GROUP)
+        groups = torch.zeros(b - a, GROUP, device=low.device)
+        groups.scatter_(1, s["index"][a:b].long(), low[a:b])
+        return groups.view(-1)[i * n - a * GROUP : j * n - a * GROUP].view(j - i, n)
+
+    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """Not a product."""
+        return None

@@ -1,0 +1,146 @@
+"""Adam over codecs: the arithmetic does not know how its moments are held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError
+from lowmem.optim.codecs import Codec, Dense, codec
+from lowmem.optim.rule import (
+    Change,
+    ChunkHyper,
+    Hyper,
+    Keep,
+    Rotate,
+    State,
+    apply_in_place,
+    part,
+    prefixed,
+    reset_,
+)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with decoupled decay (arXiv 1412.6980, 1711.05101).
+
+        m <- m + (1 - beta1)(g - m),  v <- v + (1 - beta2)(g^2 - v)
+        d = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Holds what the two codecs hold, and 4 bytes for the age t: 8 m n + 4 for an
+    (m, n) weight with fp32 moments.
+
+    Args:
+        exp_avg: codec of the first moment.
+        exp_avg_sq: codec of the second moment.
+
+    Example:
+        >>> sorted(Adam.of("int8").init(torch.zeros(3, 5)))
+        ['age', 'exp_avg.codes', 'exp_avg.scale', 'exp_avg_sq.codes', 'exp_avg_sq.scale']
+    """
+
+    exp_avg: Codec = field(default_factory=lambda: Dense(stream="exp_avg"))
+    exp_avg_sq: Codec = field(default_factory=lambda: Dense(stream="exp_avg_sq"))
+    compilable: bool = True
+
+    @classmethod
+    def of(cls, states: str) -> Adam:
+        """Adam with both moments held as `states` says (fp32, bf16, int8, int4, companded8)."""
+        first = codec(states, signed=True, stream="exp_avg")
+        return cls(first, codec(states, signed=False, stream="exp_avg_sq"))
+
+    @property
+    def grain(self) -> int:
+        """Elements that must stay together: a block of either codec."""
+        return math.lcm(self.exp_avg.grain, self.exp_avg_sq.grain)
+
+    @property
+    def per(self) -> Mapping[str, int]:
+        """The codecs' tensors are cut; the age is not."""
+        cut = {k: v for k, v in self._named(self.exp_avg.per, self.exp_avg_sq.per).items()}
+        return cut
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Those of the codecs."""
+        return self.exp_avg.streams + self.exp_avg_sq.streams
+
+    @staticmethod
+    def _named(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+        both = {f"exp_avg.{k}" if k else "exp_avg": v for k, v in first.items()}
+        return both | {f"exp_avg_sq.{k}" if k else "exp_avg_sq": v for k, v in second.items()}
+
+    def init(self, x: Tensor) -> State:
+        """Both moments zero, age 0."""
+        age = {"age": torch.zeros((), dtype=torch.int32, device=x.device)}
+        return self._join(self.exp_avg.init(x), self.exp_avg_sq.init(x)) | age
+
+    @staticmethod
+    def _join(first: State, second: State) -> State:
+        return prefixed("exp_avg", first) | prefixed("exp_avg_sq", second)
+
+    def shared(self, x: Tensor) -> State:
+        """The codecs' tables."""
+        return self.exp_avg.shared(x) | self.exp_avg_sq.shared(x)
+
+    def scalars(self, s: State, hp: Hyper) -> Tensor:
+        """1 - beta1, 1 - beta2, eps and the two bias corrections; betas in double precision."""
+        beta1, beta2 = hp.betas
+        corrections = 1.0 - hp.vector(beta1, beta2) ** s["age"]
+        return torch.cat((hp.vector(1.0 - beta1, 1.0 - beta2, hp.eps), corrections)).float()
+
+    def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
+        """The equations above, on one chunk."""
+        rate1, rate2, eps, correction1, correction2 = hp.scalars[:5].unbind()
+        old1 = self.exp_avg.decode(part(s, "exp_avg"), s)
+        old2 = self.exp_avg_sq.decode(part(s, "exp_avg_sq"), s)
+        m = hp.keep(old1 + rate1 * (g - old1), old1)
+        v = hp.keep(old2 + rate2 * (g * g - old2), old2)
+        d = (m / correction1) / ((v / correction2).sqrt() + eps)
+        new = self._join(self.exp_avg.encode(m, hp, s), self.exp_avg_sq.encode(v, hp, s))
+        return d, new
+
+    def moments(self, s: State) -> State:
+        """exp_avg and exp_avg_sq, flat fp32."""
+        return {
+            "exp_avg": self.exp_avg.decode(part(s, "exp_avg"), s),
+            "exp_avg_sq": self.exp_avg_sq.decode(part(s, "exp_avg_sq"), s),
+        }
+
+    def check_rebase(self, kind: str) -> None:
+        """Rotating needs to re-encode whole moments: fp32 ones are exact."""
+        dense = isinstance(self.exp_avg, Dense) and isinstance(self.exp_avg_sq, Dense)
+        if kind == "rotate" and not (dense and self.exp_avg == Dense(stream="exp_avg")):
+            raise UserError("on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'")
+
+    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
+        """Keep, reset, or rotate.
+
+        Rotating transports the second moment as a variance (arXiv 2410.16103):
+        V <- |(C o C)(V - M^2) + (C M)^2| with bias-corrected M and V.
+        """
+        if isinstance(change, Keep):
+            return
+        if isinstance(change, Rotate):
+            apply_in_place(s, self._rotated(s, change, hp))
+        else:
+            reset_(s, self.init(torch.empty(shape, device=hp.weight.device)), change)
+
+    @staticmethod
+    def _rotated(s: State, change: Rotate, hp: Hyper) -> State:
+        beta1, beta2 = hp.betas
+        corrections = (1.0 - hp.vector(beta1, beta2) ** s["age"]).float()
+        # at age 0 both moments are 0, and so is what is divided
+        bias1, bias2 = corrections.clamp(min=torch.finfo(torch.float32).tiny).unbind()
+        m, v = s["exp_avg"] / bias1, s["exp_avg_sq"] / bias2
+        c, squares = change.matrix, change.matrix.square()
+        turned = c @ m if change.axis == 0 else m @ c.t()
+        spread = v - m.square()
+        spread = squares @ spread if change.axis == 0 else spread @ squares.t()
+        variance = (spread + turned.square()).abs()
+        return {"exp_avg": turned * corrections[0], "exp_avg_sq": variance * corrections[1]}

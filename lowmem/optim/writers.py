@@ -1,0 +1,167 @@
+"""How the new weight is stored.
+
+A step in a 16-bit weight is often smaller than half a unit in the last place
+and vanishes when rounded to nearest; so does decoupled decay. Three remedies:
+round at random with the right mean, carry the lost part along (Kahan), or hold
+more bits of the weight than the model computes with (split).
+
+    W <- round(decay W - lr D)
+
+Writers are pure and element-wise, so they fuse into the kernel of the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError, nearest
+from lowmem.optim import noise
+from lowmem.optim.rule import ChunkHyper, State
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Writer(Protocol):
+    """How a weight takes a step. Flat chunks: w in the weight's dtype, d in fp32."""
+
+    @property
+    def streams(self) -> tuple[str, ...]: ...
+
+    def init(self, x: Tensor) -> State:
+        """What is held beside a weight like x, one entry for each element."""
+
+    def write(
+        self, w: Tensor, d: Tensor, s: Mapping[str, Tensor], hp: ChunkHyper, decay: Tensor
+    ) -> tuple[Tensor, State]:
+        """The new weight chunk and the new state."""
+
+
+def _stepped(w: Tensor, d: Tensor, hp: ChunkHyper, decay: Tensor) -> Tensor:
+    return w.float() * decay - hp.lr * d
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Round to nearest; holds 0 bytes. Right for fp32 weights."""
+
+    streams: tuple[str, ...] = ()
+
+    def init(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def write(
+        self, w: Tensor, d: Tensor, s: Mapping[str, Tensor], hp: ChunkHyper, decay: Tensor
+    ) -> tuple[Tensor, State]:
+        """W <- nearest(decay W - lr D)."""
+        return _stepped(w, d, hp, decay).to(w.dtype), {}
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """Round up or down at random with the right mean; holds 0 bytes.
+
+    The default for bf16 and fp16 weights: a step of a hundredth of a unit in
+    the last place is taken once in a hundred steps instead of never.
+    """
+
+    streams: tuple[str, ...] = ("weight",)
+
+    def init(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
+
+    def write(
+        self, w: Tensor, d: Tensor, s: Mapping[str, Tensor], hp: ChunkHyper, decay: Tensor
+    ) -> tuple[Tensor, State]:
+        """W <- stochastic(decay W - lr D)."""
+        new = _stepped(w, d, hp, decay)
+        return noise.round_stochastic(new, w.dtype, hp.noise("weight")), {}
+
+
+@dataclass(frozen=True)
+class Kahan:
+    """Carry what rounding lost into the next step; holds 2 bytes for each 16-bit weight."""
+
+    streams: tuple[str, ...] = ()
+
+    def init(self, x: Tensor) -> State:
+        """The part of the weight that its dtype could not hold, in that dtype."""
+        return {"compensation": torch.zeros(x.numel(), dtype=x.dtype, device=x.device)}
+
+    def write(
+        self, w: Tensor, d: Tensor, s: Mapping[str, Tensor], hp: ChunkHyper, decay: Tensor
+    ) -> tuple[Tensor, State]:
+        """W + c <- decay (W + c) - lr D, split into its nearest 16-bit value and the rest."""
+        exact = (w.float() + s["compensation"].float()) * decay - hp.lr * d
+        new = exact.to(w.dtype)
+        return new, {"compensation": (exact - new.float()).to(w.dtype)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A bf16 weight and 8 more bits of it; holds 1 byte for each weight.
+
+    The correction is in 128ths of half a unit in the last place (FlashOptim,
+    arXiv 2602.23349): together they resolve what a 24-bit float resolves.
+    """
+
+    streams: tuple[str, ...] = ()
+
+    def init(self, x: Tensor) -> State:
+        """The correction, int8."""
+        if x.dtype == torch.float16:
+            raise UserError("writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'")
+        return {"correction": torch.zeros(x.numel(), dtype=torch.int8, device=x.device)}
+
+    def write(
+        self, w: Tensor, d: Tensor, s: Mapping[str, Tensor], hp: ChunkHyper, decay: Tensor
+    ) -> tuple[Tensor, State]:
+        """Decode W + c half(W) / 128, step, encode."""
+        exact = w.float() + s["correction"].float() * (_half_ulp(w.float()) / 128.0)
+        exact = exact * decay - hp.lr * d
+        new = exact.to(torch.bfloat16)
+        rest = (exact - new.float()) / _half_ulp(new.float()) * 128.0
+        return new, {"correction": rest.round().clamp(-127, 127).to(torch.int8)}
+
+
+def _half_ulp(x: Tensor) -> Tensor:
+    """Half a unit in the last place of a bf16 number: its power of two times 2^-8."""
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return power.clamp(min=2.0**-126) * 2.0**-8
+
+
+WRITERS: Mapping[str, Writer] = {
+    "nearest": Nearest(),
+    "stochastic": Stochastic(),
+    "kahan": Kahan(),
+    "split": Split(),
+}
+
+
+def select(name: str, dtype: torch.dtype) -> Writer:
+    """The writer for weights of a dtype; "auto" rounds 16-bit weights at random.
+
+    fp32 weights lose nothing that matters and are always written to nearest.
+
+    Args:
+        name: auto, nearest, stochastic, kahan or split.
+        dtype: of the weight.
+
+    Raises:
+        UserError: unknown name, or a writer the dtype cannot take.
+
+    Example:
+        >>> select("auto", torch.bfloat16)
+        Stochastic(streams=('weight',))
+    """
+    if name != "auto" and name not in WRITERS:
+        raise UserError(f"unknown writer {name!r}; {nearest(name, ['auto', *WRITERS])}")
+    if dtype not in HALF:
+        return WRITERS["nearest"]
+    return WRITERS["stochastic" if name == "auto" else name]

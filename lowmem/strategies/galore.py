@@ -1,0 +1,51 @@
+"""GaLore (arXiv 2403.03507): Adam where the gradient's leading subspace is seen.
+
+    R = P'G,  N = Adam(R),  W <- (1 - lr wd) W - lr scale P N
+
+P spans the leading r directions of the gradient, found anew every
+`update_proj_gap` steps (staggered over the parameters). Embeddings, head, norms
+and biases take plain Adam.
+
+Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states:
+4 s r (basis) + 8 r l (moments) + 4.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lowmem.optim.projectors.dense import Frame, Orthonormal, power_iteration, svd
+from lowmem.optim.rules.adam import Adam
+from lowmem.optim.strategy import Strategy
+from lowmem.optim.subspace import Subspace
+from lowmem.sources import Backprop
+from lowmem.strategies.registry import register
+
+
+@register(paper="2403.03507")
+def galore(
+    *,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: Literal["std", "reverse_std", "left", "right"] = "std",
+    projector: Literal["power", "svd"] = "power",
+    on_refresh: Literal["keep", "reset", "rotate"] = "keep",
+    states: Literal["fp32", "bf16", "int8", "int4", "companded8"] = "fp32",
+) -> Strategy:
+    """Adam in the leading subspace of the gradient.
+
+    Args:
+        rank: Directions of the subspace; clipped to the side it spans.
+        update_proj_gap: Steps between refreshes of the subspace.
+        scale: Factor of the learning rate inside the subspace.
+        proj_type: Side that is projected; std is the short one.
+        projector: Warm-started power iteration, or an exact SVD.
+        on_refresh: What becomes of the moments at a refresh.
+        states: Precision of the moments, also of the tensors that are not projected.
+    """
+    find = svd if projector == "svd" else power_iteration
+    basis = Orthonormal(Frame(rank, proj_type), find, update_proj_gap)
+    inner = Adam.of(states)
+    rules = {"matrix": Subspace(basis, inner, on_refresh=on_refresh, scale=scale), "other": inner}
+    return Strategy(rules=rules if states in ("fp32", "bf16") else {**rules, "small": Adam()}, source=Backprop())
