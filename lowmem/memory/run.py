@@ -1,0 +1,48 @@
+"""The options of a run that its memory depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run that the trace depends on; sizes are per device.
+
+    rows    "full": one text per row, no mask; "padded": a mask of right padding; "packed": several texts
+            share a row and each sees only itself
+    loss    "plain": the Trainer's own, logits for every token; "labels": logits for `label_tokens` positions
+            only (all of them if None); "chunked": TRL's, never the whole logits
+    """
+
+    batch_size: int = 1
+    seq_len: int = 2048
+    dtype: str = "bfloat16"
+    autocast: bool = False
+    attention: str = "sdpa"
+    rows: str = "full"
+    gradient_checkpointing: bool = False
+    gradient_release: bool = False
+    accumulation: int = 1
+    loss: str = "plain"
+    label_tokens: int | None = None
+    lora_rank: int = 0
+    lora_targets: str = "all-linear"
+    adapter_dtype: str = "float32"
+    quantize: str | None = None
+    max_grad_norm: float = 1.0
+    device: str = "cuda"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def granularity(self) -> int:
+        """Bytes to which the device's allocator rounds."""
+        return 512 if self.device == "cuda" else 1

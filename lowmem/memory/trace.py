@@ -1,0 +1,205 @@
+"""Live bytes of a training step, storage by storage.
+
+A dispatch mode sees every tensor that an operation returns. The first time a storage appears its bytes are
+added, and a weak reference takes them off again when it is freed; views and in-place results share a storage
+and cost nothing. The same tracker watches a real run (`profile`) and one on fake tensors without weights
+(`plan`): what differs is only where the tensors live.
+
+The tracker records a stream of births and deaths and does the arithmetic afterwards, because what a tensor
+*is* is often known late: a gradient is recognised when its hook fires, and counts as one from birth.
+
+What happens inside a kernel (a workspace of cuBLAS, the scratch of a sort) is invisible here; see `gpus`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+CATEGORIES = ("weights", "gradients", "optimizer_state", "activations", "logits", "workspace")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One instant: live bytes by category, in the phase `event`; `at` is its place in the stream."""
+
+    event: str
+    bytes: Mapping[str, int]
+    at: int
+
+    @property
+    def total(self) -> int:
+        """Sum over the categories."""
+        return sum(self.bytes.values())
+
+
+def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages that hold a tensor: one, or those inside a wrapper subclass (quantized, sharded)."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages(getattr(tensor, name))
+    elif tensor.layout is torch.strided:
+        yield tensor.untyped_storage()
+    else:
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else ()
+        for part in parts:
+            yield part.untyped_storage()
+
+
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records when each storage is born and freed.
+
+    Args:
+        granularity: bytes to which each storage is rounded up: 512 as the CUDA allocator does, 1 on a CPU.
+
+    Storages that exist beforehand are `register`ed; `enter(phase, category)` says where the run is and what
+    new storages count as until `claim` says better.
+
+    Example:
+        tracker = Tracker()
+        tracker.register(model.parameters(), "weights")
+        with tracker:
+            tracker.enter("forward")
+            loss = model(x).sum()
+        print(tracker.peak().total)
+    """
+
+    def __init__(self, granularity: int = 1) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.granularity = granularity
+        self.sizes: list[int] = []
+        self.categories: list[str] = []
+        self.stream: list[int] = []  # id + 1 at a birth, -(id + 1) at a death
+        self.phases: list[tuple[int, str]] = []
+        self.live = 0
+        self._category = "activations"
+        self._ids: dict[int, int] = {}
+        self._refs: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def phase(self) -> str:
+        """Where the run is."""
+        return self.phases[-1][1] if self.phases else "start"
+
+    def enter(self, phase: str, category: str = "activations") -> None:
+        """Begin a phase; storages born in it count as `category`."""
+        self.phases.append((len(self.stream), phase))
+        self._category = category
+
+    def register(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Count storages that exist already; one seen before keeps its place and changes category."""
+        for tensor in tensors:
+            self.claim(tensor, category)
+
+    def claim(self, tensor: Tensor, category: str) -> None:
+        """Say what a storage is, for its whole life."""
+        for storage in storages(tensor):
+            index = self._see(storage)
+            if index is not None:
+                self.categories[index] = category
+
+    def claim_range(self, start: int, category: str) -> None:
+        """Say what every storage born since stream position `start` is."""
+        for entry in self.stream[start:]:
+            if entry > 0:
+                self.categories[entry - 1] = category
+
+    def _see(self, storage: torch.UntypedStorage) -> int | None:
+        key = storage._cdata
+        if key in self._ids:
+            return self._ids[key]
+        size = -(-storage.nbytes() // self.granularity) * self.granularity
+        if size == 0:
+            return None
+        index = len(self.sizes)
+        self.sizes.append(size)
+        self.categories.append(self._category)
+        self.stream.append(index + 1)
+        self.live += size
+        self._ids[key] = index
+        # The address is reused after a death, and a late callback must not free its successor: hence the index.
+        self._refs[index] = weakref.ref(storage, lambda _: self._free(key, index))
+        return index
+
+    def _free(self, key: int, index: int) -> None:
+        if self._refs.pop(index, None) is None:
+            return
+        self.stream.append(-index - 1)
+        self.live -= self.sizes[index]
+        if self._ids.get(key) == index:
+            del self._ids[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                for storage in storages(leaf):
+                    self._see(storage)
+        return out
+
+    def stop(self) -> None:
+        """Forget the storages that still live, so that later frees are not recorded."""
+        self._refs.clear()
+        self._ids.clear()
+
+    def moments(self) -> dict[str, Moment]:
+        """The largest instant of each phase, in order of first appearance."""
+        return peaks(self.stream, self.sizes, self.categories, self.phases)
+
+    def peak(self) -> Moment:
+        """The largest instant of all; the first of equals."""
+        return max(self.moments().values(), key=lambda moment: (moment.total, -moment.at))
+
+    def at(self, positions: Sequence[int]) -> list[Moment]:
+        """Live bytes by category at given, ascending places of the stream."""
+        live = dict.fromkeys(CATEGORIES, 0)
+        found: list[Moment] = []
+        start = 0
+        for position in positions:
+            _apply(live, self.stream[start:position], self.sizes, self.categories)
+            found.append(Moment("", dict(live), position))
+            start = position
+        return found
+
+
+def _apply(live: dict[str, int], entries: Sequence[int], sizes: Sequence[int], kinds: Sequence[str]) -> None:
+    for entry in entries:
+        index = abs(entry) - 1
+        live[kinds[index]] = live.get(kinds[index], 0) + (sizes[index] if entry > 0 else -sizes[index])
+
+
+def peaks(
+    stream: Sequence[int], sizes: Sequence[int], categories: Sequence[str], phases: Sequence[tuple[int, str]]
+) -> dict[str, Moment]:
+    """Replay a stream: the largest instant of each phase (phases of one name are one)."""
+    live = dict.fromkeys(CATEGORIES, 0)
+    best: dict[str, Moment] = {}
+    bounds = [*[start for start, _ in phases[1:]], len(stream)]
+    if phases:
+        _apply(live, stream[: phases[0][0]], sizes, categories)
+    for (start, name), stop in zip(phases, bounds, strict=True):
+        where = _highest(stream, start, stop, sizes)
+        _apply(live, stream[start:where], sizes, categories)
+        if name not in best or sum(live.values()) > best[name].total:
+            best[name] = Moment(name, dict(live), where)
+        _apply(live, stream[where:stop], sizes, categories)
+    return best
+
+
+def _highest(stream: Sequence[int], start: int, stop: int, sizes: Sequence[int]) -> int:
+    """Where in start..stop most bytes live: after how many entries."""
+    total = top = 0
+    where = start
+    for position in range(start, stop):
+        entry = stream[position]
+        total += sizes[entry - 1] if entry > 0 else -sizes[-entry - 1]
+        if total > top:
+            top, where = total, position + 1
+    return where
