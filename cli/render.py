@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -69,7 +70,10 @@ def out(*renderables: RenderableType) -> None:
     """Print results for people to stdout."""
     console = out_console()
     for renderable in renderables:
-        console.print(renderable if not isinstance(renderable, str) else Text(renderable))
+        if isinstance(renderable, str):  # as it is: paths and Markdown survive a narrow terminal
+            console.print(Text(renderable), soft_wrap=True)
+        else:
+            console.print(renderable)
 
 
 def say(text: str) -> None:
@@ -128,7 +132,7 @@ def table(
         rows: cells; None is shown as a dash.
         right: headings of numeric columns.
     """
-    result = Table(title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    result = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in columns:
         result.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
