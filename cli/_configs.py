@@ -30,15 +30,17 @@ def find(name_or_path: str) -> Path:
 
 
 def problems(values: Mapping[str, Any]) -> list[str]:
-    """Problems of a run that need the registries: its model, its strategy and that strategy's options."""
+    """Problems that need the registries: the model, the data format, the strategy and its options."""
     from lowmem.memory.model import resolve
+    from lowmem.training.formats import named
 
     found = []
-    if values["model"]:
+    for name, look_up in (("model", resolve), ("data_format", named)):
         try:
-            resolve(values["model"])
+            if values[name]:
+                look_up(values[name])
         except UserError as error:
-            found.append(f"model: {error}")
+            found.append(f"{name}: {error}")
     return found + (_strategy_problems(values) if values["optim"] else [])
 
 
@@ -46,9 +48,12 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     from lowmem.strategies import create, parse_options
 
     try:
-        strategy = create(values["optim"], **parse_options(values["optim"], values["optim_args"]))
+        options = parse_options(values["optim"], values["optim_args"])
+        strategy = create(values["optim"], **options)
     except UserError as error:
         return [f"optim: {error}"]
+    if values["writer"] != "auto" and options.get("writer", values["writer"]) != values["writer"]:
+        return [f"writer: {values['writer']}, but optim_args says {options['writer']}; give it once"]
     if strategy.source.needs_autograd:
         return []
     pointless = {

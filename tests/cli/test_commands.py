@@ -1,0 +1,146 @@
+"""The commands that list, check and copy; what they print for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lowmem
+import lowmem.cli as cli
+from lowmem.memory.model import available_models
+
+runner = CliRunner()
+
+
+def document(*arguments: str) -> Any:
+    """What a command prints with --json, and nothing else."""
+    done = runner.invoke(cli.app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def refused(*arguments: str) -> str:
+    """The one line of an error that the user can mend."""
+    done = runner.invoke(cli.app, list(arguments))
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_strategies_lists_the_registry_with_exact_state() -> None:
+    import torch
+
+    listed = document("strategies")
+    assert [entry["name"] for entry in listed] == list(lowmem.available())
+    for entry in listed:
+        strategy = lowmem.create(entry["name"])
+        assert entry["state_bytes"] == lowmem.state_bytes(strategy, tuple(entry["shape"]), torch.bfloat16)
+    text = runner.invoke(cli.app, ["strategies"]).stdout
+    assert all(name in text for name in lowmem.available())
+
+
+@pytest.mark.parametrize("name", list(lowmem.available()))
+def test_one_strategy_with_its_options(name: str) -> None:
+    detail = document("strategies", name)
+    options = {option["name"]: option["default"] for option in detail["options"]}
+    assert options == {o.name: o.default for o in lowmem.available()[name].options.values()}
+    text = runner.invoke(cli.app, ["strategies", name], env={"COLUMNS": "300"})
+    assert text.exit_code == 0
+    assert all(option in text.stdout for option in options)
+
+
+def test_unknown_strategy() -> None:
+    assert "unknown strategy 'galor'; did you mean 'galore'?" in refused("strategies", "galor")
+
+
+def test_models() -> None:
+    listed = document("models")
+    assert [entry["name"] for entry in listed] == list(available_models())
+    assert "smollm2-135m" in runner.invoke(cli.app, ["models"]).stdout
+
+
+def test_validate_says_all_problems_and_leaves_with_2(tmp_path: Path) -> None:
+    good = tmp_path / "good.yaml"
+    good.write_text("model: smollm2-135m\noptim: galore\noptim_args: {rank: 8}\n", encoding="utf-8")
+    assert runner.invoke(cli.app, ["validate", str(good)]).exit_code == 0
+    checked = document("validate", str(good))
+    assert (checked["valid"], checked["resolved"]["optim_args"]) == (True, "rank=8")
+
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(
+        "modle: smollm2-135m\nmodel: smollm-135m\noptim: galore\noptim_args: {rnk: 8}\nlr: -1\n"
+        "data_format: alpacca\nsteps: 3\nepochs: 1\n",
+        encoding="utf-8",
+    )
+    done = runner.invoke(cli.app, ["validate", str(bad), "--json"])
+    assert done.exit_code == 2
+    problems = "\n".join(json.loads(done.stdout)["problems"])
+    for expected in (
+        "did you mean 'model'?",
+        "did you mean 'smollm2-135m'?",
+        "did you mean 'rank'?",
+        "lr: -1 is out of range",
+        "did you mean 'alpaca'?",
+        "steps and epochs",
+    ):
+        assert expected in problems
+    assert done.stderr.count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("gradient_checkpointing: true", "gradient_checkpointing: mezo works without gradients"),
+        ("gradient_release: true", "gradient_release: mezo works without gradients"),
+        ("clip: global", "clip: mezo works without gradients"),
+    ],
+)
+def test_what_a_strategy_without_gradients_excludes(line: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: gpt2\noptim: mezo\n{line}\n", encoding="utf-8")
+    assert problem in refused("validate", str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("rank=0", "rank"),
+        ("rank=-4", "rank"),
+        ("rank=ten", "rank is int, got 'ten'"),
+        ("states=int7", "did you mean 'int"),
+        ("rank", "key=value"),
+        ("writer=kahan", "writer: split, but optim_args says kahan"),
+    ],
+)
+def test_bad_options_of_a_strategy(options: str, problem: str, tmp_path: Path) -> None:
+    writer = "writer: split\n" if "writer" in options else ""
+    text = f"model: gpt2\noptim: galore\noptim_args: {options}\n{writer}"
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert problem in refused("validate", str(tmp_path / "run.yaml"))
+
+
+def test_shipped_configurations_are_valid() -> None:
+    for file in (Path(__file__).resolve().parents[2] / "configs" / "runs").glob("*.yaml"):
+        assert document("validate", file.stem)["valid"], file
+
+
+def test_cp_copies_and_refuses_to_replace(tmp_path: Path) -> None:
+    copied = document("cp", "demo", str(tmp_path))
+    target = tmp_path / "demo.yaml"
+    assert copied["destination"] == str(target)
+    target.write_text("mine", encoding="utf-8")
+    assert "exists" in refused("cp", "demo", str(target))
+    assert target.read_text(encoding="utf-8") == "mine"
+    assert runner.invoke(cli.app, ["cp", "demo", str(target), "--overwrite"]).exit_code == 0
+    assert target.read_text(encoding="utf-8").startswith("# lowmem finetune --config")
+    assert "there is no folder" in refused("cp", "demo", str(tmp_path / "absent" / "demo.yaml"))
+    assert "did you mean 'demo'?" in refused("cp", "demmo", str(tmp_path))
+
+
+def test_a_missing_config_names_the_shipped_ones() -> None:
+    assert "Known: demo" in refused("validate", "absent.yaml")
