@@ -143,4 +143,4 @@ def test_cp_copies_and_refuses_to_replace(tmp_path: Path) -> None:
 
 
 def test_a_missing_config_names_the_shipped_ones() -> None:
-    assert "Known: demo" in refused("validate", "absent.yaml")
+    assert "demo" in refused("validate", "absent.yaml")
