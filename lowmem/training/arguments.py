@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
@@ -82,7 +83,7 @@ class LowMemFields:
         Raises:
             UserError: unknown name, option or value, with the nearest known one.
         """
-        return build_strategy(self.optim, self.optim_args or "", self.writer)
+        return build_strategy(self.optim, self.optim_args, self.writer)
 
     @property
     def clip_policy(self) -> str:
@@ -104,18 +105,23 @@ class LowMemArguments(LowMemFields, TrainingArguments):
     """
 
 
-def build_strategy(name: str, options: str, writer: str = "auto") -> Strategy:
+def build_strategy(name: str, options: str | Mapping[str, Any] | None, writer: str = "auto") -> Strategy:
     """A strategy from what a person writes on one line.
 
     Args:
         name: of a registered strategy.
-        options: "rank=128,states=int8", possibly empty.
-        writer: one of `WRITERS`; auto leaves the strategy's own.
+        options: "rank=128,states=int8", or a mapping; may be empty.
+        writer: auto leaves the choice to the options.
+
+    Raises:
+        UserError: unknown name, option or value, or two different writers.
     """
     from lowmem.strategies import create, parse_options
 
-    strategy = create(name, **parse_options(name, options))
-    return strategy if writer == "auto" else replace(strategy, writer=writer)
+    parsed = parse_options(name, options)
+    if writer != "auto" and parsed.get("writer", writer) != writer:
+        raise UserError(f"writer: {writer!r} and {parsed['writer']!r} are both given; give one of them")
+    return create(name, **(parsed if writer == "auto" else {**parsed, "writer": writer}))
 
 
 def check(args: Any) -> list[str]:
@@ -131,7 +137,8 @@ def check(args: Any) -> list[str]:
     ]
     problems += _engines(args)
     try:
-        strategy = build_strategy(args.optim, args.optim_args or "")
+        writer = args.writer if args.writer in WRITERS else "auto"
+        strategy = build_strategy(args.optim, args.optim_args, writer)
     except UserError as error:
         return [f"optim: {error}", *problems]
     return problems + (_released(args) if strategy.source.needs_autograd else _gradient_free(args))
@@ -223,11 +230,16 @@ def _sft_config() -> type[Any]:
         )
 
         def _default_checkpointing(self) -> None:
-            if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            given: tuple[Any, Any] = (self.activation_checkpointing, self.gradient_checkpointing)
+            if given == (None, None):
                 try:
-                    self.activation_checkpointing = self.strategy().source.needs_autograd
+                    self.activation_checkpointing: Any = self.strategy().source.needs_autograd
                 except UserError:  # reported with everything else
                     self.activation_checkpointing = False
+
+        def to_dict(self) -> dict[str, Any]:
+            """The stock dictionary; the stock one hides these two as if they were passwords."""
+            return {**super().to_dict(), "eos_token": self.eos_token, "pad_token": self.pad_token}
 
     LowMemSFTConfig.__module__, LowMemSFTConfig.__qualname__ = __name__, "LowMemSFTConfig"
     return LowMemSFTConfig

@@ -98,14 +98,9 @@ def hf_optimizer(
     Example:
         >>> factory, kwargs = hf_optimizer("galore", lr=1e-4, rank=64)
         >>> kwargs["options"]
-        'rank=64'
+        {'rank': 64}
     """
-    text = ",".join(f"{key}={_plain(value)}" for key, value in options.items())
-    if not build_strategy(name, text, writer).source.needs_autograd:
+    if not build_strategy(name, options, writer).source.needs_autograd:
         raise UserError(f"{name} evaluates the loss instead of differentiating it; use lowmem.LowMemTrainer")
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
-    return Factory, {"strategy": name, "options": text, "writer": writer, "compile": compile, **settings}
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return Factory, {"strategy": name, "options": options, "writer": writer, "compile": compile, **settings}

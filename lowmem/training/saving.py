@@ -36,7 +36,8 @@ class WholeCheckpoints:
         config = self._strategy.to_config()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
-        return {"strategy": config["name"], "options": config["options"], "parameters": shapes}
+        options = config["options"] | {"writer": config["writer"]}
+        return {"strategy": config["name"], "options": options, "parameters": shapes}
 
     def resume_path(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to resume from, whole and of this run, or None where none is wanted.

@@ -174,7 +174,7 @@ class LowMemMixin(WholeCheckpoints):
         finally:
             self._detach()
         if self._interruption.asked:
-            raise KeyboardInterrupt(f"stopped after step {self.state.global_step}")  # type: ignore[attr-defined]
+            raise KeyboardInterrupt(f"stopped after step {self.state.global_step}")
         return result
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

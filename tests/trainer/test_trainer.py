@@ -1,0 +1,335 @@
+"""LowMemTrainer and stock trainers: groups, schedules, resume, accumulation, clipping, adapters."""
+
+import pytest
+import torch
+import transformers
+from tiny_models import tiny
+from tiny_runs import Rows, assert_equal, keep_only, logged, stock, trainer, weights
+
+from lowmem import hf_optimizer
+from lowmem.errors import CheckpointError, UserError
+from lowmem.training.arguments import LowMemArguments
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
+
+RESUMED = {
+    "adamw": "",
+    "galore": "rank=4,update_proj_gap=5",  # refreshes before and after the resume, staggered by name
+}
+
+
+def dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def options(text: str) -> dict[str, int]:
+    return {k: int(v) for k, v in (pair.split("=") for pair in text.split(",") if pair)}
+
+
+@pytest.mark.parametrize("weights_in", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optim", RESUMED)
+def test_resume_is_bit_exact(tmp_path, optim, weights_in):
+    def run(folder, resume=None, seed=0):
+        made = trainer(
+            folder,
+            model=tiny(dtype=dtype(weights_in), seed=seed),
+            rows=Rows(36),  # 18 steps an epoch: the resume falls inside the first, the end inside the second
+            optim=optim,
+            optim_args=RESUMED[optim],
+            max_steps=24,
+            save_strategy="steps",
+            save_steps=8,
+        )
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole = run(tmp_path)
+    keep_only(tmp_path, 16)
+    resumed = run(tmp_path, resume=True, seed=99)  # everything that counts comes from the checkpoint
+    assert_equal(weights(whole), weights(resumed))
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert (
+        resumed.lowmem_optimizer.state_dict()["param_groups"]
+        == whole.lowmem_optimizer.state_dict()["param_groups"]
+    )
+
+
+@pytest.mark.parametrize("weights_in", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optim", RESUMED)
+def test_stock_trainer_resumes_bit_exactly(tmp_path, optim, weights_in):
+    def run(resume=None, seed=0):
+        made = stock(
+            tmp_path,
+            hf_optimizer(optim, lr=1e-2, weight_decay=0.1, **options(RESUMED[optim])),
+            model=tiny(dtype=dtype(weights_in), seed=seed),
+            max_steps=24,
+            save_strategy="steps",
+            save_steps=8,
+        )
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole = run()
+    keep_only(tmp_path, 16)
+    assert_equal(weights(whole), weights(run(resume=True, seed=99)))
+
+
+def test_stock_trainer_and_ours_take_the_same_steps(tmp_path):
+    ours = trainer(tmp_path / "a", optim="galore", optim_args="rank=4,update_proj_gap=3", max_steps=5)
+    ours.train()
+    choice = hf_optimizer("galore", lr=1e-2, weight_decay=0.1, seed=ours.args.seed, rank=4, update_proj_gap=3)
+    theirs = stock(tmp_path / "b", choice, max_steps=5)
+    theirs.train()
+    assert_equal(weights(ours), weights(theirs))
+
+
+def test_adamw_is_torchs_adamw_through_the_trainer(tmp_path):
+    """lr, betas, eps, weight decay, decay groups, schedule and clipping all arrive."""
+    values = {
+        "max_steps": 6,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-5,
+        "max_grad_norm": 0.5,
+    }
+    ours = trainer(tmp_path / "a", optim="adamw", **values)
+    ours.train()
+    reference = stock(tmp_path / "b", None, optim="adamw_torch", **values)
+    reference.train()
+    for name, weight in weights(reference).items():
+        torch.testing.assert_close(weights(ours)[name], weight, rtol=0, atol=2e-6, msg=name)
+    assert logged(ours, "learning_rate") == logged(reference, "learning_rate")
+    torch.testing.assert_close(logged(ours, "grad_norm"), logged(reference, "grad_norm"), rtol=1e-4, atol=0)
+
+
+def test_groups_carry_the_arguments_and_the_decay_rule(tmp_path):
+    made = trainer(
+        tmp_path,
+        model=tiny("gpt2"),  # biases, LayerNorm and Conv1D
+        optim="galore",
+        optim_args="rank=4",
+        learning_rate=3e-3,
+        weight_decay=0.3,
+        adam_beta1=0.7,
+        adam_epsilon=1e-6,
+    )
+    optimizer = made.create_optimizer()
+    decay = {}
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"][0], group["eps"]) == (3e-3, 0.7, 1e-6)
+        decay |= dict.fromkeys(group["param_names"], group["weight_decay"])
+    assert set(decay) == {name for name, _ in made.model.named_parameters()}
+    spared = {name for name, rate in decay.items() if rate == 0}
+    assert spared == {name for name in decay if "bias" in name or "ln_" in name}
+    assert {decay[name] for name in decay.keys() - spared} == {0.3}
+
+
+def test_learning_rate_of_the_schedule_is_logged_and_reaches_the_groups(tmp_path):
+    made = trainer(tmp_path, optim="adamw", max_steps=6, learning_rate=1.0e-2)
+    made.train()
+    expected = [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]  # the lr each step was taken with
+    assert logged(made, "learning_rate") == pytest.approx(expected)
+    assert {group["lr"] for group in made.lowmem_optimizer.param_groups} == {0.0}
+
+
+def test_state_bytes_are_logged_once_and_are_what_is_held(tmp_path):
+    made = trainer(tmp_path, optim="galore", optim_args="rank=4", max_steps=3)
+    made.train()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state_tensors(made)}
+    assert logged(made, "optimizer_state_bytes") == [sum(held.values())]
+
+
+def state_tensors(made):
+    return [t for state in made.lowmem_optimizer.state.values() for t in state.values()]
+
+
+@pytest.mark.parametrize("optim", RESUMED)
+def test_accumulated_micro_batches_are_one_large_batch(tmp_path, optim):
+    def run(name, rows, micro):
+        made = trainer(
+            tmp_path / name,
+            optim=optim,
+            optim_args=RESUMED[optim],
+            max_steps=4,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=micro,
+            adam_epsilon=1e-3,  # else the sign of a gradient near 0 decides a whole step
+        )
+        made.train()
+        return made
+
+    one, four = run("one", 8, 1), run("four", 2, 4)
+    for name, weight in weights(one).items():
+        torch.testing.assert_close(weights(four)[name], weight, rtol=0, atol=2e-5, msg=name)
+    torch.testing.assert_close(logged(four, "loss"), logged(one, "loss"), rtol=1e-5, atol=0)
+
+
+def true_norms(tmp_path, steps):
+    """Gradient norms of AdamW without clipping, from the stock trainer."""
+    made = stock(tmp_path / "norms", None, optim="adamw_torch", max_steps=steps, max_grad_norm=0.0)
+    made.train()
+    return logged(made, "grad_norm")
+
+
+@pytest.mark.parametrize("clip", ["none", "global"])
+def test_grad_norm_is_the_norm_before_clipping(tmp_path, clip):
+    made = trainer(tmp_path / "ours", optim="adamw", max_steps=1, clip=clip, max_grad_norm=1e-3)
+    made.train()
+    assert logged(made, "grad_norm") == pytest.approx(true_norms(tmp_path, 1), rel=1e-5)
+
+
+def test_clip_none_leaves_gradients_alone(tmp_path):
+    """SGD-like steps show it: with eps large, AdamW's step is proportional to the gradient."""
+    steps = {}
+    for clip in ("none", "global"):
+        made = trainer(
+            tmp_path / clip, optim="adamw", max_steps=1, clip=clip, max_grad_norm=1e-3, adam_epsilon=1e3,
+            warmup_steps=0, weight_decay=0.0, learning_rate=1e3,
+        )  # fmt: skip
+        before = weights(made)
+        made.train()
+        steps[clip] = sum(float((w - before[n]).norm()) for n, w in weights(made).items())
+    assert steps["none"] > 100 * steps["global"]
+
+
+def lora(**values):
+    import peft
+
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM", **values
+    )
+    return peft.get_peft_model(tiny(dtype=torch.bfloat16), config)
+
+
+@pytest.mark.parametrize("optim", RESUMED)
+def test_lora_holds_state_for_adapters_only_and_resumes(tmp_path, optim):
+    def run(resume=None):
+        made = trainer(
+            tmp_path,
+            model=lora(),
+            optim=optim,
+            optim_args=RESUMED[optim],
+            max_steps=8,
+            save_strategy="steps",
+            save_steps=4,
+        )
+        frozen = {n: p.detach().clone() for n, p in made.model.named_parameters() if not p.requires_grad}
+        made.train(resume_from_checkpoint=resume)
+        assert_equal(frozen, {n: p for n, p in made.model.named_parameters() if not p.requires_grad})
+        return made
+
+    torch.manual_seed(0)
+    whole = run()
+    names = {n for group in whole.lowmem_optimizer.param_groups for n in group["param_names"]}
+    assert names == set(weights(whole))
+    assert all("lora_" in n for n in names)
+    assert len(whole.lowmem_optimizer.state) == len(names)
+    assert (tmp_path / "checkpoint-8" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "checkpoint-8" / "model.safetensors").exists()
+    keep_only(tmp_path, 4)
+    assert_equal(weights(whole), weights(run(resume=True)))
+
+
+def test_foreign_checkpoints_are_refused_in_one_line(tmp_path):
+    def made(**values):
+        values = {"optim": "galore", "optim_args": "rank=4", **values}
+        return trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4, **values)
+
+    made().train()
+    for values, words in [
+        ({"optim": "adamw", "optim_args": ""}, "strategy is 'galore', this run's is 'adamw'"),
+        ({"optim_args": "rank=8"}, "options 'rank' is 4, this run's is 8"),
+        ({"writer": "kahan"}, "options 'writer' is 'auto', this run's is 'kahan'"),
+        ({"model": tiny("qwen3")}, "parameters"),
+        ({"model": tiny(dtype=torch.bfloat16)}, "float32"),
+    ]:
+        with pytest.raises(CheckpointError, match=words) as caught:
+            made(**values).train(resume_from_checkpoint=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_resume_takes_the_newest_whole_checkpoint_and_says_what_it_skipped(tmp_path, caplog):
+    def made():
+        return trainer(tmp_path, optim="adamw", max_steps=12, save_strategy="steps", save_steps=4)
+
+    whole = made()
+    whole.train()
+    (tmp_path / "checkpoint-12" / "optimizer.pt").unlink()
+    path = tmp_path / "checkpoint-8" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    resumed = made()
+    with caplog.at_level("WARNING", logger="lowmem"):
+        resumed.train(resume_from_checkpoint=True)
+    assert [r.getMessage().split(":")[0] for r in caplog.records if r.name.startswith("lowmem")] == [
+        "skipped checkpoint-12",
+        "skipped checkpoint-8",
+    ]
+    assert_equal(weights(whole), weights(resumed))
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing"):
+        (tmp_path / "checkpoint-12" / "optimizer.pt").unlink()
+        made().train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no whole checkpoint in .*; skipped checkpoint-12: it has no manifest"
+    ):
+        made().train(resume_from_checkpoint=True)
+
+
+def test_resuming_a_finished_run_takes_no_step_more(tmp_path):
+    def made():
+        return trainer(
+            tmp_path,
+            optim="adamw",
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=4,
+            lr_scheduler_type="constant",
+        )
+
+    whole = made()
+    whole.train()
+    again = made()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert_equal(weights(whole), weights(again))
+
+
+def test_best_checkpoint_is_named_by_its_final_place_and_kept(tmp_path):
+    made = trainer(
+        tmp_path,
+        held=Rows(4),
+        optim="adamw",
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the first one is best, so that it must be spared
+    )
+    made.train()
+    assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
+
+
+def test_an_optimizer_beside_the_strategy_is_refused(tmp_path):
+    from lowmem.training.trainer import LowMemTrainer
+
+    args = LowMemArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(UserError, match="args.optim names the strategy"):
+        LowMemTrainer(tiny(), args, optimizer_cls_and_kwargs=hf_optimizer("adamw", lr=1e-3))
+    model = tiny()
+    with pytest.raises(UserError, match="args.optim names the strategy"):
+        LowMemTrainer(model, args, optimizers=(torch.optim.SGD(model.parameters()), None))
+    with pytest.raises(UserError, match="takes LowMemArguments"):
+        LowMemTrainer(tiny(), transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
+def test_hf_optimizer_refuses_what_a_stock_trainer_cannot_do():
+    with pytest.raises(UserError, match="did you mean 'rank'"):
+        hf_optimizer("galore", lr=1e-3, rnk=3)
+    with pytest.raises(UserError, match=r"lowmem\.LowMemTrainer"):
+        hf_optimizer("mezo", lr=1e-6)
