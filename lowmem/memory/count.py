@@ -53,7 +53,8 @@ def state_bytes(
 def shared_bytes(strategy: Strategy, roles: Iterable[str] = ("matrix", "other")) -> int:
     """Bytes of the constants that an optimizer holds once for each role that is in use."""
     x = torch.empty(1, device="meta")
-    return sum(_bytes(strategy.rules[role].shared(x).values()) for role in set(roles) if role in strategy.rules)
+    used = [strategy.rules[role] for role in sorted(set(roles)) if role in strategy.rules]
+    return _bytes(table for rule in used for table in rule.shared(x).values())
 
 
 def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0) -> int:
@@ -94,8 +95,10 @@ def workspace_bytes(
         >>> workspace_bytes(create("galore"), (1024, 4096)) <= (64 << 20) + 4 * 128 * 4096
         True
     """
-    config = strategy.to_config()
-    return _workspace(config["name"], tuple(config["options"].items()), strategy.writer, shape, dtype, role, refresh)
+    if not strategy.name:  # composed by hand: it has no name to remember it by
+        return measure_workspace(strategy, shape, dtype, role, refresh)
+    options = tuple(strategy.options.items())
+    return _workspace(strategy.name, options, strategy.writer, shape, dtype, role, refresh)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -103,14 +106,18 @@ def _workspace(
     name: str, options: tuple[tuple[str, bool | int | float | str], ...], writer: str,
     shape: Shape, dtype: torch.dtype, role: str, refresh: bool,
 ) -> int:  # fmt: skip
-    strategy = create(name, writer=writer, **dict(options))
+    return measure_workspace(create(name, writer=writer, **dict(options)), shape, dtype, role, refresh)
+
+
+def measure_workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool) -> int:
+    """`workspace_bytes` of any strategy, not remembered."""
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
     gradient = torch.empty_like(p)
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
     optimizer.init_state()
     group, held = optimizer.place(p)[0], optimizer.state[p]
     optimizer.constants(strategy.rules[optimizer.role(p)], optimizer.role(p), p)
-    gap = int(dict(options).get("update_proj_gap", 1))
+    gap = int(strategy.options.get("update_proj_gap", 1))
     group["step"] = 0 if refresh else _between(gap)
     tracker = Tracker()
     tracker.register([p, gradient, *held.values()], "weights")

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
 BLOCK = 1 << 20
 """Elements of a row block, at most (one row at least)."""
 
@@ -156,7 +155,9 @@ class Projected(Blocks):
         self.low = low
 
     def _gone(self, i: int, j: int) -> Tensor:
-        raise RuntimeError("only the projected gradient was kept: rules that read the whole gradient cannot use it")
+        raise RuntimeError(
+            "only the projected gradient was kept: rules that read the whole gradient cannot use it"
+        )
 
 
 @dataclass(frozen=True)

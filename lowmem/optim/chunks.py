@@ -13,9 +13,12 @@ is not finite leaves its weight and carries its moments over; it is counted. A
 
 from __future__ import annotations
 
+import collections
+import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ LADDER = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)
 """Chunk sizes in elements; every grain divides the smallest."""
 
 Kernel = Callable[..., None]
+Block = TypeVar("Block")
 
 
 def spans(count: int) -> Iterator[tuple[int, int, int]]:
@@ -57,6 +61,15 @@ def pad(piece: Tensor, entries: int) -> Tensor:
     padded = piece.new_zeros((entries, *piece.shape[1:]))
     padded[: piece.shape[0]] = piece
     return padded
+
+
+def _walk(blocks: Iterator[Block], x: Tensor) -> Iterator[Block]:
+    """All blocks; on meta, where only sizes are asked, the first two and the last stand for all."""
+    if x.device.type != "meta":
+        yield from blocks
+        return
+    yield from itertools.islice(blocks, 2)
+    yield from collections.deque(blocks, maxlen=1)
 
 
 def _write_flat(tensor: Tensor, start: int, values: Tensor) -> None:
@@ -154,7 +167,7 @@ class Chunks:
         ok = torch.ones((), dtype=torch.bool, device=p.device)
         self._age(s, ok)
         run = _Run(self, rule, writer, s, extra, hp, ok, rule.scalars(s, hp), rates(hp))
-        for start, length, size in run.spans(p.numel()):
+        for start, length, size in _walk(run.spans(p.numel()), p):
             run.weight_chunk(p, g.chunk(start, start + length), start, size)
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor) -> None:
@@ -168,19 +181,19 @@ class Chunks:
         run = _Run(self, rule, None, s, {}, hp, ok, rule.scalars(s, hp), rates(hp))
         run.skipped = torch.zeros_like(run.skipped)  # the write counts what is skipped
         flat = low.view(-1)
-        for start, length, size in run.spans(flat.numel()):
+        for start, length, size in _walk(run.spans(flat.numel()), low):
             run.low_chunk(flat[start : start + length], start, size)
 
     def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:
         """Take a step that a rule has decided, and store what it commits."""
         ok = direction.ok if direction.ok is not None else torch.ones((), dtype=torch.bool, device=p.device)
-        if direction.pair is not None and direction.lr is None and direction.decay is None:
-            if isinstance(writer, Nearest) and p.dtype == torch.float32 and p.dim() == 2:
-                self._add_product_(p, direction.pair, ok, hp)
-                return
+        plain = isinstance(writer, Nearest) and p.dtype == torch.float32 and p.dim() == 2
+        if plain and direction.pair and direction.lr is None and direction.decay is None:
+            self._add_product_(p, direction.pair, ok, hp)
+            return
         run = _Run(self, None, writer, {}, extra, hp, ok, None, rates(hp, direction))
         n = direction.blocks.shape[1]
-        for i, j in direction.blocks.ranges():
+        for i, j in _walk(direction.blocks.ranges(), p):
             rows = direction.blocks.rows(i, j).reshape(-1)
             for start, length, size in run.spans(rows.numel()):
                 run.weight_chunk(p, rows[start : start + length], i * n + start, size)
@@ -257,7 +270,9 @@ class _Run:
             hp = self.hp
             names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.streams]
             device = self.rates.device
-            self._words[upper] = noise.key_tensor(names, device) if names else hp.vector(0.0, dtype=torch.int32)
+            self._words[upper] = (
+                noise.key_tensor(names, device) if names else hp.vector(0.0, dtype=torch.int32)
+            )
         return self._words[upper]
 
     def _position(self, start: int) -> Tensor:

@@ -143,10 +143,8 @@ class Blockwise:
 
     def shared(self, x: Tensor) -> State:
         """The map, and for 8 bits what finds the nearest entry without a search."""
-        tables = dynamic_tables(self.bits, self.signed)
-        if x.device.type == "meta":
-            return {f"{self._name}.{k}": torch.empty_like(v, device="meta") for k, v in tables.items()}
-        return {f"{self._name}.{k}": v.to(x.device) for k, v in tables.items()}
+        tables = dynamic_tables(self.bits, self.signed, x.device)
+        return {f"{self._name}.{key}": table for key, table in tables.items()}
 
     def decode(self, s: State, constants: Mapping[str, Tensor]) -> Tensor:
         """map[code] scale."""
@@ -266,11 +264,12 @@ def _thresholds(table: Tensor) -> Tensor:
 
 
 @functools.cache
-def dynamic_tables(bits: int, signed: bool) -> Mapping[str, Tensor]:
+def dynamic_tables(bits: int, signed: bool, device: torch.device) -> Mapping[str, Tensor]:
     """The map, its rounding thresholds, and for 8 bits a start for the search.
 
     `below[h]` counts the thresholds under every fp32 whose upper 16 bits are h;
-    at most one more lies among them, so one comparison finishes the search.
+    at most one more lies among them, so one comparison finishes the search. Every
+    optimizer on a device uses the same tensors.
     """
     table = dynamic_map(bits, signed)
     edges = _thresholds(table)
@@ -280,7 +279,7 @@ def dynamic_tables(bits: int, signed: bool) -> Mapping[str, Tensor]:
         least = torch.where(words < 0, words | 0xFFFF, words).view(torch.float32)
         count = torch.searchsorted(edges, least.nan_to_num(nan=0.0), right=True)
         tables["below"] = count.clamp(max=255).to(torch.int16)
-    return tables
+    return {key: table.to(device) for key, table in tables.items()}
 
 
 def codec(states: str, *, signed: bool, stream: str) -> Codec:

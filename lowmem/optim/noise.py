@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def signs(index: Tensor, key: Tensor) -> Tensor:
     return ((bits(index, key) >> 30) & 2).float() - 1.0
 
 
-def key_tensor(names: list[tuple[int | str, ...]], device: torch.device) -> Tensor:
+def key_tensor(names: Sequence[tuple[int | str, ...]], device: torch.device) -> Tensor:
     """Keys of several streams, (len(names), 2) int32."""
     words = torch.tensor([mix(*name) for name in names], dtype=torch.int32)
     return words.reshape(len(names), 2).to(device, non_blocking=True)

@@ -211,7 +211,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         rule, held, fresh = self.ready(p)
         if isinstance(g, Tensor):
             if g.is_sparse:
-                raise UserError(f"sparse gradient for {self.place(p)[1]!r}: set sparse=False on its embedding")
+                raise UserError(
+                    f"sparse gradient for {self.place(p)[1]!r}: set sparse=False on its embedding"
+                )
             g = Dense(g)
         hp = self.hyper(p, fresh)
         writer = select(self.strategy.writer, p.dtype)
@@ -238,7 +240,11 @@ class LowMemOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         step, seed = group["step"], group["seed"]
         loss, evidence = self.strategy.source.backward(
-            [(n, p) for n, p in self.named_parameters() if p.requires_grad], loss_fn, model=model, seed=seed, step=step
+            [(n, p) for n, p in self.named_parameters() if p.requires_grad],
+            loss_fn,
+            model=model,
+            seed=seed,
+            step=step,
         )
         if evidence is not None:
             self._evidence.append(evidence)
@@ -269,7 +275,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load exactly: dtypes and bits as saved, on the parameter's device.
 
         Raises:
@@ -293,8 +299,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if given != {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}:
             name = self.place(p)[1]
             raise CheckpointError(
-                f"optimizer state of {name!r} {tuple(p.shape)} does not fit: the checkpoint is of another model, "
-                f"dtype or writer; resume with the settings it was saved with"
+                f"optimizer state of {name!r} {tuple(p.shape)} does not fit: the checkpoint is of another "
+                f"model, dtype or writer; resume with the settings it was saved with"
             )
         return {k: v.detach().to(p.device, copy=True) for k, v in saved.items()}
 
@@ -308,7 +314,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
                     f"resume with the strategy and options it was saved with"
                 )
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise CheckpointError("optimizer state was saved for another set of parameters: resume the same model")
+            raise CheckpointError(
+                "optimizer state was saved for another set of parameters: resume the same model"
+            )
 
 
 def check_hyper(

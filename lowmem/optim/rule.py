@@ -24,10 +24,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from lowmem.optim import noise
 from lowmem.optim.blocks import Blocks, Direction
@@ -266,7 +267,7 @@ class Rule(Protocol):
 AnyRule = Pointwise | Rule
 
 
-def is_pointwise(rule: AnyRule) -> TypeGuard[Pointwise]:
+def is_pointwise(rule: AnyRule) -> TypeIs[Pointwise]:
     """Which of the two kinds a rule is."""
     return hasattr(rule, "grain")
 

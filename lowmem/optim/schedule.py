@@ -62,10 +62,12 @@ class RandomBlocks:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0 or self.gap < 1:
-            raise UserError(f"density must be in (0, 1] and update_proj_gap >= 1, got {self.density}, {self.gap}")
+            raise UserError(
+                f"density must be in (0, 1] and update_proj_gap >= 1, got {self.density}, {self.gap}"
+            )
 
     def role(self, name: str, role: str, names: Sequence[str], step: int, seed: int) -> str:
-        """ "matrix" while active, "inactive" otherwise."""
+        """The role "matrix" while active, "inactive" otherwise."""
         if role != "matrix" or name in self.active(names, step, seed):
             return role
         return "inactive"

@@ -71,7 +71,9 @@ class Subspace:
         inner = self.inner.init(low if x.device.type == "meta" else torch.empty_like(low, device=x.device))
         rest = {} if self._complete(matrix_shape(x.shape)) else self.residual.init(x)
         return (
-            prefixed("projector", self.projector.init(x)) | prefixed("inner", inner) | prefixed("residual", rest)
+            prefixed("projector", self.projector.init(x))
+            | prefixed("inner", inner)
+            | prefixed("residual", rest)
         )
 
     def shared(self, x: Tensor) -> State:
@@ -163,7 +165,9 @@ class Subspace:
 
     def check_rebase(self, kind: str) -> None:
         """A subspace inside a subspace has no meaning."""
-        raise UserError("a subspace rule cannot be the inner rule of another; take adam, adafactor or sgd inside")
+        raise UserError(
+            "a subspace rule cannot be the inner rule of another; take adam, adafactor or sgd inside"
+        )
 
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
         """Never called: see check_rebase."""

@@ -116,7 +116,9 @@ class Split:
     def init(self, x: Tensor) -> State:
         """The correction, int8."""
         if x.dtype == torch.float16:
-            raise UserError("writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'")
+            raise UserError(
+                "writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'"
+            )
         return {"correction": torch.zeros(x.numel(), dtype=torch.int8, device=x.device)}
 
     def write(

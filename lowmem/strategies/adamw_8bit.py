@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.adam import Adam, outside
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
 from lowmem.strategies.registry import register
@@ -24,5 +24,4 @@ def adamw_8bit(*, states: Literal["int8", "companded8", "int4"] = "int8") -> Str
     Args:
         states: int8 is the dynamic map, companded8 a curve without a table (faster), int4 half of it.
     """
-    rule = Adam.of(states)
-    return Strategy(rules={"matrix": rule, "other": rule, "small": Adam()}, source=Backprop())
+    return Strategy(rules={"matrix": Adam.of(states), **outside(states)}, source=Backprop())

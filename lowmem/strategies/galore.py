@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lowmem.optim.projectors.dense import Frame, Orthonormal, power_iteration, svd
-from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.adam import Adam, outside
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.sources import Backprop
@@ -46,6 +46,5 @@ def galore(
     """
     find = svd if projector == "svd" else power_iteration
     basis = Orthonormal(Frame(rank, proj_type), find, update_proj_gap)
-    inner = Adam.of(states)
-    rules = {"matrix": Subspace(basis, inner, on_refresh=on_refresh, scale=scale), "other": inner}
-    return Strategy(rules=rules if states in ("fp32", "bf16") else {**rules, "small": Adam()}, source=Backprop())
+    inside = Subspace(basis, Adam.of(states), on_refresh=on_refresh, scale=scale)
+    return Strategy(rules={"matrix": inside, **outside(states)}, source=Backprop())

@@ -97,7 +97,9 @@ def _options(factory: Factory) -> dict[str, Option]:
         choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is Literal else None
         kind = str if choices else hints[name]
         if parameter.default is parameter.empty or kind not in (int, float, str, bool) or name not in helps:
-            raise ValueError(f"option {name!r} of {factory.__name__!r} needs a plain type, a default and a help line")
+            raise ValueError(
+                f"option {name!r} of {factory.__name__!r} needs a plain type, a default and a help line"
+            )
         options[name] = Option(name, kind, parameter.default, helps[name], choices)
     return options
 

@@ -81,7 +81,9 @@ class Frame:
         """The two factors of the lifted matrix."""
         return (basis, low) if self.left(shape) else (low, basis.t())
 
-    def replace_(self, basis: Tensor, new: Tensor, ok: Tensor, shape: tuple[int, int], matrix: bool) -> Refreshed:
+    def replace_(
+        self, basis: Tensor, new: Tensor, ok: Tensor, shape: tuple[int, int], matrix: bool
+    ) -> Refreshed:
         """Store a new basis where ok, and say how the coordinates change."""
         new = torch.where(ok, new, basis)
         change = new.t() @ basis if matrix else None
@@ -106,7 +108,8 @@ def unit(x: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
 def orthonormal(x: Tensor) -> Tensor:
     """The QR factor of x with the sign of R's diagonal divided out: it follows x without flipping."""
     q, r = torch.linalg.qr(x)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return signed
 
 
 Find = Callable[[Frame, Tensor, Blocks, Hyper], tuple[Tensor, Tensor]]

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.codecs import Codec, Dense, codec
 from lowmem.optim.rule import (
+    AnyRule,
     Change,
     ChunkHyper,
     Hyper,
@@ -62,8 +63,7 @@ class Adam:
     @property
     def per(self) -> Mapping[str, int]:
         """The codecs' tensors are cut; the age is not."""
-        cut = {k: v for k, v in self._named(self.exp_avg.per, self.exp_avg_sq.per).items()}
-        return cut
+        return self._named(self.exp_avg.per, self.exp_avg_sq.per)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -116,7 +116,9 @@ class Adam:
         """Rotating needs to re-encode whole moments: fp32 ones are exact."""
         dense = isinstance(self.exp_avg, Dense) and isinstance(self.exp_avg_sq, Dense)
         if kind == "rotate" and not (dense and self.exp_avg == Dense(stream="exp_avg")):
-            raise UserError("on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'")
+            raise UserError(
+                "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
+            )
 
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
         """Keep, reset, or rotate.
@@ -144,3 +146,9 @@ class Adam:
         spread = squares @ spread if change.axis == 0 else spread @ squares.t()
         variance = (spread + turned.square()).abs()
         return {"exp_avg": turned * corrections[0], "exp_avg_sq": variance * corrections[1]}
+
+
+def outside(states: str) -> dict[str, AnyRule]:
+    """The rules of what is not a matrix: Adam, with fp32 moments where a codec is not worth it."""
+    rules: dict[str, AnyRule] = {"other": Adam.of(states)}
+    return rules if states in ("fp32", "bf16") else {**rules, "small": Adam()}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,9 +27,13 @@ class SGD:
     scale: float = 1.0
     sign: bool = False
     grain: int = 1
-    per: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     streams: tuple[str, ...] = ()
     compilable: bool = True
+
+    @property
+    def per(self) -> Mapping[str, int]:
+        """Nothing is cut."""
+        return {}
 
     def init(self, x: Tensor) -> State:
         """Nothing."""
