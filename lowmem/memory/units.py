@@ -1,0 +1,75 @@
+"""Bytes as people read them: binary units, always labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
+
+def unit(size: float) -> tuple[str, int]:
+    """Name and size of the unit in which `size` bytes read best.
+
+    >>> unit(3 * 2**20)
+    ('MiB', 1048576)
+    """
+    return next(((name, step) for name, step in UNITS if abs(size) >= step), UNITS[-1])
+
+
+def format_bytes(size: float | None, *, signed: bool = False) -> str:
+    """`size` with its unit: GiB to two places, MiB and KiB to one, bytes whole; a dash for None.
+
+    >>> format_bytes(53924429824), format_bytes(3.5 * 2**20), format_bytes(-512, signed=True)
+    ('50.22 GiB', '3.5 MiB', '-512 B')
+    """
+    if size is None:
+        return "-"
+    name, step = unit(size)
+    places = {"GiB": 2, "MiB": 1, "KiB": 1, "B": 0}[name]
+    sign = "+" if signed and size != 0 else ""
+    return f"{size / step:{sign},.{places}f} {name}"
+
+
+def format_percent(value: float | None) -> str:
+    """A signed error to two places, or a dash for None."""
+    return "-" if value is None else f"{value:+.2f} %"
+
+
+def nice_ticks(top: float, count: int = 5) -> list[float]:
+    """Round numbers from 0 to at least `top`, about `count` steps of 1, 2 or 5 times a power of ten.
+
+    >>> nice_ticks(50.2)
+    [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    """
+    if top <= 0:
+        return [0.0, 1.0]
+    return nice_range(0.0, top, count)
+
+
+def nice_range(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that enclose [low, high]; a span of zero is opened by 5 % (or 1) on both sides."""
+    if high <= low:
+        margin = abs(low) * 0.05 or 1.0
+        low, high = low - margin, high + margin
+    raw = (high - low) / count
+    power = 10.0 ** _floor_log10(raw)
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    first = int(low // step)
+    last = -int(-high // step)
+    return [round(step * i, 12) for i in range(first, last + 1)]
+
+
+def _floor_log10(value: float) -> int:
+    return int(f"{value:e}".split("e")[1])
+
+
+def format_ticks(values: Sequence[float]) -> list[str]:
+    """Labels with as few decimals as tell the ticks apart."""
+    for places in range(10):
+        labels = [f"{v:,.{places}f}" for v in values]
+        if all(
+            abs(float(s.replace(",", "")) - v) <= 1e-9 + abs(v) * 1e-9
+            for s, v in zip(labels, values, strict=True)
+        ):
+            return labels
+    return [f"{v:g}" for v in values]
