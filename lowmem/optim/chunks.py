@@ -56,9 +56,9 @@ def pieces(tensor: Tensor, per: int, start: int, length: int) -> Tensor:
     return flat[start // per : -(-(start + length) // per)]
 
 
-def pad(piece: Tensor, entries: int) -> Tensor:
-    """A copy with zero entries appended along dim 0."""
-    padded = piece.new_zeros((entries, *piece.shape[1:]))
+def pad(piece: Tensor, entries: int, fill: int = 0) -> Tensor:
+    """A copy with entries of `fill` appended along dim 0."""
+    padded = piece.new_full((entries, *piece.shape[1:]), fill)
     padded[: piece.shape[0]] = piece
     return padded
 
@@ -247,6 +247,7 @@ class _Run:
         if scalars is not None:
             self.scalars[: scalars.numel()] = scalars
         self.per = dict(rule.per) if rule else {}
+        self.fill = dict(rule.fill) if rule else {}
         self.state, self.extra = s, extra
         self.keys = tuple(s)
         self.streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
@@ -283,9 +284,9 @@ class _Run:
     def _cut(self, start: int, length: int, size: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Views of the state for one chunk; where it must be padded, copies and where they go back."""
         views, back = [], []
-        cuts = [(self.state[k], self.per.get(k, 0)) for k in self.keys]
-        cuts += [(tensor, 1) for tensor in self.extra.values()]
-        for tensor, per in cuts:
+        cuts = [(self.state[k], self.per.get(k, 0), self.fill.get(k, 0)) for k in self.keys]
+        cuts += [(tensor, 1, 0) for tensor in self.extra.values()]
+        for tensor, per, fill in cuts:
             if not per:
                 views.append(tensor)
                 continue
@@ -294,7 +295,7 @@ class _Run:
             if piece.shape[0] == entries:
                 views.append(piece)
             else:
-                views.append(pad(piece, entries))
+                views.append(pad(piece, entries, fill))
                 back.append((piece, views[-1]))
         return views, back
 

@@ -41,6 +41,10 @@ class Codec(Protocol):
     @property
     def per(self) -> Mapping[str, int]: ...
     @property
+    def fill(self) -> Mapping[str, int]:
+        """Entries that stand for zero beside any scale; 0 where a tensor is not named."""
+
+    @property
     def streams(self) -> tuple[str, ...]: ...
 
     def init(self, x: Tensor) -> State:
@@ -74,6 +78,11 @@ class Dense:
     def per(self) -> Mapping[str, int]:
         """One entry for each element."""
         return {"": 1}
+
+    @property
+    def fill(self) -> Mapping[str, int]:
+        """Zero is zero."""
+        return {}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -128,6 +137,11 @@ class Blockwise:
     def per(self) -> Mapping[str, int]:
         """One scale a block; two 4-bit codes a byte."""
         return {"codes": 8 // self.bits, "scale": self.grain}
+
+    @property
+    def fill(self) -> Mapping[str, int]:
+        """The code of zero, which signed maps have in their middle: code 0 is nearly minus the scale."""
+        return {"codes": (0x77 if self.bits == 4 else 127) if self.signed else 0}
 
     @property
     def _name(self) -> str:
@@ -194,6 +208,11 @@ class Companded:
     def per(self) -> Mapping[str, int]:
         """One scale for each group of 32."""
         return {"codes": 1, "scale": self.grain}
+
+    @property
+    def fill(self) -> Mapping[str, int]:
+        """Code 0 is zero."""
+        return {}
 
     def init(self, x: Tensor) -> State:
         """Codes and scales of zero."""

@@ -88,6 +88,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "role": "matrix",
             "step": 0,
+            "previous_norm": -1.0,
             "seed": seed,
             "compile": compile,
             "strategy": json.dumps(strategy.to_config(), sort_keys=True),

@@ -206,6 +206,7 @@ class Pointwise(Protocol):
     Attributes:
         grain: elements of a block; chunks are multiples of it.
         per: elements for each entry of a state tensor along dim 0; tensors left out are seen whole.
+        fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
     """
@@ -214,6 +215,8 @@ class Pointwise(Protocol):
     def grain(self) -> int: ...
     @property
     def per(self) -> Mapping[str, int]: ...
+    @property
+    def fill(self) -> Mapping[str, int]: ...
     @property
     def streams(self) -> tuple[str, ...]: ...
     @property

@@ -66,6 +66,11 @@ class Adam:
         return self._named(self.exp_avg.per, self.exp_avg_sq.per)
 
     @property
+    def fill(self) -> Mapping[str, int]:
+        """Those of the codecs."""
+        return self._named(self.exp_avg.fill, self.exp_avg_sq.fill)
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """Those of the codecs."""
         return self.exp_avg.streams + self.exp_avg_sq.streams
@@ -99,8 +104,9 @@ class Adam:
         rate1, rate2, eps, correction1, correction2 = hp.scalars[:5].unbind()
         old1 = self.exp_avg.decode(part(s, "exp_avg"), s)
         old2 = self.exp_avg_sq.decode(part(s, "exp_avg_sq"), s)
-        m = hp.keep(old1 + rate1 * (g - old1), old1)
-        v = hp.keep(old2 + rate2 * (g * g - old2), old2)
+        # addcmul rounds once where a product and a sum round twice; so does torch.lerp, hence torchao
+        m = hp.keep(torch.addcmul(old1, g - old1, rate1), old1)
+        v = hp.keep(torch.addcmul(old2, g * g - old2, rate2), old2)
         d = (m / correction1) / ((v / correction2).sqrt() + eps)
         new = self._join(self.exp_avg.encode(m, hp, s), self.exp_avg_sq.encode(v, hp, s))
         return d, new

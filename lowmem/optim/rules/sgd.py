@@ -35,6 +35,11 @@ class SGD:
         """Nothing is cut."""
         return {}
 
+    @property
+    def fill(self) -> Mapping[str, int]:
+        """Nothing is padded."""
+        return {}
+
     def init(self, x: Tensor) -> State:
         """Nothing."""
         return {}

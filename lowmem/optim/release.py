@@ -1,0 +1,197 @@
+"""Gradient release: each tensor is stepped inside backward, as soon as its gradient is there.
+
+The gradient is freed at once, so that one gradient lives instead of all of them.
+It is the ordinary optimizer that steps: the same `step_param`, the same state,
+the same checkpoint; `step()` finds no gradients and moves the clock. Without
+clipping the result is the ordinary one, bit for bit.
+
+Over several micro-batches a subspace strategy that drops its residual needs the
+projected gradient only, so that is what is summed, r long numbers instead of
+m n. A tensor whose basis is refreshed in this window keeps its whole gradient to
+the end, and so does one that is not projected: the step is the ordinary one.
+
+The norm of all gradients is not known when the first tensor steps. Clipping is
+therefore by each tensor's own norm ("tensor") or by the norm of the step before
+("previous", kept in the checkpoint); the first step is then not clipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import UserError, nearest
+from lowmem.optim.blocks import Blocks, Dense, Projected
+from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.subspace import Subspace
+
+CLIP = ("none", "tensor", "previous")
+
+
+@dataclass
+class Release:
+    """A handle on the hooks of gradient release; make it with `release`.
+
+    Args:
+        optimizer: what steps.
+        clip: none, tensor or previous; max_norm: of the gradient.
+        sync: whether the running micro-batch is the last of its window; set it before each one.
+    """
+
+    optimizer: LowMemOptimizer
+    clip: str
+    max_norm: float
+    sync: bool = True
+    _square: dict[torch.device, Tensor] = field(default_factory=dict)
+    _previous: dict[torch.device, Tensor] = field(default_factory=dict)
+    _low: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    _handles: list[Any] = field(default_factory=list)
+
+    def attach(self) -> None:
+        """Hook every trainable parameter."""
+        group = self.optimizer.param_groups[0]
+        known = float(group["previous_norm"])
+        for _, p in self.optimizer.named_parameters():
+            if p.requires_grad:
+                self._handles.append(p.register_post_accumulate_grad_hook(self._on_gradient))
+                if known >= 0.0:
+                    self._previous.setdefault(p.device, torch.tensor(known, device=p.device))
+        self._handles.append(self.optimizer.register_step_post_hook(self._on_step))
+        self._handles.append(self.optimizer.register_state_dict_pre_hook(self._on_save))
+        self.optimizer.released = True
+
+    def remove(self) -> None:
+        """Take the hooks off; the optimizer is an ordinary one again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._low.clear()
+        self.optimizer.released = False
+
+    def grad_norm(self) -> float:
+        """Norm of the gradients of the last step, before clipping. Reads from the device.
+
+        Where only the projection of a gradient was kept, its norm stands for the gradient's.
+        """
+        return float(sum(float(norm) ** 2 for norm in self._previous.values()) ** 0.5)
+
+    @torch.no_grad()
+    def _on_gradient(self, p: nn.Parameter) -> None:
+        if p.grad is None:
+            return
+        rule = self._projecting(p)
+        if rule is not None and (not self.sync or p in self._low):
+            self._accumulate(p, p.grad, rule)
+            p.grad = None
+        if not self.sync:
+            return
+        gradient = self._gradient(p)
+        if gradient is not None:
+            self.optimizer.step_param(p, gradient)
+            p.grad = None
+
+    def _projecting(self, p: nn.Parameter) -> Subspace | None:
+        """The rule of a tensor of which the projected gradient suffices in this window."""
+        rule = self.optimizer.strategy.rules[self.optimizer.role(p)]
+        if not isinstance(rule, Subspace) or not self.optimizer.state.get(p):
+            return None
+        return None if rule.refreshes(self.optimizer.hyper(p)) else rule
+
+    def _accumulate(self, p: nn.Parameter, g: Tensor, rule: Subspace) -> None:
+        low = rule.project(Dense(g), self.optimizer.state[p])
+        if p in self._low:
+            self._low[p].add_(low)
+        else:
+            self._low[p] = low
+
+    def _gradient(self, p: nn.Parameter) -> Blocks | None:
+        if p in self._low:
+            low = self._low.pop(p)
+            factor = self._measure(low)
+            like = Dense(p.detach())
+            return Projected(like.shape, low if factor is None else low.mul_(factor), like.dtype)
+        return None if p.grad is None else Dense(p.grad, self._measure(p.grad))
+
+    def _measure(self, g: Tensor) -> Tensor | None:
+        """Add a gradient's norm to the step's, and give its clip factor."""
+        norm = torch.linalg.vector_norm(g, dtype=torch.float32)
+        total = self._square.setdefault(g.device, torch.zeros((), device=g.device))
+        total.add_(norm.square())
+        if self.clip == "none":
+            return None
+        seen = norm if self.clip == "tensor" else self._previous.get(g.device)
+        if seen is None:
+            return None
+        factor = (self.max_norm / (seen + 1e-6)).clamp(max=1.0)
+        # a norm that is not finite clips nothing: the elements that made it so are not stepped
+        return torch.where(torch.isfinite(seen), factor, 1.0)
+
+    def _on_step(self, *_: Any) -> None:
+        for device, square in self._square.items():
+            self._previous[device] = square.sqrt()
+        self._square.clear()
+
+    def _on_save(self, *_: Any) -> None:
+        if self._previous:
+            self.optimizer.param_groups[0]["previous_norm"] = self.grad_norm()
+
+
+def release(
+    optimizer: LowMemOptimizer, *, accumulation_steps: int = 1, clip: str = "none", max_norm: float = 0.0
+) -> Release:
+    """Step each tensor inside backward and free its gradient at once.
+
+    Args:
+        optimizer: of a strategy that backpropagates.
+        accumulation_steps: micro-batches in a step; set `sync` before each.
+        clip: none, tensor (each by its own norm) or previous (all by the norm of the step before).
+        max_norm: of the gradient; above 0 where there is clipping.
+
+    Raises:
+        UserError: a strategy or a combination that cannot be released, with the remedy.
+
+    Example:
+        >>> import lowmem
+        >>> model = nn.Linear(4, 4)
+        >>> handle = release(lowmem.optimizer(model, "adamw", lr=0.1))
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> model.weight.grad is None
+        True
+    """
+    problems = [problem for problem in _problems(optimizer, accumulation_steps, clip, max_norm) if problem]
+    if problems:
+        raise UserError("; ".join(problems))
+    handle = Release(optimizer, clip, max_norm)
+    handle.attach()
+    return handle
+
+
+def _problems(optimizer: LowMemOptimizer, steps: int, clip: str, max_norm: float) -> list[str]:
+    strategy = optimizer.strategy
+    found = []
+    if not strategy.source.needs_autograd:
+        found.append(f"gradient release: {strategy.name} makes no gradients; leave it out")
+    if clip not in CLIP:
+        found.append(f"gradient release: unknown clip {clip!r}; {nearest(clip, CLIP)}")
+    if (clip == "none") != (max_norm == 0.0):
+        found.append(
+            f"gradient release: clip={clip!r} with max_norm={max_norm}; "
+            f"take clip='tensor' or 'previous' with max_norm > 0, or clip='none' with max_norm=0"
+        )
+    if steps > 1 and strategy.source.needs_autograd:
+        found.append(accumulation_problem(optimizer))
+    return found
+
+
+def accumulation_problem(optimizer: LowMemOptimizer) -> str:
+    """Why gradients cannot be released while they accumulate, or an empty string."""
+    rule, name = optimizer.strategy.rules["matrix"], optimizer.strategy.name
+    remedy = "take accumulation 1, no gradient release, or galore"
+    if not isinstance(rule, Subspace) or rule.residual.reads_rest:
+        return f"gradient release with accumulation: {name} needs the whole gradient of a window; {remedy}"
+    if getattr(rule.projector, "update_proj_gap", 1) == 1:
+        return f"gradient release with accumulation: {name} refreshes at every step; take update_proj_gap > 1"
+    return ""
