@@ -166,8 +166,10 @@ def rotate(output_dir: Path, keep: int | None, protect: Iterable[Path] = ()) -> 
     spared = {path.resolve() for path in protect}
     whole = [folder for folder in checkpoints(output_dir) if damage(folder) is None]
     for folder in whole[keep:]:
-        if folder.resolve() not in spared:
-            shutil.rmtree(folder)
+        if folder.resolve() not in spared:  # renamed first: half a deletion must not look like a checkpoint
+            staging(output_dir).mkdir(exist_ok=True)
+            os.rename(folder, staging(output_dir) / f"old-{folder.name}")
+    shutil.rmtree(staging(output_dir), ignore_errors=True)
 
 
 def ran_out_of_room(error: BaseException) -> bool:

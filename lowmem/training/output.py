@@ -68,7 +68,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> tuple[Path | None, 
         )
     if not (folder / CONFIG).is_file():
         raise UserError(
-            f"output_dir: {folder} holds no run of lowmem (no {CONFIG}) and is left alone; name another folder"
+            f"output_dir: {folder} holds no run of lowmem (no {CONFIG}), it is left alone; name another"
         )
     return _newest(folder) if resume else (None, [])
 

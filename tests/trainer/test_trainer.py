@@ -265,8 +265,8 @@ def test_resume_takes_the_newest_whole_checkpoint_and_says_what_it_skipped(tmp_p
         "skipped checkpoint-8",
     ]
     assert_equal(weights(whole), weights(resumed))
+    (tmp_path / "checkpoint-12" / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing"):
-        (tmp_path / "checkpoint-12" / "optimizer.pt").unlink()
         made().train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     for folder in tmp_path.glob("checkpoint-*"):
         (folder / "manifest.json").unlink()
@@ -319,10 +319,10 @@ def test_an_optimizer_beside_the_strategy_is_refused(tmp_path):
     from lowmem.training.trainer import LowMemTrainer
 
     args = LowMemArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(UserError, match="args.optim names the strategy"):
+    with pytest.raises(UserError, match=r"args\.optim names the strategy"):
         LowMemTrainer(tiny(), args, optimizer_cls_and_kwargs=hf_optimizer("adamw", lr=1e-3))
     model = tiny()
-    with pytest.raises(UserError, match="args.optim names the strategy"):
+    with pytest.raises(UserError, match=r"args\.optim names the strategy"):
         LowMemTrainer(model, args, optimizers=(torch.optim.SGD(model.parameters()), None))
     with pytest.raises(UserError, match="takes LowMemArguments"):
         LowMemTrainer(tiny(), transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
