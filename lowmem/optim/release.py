@@ -56,7 +56,8 @@ class Release:
         known = float(group["previous_norm"])
         for _, p in self.optimizer.named_parameters():
             if p.requires_grad:
-                self._handles.append(p.register_post_accumulate_grad_hook(self._on_gradient))
+                hook = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+                self._handles.append(hook)
                 if known >= 0.0:
                     self._previous.setdefault(p.device, torch.tensor(known, device=p.device))
         self._handles.append(self.optimizer.register_step_post_hook(self._on_step))
@@ -101,7 +102,8 @@ class Release:
         return None if rule.refreshes(self.optimizer.hyper(p)) else rule
 
     def _accumulate(self, p: nn.Parameter, g: Tensor, rule: Subspace) -> None:
-        low = rule.project(Dense(g), self.optimizer.state[p])
+        constants = self.optimizer.constants(rule, self.optimizer.role(p), p)
+        low = rule.project(Dense(g), {**self.optimizer.state[p], **constants})
         if p in self._low:
             self._low[p].add_(low)
         else:
