@@ -73,11 +73,14 @@ class Release:
         self.optimizer.released = False
 
     def grad_norm(self) -> float:
-        """Norm of the gradients of the last step, before clipping. Reads from the device.
+        """Norm of the gradients of the last backward pass, before clipping. Reads from the device.
 
-        Where only the projection of a gradient was kept, its norm stands for the gradient's.
+        A Trainer asks between backward and `step()`. Where only the projection of a
+        gradient was kept, its norm stands for the gradient's.
         """
-        return float(sum(float(norm) ** 2 for norm in self._previous.values()) ** 0.5)
+        squares = [float(square) for square in self._square.values()]
+        squares = squares or [float(norm) ** 2 for norm in self._previous.values()]
+        return float(sum(squares) ** 0.5)
 
     @torch.no_grad()
     def _on_gradient(self, p: nn.Parameter) -> None:

@@ -187,7 +187,7 @@ class LowMemMixin(WholeCheckpoints):
                 self.lowmem_optimizer,
                 accumulation_steps=self.args.gradient_accumulation_steps,
                 clip=self._clip,
-                max_norm=self.args.max_grad_norm,
+                max_norm=0.0 if self._clip == "none" else self.args.max_grad_norm,
             )
         return result
 
