@@ -1,0 +1,218 @@
+"""Files of every kind become the same rows; damage is named with its place."""
+
+import json
+
+import pytest
+
+from lowmem.errors import UserError
+from lowmem.memory import hub
+from lowmem.training.data import load_data, load_rows, splits, train_and_held_out
+from lowmem.training.readers import SECTION
+
+ROWS = [{"question": f"What is {i}, or “{i}”?", "answer": f"A number,\nnamely {i}."} for i in range(5)]
+
+
+def write(folder, name, rows=ROWS):
+    """The same rows in the format that the suffix names."""
+    import pandas
+
+    file = folder / name
+    kind = file.suffix
+    if kind in (".jsonl", ".ndjson"):
+        file.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n", encoding="utf-8")
+    elif kind == ".json":
+        file.write_text(json.dumps(rows), encoding="utf-8")
+    elif kind == ".parquet":
+        pandas.DataFrame(rows).to_parquet(file)
+    else:
+        pandas.DataFrame(rows).to_csv(file, index=False, sep="\t" if kind == ".tsv" else ",")
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"])
+def test_the_same_rows_from_every_kind_of_file(tmp_path, suffix):
+    data = load_data(str(write(tmp_path, f"rows.{suffix}")))
+    assert (data.format, data.recognised, data.skipped) == ("question_answer", True, 0)
+    assert [r["completion"][0]["content"] for r in data.rows] == [r["answer"] for r in ROWS]
+    assert [r["prompt"][0]["content"] for r in data.rows] == [r["question"] for r in ROWS]
+
+
+def test_json_in_other_wrappings(tmp_path):
+    file = tmp_path / "rows.json"
+    for text in (json.dumps({"data": ROWS}), "\n".join(map(json.dumps, ROWS))):
+        file.write_text(text)
+        assert len(load_data(str(file)).rows) == 5
+
+
+def test_byte_order_mark_and_long_cells(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("\ufefftext\n" + "x" * 200_000 + "\n", encoding="utf-8")
+    assert len(load_data(str(file)).rows[0]["text"]) == 200_000
+
+
+def test_cells_stay_text(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("question,answer\nHow many?,007\nNothing?,NA\n")
+    assert [r["completion"][0]["content"] for r in load_data(str(file)).rows] == ["007", "NA"]
+
+
+def test_text_is_cut_between_paragraphs_and_nothing_is_lost(tmp_path):
+    paragraphs = [f"Paragraph {i}: " + "word " * (i * 40) for i in range(30)] + ["y" * (2 * SECTION + 5)]
+    file = tmp_path / "book.md"
+    file.write_text("\n\n".join(paragraphs))
+    data = load_data(str(file))
+    assert (data.format, data.packing_strategy) == ("text", "wrapped")
+    texts = [row["text"] for row in data.rows]
+    assert len(texts) > 10
+    assert max(map(len, texts)) <= SECTION + 2 * 30
+    squeezed = "".join(" ".join(paragraphs).split())
+    assert "".join("".join(texts).split()) == squeezed
+    assert texts[0].startswith("Paragraph 0:\n\nParagraph 1: word")
+
+
+def test_empty_answers_are_counted(tmp_path):
+    file = write(tmp_path, "rows.jsonl", [*ROWS, {"question": "What?", "answer": " "}])
+    data = load_data(str(file))
+    assert (len(data.rows), data.skipped) == (5, 1)
+    assert "1 without an answer skipped" in data.summary()
+
+
+def test_limit_reads_no_further(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\nnot json\n')
+    assert len(load_data(str(file), limit=2).rows) == 2
+
+
+def test_format_given_by_the_user_wins(tmp_path):
+    file = write(tmp_path, "rows.jsonl", [{"text": "whole", "question": "q", "answer": "a"}])
+    assert load_data(str(file)).format == "question_answer"
+    data = load_data(str(file), data_format="text")
+    assert (data.rows, data.recognised) == (({"text": "whole"},), False)
+    assert "read as text" in data.summary()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a.jsonl, line 3 is not JSON"),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl, line 2 is list, not an object"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"txt": "y"}\n',
+            r"line 2 \(text\): no field 'text' \(it has txt\)",
+        ),
+        ("a.json", '[{"text": "x"},\n {"text": ]', r"a.json is not JSON: .* line 2"),
+        ("a.json", '[{"text": "x"}, {"text": null}]', r"a.json, row 2 \(text\): no field 'text'"),
+        ("a.json", "7", "holds no list of rows"),
+        ("a.csv", "question,answer\na,b\nc,d,e\n", "line 3"),
+        ("a.csv", "question\na\n", "fit no format"),
+        ("a.parquet", "nothing", "cannot read .*a.parquet"),
+        ("a.jsonl", "", r"nothing to train on: it holds no rows"),
+        ("a.csv", "", "it holds no rows"),
+        ("a.csv", "text\n", "it holds no rows"),
+        ("a.txt", " \n\n \n", "all 1 rows are empty|it holds no rows"),
+        ("a.jsonl", '{"text": " "}\n{"text": ""}\n', "all 2 rows are empty"),
+        ("a.pdf", "x", "cannot read .pdf; lowmem reads .txt"),
+    ],
+)
+def test_damage_is_named_with_its_place(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_data(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 3\)"):
+        load_data(str(tmp_path / "a.txt"))
+
+
+def test_prompts_of_two_kinds(tmp_path):
+    pair = {"prompt": "a", "completion": "b"}
+    chat = {k: [{"role": r, "content": "x"}] for k, r in (("prompt", "user"), ("completion", "assistant"))}
+    with pytest.raises(UserError, match="line 2: prompts are text in some rows and messages in others"):
+        load_data(str(write(tmp_path, "rows.jsonl", [pair, chat])))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("factbok", "did you mean 'factbook'"),
+        ("./nowhere.jsonl", "no file or folder './nowhere.jsonl'"),
+        ("owner/data.jsonl", "no file or folder 'owner/data.jsonl'"),
+    ],
+)
+def test_nothing_of_that_name(name, words):
+    with pytest.raises(UserError, match=words):
+        load_data(name)
+
+
+def test_hub_without_network(monkeypatch):
+    monkeypatch.setattr(hub, "online", lambda: False)
+    with pytest.raises(UserError, match=r"owner/set is not in the local cache .* --data factbook"):
+        load_data("owner/set")
+
+
+def test_hub_rows_are_converted_like_others(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return ROWS
+
+    monkeypatch.setattr(hub, "online", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert len(load_data("owner/set:small", split="test").rows) == 5
+    assert asked == [(("owner/set", "small"), {"split": "test"})]
+
+
+def test_folder_by_splits(tmp_path):
+    write(tmp_path, "train-00000-of-00002.jsonl", ROWS[:2])
+    write(tmp_path, "train-00001-of-00002.jsonl", ROWS[2:3])
+    write(tmp_path, "more.jsonl", ROWS[3:4])
+    write(tmp_path, "valid.jsonl", ROWS[4:])
+    (tmp_path / "README.md").write_text("about the data")
+    assert splits(str(tmp_path)) == ("train", "validation")
+    assert len(load_data(str(tmp_path)).rows) == 4
+    assert len(load_data(str(tmp_path), split="validation").rows) == 1
+    with pytest.raises(UserError, match="no split 'heldout'; it has train, validation"):
+        load_data(str(tmp_path), split="heldout")
+
+
+def test_folder_of_texts_and_empty_folder(tmp_path):
+    with pytest.raises(UserError, match="holds no data"):
+        load_data(str(tmp_path))
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.md").write_text("two")
+    assert [row["text"] for row in load_data(str(tmp_path)).rows] == ["one", "two"]
+
+
+def test_places(tmp_path):
+    file = write(tmp_path, "rows.csv")
+    assert [str(place) for place, _ in load_rows(str(file))][-1] == f"{file}, row 5"
+
+
+def test_held_out_rows_are_taken_out(tmp_path):
+    rows = [{"text": str(i)} for i in range(50)]
+    file = str(write(tmp_path, "rows.jsonl", rows))
+    train, held = train_and_held_out(file, rows=80)
+    names = [row["text"] for row in train.rows + held.rows]
+    assert (len(train.rows), len(held.rows)) == (45, 5)
+    assert sorted(names, key=int) == [row["text"] for row in rows]
+    assert train_and_held_out(file, rows=80) == (train, held)
+    assert train_and_held_out(file, rows=80, seed=1)[1] != held
+    assert len(train_and_held_out(file, rows=3)[1].rows) == 3
+
+
+def test_held_out_rows_of_their_own(tmp_path):
+    train_file, other = str(write(tmp_path, "a.jsonl")), str(write(tmp_path, "b.jsonl", ROWS[:2]))
+    train, held = train_and_held_out(train_file, other)
+    assert (len(train.rows), len(held.rows)) == (5, 2)
+    train, held = train_and_held_out("factbook", rows=80)
+    assert (len(train.rows), len(held.rows), held.split) == (1558, 80, "heldout")
+
+
+def test_one_row_cannot_be_split(tmp_path):
+    with pytest.raises(UserError, match="has one row"):
+        train_and_held_out(str(write(tmp_path, "a.jsonl", ROWS[:1])))
