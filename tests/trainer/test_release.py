@@ -1,0 +1,110 @@
+"""Gradient release through the Trainer: the ordinary step, a truthful norm, no gradient left."""
+
+import pytest
+import torch
+import transformers
+from tiny_models import tiny
+from tiny_runs import assert_equal, keep_only, logged, trainer, weights
+
+from lowmem.errors import UserError
+
+GALORE = {"optim": "galore", "optim_args": "rank=4,update_proj_gap=5"}
+STRATEGIES = [{"optim": "adamw"}, GALORE]
+
+
+class NoGradients(transformers.TrainerCallback):
+    """Asserts that no gradient outlives the backward pass."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert all(p.grad is None for p in model.parameters())
+        self.seen += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s["optim"])
+def test_release_is_the_ordinary_step_bit_for_bit(tmp_path, strategy, dtype):
+    def run(name, **values):
+        made = trainer(
+            tmp_path / name, model=tiny(dtype=dtype), max_steps=7, clip="none", **strategy, **values
+        )
+        watch = NoGradients()
+        if values:
+            made.add_callback(watch)
+        made.train()
+        assert watch.seen == (7 if values else 0)
+        return made
+
+    ordinary, released = run("ordinary"), run("released", gradient_release=True)
+    assert_equal(weights(ordinary), weights(released))
+    assert logged(released, "learning_rate") == logged(ordinary, "learning_rate")
+    assert logged(released, "grad_norm") == pytest.approx(logged(ordinary, "grad_norm"), rel=1e-2)
+    assert len(set(logged(released, "grad_norm"))) > 5
+
+
+def test_hooks_are_gone_after_training_and_after_an_error(tmp_path):
+    made = trainer(tmp_path / "a", optim="adamw", gradient_release=True, max_steps=2)
+    made.train()
+    assert not any(p._post_accumulate_grad_hooks for p in made.model.parameters())
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise RuntimeError("stop")
+
+    made = trainer(tmp_path / "b", optim="adamw", gradient_release=True, max_steps=2)
+    made.add_callback(Stop())
+    with pytest.raises(RuntimeError, match="stop"):
+        made.train()
+    assert not any(p._post_accumulate_grad_hooks for p in made.model.parameters())
+
+
+def test_accumulation_in_the_subspace_is_the_ordinary_accumulation(tmp_path):
+    def run(name, **values):
+        made = trainer(
+            tmp_path / name,
+            max_steps=6,
+            gradient_accumulation_steps=3,
+            clip="none",
+            adam_epsilon=1e-3,
+            **GALORE,
+            **values,
+        )
+        made.train()
+        return made
+
+    ordinary, released = run("ordinary"), run("released", gradient_release=True)
+    for name, weight in weights(ordinary).items():
+        torch.testing.assert_close(weights(released)[name], weight, rtol=0, atol=2e-5, msg=name)
+
+
+def test_accumulation_is_refused_where_the_whole_gradient_is_needed(tmp_path):
+    made = trainer(tmp_path, optim="adamw", gradient_release=True, gradient_accumulation_steps=2, max_steps=2)
+    with pytest.raises(UserError, match="accumulation 1, no gradient release, or galore"):
+        made.train()
+
+
+@pytest.mark.parametrize("clip", ["previous", "tensor"])
+def test_released_run_resumes_bit_exactly_with_clipping(tmp_path, clip):
+    """The norm that clips the first step after a resume comes from the checkpoint."""
+
+    def run(resume=None):
+        made = trainer(
+            tmp_path,
+            gradient_release=True,
+            clip=clip,
+            max_grad_norm=0.5,
+            max_steps=12,
+            save_strategy="steps",
+            save_steps=6,
+            **GALORE,
+        )
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole = run()
+    keep_only(tmp_path, 6)
+    resumed = run(resume=True)
+    assert_equal(weights(whole), weights(resumed))
+    assert logged(resumed, "grad_norm") == logged(whole, "grad_norm")
