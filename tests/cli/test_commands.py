@@ -144,3 +144,11 @@ def test_cp_copies_and_refuses_to_replace(tmp_path: Path) -> None:
 
 def test_a_missing_config_names_the_shipped_ones() -> None:
     assert "demo" in refused("validate", "absent.yaml")
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no calibration of this machine
+    cards = {card["name"]: card for card in document("gpus")}
+    assert 20 * 2**30 < cards["rtx4090"]["capacity"] < cards["rtx4090"]["usable"] < 24 * 2**30
+    assert not any(card["calibrated"] for card in cards.values())
+    assert "rtx4090" in runner.invoke(cli.app, ["gpus"]).stdout
