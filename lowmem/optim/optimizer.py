@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from lowmem.errors import CheckpointError, UserError
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.chunks import Chunks
 from lowmem.optim.rule import AnyRule, Hyper, Lookup, State, is_pointwise, scoped
-from lowmem.optim.source import Named
+from lowmem.optim.source import Named, Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import select
 
@@ -53,6 +54,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         seed: names every random stream of the run.
         compile: auto, on or off; compiled and eager steps differ in the last bit, so
             the choice depends on the model alone and is kept in the checkpoint.
+        model: owner of the parameters, for `step(closure)` with sources that probe inside its
+            forward; it is not kept alive.
 
     Raises:
         UserError: a number outside its range, or a writer that the weights cannot take.
@@ -78,6 +81,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         compile: str = "auto",
+        model: nn.Module | None = None,
     ) -> None:
         check_hyper(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, compile=compile)
         self.strategy = strategy
@@ -97,6 +101,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._shared: dict[tuple[str, torch.device], State] = {}
         self._lookup = Lookup()
         self._evidence: list[Any] = []
+        self._model = weakref.ref(model) if model is not None else None
         self._names: dict[str, tuple[str, ...]] = {}
         self.released = False
         super().__init__(params, defaults)
@@ -236,17 +241,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
         Args:
             loss_fn: gives the scalar loss of one batch.
-            model: owner of the parameters; zeroth-order sources probe inside its forward.
+            model: owner of the parameters; zeroth-order sources probe inside its forward. The one
+                the optimizer was made with, if None.
         """
         group = self.param_groups[0]
-        step, seed = group["step"], group["seed"]
-        loss, evidence = self.strategy.source.backward(
-            [(n, p) for n, p in self.named_parameters() if p.requires_grad],
-            loss_fn,
-            model=model,
-            seed=seed,
-            step=step,
-        )
+        query = Query(group["seed"], group["step"], len(self._evidence), self.chunks.compile)
+        if model is None and self._model is not None:
+            model = self._model()
+        params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        loss, evidence = self.strategy.source.backward(params, loss_fn, model=model, query=query)
         if evidence is not None:
             self._evidence.append(evidence)
         return loss

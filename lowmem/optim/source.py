@@ -8,6 +8,7 @@ are evidence, from which the gradient of one tensor after another is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,23 @@ from torch import Tensor, nn
 from lowmem.optim.blocks import Blocks
 
 Named = Sequence[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """Where in a run the loss is evaluated: what names the random directions of this evaluation.
+
+    Args:
+        seed: of the run.
+        step: completed steps before this one.
+        index: evaluations since the last step; micro-batches take directions of their own.
+        compile: kernels are compiled in this run, which may change the last bit of what they draw.
+    """
+
+    seed: int
+    step: int
+    index: int = 0
+    compile: bool = False
 
 
 class Source(Protocol):
@@ -29,7 +47,7 @@ class Source(Protocol):
     def needs_autograd(self) -> bool: ...
 
     def backward(
-        self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, seed: int, step: int
+        self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query
     ) -> tuple[Tensor, Any]:
         """Evaluate the loss and leave evidence of its gradient.
 
@@ -37,7 +55,7 @@ class Source(Protocol):
             params: names and parameters, in any order.
             loss_fn: the loss of one batch, scalar; may be called several times, on the same batch.
             model: owner of the parameters, for sources that probe inside its forward.
-            seed, step: name the random directions.
+            query: names the random directions.
 
         Returns:
             The loss (detached), and evidence for `gradients`, or None.

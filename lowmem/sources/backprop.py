@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.source import Named
+from lowmem.optim.source import Named, Query
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Backprop:
     needs_autograd: bool = True
 
     def backward(
-        self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, seed: int, step: int
+        self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query
     ) -> tuple[Tensor, Any]:
         """Evaluate the loss and backpropagate."""
         with torch.enable_grad():

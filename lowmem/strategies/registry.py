@@ -241,5 +241,6 @@ def optimizer(
     strategy = create(name, **options)
     groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names)
     return LowMemOptimizer(
-        groups, strategy, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile
-    )
+        groups, strategy, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile,
+        model=model,
+    )  # fmt: skip
