@@ -72,7 +72,7 @@ def _walk(blocks: Iterator[Block], x: Tensor) -> Iterator[Block]:
     yield from collections.deque(blocks, maxlen=1)
 
 
-def _write_flat(tensor: Tensor, start: int, values: Tensor) -> None:
+def write_flat(tensor: Tensor, start: int, values: Tensor) -> None:
     """Store flat elements into a tensor of any layout."""
     if tensor.is_contiguous():
         tensor.view(-1)[start : start + values.numel()] = values
@@ -85,7 +85,7 @@ def _write_flat(tensor: Tensor, start: int, values: Tensor) -> None:
     tensor[first:last] = rows.view(last - first, *tensor.shape[1:])
 
 
-def _read_flat(tensor: Tensor, start: int, length: int) -> Tensor:
+def read_flat(tensor: Tensor, start: int, length: int) -> Tensor:
     """Flat elements of a tensor of any layout: a view where that is possible."""
     if tensor.is_contiguous():
         return tensor.view(-1)[start : start + length]
@@ -125,7 +125,8 @@ def _body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], he
     return run
 
 
-def _compiled(body: Kernel) -> Kernel:
+def compiled(body: Kernel) -> Kernel:
+    """Compile a kernel on its own."""
     # the limit on recompilations counts for each code object: every kernel gets its own
     code = body.__code__.replace(co_name=f"lowmem_kernel_{id(body):x}")
     own = types.FunctionType(code, body.__globals__, code.co_name, body.__defaults__, body.__closure__)
@@ -220,7 +221,7 @@ class Chunks:
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=tensors[0].dtype))) if writer else ()
             body = _body(rule, writer, keys, held)
-            self._kernels[name] = _compiled(body) if live else body
+            self._kernels[name] = compiled(body) if live else body
         return self._kernels[name]
 
 
@@ -312,13 +313,13 @@ class _Run:
     def weight_chunk(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
         """Step the weight's elements start..start+len(g), padded to size."""
         length = g.numel()
-        w = _read_flat(p, start, length)
+        w = read_flat(p, start, length)
         if length == size and p.is_contiguous():
             self._launch(w, g, start, length)
             return
         padded = pad(w, size)
         self._launch(padded, g if length == size else pad(g, size), start, length)
-        _write_flat(p, start, padded[:length])
+        write_flat(p, start, padded[:length])
 
     def low_chunk(self, low: Tensor, start: int, size: int) -> None:
         """Overwrite a piece of the projected gradient by its direction."""
