@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
@@ -38,8 +39,8 @@ def format_percent(value: float | None) -> str:
 def nice_ticks(top: float, count: int = 5) -> list[float]:
     """Round numbers from 0 to at least `top`, about `count` steps of 1, 2 or 5 times a power of ten.
 
-    >>> nice_ticks(50.2)
-    [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    >>> nice_ticks(45)
+    [0.0, 10.0, 20.0, 30.0, 40.0, 50.0]
     """
     if top <= 0:
         return [0.0, 1.0]
@@ -52,11 +53,11 @@ def nice_range(low: float, high: float, count: int = 5) -> list[float]:
         margin = abs(low) * 0.05 or 1.0
         low, high = low - margin, high + margin
     raw = (high - low) / count
-    power = 10.0 ** _floor_log10(raw)
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
-    first = int(low // step)
-    last = -int(-high // step)
-    return [round(step * i, 12) for i in range(first, last + 1)]
+    exponent = _floor_log10(raw)
+    steps = (m * 10.0**exponent for m in (1, 2, 2.5, 5, 10))
+    step = next(s for s in steps if s >= raw * 0.999)
+    first, last = int(low // step), -int(-high // step)
+    return [round(step * i, 3 - exponent) for i in range(first, last + 1)]
 
 
 def _floor_log10(value: float) -> int:
@@ -64,12 +65,14 @@ def _floor_log10(value: float) -> int:
 
 
 def format_ticks(values: Sequence[float]) -> list[str]:
-    """Labels with as few decimals as tell the ticks apart."""
-    for places in range(10):
+    """Labels with as few decimals as each tick needs to be written exactly.
+
+    >>> format_ticks([0.0, 2.5, 5.0])
+    ['0.0', '2.5', '5.0']
+    """
+    gap = min((abs(b - a) for a, b in itertools.pairwise(values)), default=1.0)
+    for places in range(20):
         labels = [f"{v:,.{places}f}" for v in values]
-        if all(
-            abs(float(s.replace(",", "")) - v) <= 1e-9 + abs(v) * 1e-9
-            for s, v in zip(labels, values, strict=True)
-        ):
-            return labels
-    return [f"{v:g}" for v in values]
+        if all(abs(float(s.replace(",", "")) - v) <= gap / 1000 for s, v in zip(labels, values, strict=True)):
+            break
+    return labels
