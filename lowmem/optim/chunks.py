@@ -108,7 +108,7 @@ def _body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], he
         finite = torch.isfinite(gradient) & ok
         gradient = torch.where(finite, gradient, 0.0)
         index = torch.arange(g.shape[0], dtype=torch.int32, device=g.device) + position
-        hp = ChunkHyper(scalars, rates[0], rates[1], finite, index, words, streams)
+        hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, index, words, streams)
         direction, new = rule.step(gradient, state, hp) if rule else (gradient, {})
         direction = torch.where(finite, direction, 0.0)
         if writer is None:
@@ -257,12 +257,13 @@ class _Run:
 
     def spans(self, count: int) -> Iterator[tuple[int, int, int]]:
         """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
-        if self.frame.compile:
+        rule = self.rule
+        if self.frame.compile and (rule is None or rule.compilable):
             yield from spans(count)
             return
-        grain = self.rule.grain if self.rule else 1
-        for start in range(0, count, LADDER[0]):
-            length = min(LADDER[0], count - start)
+        grain, most = (rule.grain, getattr(rule, "chunk", LADDER[0])) if rule else (1, LADDER[0])
+        for start in range(0, count, most):
+            length = min(most, count - start)
             yield start, length, -(-length // grain) * grain
 
     def words(self, start: int) -> Tensor:

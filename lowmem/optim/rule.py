@@ -177,6 +177,7 @@ class ChunkHyper:
     Args:
         scalars: (SCALARS,) fp32, what `Pointwise.scalars` gave, padded with zeros.
         lr, decay: 0-D fp32.
+        ok: 0-D bool; False where no part of the tensor's step is taken, and its state must stay.
         finite: bool, per element: False where the step must not be taken.
         position: (n,) int32 global element indices.
         keys: (streams, 2) int32; `streams` names its rows.
@@ -185,6 +186,7 @@ class ChunkHyper:
     scalars: Tensor
     lr: Tensor
     decay: Tensor
+    ok: Tensor
     finite: Tensor
     position: Tensor
     keys: Tensor
@@ -209,6 +211,9 @@ class Pointwise(Protocol):
         fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
+
+    A rule may also have `chunk`, the most elements (a multiple of `grain`) that an eager
+    step should see at once: its own scratch decides when a chunk leaves the cache.
     """
 
     @property
