@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowmem.memory import device
 from lowmem.training.console import Console
 
 
@@ -56,16 +57,15 @@ class Interruption(TrainerCallback):
 
 
 class Report(TrainerCallback):
-    """Passes the Trainer's progress on to a `Console`.
+    """Passes training steps on to a `Console`; whoever runs the trainer opens and closes the stage.
 
     Args:
-        console: receiver; stages are opened and closed by whoever runs the trainer.
+        console: receiver.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last: dict[str, float] = {}
-        self.rows = 0
 
     def on_log(
         self,
@@ -75,7 +75,7 @@ class Report(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Remember the newest numbers."""
+        """Remember the newest numbers; the ones of a step are shown with the next."""
         self.last |= {key: value for key, value in (logs or {}).items() if isinstance(value, (int, float))}
 
     def on_step_end(
@@ -84,17 +84,28 @@ class Report(TrainerCallback):
         """Report one optimizer step."""
         self.console.advance(state.global_step, self.last)
 
-    def on_prediction_step(
+
+class Peak(TrainerCallback):
+    """Highest memory of the training steps: of the allocator on CUDA, resident on a CPU.
+
+    Attributes:
+        bytes: the peak, None where the system does not say.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: int | None = None
+        self.device = "cpu"
+
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Report one evaluation batch."""
-        if not state.is_local_process_zero:
-            return
-        self.rows += 1
-        if not self.training(control):
-            self.console.advance(self.rows, {})
+        """Forget what loading took."""
+        self.device = args.device.type
+        device.start_peaks(self.device)
 
-    @staticmethod
-    def training(control: TrainerControl) -> bool:
-        """Whether the evaluation interrupts training, whose stage stays open."""
-        return bool(control.should_evaluate)
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read after each step: the profiler begins a new peak at the step that it tracks."""
+        seen = device.reading("cuda")["peak"] if self.device == "cuda" else device.resident_peak()
+        self.bytes = max((value for value in (self.bytes, seen) if value is not None), default=None)

@@ -1,0 +1,97 @@
+"""What a model has learned: the loss on held-out rows, and answers to prompts.
+
+    held-out loss = sum over label tokens of -log p(token) / label tokens
+
+in nats per token. The Trainer's own evaluation averages over batches, so that it
+depends on how rows fall into batches; this one does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lowmem.training.console import Console
+from lowmem.training.loss import IGNORE
+
+
+def held_out_loss(trainer: Any, console: Console | None = None) -> float:
+    """Mean loss per label token over a trainer's evaluation rows, without dropout.
+
+    Args:
+        trainer: one whose `compute_loss` divides by `num_items_in_batch`.
+        console: told after each batch.
+    """
+    model, total, items = trainer.model, 0.0, 0
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for count, batch in enumerate(trainer.get_eval_dataloader(), start=1):
+                inputs = trainer._prepare_inputs(batch)
+                with trainer.compute_loss_context_manager():
+                    total += float(trainer.compute_loss(model, inputs, num_items_in_batch=1))
+                items += int((inputs["labels"][..., 1:] != IGNORE).sum())
+                if console is not None:
+                    console.advance(count, {})
+    finally:
+        model.train(was)
+        getattr(trainer, "_metrics", {"eval": {}})[
+            "eval"
+        ].clear()  # TRL would log them at its next evaluation
+    return total / max(items, 1)
+
+
+class HeldOut(TrainerCallback):
+    """Logs the held-out loss during training.
+
+    Args:
+        trainer: whose evaluation rows are used.
+        every: steps between evaluations.
+    """
+
+    def __init__(self, trainer: Any, every: int) -> None:
+        self.trainer, self.every = trainer, every
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluate at every multiple of `every` but the last step, which is evaluated after training."""
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.trainer.log({"eval_loss": held_out_loss(self.trainer)})
+
+
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
+    """Greedy answers to prompts, each alone, in the model's chat template.
+
+    Args:
+        model: its mode and its generation settings are left as they were.
+        tokenizer: with a chat template.
+        prompts: one user message each.
+        max_new_tokens: longest answer.
+    """
+    was = model.training
+    model.eval()
+    try:
+        return [_answer(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+    finally:
+        model.train(was)
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    # The model's own sampling settings are unset, or transformers warns that greedy search ignores them.
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, **greedy, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+        )
+    new = output[0, inputs["input_ids"].shape[1] :]
+    text: str = tokenizer.decode(new, skip_special_tokens=True)
+    return " ".join(text.split())

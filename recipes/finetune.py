@@ -1,0 +1,375 @@
+"""Fine-tune a language model: the main job, top to bottom.
+
+    config -> checks -> data -> model -> trainer -> loss and answers before -> training -> after -> results
+
+Copy it (`lowmem cp finetune my.py`) and change what you like. It prints nothing: it reports to a
+`Console` and returns a plain dictionary. In `config.output_dir` it leaves the model (safetensors) and
+tokenizer, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`, and checkpoints
+that `resume` goes on from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from lowmem.config import RunConfig, dump, load
+from lowmem.errors import UserError
+from lowmem.training.console import Console
+
+
+def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, Any]:
+    """Run one fine-tuning job.
+
+    Args:
+        config: every setting.
+        progress: told what happens; silent when None.
+
+    Returns:
+        Plain values: held-out loss before and after, state bytes, peak, seconds, sample answers, ...
+
+    Raises:
+        UserError: whatever the user can mend, said before anything is written.
+        KeyboardInterrupt: Ctrl-C; during training its checkpoint is saved first.
+    """
+    from lowmem.training.output import claim
+    from lowmem.training.quiet import quiet
+
+    console = progress or Console()
+    folder = config.output_path
+    with quiet(), _threads(config.threads), _closing(console):
+        args = arguments(config)
+        start, notes = claim(folder, resume=config.resume, overwrite=config.overwrite)
+        for note in [*notes, *_changed(config, folder)]:
+            console.say(note)
+        with _no_empty_folder(folder):
+            trainer = prepare(config, args, console)
+            before = _measure(trainer, config.prompt, console, "before")
+            _open(config, folder)
+        measured = _train(config, trainer, start, console)
+        after = _measure(trainer, config.prompt, console, "after")
+        result = _result(config, trainer, measured, before, after, start)
+        _write(folder, trainer, result, measured["profile"], (before["loss"], after["loss"]), console)
+    return result
+
+
+def arguments(config: RunConfig) -> Any:
+    """The trainer's arguments; every problem of the strategy and its options shows here.
+
+    Raises:
+        ConfigError: naming each setting that is wrong or would be ignored.
+    """
+    import torch
+
+    from lowmem.training.arguments import LowMemSFTConfig
+
+    cuda = torch.cuda.is_available()
+    return LowMemSFTConfig(
+        output_dir=str(config.output_path),
+        optim=config.optim,
+        optim_args=config.optim_args or None,
+        learning_rate=config.lr,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_epsilon=config.eps,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        clip=config.clip,
+        writer=config.writer,
+        compile=config.compile,
+        gradient_release=config.gradient_release,
+        activation_checkpointing=config.gradient_checkpointing,
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs or 1.0,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        max_length=config.seq_len,
+        packing=config.packing,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        bf16=False,  # the weights themselves are in `dtype`: nothing is cast at each use
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def prepare(config: RunConfig, args: Any, console: Console) -> Any:
+    """Load data and model and put the trainer together; nothing has been trained or written yet."""
+    from lowmem.training.data import ensure_chat_template, render_example, train_and_held_out
+    from lowmem.training.trainer import LowMemSFTTrainer
+
+    console.start("load")
+    train, held_out = train_and_held_out(
+        config.data, config.eval_data, data_format=config.data_format, rows=config.eval_rows, seed=config.seed
+    )
+    console.say(train.summary())
+    console.say(held_out.summary())
+    model, tokenizer = _model(config)
+    if ensure_chat_template(tokenizer):
+        console.say("the tokenizer has no chat template: ChatML is used, and saved with it")
+    example = " ".join(render_example(train.rows[0], tokenizer).marked().split())
+    console.say(f"one example, the loss counts what is in [[ ]]: {example}")
+    args.packing_strategy = train.packing_strategy
+    trainer = LowMemSFTTrainer(
+        model,
+        args,
+        train_dataset=train.dataset(),
+        eval_dataset=held_out.dataset(),
+        processing_class=tokenizer,
+        peft_config=_adapters(config),
+        callbacks=_callbacks(console),
+    )
+    _replace_printers(trainer)
+    trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
+    console.finish()
+    return trainer
+
+
+def _model(config: RunConfig) -> tuple[Any, Any]:
+    """Model and tokenizer, the frozen weights quantised where the configuration says so."""
+    from lowmem.training.models import load_model
+
+    if not config.quantize:
+        return load_model(config.model, config.dtype)
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError("quantize: nf4 needs bitsandbytes; pip install 'lowmem[bnb]'") from None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+    return load_model(config.model, config.dtype, quantization_config=nf4)
+
+
+def _adapters(config: RunConfig) -> Any:
+    """LoRA on every linear layer but the head, or None."""
+    if not config.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _callbacks(console: Console) -> list[Any]:
+    from lowmem.training.callbacks import Peak, Report
+
+    return [Report(console), Peak()]
+
+
+def _replace_printers(trainer: Any) -> None:
+    """Take off the callbacks that print to stdout and draw bars; `Report` does it instead."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+
+
+def _measure(trainer: Any, prompts: Sequence[str], console: Console, when: str) -> dict[str, Any]:
+    """Held-out loss and the answers to the prompts."""
+    from lowmem.training.evaluation import answers, held_out_loss
+
+    console.start(f"evaluate {when}", len(trainer.get_eval_dataloader()))
+    loss = held_out_loss(trainer, console)
+    console.finish()
+    return {"loss": loss, "answers": answers(trainer.model, trainer.processing_class, prompts)}
+
+
+def _open(config: RunConfig, folder: Path) -> None:
+    """The first write: clear what is replaced, say what this run is."""
+    from lowmem.training.output import CONFIG, clear
+
+    if config.overwrite:
+        clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = dataclasses.replace(config, output_dir=str(folder), resume=False, overwrite=False)
+    beside = folder / f".{CONFIG}"
+    beside.write_text(dump(resolved), encoding="utf-8")
+    os.replace(beside, folder / CONFIG)
+
+
+def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console) -> dict[str, Any]:
+    """Train under the profiler; Ctrl-C leaves a checkpoint."""
+    from lowmem.memory.profile import Profiler
+    from lowmem.training.callbacks import Peak
+    from lowmem.training.evaluation import HeldOut
+
+    if config.eval_steps:
+        trainer.add_callback(HeldOut(trainer, config.eval_steps))
+    profiler = Profiler(name=config.model, run=_run(config), folder=config.output_path)
+    console.start("train", config.steps)
+    began = time.perf_counter()
+    try:
+        with ExitStack() as stack:
+            if config.report:
+                stack.enter_context(profiler.on(trainer))
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except KeyboardInterrupt as stopped:
+        console.say(f"{stopped or 'stopped'}; --resume goes on from the newest checkpoint")
+        raise
+    seconds = time.perf_counter() - began
+    console.finish()
+    (peak,) = (c.bytes for c in trainer.callback_handler.callbacks if isinstance(c, Peak))
+    return {"seconds": seconds, "peak": peak, "profile": _profile(profiler) if config.report else None}
+
+
+def _run(config: RunConfig) -> dict[str, Any]:
+    """The settings that memory depends on, for the report."""
+    names = ("batch_size", "seq_len", "dtype", "packing", "gradient_checkpointing", "gradient_release")
+    more = ("accumulation", "lora_rank", "quantize")
+    return {name: getattr(config, name) for name in (*names, *more)}
+
+
+def _profile(profiler: Any) -> dict[str, Any] | None:
+    """The profile as plain values; None where no step was left to measure."""
+    try:
+        found: dict[str, Any] = profiler.result().to_dict()
+    except UserError:
+        return None
+    return found
+
+
+def _result(
+    config: RunConfig,
+    trainer: Any,
+    measured: dict[str, Any],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    start: Path | None,
+) -> dict[str, Any]:
+    """Everything worth knowing about the run, as plain values."""
+    from lowmem.memory.count import model_state_bytes
+    from lowmem.strategies import create
+
+    answered = zip(config.prompt, before["answers"], after["answers"], strict=True)
+    adamw = {
+        dtype: model_state_bytes(create("adamw", states=dtype), trainer.model) for dtype in ("fp32", "bf16")
+    }
+    return {
+        "model": config.model,
+        "strategy": config.optim,
+        "options": dict(trainer.args.strategy().options),
+        "data": trainer.data_summary,
+        "loss": {"before": before["loss"], "after": after["loss"]},
+        "steps": trainer.state.global_step,
+        "resumed_from": start.name if start else None,
+        "seconds": measured["seconds"],
+        "state_bytes": trainer.lowmem_optimizer.state_bytes(),
+        "adamw_state_bytes": adamw,
+        "peak_bytes": measured["peak"],
+        "samples": [{"prompt": p, "before": b, "after": a} for p, b, a in answered],
+        "output_dir": str(config.output_path),
+    }
+
+
+def _write(
+    folder: Path,
+    trainer: Any,
+    result: dict[str, Any],
+    profile: dict[str, Any] | None,
+    losses: tuple[float, float],
+    console: Console,
+) -> None:
+    """Model, tokenizer, picture and reports: made beside, then moved together."""
+    from lowmem.memory import report
+    from lowmem.training.output import results
+    from lowmem.training.plot import loss_curve
+
+    console.start("write")
+    history = [{"step": 0, "eval_loss": losses[0]}, *trainer.state.log_history]
+    history.append({"step": trainer.state.global_step, "eval_loss": losses[1]})
+    with results(folder) as made:
+        trainer.save_model(str(made))
+        loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")
+        document = {**(profile or {}), "result": result, "log": trainer.state.log_history}
+        text = json.dumps(document, indent=1, default=str)
+        (made / "memory_report.json").write_text(text, encoding="utf-8")
+        if profile is not None:
+            report.write(profile, made / "memory_report.html")
+    console.finish()
+
+
+def _changed(config: RunConfig, folder: Path) -> Iterator[str]:
+    """Settings that differ from the run that is resumed: allowed, but no longer the same run."""
+    if not config.resume or not (folder / "config.yaml").is_file():
+        return
+    earlier = load(folder / "config.yaml")
+    for field in dataclasses.fields(config):
+        old, new = getattr(earlier, field.name), getattr(config, field.name)
+        if old != new and field.name not in (
+            "resume",
+            "overwrite",
+            "output_dir",
+            "prompt",
+            "report",
+            "threads",
+        ):
+            yield f"resuming with another {field.name}: {old!r} -> {new!r}"
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Use this many CPU threads meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _closing(console: Console) -> Iterator[None]:
+    """Close the open stage whatever happens."""
+    try:
+        yield
+    finally:
+        console.finish()
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """Take away a folder that a trainer made before an error."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def _main(run: Callable[[RunConfig], dict[str, Any]]) -> None:
+    import sys
+
+    sys.stdout.write(json.dumps(run(load(sys.argv[1])), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    _main(finetune)
