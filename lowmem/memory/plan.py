@@ -3,11 +3,11 @@
     plan(model, strategy, ...) -> Plan      one model, one run, one or many strategies ("galore", a Strategy, a list, "all")
     Plan.to_dict()                          exactly the keys of `lowmem plan --json`
     Plan.report_data()                      the same, plus what the pictures need (see below)
-    solve("seq_len" | "batch_size", ...)    the largest that fits a budget
+    solve.largest("seq_len" | "batch_size", ...)    the largest that fits a budget
 
-How: the real model takes one real training step without weights (`trace`), which gives the live bytes at every named
-event; the strategies' own code counts state and scratch (`count`); closed forms say the same a second time and any
-disagreement is reported. All strategies share one trace: only the optimizer's rows differ.
+How: the real model takes one real training step without weights (`replica`), which gives the live bytes at every
+named event; the strategies' own code counts state and scratch (`footprint`); closed forms say the same a second
+time and any disagreement is reported. All strategies share one trace: only the optimizer's rows differ.
 
 Fields
     Plan    model: ModelInfo(name, parameters, trainable)   run: Run (every option of the trace)   budget: Budget | None
@@ -19,3 +19,281 @@ Fields
 report_data() adds to the document "waterfall", "grid", "assumptions", "warnings", "command", "gpu" and to each plan
 "timeline", "levers", "max_seq_len", "max_batch_size", "command", in the shapes that `report` names.
 """
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from lowmem.errors import UserError
+from lowmem.memory import advice, closed_form, gather, wording
+from lowmem.memory.advice import Lever
+from lowmem.memory.allocator import Verdict, simulate
+from lowmem.memory.events import Peak, combine
+from lowmem.memory.extrapolate import remembered
+from lowmem.memory.footprint import Footprint, footprint
+from lowmem.memory.gpus import Budget
+from lowmem.memory.gpus import budget as parse_budget
+from lowmem.memory.gpus import gpu as find_gpu
+from lowmem.memory.replica import Trace
+from lowmem.memory.run import Run
+from lowmem.memory.surface import formula
+from lowmem.optim.strategy import Strategy
+
+AGREEMENT = 0.1  # percent by which the two methods may differ
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model in numbers; `trainable` counts adapters only where there are adapters."""
+
+    name: str
+    parameters: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class StrategyPlan:
+    """One strategy's answer; see the module's docstring for its fields."""
+
+    strategy: str
+    options: Mapping[str, Any]
+    state_bytes: int
+    at_peak: Mapping[str, int]
+    peak: Mapping[str, int | None]
+    event: str
+    events: Mapping[str, int]
+    certainty: Mapping[str, str]
+    fits: bool | None = None
+    verdict: str | None = None
+    headroom_bytes: int | None = None
+    why: tuple[str, ...] = ()
+    levers: tuple[Lever, ...] = ()
+    max_seq_len: int | None = None
+    max_batch_size: int | None = None
+    cross_check: float | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of "plans" in `lowmem plan --json`."""
+        keys = (
+            "strategy", "options", "state_bytes", "at_peak", "peak", "event", "events", "certainty", "fits",
+            "headroom_bytes", "why",
+        )  # fmt: skip
+        found = {key: getattr(self, key) for key in keys}
+        return {
+            k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v
+            for k, v in found.items()
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of `plan`; see the module's docstring for its fields."""
+
+    model: ModelInfo
+    run: Run
+    budget: Budget | None
+    plans: tuple[StrategyPlan, ...]
+    warnings: tuple[str, ...]
+    assumptions: tuple[str, ...]
+    command: str
+    config: Any = field(repr=False)
+    made: tuple[Strategy, ...] = field(repr=False, default=())
+
+    @property
+    def cross_check(self) -> float | None:
+        """Largest difference, in percent, between closed form and trace over the strategies."""
+        return max((p.cross_check for p in self.plans if p.cross_check is not None), key=abs, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `lowmem plan --json`: plain values, sizes in bytes."""
+        return {
+            "model": asdict(self.model),
+            "run": asdict(self.run),
+            "budget_bytes": None if self.budget is None else self.budget.usable,
+            "plans": [p.to_dict() for p in self.plans],
+        }
+
+    def report_data(self) -> dict[str, Any]:
+        """The document with what `report` draws besides."""
+        from lowmem.memory import pictures
+
+        return pictures.report_data(self)
+
+
+def plan(
+    model: Any,
+    strategy: Any = "adamw",
+    *,
+    options: Mapping[str, Any] | str | None = None,
+    budget: str | int | None = None,
+    gpu: str | None = None,
+    advise: bool = True,
+    **run_options: Any,
+) -> Plan:
+    """Predict the memory of a fine-tuning run.
+
+    Args:
+        model: name, folder, Hub id, transformers configuration or model; no weights are read.
+        strategy: a name, several with commas, "all", a Strategy, or a list.
+        options: of the strategy, as a mapping or "rank=128,states=int8".
+        budget: bytes that may be taken, as "23.5GiB" or a number; or
+        gpu: a card by name.
+        advise: whether to plan the levers as well (a second or two).
+        **run_options: the fields of `Run`: batch_size=1, seq_len=2048, dtype="bfloat16", attention="sdpa",
+            rows="full", gradient_checkpointing, gradient_release, accumulation, loss="plain", lora_rank,
+            quantize, autocast, max_grad_norm, device="cuda".
+
+    Raises:
+        UserError: an unknown name or option, or an architecture that cannot be planned, with the reason.
+
+    Example:
+        >>> plan("llama-7b", "adamw", options="states=bf16").plans[0].event
+        'embedding backward'
+    """
+    if budget is not None and gpu is not None:
+        raise UserError("budget and gpu: give one of the two")
+    run = gather.make_run(run_options)
+    name, config = gather.model_config(model)
+    made = gather.strategies(strategy, options)
+    limit = parse_budget(budget) if budget is not None else find_gpu(gpu) if gpu is not None else None
+    rows = [_row(config, run, one, limit, advise) for one in made]
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].fits is False, rows[i].peak["allocated"]))
+    info = _info(name, config, run, made[0])
+    plans = tuple(rows[i] for i in order)
+    return Plan(
+        info, run, limit, plans, wording.warnings(config, run, name), wording.assumptions(run, limit),
+        wording.command(model if isinstance(model, str) else name, run, made, budget, gpu), config,
+        tuple(made[i] for i in order),
+    )  # fmt: skip
+
+
+def suited(run: Run, strategy: Strategy) -> Run:
+    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release."""
+    if strategy.source.needs_autograd:
+        return run
+    return replace(run, gradient_checkpointing=False, gradient_release=False, accumulation=1)
+
+
+def traced(config: Any, run: Run, strategy: Strategy) -> Trace:
+    """The trace that belongs to a strategy; made once for all that share it."""
+    return remembered(config, suited(run, strategy), forward_only=not strategy.source.needs_autograd)
+
+
+def _info(name: str, config: Any, run: Run, strategy: Strategy) -> ModelInfo:
+    found = traced(config, run, strategy)
+    return ModelInfo(name, found.total_parameters, sum(math.prod(p.shape) for p in found.parameters))
+
+
+def _row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, advise: bool) -> StrategyPlan:
+    run = suited(run, strategy)
+    found = traced(config, run, strategy)
+    held = footprint(strategy, found.parameters, run)
+    probe = probe_bytes(strategy, found, run)
+    peak = combine(found, held, probe)
+    levers = advice.levers(config, run, held, probe) if advise else ()
+    check = _cross_check(config, run, held, peak)
+    why = [*advice.sentences(peak, levers, run), *_agreement(check)]
+    verdict = (
+        None
+        if limit is None
+        else simulated(found, held, peak, limit.workspace, limit.capacity + limit.workspace)
+    )
+    room = None if limit is None or verdict is None else _headroom(limit, verdict, peak, found, held)
+    return StrategyPlan(
+        strategy=strategy.name or "custom",
+        options=dict(strategy.options),
+        state_bytes=held.state_bytes,
+        at_peak=dict(peak.at_peak),
+        peak=_sizes(found, held, peak, limit, run),
+        event=peak.event,
+        events=dict(peak.events),
+        certainty=_certainty(run, held),
+        fits=None if verdict is None else verdict.fits,
+        verdict=None if verdict is None else verdict.word,
+        headroom_bytes=room,
+        why=tuple(why),
+        levers=levers,
+        cross_check=check,
+    )
+
+
+def probe_bytes(strategy: Strategy, found: Trace, run: Run) -> int:
+    """Scratch of a zeroth-order source while it perturbs the weights in forward; 0 for backpropagation."""
+    if strategy.source.needs_autograd:
+        return 0
+    shapes = [(torch.Size(p.shape), p.dtype) for p in found.parameters]
+    return strategy.source.gradient_bytes(shapes, released=run.gradient_release)
+
+
+def simulated(found: Trace, held: Footprint, peak: Peak, workspace: int, capacity: int | None) -> Verdict:
+    """What the caching allocator makes of the steps; library workspaces are allocated first."""
+    if found.tracker is None:
+        raise ValueError("the allocator needs a full trace")
+    tracker = found.tracker
+    start = tracker.phases[0][0]
+    scratch = [(len(tracker.stream), held.worst)]
+    if found.releases:
+        name = max(found.releases, key=lambda n: found.releases[n].total + held.scratch.get(n, 0))
+        scratch = [(found.releases[name].at, held.scratch.get(name, 0))]
+    sizes = [*tracker.sizes, workspace]
+    stream = [len(sizes), *tracker.stream] if workspace else tracker.stream
+    shift = 1 if workspace else 0
+    places = [(place + shift, size) for place, size in scratch]
+    return simulate(stream, sizes, start + shift, held.tensors, places, capacity=capacity)
+
+
+def _sizes(
+    found: Trace, held: Footprint, peak: Peak, limit: Budget | None, run: Run
+) -> dict[str, int | None]:
+    if run.device == "cpu":  # no caching allocator, no context
+        return {"allocated": peak.allocated, "reserved": None, "device": None}
+    card = limit or parse_budget(1 << 50)
+    reserved = simulated(found, held, peak, card.workspace, None).reserved
+    return {"allocated": peak.allocated, "reserved": reserved, "device": reserved + card.outside}
+
+
+def _headroom(limit: Budget, verdict: Verdict, peak: Peak, found: Trace, held: Footprint) -> int:
+    """Bytes to spare, or missing: to the tensors where it fits, to what would be reserved where it does not."""
+    spare = limit.capacity - peak.allocated
+    if verdict.fits or spare < 0:
+        return spare
+    reserved = simulated(found, held, peak, limit.workspace, None).reserved
+    return min(-1, limit.usable - limit.outside - reserved)
+
+
+def _certainty(run: Run, held: Footprint) -> dict[str, str]:
+    """How each row is known: counted exactly, bounded from above, or estimated."""
+    traced = "exact" if run.device == "cpu" else "estimate"
+    summed = run.accumulation > 1 and run.gradient_release  # a subspace keeps less than the whole gradient
+    return {
+        "weights": "exact",
+        "gradients": "bound" if summed else "exact",
+        "optimizer_state": "exact",
+        "activations": traced,
+        "logits": "bound" if run.loss == "labels" and run.label_tokens is None else traced,
+        "workspace": "estimate" if held.compiled else "bound",
+        "allocated": traced,
+        "reserved": "estimate",
+        "device": "estimate",
+    }
+
+
+def _cross_check(config: Any, run: Run, held: Footprint, peak: Peak) -> float | None:
+    if not held.strategy.source.needs_autograd or not closed_form.supports(config, run):
+        return None
+    return 100.0 * (formula(config, run, held)[1] / peak.allocated - 1.0)
+
+
+def _agreement(check: float | None) -> list[str]:
+    if check is None:
+        return ["No closed form covers this run: the trace stands alone."]
+    if abs(check) <= AGREEMENT:
+        return [f"Closed form and trace agree ({check:+.3f} %)."]
+    return [
+        f"Closed form and trace differ by {check:+.2f} %: take the trace, and measure with `lowmem profile`."
+    ]

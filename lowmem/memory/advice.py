@@ -1,0 +1,138 @@
+"""Which lever lowers the peak, by how much, and which gains nothing.
+
+A lever is one change of the run. It is planned like the run itself (from shallow traces or closed forms), not
+guessed: a peak is a maximum over events, so what shrinks an event that does not bind gains nothing, and that is
+worth saying. Sentences here are the ones that the report and the terminal show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowmem.memory import closed_form
+from lowmem.memory.events import Peak, combine
+from lowmem.memory.extrapolate import extrapolated
+from lowmem.memory.footprint import Footprint, footprint
+from lowmem.memory.run import Run
+from lowmem.memory.surface import as_peak
+from lowmem.memory.units import format_bytes
+from lowmem.optim.strategy import Strategy
+
+SMALL = 0.005  # of the peak: less than this is no gain
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One change of the run, the peak it leads to and the event that binds then."""
+
+    name: str
+    peak: int
+    event: str
+
+
+def variants(run: Run, needs_autograd: bool) -> dict[str, Run]:
+    """The runs one lever away."""
+    found: dict[str, Run] = {}
+    if needs_autograd:
+        checkpointed = replace(run, gradient_checkpointing=True)
+        released = replace(run, gradient_release=True, max_grad_norm=0.0)
+        if not run.gradient_checkpointing:
+            found["gradient checkpointing"] = checkpointed
+        if not run.gradient_release and run.accumulation == 1:
+            found["gradient release"] = released
+        if len(found) == 2:
+            found["gradient checkpointing and release"] = replace(released, gradient_checkpointing=True)
+        if run.loss != "chunked":
+            found["chunked loss"] = replace(run, loss="chunked", label_tokens=None)
+    if run.batch_size > 1:
+        found["half the batch"] = replace(run, batch_size=run.batch_size // 2)
+    elif run.seq_len > 256:
+        found["half the sequence"] = replace(run, seq_len=run.seq_len // 2)
+    return found
+
+
+def quick_peak(config: Any, run: Run, held: Footprint, needs_autograd: bool, probe: int = 0) -> Peak:
+    """The peak of a run at the cost of a formula or a few layers."""
+    if needs_autograd and closed_form.supports(config, run):
+        return as_peak(config, run, held)
+    return combine(extrapolated(config, run, forward_only=not needs_autograd), held, probe)
+
+
+def levers(config: Any, run: Run, held: Footprint, probe: int = 0) -> tuple[Lever, ...]:
+    """Every lever's peak, lowest first."""
+    needs = held.strategy.source.needs_autograd
+    found = []
+    for name, changed in variants(run, needs).items():
+        peak = quick_peak(config, changed, held, needs, probe)
+        found.append(Lever(name, peak.allocated, peak.event))
+    return tuple(sorted(found, key=lambda lever: lever.peak))
+
+
+def sentences(peak: Peak, found: Sequence[Lever], run: Run) -> list[str]:
+    """What binds, what comes next, what helps and what does not."""
+    parts = [f"{key.replace('_', ' ')} {format_bytes(size)}" for key, size in _largest(peak.at_peak)]
+    said = [f"The peak of {format_bytes(peak.allocated)} is at the {peak.event}: {', '.join(parts)}."]
+    others = sorted(((size, name) for name, size in peak.events.items() if name != peak.event), reverse=True)
+    if others:
+        size, name = others[0]
+        said.append(
+            f"The next highest event is the {name}, {format_bytes(size)}: lowering the {peak.event} alone gains "
+            f"at most {format_bytes(peak.allocated - size)}."
+        )
+    threshold = SMALL * peak.allocated
+    helping = [lever for lever in found if peak.allocated - lever.peak > threshold]
+    idle = [lever for lever in found if abs(peak.allocated - lever.peak) <= threshold]
+    worse = [lever for lever in found if lever.peak - peak.allocated > threshold]
+    if helping:
+        best = helping[0]
+        said.append(
+            f"Best lever: {best.name}, {format_bytes(best.peak - peak.allocated, signed=True)} to "
+            f"{format_bytes(best.peak)}; then the {best.event} binds."
+        )
+    elif found:
+        said.append("No single lever lowers the peak; another strategy or a smaller model does.")
+    said += [f"{_capital(lever.name)} gains nothing here: the {lever.event} stays." for lever in idle]
+    said += [
+        f"{_capital(lever.name)} costs {format_bytes(lever.peak - peak.allocated)} here: the {lever.event} would bind."
+        for lever in worse
+    ]
+    return said
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _largest(at_peak: Mapping[str, int]) -> list[tuple[str, int]]:
+    total = sum(at_peak.values())
+    rows = sorted(at_peak.items(), key=lambda item: -item[1])
+    return [(key, size) for key, size in rows if size >= 0.001 * total]
+
+
+def waterfall(config: Any, run: Run, chosen: Strategy) -> list[dict[str, Any]]:
+    """From plain AdamW lever by lever to the chosen strategy: {"lever", "peak", "event"}, zero gains included."""
+    from lowmem.strategies import create
+
+    plain = replace(
+        run, gradient_checkpointing=False, gradient_release=False, loss="plain", label_tokens=None
+    )
+    better = chosen if chosen.name != "adamw" and chosen.source.needs_autograd else create("adamw_8bit")
+    checkpointed = replace(plain, gradient_checkpointing=True)
+    steps: list[tuple[str, Run, Strategy]] = [
+        ("plain AdamW", plain, create("adamw")),
+        ("+ gradient checkpointing", checkpointed, create("adamw")),
+    ]
+    last = checkpointed
+    if run.accumulation == 1:
+        last = replace(checkpointed, gradient_release=True, max_grad_norm=0.0)
+        steps.append(("+ gradient release", last, create("adamw")))
+    steps.append((f"+ {better.name}", last, better))
+    steps.append(("+ chunked loss", replace(last, loss="chunked"), better))
+    rows = []
+    for name, changed, strategy in steps:
+        held = footprint(strategy, extrapolated(config, plain).parameters, changed)
+        peak = quick_peak(config, changed, held, True)
+        rows.append({"lever": name, "peak": peak.allocated, "event": peak.event})
+    return rows

@@ -1,0 +1,139 @@
+"""What one strategy adds to a traced model: its state, and the scratch of a step, parameter by parameter.
+
+Both come from the strategy's own code on the meta device (`count`), so a strategy that can run can be planned.
+Where kernels are compiled, the arithmetic of a chunk stays in registers: then only what the frame itself
+allocates (padded tails, projected gradients, reductions) is counted, otherwise every temporary of the eager code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from lowmem.memory import count
+from lowmem.memory.replica import Parameter
+from lowmem.memory.run import Run
+from lowmem.optim.chunks import Chunks
+from lowmem.optim.optimizer import COMPILE_FROM
+from lowmem.optim.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one strategy.
+
+    Args:
+        state_bytes: exactly what the optimizer will hold.
+        tensors: size of each state tensor as the device rounds it.
+        scratch: greatest transient bytes while a parameter is stepped, by its name.
+        compiled: whether the step is compiled.
+    """
+
+    strategy: Strategy
+    state_bytes: int
+    tensors: tuple[int, ...]
+    scratch: Mapping[str, int]
+    compiled: bool
+
+    @property
+    def held(self) -> int:
+        """State as the device rounds it."""
+        return sum(self.tensors)
+
+    @property
+    def worst(self) -> int:
+        """Greatest scratch of any parameter."""
+        return max(self.scratch.values(), default=0)
+
+
+def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> Footprint:
+    """Count a strategy on the trainable parameters of a traced model.
+
+    Where a schedule decides which tensors hold state, the step with the most is taken.
+    """
+    elements = sum(_product(p.shape) for p in parameters)
+    compiled = elements >= COMPILE_FROM  # the optimizer's own rule for compile = auto
+    best: list[int] = []
+    for roles in _schedules(strategy, parameters):
+        sizes = [size for p in parameters for size in _state(strategy, roles[p.name], p.shape, p.dtype)]
+        sizes += _shared(strategy, frozenset(roles.values()))
+        best = max(best, sizes, key=sum)
+    grain = run.granularity
+    rounded = tuple(-(-size // grain) * grain for size in best)
+    scratch = {p.name: _scratch(strategy, p, compiled) for p in parameters}
+    return Footprint(strategy, sum(best), rounded, scratch, compiled)
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _schedules(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[dict[str, str]]:
+    """Role of each parameter, for every window of the schedule that may differ."""
+    ordinary = {p.name: strategy.refine("other" if p.outside else "matrix", p.shape) for p in parameters}
+    names = {role: tuple(n for n, r in ordinary.items() if r == role) for role in set(ordinary.values())}
+    steps = [0, *(s for s in range(1, 20_000) if strategy.schedule.switches(s))][:64]
+    for step in steps:
+        yield {
+            name: strategy.schedule.role(name, role, names[role], step, 0) for name, role in ordinary.items()
+        }
+
+
+def _key(strategy: Strategy) -> tuple[Any, ...]:
+    config = strategy.to_config()
+    return config["name"], tuple(config["options"].items()), strategy.writer
+
+
+_SIZES: dict[tuple[Any, ...], list[int]] = {}
+
+
+def _state(strategy: Strategy, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
+    key = (*_key(strategy), role, shape, dtype)
+    if key not in _SIZES or not strategy.name:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        _SIZES[key] = [t.untyped_storage().nbytes() for t in strategy.init(role, x).values()]
+    return _SIZES[key]
+
+
+def _shared(strategy: Strategy, roles: frozenset[str]) -> list[int]:
+    size = count.shared_bytes(strategy, roles)
+    return [size] if size else []
+
+
+def _scratch(strategy: Strategy, p: Parameter, compiled: bool) -> int:
+    role = "other" if p.outside else "matrix"
+    if not compiled:
+        return count.workspace_bytes(strategy, p.shape, p.dtype, role, True)
+    return _compiled_scratch(
+        strategy.name, tuple(strategy.options.items()), strategy.writer, p.shape, p.dtype, role
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled_scratch(
+    name: str, options: tuple[Any, ...], writer: str, shape: tuple[int, ...], dtype: torch.dtype, role: str
+) -> int:
+    from lowmem.strategies import create
+
+    with patch.object(Chunks, "kernel", _fused(Chunks.kernel)):
+        uncached = create(name, writer=writer, **dict(options))
+        return count.measure_workspace(uncached, shape, dtype, role, True)
+
+
+def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels that a compiler fuses allocate nothing; the others are what they are."""
+
+    def choose(self: Chunks, rule: Any, writer: Any, keys: Any, tensors: Any) -> Any:
+        if rule is None or rule.compilable:
+            return lambda *args: None
+        return kernel(self, rule, writer, keys, tensors)
+
+    return choose

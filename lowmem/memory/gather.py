@@ -1,0 +1,120 @@
+"""What the user asked to plan, made into objects: the model's configuration, the run, the strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from lowmem.errors import UserError, nearest
+from lowmem.memory.model import ModelEntry, check_supported, resolve, to_dtype
+from lowmem.memory.run import Run
+from lowmem.optim.strategy import Strategy
+
+CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "attention": ("sdpa", "eager"),
+    "rows": ("full", "padded", "packed"),
+    "loss": ("plain", "labels", "chunked"),
+    "adapter_dtype": ("float32", "bfloat16", "float16"),
+    "quantize": (None, "nf4"),
+    "device": ("cuda", "cpu"),
+}
+LEAST = {"batch_size": 1, "seq_len": 2, "accumulation": 1, "lora_rank": 0}
+
+
+def model_config(model: Any) -> tuple[str, Any]:
+    """Name and transformers configuration of a name, folder, Hub id, entry, configuration or module.
+
+    Raises:
+        UserError: nothing of these, or an architecture that cannot be planned.
+    """
+    if isinstance(model, (str, ModelEntry)) or hasattr(model, "__fspath__"):
+        entry = model if isinstance(model, ModelEntry) else resolve(str(model))
+        return entry.name, entry.config()
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    if not hasattr(config, "num_hidden_layers") and not hasattr(config, "model_type"):
+        raise UserError(
+            f"cannot plan {type(model).__name__}: give a model name, a folder, a Hub id, a transformers "
+            "configuration or a transformers model"
+        )
+    check_supported(config)
+    return str(getattr(config, "name_or_path", "") or config.model_type), config
+
+
+def make_run(options: Mapping[str, Any]) -> Run:
+    """The run that keyword options describe.
+
+    Raises:
+        UserError: an unknown option, a value that is not allowed, or options that exclude each other.
+    """
+    known = {f.name for f in fields(Run)}
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"plan has no option {unknown!r}; {nearest(unknown, known)}")
+    values = {name: value for name, value in options.items() if value is not None}
+    if "dtype" in values:
+        values["dtype"] = str(to_dtype(values["dtype"])).removeprefix("torch.")
+    run = Run(**values)
+    _check(run)
+    return run
+
+
+def _check(run: Run) -> None:
+    for name, allowed in CHOICES.items():
+        value = getattr(run, name)
+        if value not in allowed:
+            raise UserError(f"{name} {value!r} is not allowed; {nearest(str(value), map(str, allowed))}")
+    for name, least in LEAST.items():
+        if getattr(run, name) < least:
+            raise UserError(f"{name} must be at least {least}, got {getattr(run, name)}")
+    if run.quantize and not run.lora_rank:
+        raise UserError("quantize keeps the base weights frozen: give lora_rank as well")
+    if run.autocast and run.dtype == "float16":
+        raise UserError("autocast with float16 weights is not planned: use bfloat16 or float32 weights")
+    if run.gradient_release and run.max_grad_norm > 0:
+        # the norm of all gradients is never known under release: nothing is clipped together
+        object.__setattr__(run, "max_grad_norm", 0.0)
+
+
+def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Strategy]:
+    """Strategies by name ("galore", "adamw,galore", "all"), as objects, or a list of both.
+
+    Args:
+        asked: what the user gave.
+        options: of the strategy, where exactly one is named.
+
+    Raises:
+        UserError: an unknown name or option, or options for several strategies.
+    """
+    from lowmem.strategies import available, create, parse_options
+
+    if isinstance(asked, Strategy):
+        return [asked]
+    names = asked.split(",") if isinstance(asked, str) else list(asked)
+    wanted: Iterable[Any] = [n.strip() if isinstance(n, str) else n for n in names]
+    if list(wanted) == ["all"]:
+        wanted = list(available())
+    found = []
+    several = len(list(wanted)) > 1
+    for one in wanted:
+        if isinstance(one, Strategy):
+            found.append(one)
+        elif options and several:
+            raise UserError(
+                f"options {options!r} belong to one strategy: name one, not {', '.join(map(str, wanted))}"
+            )
+        else:
+            found.append(create(one, **parse_options(one, options)))
+    if not found:
+        raise UserError("no strategy to plan: name one, several with commas, or all")
+    return found
+
+
+def longest(config: Any) -> int | None:
+    """Longest sequence the model has positions for, None where it does not say."""
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    return None

@@ -1,0 +1,205 @@
+"""How much of a card a run may use, and what is taken before its first tensor.
+
+    capacity = usable - context - library workspaces
+
+`usable` is what torch calls the card's capacity; the CUDA context lies outside torch's allocator, the workspaces
+of cuBLAS inside. A table of common cards ships with lowmem (`configs/gpus.yaml`), its assumptions written in
+it; a file made by `lowmem calibrate` on the card at hand replaces them with measured numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import UserError, nearest
+
+MIB, GIB = 1 << 20, 1 << 30
+UNITS = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6, "TiB": 1 << 40}
+_SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may take, in bytes.
+
+    Args:
+        usable: of the card, or what the user gave.
+        context: (least, most) outside torch's allocator; equal where measured.
+        workspace: of libraries, inside it.
+        name: of the card, None for a plain number of bytes.
+        notes: assumptions, as sentences.
+        calibrated: measured on the card at hand.
+    """
+
+    usable: int
+    context: tuple[int, int]
+    workspace: int
+    name: str | None = None
+    notes: tuple[str, ...] = ()
+    calibrated: bool = False
+
+    @property
+    def outside(self) -> int:
+        """Context counted against a run: the middle of the range."""
+        return sum(self.context) // 2
+
+    @property
+    def capacity(self) -> int:
+        """Bytes left for torch's segments."""
+        return self.usable - self.outside - self.workspace
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "name": self.name,
+            "usable": self.usable,
+            "context": list(self.context),
+            "workspace": self.workspace,
+            "calibrated": self.calibrated,
+        }
+
+
+@functools.cache
+def _table() -> Mapping[str, Any]:
+    import yaml
+
+    text = resources.files("lowmem.configs").joinpath("gpus.yaml").read_text(encoding="utf-8")
+    table: Mapping[str, Any] = yaml.safe_load(text)
+    return table
+
+
+def calibration_file() -> Path:
+    """Where `lowmem calibrate` leaves its measurements: one JSON object, card by card."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "lowmem" / "calibration.json"
+
+
+def calibrations(path: Path | None = None) -> Mapping[str, Mapping[str, int]]:
+    """Measured cards by name: {"usable", "context", "workspace"} in bytes; empty where nothing was measured.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = path or calibration_file()
+    if not file.is_file():
+        return {}
+    try:
+        found: Mapping[str, Mapping[str, int]] = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            name: {key: int(values[key]) for key in ("usable", "context", "workspace")}
+            for name, values in found.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}): delete it and run `lowmem calibrate` again") from error
+
+
+def available_gpus() -> dict[str, Budget]:
+    """Every known card: the table, with local calibrations on top."""
+    return {name: gpu(name) for name in sorted({*_table()["gpus"], *calibrations()})}
+
+
+def gpu(name: str) -> Budget:
+    """A card by name.
+
+    Args:
+        name: as in `lowmem gpus`; case, blanks, hyphens and a leading maker's name do not matter.
+
+    Raises:
+        UserError: an unknown card, with the nearest match; a family of several sizes, with their names.
+
+    Example:
+        >>> gpu("NVIDIA GeForce RTX 4090").name
+        'rtx4090'
+    """
+    measured = calibrations()
+    known = {_plain(key): key for key in (*_table()["gpus"], *measured)}
+    plain = _plain(name)
+    if plain not in known:
+        family = sorted(key for short, key in known.items() if plain and short.startswith(plain))
+        if len(family) > 1:
+            raise UserError(f"GPU {name!r} comes in several sizes: say which of {', '.join(family)}")
+        if not family:
+            raise UserError(
+                f"unknown GPU {name!r}: {nearest(name.lower(), known.values())}, or use --budget 23.5GiB"
+            )
+        plain = _plain(family[0])
+    found = known[plain]
+    return _measured(found, measured[found]) if found in measured else _tabled(found)
+
+
+def _plain(name: str) -> str:
+    short = re.sub(r"nvidia|geforce|tesla|quadro|generation|[^a-z0-9]", "", name.lower())
+    return re.sub(r"(pcie|sxm\d?|hbm\de?)", "", short)
+
+
+def _measured(name: str, values: Mapping[str, int]) -> Budget:
+    context = values["context"]
+    note = f"{name}: measured on this machine by `lowmem calibrate`"
+    return Budget(values["usable"], (context, context), values["workspace"], name, (note,), True)
+
+
+def _tabled(name: str) -> Budget:
+    table = _table()
+    row, assumed = table["gpus"][name], table["assumptions"]
+    workspace = assumed["workspace"]["from-9.0" if row["arch"] >= 9 else "before-9.0"]
+    low, high = assumed["context"]
+    note = (
+        f"{name}: {row['usable'] / 1024:.2f} GiB usable of {row['nominal'] / 1024:g} GiB nominal, without a display or "
+        f"other processes; CUDA context {low} to {high} MiB; not measured, run `lowmem calibrate` on the card"
+    )
+    return Budget(row["usable"] * MIB, (low * MIB, high * MIB), int(workspace * MIB), name, (note,))
+
+
+def budget(text: str | int) -> Budget:
+    """A number of bytes that a run may take, context included.
+
+    Args:
+        text: "23.5GiB", "24GB" (10^9), "24564MiB", or a number: GiB up to 4096, bytes above.
+
+    Raises:
+        UserError: no number, an unknown unit, or nothing left beside the context.
+
+    Example:
+        >>> budget("24GB").usable, budget("24GiB").usable
+        (24000000000, 25769803776)
+    """
+    size, notes = _parse(str(text))
+    assumed = _table()["assumptions"]
+    low, high = (mib * MIB for mib in assumed["context"])
+    found = Budget(size, (low, high), int(assumed["workspace"]["before-9.0"] * MIB), None, notes)
+    if found.capacity <= 0:
+        raise UserError(
+            f"budget {text}: the CUDA context and workspaces alone take about {(size - found.capacity) // MIB} MiB; "
+            f"give more, as in 8GiB"
+        )
+    return found
+
+
+def _parse(text: str) -> tuple[int, tuple[str, ...]]:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"budget {text!r} is no size: write a number and a unit, as in 23.5GiB")
+    number, word = float(match[1]), match[2]
+    units = {key.lower(): key for key in UNITS} | {"g": "GiB", "m": "MiB", "gib": "GiB"}
+    if not word:
+        unit = "B" if number > 4096 else "GiB"
+        size = int(number * UNITS.get(unit, 1))
+        return size, (f"budget {text} has no unit: taken as {unit} ({size / GIB:.2f} GiB)",)
+    if word.lower() not in units:
+        raise UserError(f"budget {text!r}: unknown unit {word!r}; {nearest(word, UNITS)}")
+    unit = units[word.lower()]
+    size = int(number * UNITS[unit])
+    if word in ("GB", "MB") or word.lower() == unit.lower() == "gb":
+        other = number * GIB if unit == "GB" else number * MIB
+        note = f"budget {text} taken literally, 1 {unit} = 10^{9 if unit == 'GB' else 6} bytes: {size / GIB:.2f} GiB; "
+        return size, (note + f"cards sold as {number:g} GB have up to {other / GIB:.2f} GiB",)
+    notes = () if word == unit else (f"budget {text}: {word} taken as {unit} ({size / GIB:.2f} GiB)",)
+    return size, notes

@@ -1,0 +1,73 @@
+"""What the report draws of a plan: timeline, lever-by-lever waterfall, and the map over sequence and batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lowmem.memory import advice, watch
+from lowmem.memory import plan as planning
+from lowmem.memory.footprint import Footprint, footprint
+from lowmem.memory.gather import longest
+from lowmem.memory.surface import Surface
+
+if TYPE_CHECKING:
+    from lowmem.memory.plan import Plan, StrategyPlan
+    from lowmem.optim.strategy import Strategy
+
+SEQ_LENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+MAPS = 3  # strategies that get a map
+
+
+def report_data(plan: Plan) -> dict[str, Any]:
+    """The plan's document with everything that `report` draws besides."""
+    document = plan.to_dict()
+    for entry, row, strategy in zip(document["plans"], plan.plans, plan.made, strict=True):
+        entry.update(_extras(plan, row, strategy))
+    document["waterfall"] = advice.waterfall(plan.config, plan.run, plan.made[0])
+    document["grid"] = [_grid(plan, strategy) for strategy in plan.made[:MAPS]]
+    document["assumptions"] = list(plan.assumptions)
+    document["warnings"] = list(plan.warnings)
+    document["command"] = plan.command
+    if plan.budget is not None:
+        document["gpu"] = plan.budget.to_dict()
+    return document
+
+
+def _extras(plan: Plan, row: StrategyPlan, strategy: Strategy) -> dict[str, Any]:
+    found = planning.traced(plan.config, plan.run, strategy)
+    extras: dict[str, Any] = {
+        "levers": [{**asdict(lever), "lever": lever.name} for lever in row.levers],
+        "verdict": row.verdict,
+        "max_seq_len": row.max_seq_len,
+        "max_batch_size": row.max_batch_size,
+    }
+    if found.tracker is not None:
+        line = watch.timeline(found.tracker)
+        held = footprint(strategy, found.parameters, plan.run)
+        line["bytes"]["optimizer_state"] = [held.held] * len(line["bytes"]["weights"])
+        extras["timeline"] = {**line, "events": _marks(line, row)}
+    return extras
+
+
+def _marks(line: dict[str, Any], row: StrategyPlan) -> list[dict[str, Any]]:
+    """The binding event, at its highest sample."""
+    phase = next((p for p in line["phases"] if p["name"] == row.event), None)
+    if phase is None:
+        return []
+    totals = [sum(column) for column in zip(*line["bytes"].values(), strict=True)]
+    at = max(range(phase["start"], phase["stop"] + 1), key=totals.__getitem__)
+    return [{"name": row.event, "at": at}]
+
+
+def _grid(plan: Plan, strategy: Strategy) -> dict[str, Any]:
+    most = longest(plan.config) or SEQ_LENS[-1]
+    lengths = [s for s in SEQ_LENS if s <= most] or [most]
+    run = planning.suited(plan.run, strategy)
+    surface = Surface(plan.config, run, not strategy.source.needs_autograd, most)
+    found = planning.traced(plan.config, plan.run, strategy)
+    held: Footprint = footprint(strategy, found.parameters, run)
+    probe = planning.probe_bytes(strategy, found, run)
+    peaks = [[surface.peak(held, b, s, probe) for b in BATCH_SIZES] for s in lengths]
+    return {"strategy": strategy.name, "seq_lens": lengths, "batch_sizes": list(BATCH_SIZES), "peak": peaks}

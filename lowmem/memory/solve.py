@@ -1,0 +1,83 @@
+"""The longest sequence or the largest batch that fits a budget.
+
+The search runs on the surface (closed forms, or a fit of shallow traces); the answer is then planned in full, with
+the allocator simulated at the limit, and stepped down while that says it does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowmem.errors import UserError, nearest
+from lowmem.memory import gather
+from lowmem.memory import plan as planning
+from lowmem.memory.footprint import footprint
+from lowmem.memory.gpus import Budget
+from lowmem.memory.run import Run
+from lowmem.memory.surface import Surface
+from lowmem.optim.strategy import Strategy
+
+GRAIN = {"seq_len": 64, "batch_size": 1}
+LARGEST = {"seq_len": 1 << 20, "batch_size": 1 << 14}
+MARGIN = 0.02  # of the capacity, kept free of tensors for fragmentation at the first guess
+TRIES = 6
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The answer for one strategy: `value` is 0 where not even the smallest fits; `limited` by the model's length."""
+
+    strategy: str
+    value: int
+    limited: bool
+    plan: planning.StrategyPlan | None
+
+
+def largest(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budget) -> Solution:
+    """The largest value of one option that fits.
+
+    Args:
+        unknown: "seq_len" or "batch_size".
+        config: of the model; run: the other options; strategy: with its options.
+        limit: the budget.
+
+    Raises:
+        UserError: another option than the two.
+    """
+    if unknown not in GRAIN:
+        raise UserError(f"cannot solve for {unknown!r}; {nearest(unknown, GRAIN)}")
+    grain = GRAIN[unknown]
+    positions = gather.longest(config)
+    top = min(LARGEST[unknown], positions or LARGEST[unknown]) if unknown == "seq_len" else LARGEST[unknown]
+    guess = _search(unknown, config, run, strategy, limit, top // grain) * grain
+    name = strategy.name or "custom"
+    for _ in range(TRIES):
+        if guess < grain:
+            break
+        row = planning._row(config, replace(run, **{unknown: guess}), strategy, limit, False)
+        if row.fits:
+            return Solution(name, guess, guess + grain > top, row)
+        guess = min(guess - grain, int(guess * 0.97) // grain * grain)
+    return Solution(name, 0, False, None)
+
+
+def _search(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budget, top: int) -> int:
+    """Largest multiple of the grain whose tensors fit, by bisection."""
+    run = planning.suited(run, strategy)
+    needs = strategy.source.needs_autograd
+    surface = Surface(config, run, not needs, gather.longest(config) or 1 << 30)
+    found = planning.traced(config, run, strategy)
+    held = footprint(strategy, found.parameters, run)
+    probe = planning.probe_bytes(strategy, found, run)
+    room = limit.capacity * (1 - MARGIN)
+
+    def fits(count: int) -> bool:
+        size = {"seq_len": run.seq_len, "batch_size": run.batch_size, unknown: count * GRAIN[unknown]}
+        return surface.peak(held, size["batch_size"], size["seq_len"], probe) <= room
+
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,85 @@
+"""The sentences around a plan: what was assumed, what to beware of, and the command that runs it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from lowmem.memory.gather import longest
+from lowmem.memory.gpus import Budget
+from lowmem.memory.run import Run
+from lowmem.optim.strategy import Strategy
+
+
+def warnings(config: Any, run: Run, name: str) -> tuple[str, ...]:
+    """What the user should know before trusting the plan."""
+    found = []
+    most = longest(config)
+    if most is not None and run.seq_len > most:
+        found.append(
+            f"seq_len {run.seq_len} is beyond the {most} positions of {name}: it was not trained for that"
+        )
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap and run.attention == "sdpa":
+        found.append(
+            f"{name} soft-caps its attention scores, which no fused kernel of torch does: eager is planned"
+        )
+    return tuple(found)
+
+
+def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
+    """What the numbers rest on."""
+    import torch
+    import transformers
+
+    kernels = "the kernels of torch on a CPU" if run.device == "cpu" else "fused attention kernels of CUDA"
+    attention = "eager attention (scores are materialised)" if run.attention == "eager" else kernels
+    losses = {
+        "plain": "the model's own loss: logits for every token (`lowmem finetune` makes them at labels only)",
+        "labels": f"logits at {run.label_tokens or 'all'} label positions of a micro-batch",
+        "chunked": "TRL's chunked loss: the whole logits never exist",
+    }
+    rows = {
+        "full": "full rows, one text each, no mask",
+        "padded": "padded rows: a mask is materialised and the flash kernel is not used",
+        "packed": "packed rows: a block mask is materialised and the flash kernel is not used",
+    }
+    found = [
+        f"torch {torch.__version__}, transformers {transformers.__version__}; {attention}; no torch.compile of the model",
+        f"{run.dtype} weights" + (" under bf16 autocast" if run.autocast else ", no autocast"),
+        losses[run.loss],
+        rows[run.rows],
+        "the peak of a step from the second on; a refresh of the basis is included",
+        "sizes are binary (GiB = 2^30 bytes); kernels' inner scratch is not counted",
+    ]
+    if run.lora_rank:
+        found.append(
+            f"LoRA of rank {run.lora_rank} on {run.lora_targets}, adapters in {run.adapter_dtype}, no dropout"
+            + (", NF4 base with doubly quantized constants" if run.quantize else "")
+        )
+    if run.device == "cuda":
+        found.append(
+            "reserved and device are simulations of the caching allocator, not yet measured on a GPU"
+        )
+    return (*found, *(limit.notes if limit else ()))
+
+
+FLAGS = {"gradient_checkpointing", "gradient_release", "autocast"}
+HIDDEN = {"max_grad_norm", "lora_targets"}
+
+
+def command(model: str, run: Run, made: Sequence[Strategy], budget: str | int | None, gpu: str | None) -> str:
+    """The `lowmem plan` command that gives this plan again."""
+    words = ["lowmem", "plan", "--model", model, "--optim", ",".join(s.name or "custom" for s in made)]
+    if len(made) == 1 and made[0].options:
+        words += ["--optim-args", ",".join(f"{k}={v}" for k, v in made[0].options.items())]
+    default = Run()
+    for name in run.__dataclass_fields__:
+        value = getattr(run, name)
+        if name in HIDDEN or (value == getattr(default, name) and name not in ("batch_size", "seq_len")):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if name in FLAGS else [flag, str(value)]
+    words += ["--gpu", gpu] if gpu else ["--budget", str(budget)] if budget else []
+    return shlex.join(words)
