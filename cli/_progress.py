@@ -66,7 +66,7 @@ class Bars(Console):
         if self._live:
             self._task = self._bars.add_task(stage, total=total, note="")
         else:
-            render.say(stage if total is None else f"{stage}: {total} steps")
+            render.say(stage if total is None else f"{stage}: {total} step{'s' * (total != 1)}")
 
     def advance(self, done: int, values: dict[str, float]) -> None:
         """Move the bar; without a terminal print a line at each tenth of the stage."""

@@ -32,7 +32,7 @@ def command(
 
     with Bars() as progress:
         result = recipe.finetune(run, progress=progress)
-    render.emit(result, _tables(result, run), as_json)
+    render.emit(result, None if as_json else _tables(result, run), as_json)
 
 
 def _base(given: dict[str, Any], config: str | None) -> dict[str, Any]:
@@ -59,14 +59,14 @@ def _tables(result: dict[str, Any], run: RunConfig) -> list[Any]:
 
 
 def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None]]:
-    loss, state = result["loss"], result["state_bytes"]
+    loss, state, steps = result["loss"], result["state_bytes"], result["steps"]
     against = [
         f"{render.size(count)} with {dtype} moments ({state / count - 1:+.0%})"
         for dtype, count in result["adamw_state_bytes"].items()
     ]
     return [
         ("held-out loss", _before_after(loss["before"], loss["after"])),
-        ("training", f"{result['steps']} steps in {render.seconds(result['seconds'])}"),
+        ("training", f"{steps} step{'s' * (steps != 1)} in {render.seconds(result['seconds'])}"),
         ("optimizer state", f"{render.size(state)} ({state:,} bytes)"),
         ("AdamW would hold", "\n".join(against)),
         ("peak memory", render.size(result["peak_bytes"]) if result["peak_bytes"] else None),

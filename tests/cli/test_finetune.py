@@ -1,0 +1,213 @@
+"""`lowmem finetune` from the command line to its results, and everything a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import lowmem.cli as cli
+from lowmem.config import load
+
+runner = CliRunner()
+LEFT = {
+    "chat_template.jinja",
+    "checkpoint-2",
+    "checkpoint-4",
+    "config.json",
+    "config.yaml",
+    "generation_config.json",
+    "loss.png",
+    "memory_report.html",
+    "memory_report.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_args.bin",
+}
+
+
+def finetune(*arguments: str) -> Result:
+    return runner.invoke(cli.app, ["finetune", *arguments])
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def changed(flags: list[str], **values: str | None) -> list[str]:
+    """The flags with some values replaced; None takes a flag out."""
+    result = list(flags)
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in result:
+            at = result.index(flag)
+            del result[at : at + 2]
+        if value is not None:
+            result += [flag, value]
+    return result
+
+
+def test_a_run_leaves_its_results_and_prints_one_document(flags: list[str], tmp_path: Path) -> None:
+    done = finetune(*flags, "--prompt", "What is 3 plus 3?", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == LEFT
+    assert (result["strategy"], result["steps"], result["options"]["rank"]) == ("galore", 4, 4)
+    assert result["loss"]["after"] < result["loss"]["before"]
+    assert result["adamw_state_bytes"]["fp32"] > result["state_bytes"] > 0
+    assert [sample["prompt"] for sample in result["samples"]] == ["What is 3 plus 3?"]
+    report = json.loads((tmp_path / "out" / "memory_report.json").read_text(encoding="utf-8"))
+    assert report["result"]["state_bytes"] == result["state_bytes"]
+    resolved = load(tmp_path / "out" / "config.yaml")
+    assert (resolved.lr, resolved.steps, resolved.optim_args) == (1e-2, 4, "rank=4,update_proj_gap=2")
+
+
+def test_the_closing_table(flags: list[str]) -> None:
+    done = finetune(*changed(flags, steps="1"), "--prompt", "What is 3 plus 3?")
+    assert done.exit_code == 0, done.output
+    for expected in (
+        "held-out loss",
+        "1 step in",
+        "optimizer state",
+        "with fp32 moments",
+        "with bf16 moments",
+        "peak memory",
+        "What is 3 plus 3?",
+    ):
+        assert expected in done.stdout
+    assert "recognised as question_answer" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_resolved_config_gives_the_same_run(flags: list[str], tmp_path: Path) -> None:
+    first = json.loads(finetune(*flags, "--json").stdout)
+    again = finetune(
+        "--config", str(tmp_path / "out" / "config.yaml"), "--output-dir", str(tmp_path / "b"), "--json"
+    )
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["loss"] == first["loss"]
+
+
+def test_resume_ends_where_the_uninterrupted_run_does(flags: list[str], tmp_path: Path) -> None:
+    whole = json.loads(finetune(*flags, "--json").stdout)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    resumed = finetune(*flags, "--resume", "--json")
+    assert resumed.exit_code == 0, resumed.output
+    document = json.loads(resumed.stdout)
+    assert document["resumed_from"] == "checkpoint-2"
+    assert document["loss"]["after"] == whole["loss"]["after"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"model": "smollm-135m"}, "did you mean 'smollm2-135m'?"),
+        ({"model": "./absent"}, "no such folder"),
+        ({"optim": "galor"}, "did you mean 'galore'?"),
+        ({"optim": None}, "optim is missing"),
+        ({"optim_args": "rnk=4"}, "did you mean 'rank'?"),
+        ({"optim_args": "rank=0"}, "rank"),
+        ({"optim_args": "rank=-1"}, "rank"),
+        ({"data_format": "alpacca"}, "did you mean 'alpaca'?"),
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"lr": "1e-4x"}, "lr: '1e-4x' is not a number"),
+        ({"steps": "0"}, "steps: 0 is out of range"),
+        ({"clip": "previous"}, "clip: previous is for gradient_release"),
+        ({"config": "absent.yaml"}, "no config file 'absent.yaml'"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    values: dict[str, str | None], problem: str, flags: list[str], tmp_path: Path
+) -> None:
+    before = listing(tmp_path)
+    done = finetune(*changed(flags, **values))
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1, done.stderr
+    assert problem in error[0]
+    assert "Traceback" not in done.stderr
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "no rows"),
+        ('{"question": "a", "answer": "b"}\n{"question": "c"}\n', "2"),
+        ('{"question": "a", "answer": "b"}\n{broken\n', "2"),
+    ],
+)
+def test_bad_data_names_the_row(
+    content: str, problem: str, flags: list[str], rows: Path, tmp_path: Path
+) -> None:
+    rows.write_text(content, encoding="utf-8")
+    before = listing(tmp_path)
+    done = finetune(*flags)
+    assert done.exit_code == 2, done.output
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert problem in error.replace(str(tmp_path), "")
+    assert listing(tmp_path) == before
+
+
+def test_a_folder_with_other_content_is_left_alone(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine", encoding="utf-8")
+    for extra in ([], ["--overwrite"], ["--resume"]):
+        before = listing(tmp_path)
+        done = finetune(*flags, *extra)
+        assert done.exit_code == 2, done.output
+        assert done.stderr.count("error: ") == 1
+        assert listing(tmp_path) == before
+    assert (tmp_path / "out" / "thesis.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_earlier_run_is_replaced_only_when_told(flags: list[str], tmp_path: Path) -> None:
+    assert finetune(*flags).exit_code == 0
+    refused = finetune(*changed(flags, steps="2"))
+    assert refused.exit_code == 2
+    assert "--resume" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert finetune(*changed(flags, steps="2"), "--overwrite").exit_code == 0
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(flags: list[str], tmp_path: Path) -> None:
+    assert finetune(*flags).exit_code == 0
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (tmp_path / "out" / name / "optimizer.pt").unlink()
+    done = finetune(*flags, "--resume")
+    assert done.exit_code == 2, done.output
+    assert "optimizer.pt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_data_it_runs_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main job's flags are two; the rest comes from configs/runs/demo.yaml."""
+    import importlib
+
+    seen = {}
+
+    def recipe(config: object, progress: object) -> dict[str, object]:
+        seen["config"] = config
+        return {}
+
+    monkeypatch.setattr(importlib.import_module("lowmem.recipes.finetune"), "finetune", recipe)
+    assert finetune("--model", "smollm2-135m", "--optim", "galore", "--json").exit_code == 0
+    demo = Path(__file__).resolve().parents[2] / "configs" / "runs" / "demo.yaml"
+    assert seen["config"] == load(demo)
+    # Another strategy: its own options and the general learning rate.
+    assert finetune("--model", "smollm2-135m", "--optim", "adamw", "--json").exit_code == 0
+    assert (seen["config"].optim_args, seen["config"].lr, seen["config"].steps) == ("", 1e-4, 60)
+    # Other data: no trace of the demo.
+    assert (
+        finetune("--model", "smollm2-135m", "--optim", "galore", "--data", "my.jsonl", "--json").exit_code
+        == 0
+    )
+    assert (seen["config"].steps, seen["config"].prompt) == (None, ())
