@@ -131,9 +131,9 @@ def _compiled_scratch(
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Kernels that a compiler fuses allocate nothing; the others are what they are."""
 
-    def choose(self: Chunks, rule: Any, writer: Any, keys: Any, tensors: Any) -> Any:
+    def choose(self: Chunks, rule: Any, *rest: Any) -> Any:
         if rule is None or rule.compilable:
             return lambda *args: None
-        return kernel(self, rule, writer, keys, tensors)
+        return kernel(self, rule, *rest)
 
     return choose

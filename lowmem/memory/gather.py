@@ -33,7 +33,7 @@ def model_config(model: Any) -> tuple[str, Any]:
     if isinstance(model, (str, ModelEntry)) or hasattr(model, "__fspath__"):
         entry = model if isinstance(model, ModelEntry) else resolve(str(model))
         return entry.name, entry.config()
-    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    config: Any = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     if not hasattr(config, "num_hidden_layers") and not hasattr(config, "model_type"):
         raise UserError(
             f"cannot plan {type(model).__name__}: give a model name, a folder, a Hub id, a transformers "

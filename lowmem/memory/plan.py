@@ -161,7 +161,7 @@ def plan(
     name, config = gather.model_config(model)
     made = gather.strategies(strategy, options)
     limit = parse_budget(budget) if budget is not None else find_gpu(gpu) if gpu is not None else None
-    rows = [_row(config, run, one, limit, advise) for one in made]
+    rows = [row(config, run, one, limit, advise=advise) for one in made]
     order = sorted(range(len(rows)), key=lambda i: (rows[i].fits is False, rows[i].peak["allocated"]))
     info = _info(name, config, run, made[0])
     plans = tuple(rows[i] for i in order)
@@ -189,7 +189,8 @@ def _info(name: str, config: Any, run: Run, strategy: Strategy) -> ModelInfo:
     return ModelInfo(name, found.total_parameters, sum(math.prod(p.shape) for p in found.parameters))
 
 
-def _row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, advise: bool) -> StrategyPlan:
+def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advise: bool) -> StrategyPlan:
+    """One strategy's plan; see `plan` for the arguments."""
     run = suited(run, strategy)
     found = traced(config, run, strategy)
     held = footprint(strategy, found.parameters, run)

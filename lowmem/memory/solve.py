@@ -55,10 +55,12 @@ def largest(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budg
     for _ in range(TRIES):
         if guess < grain:
             break
-        row = planning._row(config, replace(run, **{unknown: guess}), strategy, limit, False)
+        tried = replace(run, seq_len=guess) if unknown == "seq_len" else replace(run, batch_size=guess)
+        row = planning.row(config, tried, strategy, limit, advise=False)
         if row.fits:
             return Solution(name, guess, guess + grain > top, row)
-        guess = min(guess - grain, int(guess * 0.97) // grain * grain)
+        short = (row.peak["reserved"] or row.peak["allocated"] or 1) / limit.capacity
+        guess = min(guess - grain, int(guess * min(0.97, 1.02 / short)) // grain * grain)
     return Solution(name, 0, False, None)
 
 

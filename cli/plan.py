@@ -1,0 +1,183 @@
+"""`lowmem plan`: what a run will take, what fits, and why, before anything is downloaded or run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowmem.errors import UserError
+
+from . import render
+from .app import Json
+
+if TYPE_CHECKING:
+    from lowmem.memory.plan import Plan, StrategyPlan
+    from lowmem.memory.solve import Solution
+
+SOLVE = {"seq-len": "seq_len", "batch-size": "batch_size"}
+
+
+def command(
+    model: Annotated[str, typer.Option("--model", help="Name (see `lowmem models`), local path or Hub id.")],
+    optim: Annotated[str, typer.Option("--optim", help="Strategy, several with commas, or all.")] = "adamw",
+    optim_args: Annotated[
+        str, typer.Option("--optim-args", metavar="K=V,...", help="Options of the strategy.")
+    ] = "",
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Card (see `lowmem gpus`).")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="SIZE", help="Memory that may be taken, as in 23.5GiB.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per row.")] = 2048,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward pass.")] = 1,
+    accumulation: Annotated[
+        int, typer.Option("--accumulation", min=1, help="Forward passes per optimizer step.")
+    ] = 1,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Dtype of the weights.")
+    ] = "bfloat16",
+    autocast: Annotated[bool, typer.Option("--autocast", help="Compute under bf16 autocast.")] = False,
+    attention: Annotated[
+        str, typer.Option("--attention", metavar="sdpa|eager", help="Fused kernels, or eager.")
+    ] = "sdpa",
+    rows: Annotated[
+        str, typer.Option("--rows", metavar="full|padded|packed", help="What a row of the batch holds.")
+    ] = "full",
+    loss: Annotated[
+        str,
+        typer.Option(
+            "--loss", metavar="plain|labels|chunked", help="The Trainer's, at labels only, or chunked."
+        ),
+    ] = "plain",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations in backward.")
+    ] = False,
+    gradient_release: Annotated[
+        bool, typer.Option("--gradient-release", help="Step each tensor inside backward.")
+    ] = False,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", min=0, help="Train adapters of this rank.")] = 0,
+    adapter_dtype: Annotated[
+        str, typer.Option("--adapter-dtype", metavar="DTYPE", help="Dtype of the adapters.")
+    ] = "float32",
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", metavar="nf4", help="Quantise the weights under the adapters.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="cuda|cpu", help="Where it will run.")] = "cuda",
+    solve: Annotated[
+        str | None,
+        typer.Option("--solve", metavar="seq-len|batch-size", help="Find the largest that fits."),
+    ] = None,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report.")] = None,
+    emit: Annotated[
+        str | None,
+        typer.Option(
+            "--emit", metavar="FILE", help="Write the best plan's run for `lowmem finetune --config`."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict the memory of a fine-tuning run; no weights are read."""
+    from lowmem.memory import plan as planning
+
+    unknown = _unknown(solve, gpu, budget)
+    for target in (html, emit):
+        _check_folder(target)
+    options = {
+        "seq_len": seq_len, "batch_size": batch_size, "accumulation": accumulation, "dtype": dtype,
+        "autocast": autocast, "attention": attention, "rows": rows, "loss": loss,
+        "gradient_checkpointing": gradient_checkpointing, "gradient_release": gradient_release,
+        "lora_rank": lora_rank, "adapter_dtype": adapter_dtype, "quantize": quantize, "device": device,
+    }  # fmt: skip
+    planned = planning.plan(model, optim, options=optim_args or None, budget=budget, gpu=gpu, **options)
+    for text in (*planned.warnings, *_notes(planned)):
+        render.warning(text)
+    solutions = _solve(planned, unknown)
+    if html:
+        from lowmem.memory import report
+
+        render.say(f"report written to {report.write(planned.report_data(), html)}")
+    if emit:
+        _emit(model, planned, emit)
+    document = planned.to_dict()
+    if solutions:
+        document["solved"] = {"for": unknown, "largest": {s.strategy: s.value for s in solutions}}
+    render.emit(document, _tables(planned, unknown, solutions), as_json)
+
+
+def _unknown(solve: str | None, gpu: str | None, budget: str | None) -> str | None:
+    from lowmem.errors import nearest
+
+    if solve is None:
+        return None
+    if solve not in SOLVE:
+        raise UserError(f"cannot solve for {solve!r}; {nearest(solve, SOLVE)}")
+    if gpu is None and budget is None:
+        raise UserError("--solve needs something to fit into: give --gpu NAME or --budget 23.5GiB")
+    return SOLVE[solve]
+
+
+def _check_folder(target: str | None) -> None:
+    if target and not Path(target).expanduser().parent.is_dir():
+        raise UserError(f"cannot write {target}: the folder {Path(target).parent} does not exist")
+
+
+def _notes(planned: Plan) -> Sequence[str]:
+    """What was assumed about the budget, where the user left it open."""
+    if planned.budget is None or planned.budget.name is not None:
+        return ()
+    return planned.budget.notes
+
+
+def _solve(planned: Plan, unknown: str | None) -> list[Solution]:
+    if unknown is None or planned.budget is None:
+        return []
+    from lowmem.memory.solve import largest
+
+    return [largest(unknown, planned.config, planned.run, s, planned.budget) for s in planned.made]
+
+
+def _emit(model: str, planned: Plan, target: str) -> None:
+    from lowmem.memory.emit import text
+
+    best = planned.plans[0]
+    path = Path(target).expanduser()
+    path.write_text(text(model, planned.run, best.strategy, best.options), encoding="utf-8")
+    render.say(f"run of {best.strategy} written to {path}: lowmem finetune --config {path}")
+
+
+def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -> list[Any]:
+    model, judged = planned.model, planned.budget is not None
+    head = f"{model.name}: {model.parameters:,} parameters, {model.trainable:,} trained"
+    columns = ["strategy", *(["verdict", "to spare"] if judged else [])]
+    columns += ["allocated", "reserved", "device", "state", "peak at"]
+    rows = [_cells(row, judged) for row in planned.plans]
+    if solutions:
+        columns.append(f"largest {str(unknown).replace('_', ' ')}")
+        values = {s.strategy: s.value for s in solutions}
+        rows = [
+            [*cells, values[row.strategy] or "none fits"]
+            for cells, row in zip(rows, planned.plans, strict=True)
+        ]
+    shown: list[Any] = [
+        head,
+        render.table("", columns, rows, right=["to spare", "allocated", "reserved", "device", "state"]),
+    ]
+    best = planned.plans[0]
+    shown += [f"{best.strategy}: {sentence}" for sentence in best.why]
+    shown += ["", *[f"- {text}" for text in planned.assumptions]]
+    return shown
+
+
+def _cells(row: StrategyPlan, judged: bool) -> list[Any]:
+    peak = row.peak
+    verdict = [row.verdict, _size(row.headroom_bytes)] if judged else []
+    sizes = [_size(peak[key]) for key in ("allocated", "reserved", "device")]
+    return [row.strategy, *verdict, *sizes, _size(row.state_bytes), row.event]
+
+
+def _size(size: int | None) -> str:
+    from lowmem.memory.units import format_bytes
+
+    return format_bytes(size)
