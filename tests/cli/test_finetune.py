@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -211,3 +215,35 @@ def test_without_data_it_runs_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         == 0
     )
     assert (seen["config"].steps, seen["config"].prompt) == (None, ())
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_exits_with_130(flags: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from lowmem.cli import app; app()", "finetune"]
+    command += changed(flags, steps="100000", save_steps="50000", logging_steps="1")
+    # A child of a background job inherits an ignored SIGINT: give it Python's own handler back.
+    run = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        for line in run.stderr:
+            if line.startswith("train"):
+                break
+        time.sleep(1)  # into the loop; a step takes milliseconds
+        run.send_signal(signal.SIGINT)
+        stdout, stderr = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert (run.returncode, stdout) == (130, "")
+    assert "Traceback" not in stderr
+    (left,) = [path for path in (tmp_path / "out").iterdir() if path.name.startswith("checkpoint-")]
+    steps = int(left.name.removeprefix("checkpoint-"))
+    assert steps > 0
+    done = finetune(*changed(flags, steps=str(steps + 1)), "--resume", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["resumed_from"] == left.name
