@@ -46,10 +46,14 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
     with quiet(), _threads(config.threads), _closing(console):
         args = arguments(config)
         start, notes = claim(folder, resume=config.resume, overwrite=config.overwrite)
+        _keep_own_model(config, folder)
         for note in [*notes, *_changed(config, folder)]:
             console.say(note)
         with _no_empty_folder(folder):
             trainer = prepare(config, args, console)
+            trainer.resume_path(
+                str(start) if start else None
+            )  # refuses another run's before anything is done
             before = _measure(trainer, config.prompt, console, "before")
             _open(config, folder)
         measured = _train(config, trainer, start, console)
@@ -329,6 +333,16 @@ def _changed(config: RunConfig, folder: Path) -> Iterator[str]:
             "threads",
         ):
             yield f"resuming with another {field.name}: {old!r} -> {new!r}"
+
+
+def _keep_own_model(config: RunConfig, folder: Path) -> None:
+    """Overwriting a folder must not delete the model that is read from it."""
+    if config.overwrite and Path(config.model).exists() and folder.resolve() in (
+        Path(config.model).resolve(), *Path(config.model).resolve().parents
+    ):  # fmt: skip
+        raise UserError(
+            f"output_dir: it holds the model that is trained, {config.model}; name another folder"
+        )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Projected
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
 
 CLIP = ("none", "tensor", "previous")
@@ -105,8 +106,7 @@ class Release:
         return None if rule.refreshes(self.optimizer.hyper(p)) else rule
 
     def _accumulate(self, p: nn.Parameter, g: Tensor, rule: Subspace) -> None:
-        constants = self.optimizer.constants(rule, self.optimizer.role(p), p)
-        low = rule.project(Dense(g), {**self.optimizer.state[p], **constants})
+        low = rule.project(Dense(g), self.optimizer.ready(p)[0].state)
         if p in self._low:
             self._low[p].add_(low)
         else:
@@ -187,13 +187,13 @@ def _problems(optimizer: LowMemOptimizer, steps: int, clip: str, max_norm: float
             f"take clip='tensor' or 'previous' with max_norm > 0, or clip='none' with max_norm=0"
         )
     if steps > 1 and strategy.source.needs_autograd:
-        found.append(accumulation_problem(optimizer))
+        found.append(accumulation_problem(strategy))
     return found
 
 
-def accumulation_problem(optimizer: LowMemOptimizer) -> str:
+def accumulation_problem(strategy: Strategy) -> str:
     """Why gradients cannot be released while they accumulate, or an empty string."""
-    rule, name = optimizer.strategy.rules["matrix"], optimizer.strategy.name
+    rule, name = strategy.rules["matrix"], strategy.name
     remedy = "take accumulation 1, no gradient release, or galore"
     if not isinstance(rule, Subspace) or rule.residual.reads_rest:
         return f"gradient release with accumulation: {name} needs the whole gradient of a window; {remedy}"

@@ -141,7 +141,7 @@ def check(args: Any) -> list[str]:
         strategy = build_strategy(args.optim, args.optim_args, writer)
     except UserError as error:
         return [f"optim: {error}", *problems]
-    return problems + (_released(args) if strategy.source.needs_autograd else _gradient_free(args))
+    return problems + (_released(args, strategy) if strategy.source.needs_autograd else _gradient_free(args))
 
 
 def _clips(args: Any) -> bool:
@@ -157,9 +157,14 @@ def _engines(args: Any) -> list[str]:
     return [text for broken, text in rules if broken]
 
 
-def _released(args: Any) -> list[str]:
+def _released(args: Any, strategy: Strategy) -> list[str]:
     """Problems of clipping and gradient release."""
+    from lowmem.optim.release import accumulation_problem
+
+    over_several = args.gradient_release and args.gradient_accumulation_steps > 1
+    accumulated = accumulation_problem(strategy) if over_several else ""
     rules = [
+        (accumulated, accumulated),
         (
             args.gradient_release and args.clip == "global",
             "clip: with gradient_release the norm of all gradients is not known when the first tensor steps; "

@@ -175,7 +175,7 @@ def rotate(output_dir: Path, keep: int | None, protect: Iterable[Path] = ()) -> 
 def ran_out_of_room(error: BaseException) -> bool:
     """Whether a failed save is the disk's fault; torch reports a full disk as RuntimeError."""
     text = str(error).lower()
-    marks = ("no space left", "inline_container", "file write failed", "disk quota", "pytorchstreamwriter")
+    marks = ("no space left", "inline_container", "write failed", "i/o error", "pytorchstreamwriter")
     return isinstance(error, OSError) or any(mark in text for mark in marks)
 
 

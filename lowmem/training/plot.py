@@ -34,8 +34,8 @@ def loss_curve(history: History, title: str, path: Path) -> None:
         axes.plot(steps, losses, color="#c1440e", marker="o", linestyle="--", linewidth=1.4, label="held out")
         _label_ends(axes, steps, losses)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per label token)")
+    axes.margins(x=0.06, y=0.12)
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.06)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -53,6 +53,7 @@ def _label_ends(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> Non
             xytext=(0, 9),
             ha="center",
             color="#c1440e",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
 
 
