@@ -30,9 +30,13 @@ def _registered() -> None:
 
 
 def options_of(mode: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Ours: what the group holds, and what the strategy is made of."""
+    """Ours: what the group holds, and what the strategy is made of.
+
+    Of a relative step lr is the largest: 1e-2 in the paper and in transformers, whose warm-up is 1e-6 t.
+    """
     hyper: dict[str, Any] = {"lr": 1e-2, "weight_decay": mode.get("weight_decay", 0.0)}
-    return hyper, {key: value for key, value in mode.items() if key != "weight_decay"}
+    options = {key: value for key, value in mode.items() if key not in ("weight_decay", "warmup_init")}
+    return hyper, {**options, "warmup": 10_000 if mode.get("warmup_init") else 0}
 
 
 @pytest.mark.parametrize("mode", MODES)

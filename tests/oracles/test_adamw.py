@@ -46,7 +46,7 @@ def test_a_zero_gradient_is_an_ordinary_one() -> None:
     for g, w in zip(grads, drive.follow("adamw", truth.w.float(), grads, hyper={"lr": 0.1}), strict=True):
         before = truth.w
         torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=1e-6)
-    assert (truth.w - before).abs().min() > 1e-3
+    assert (truth.w - before).abs().mean() > 1e-2
 
 
 def test_lr_and_betas_may_change_between_steps() -> None:

@@ -11,6 +11,9 @@ from tests.oracles import drive
 from tests.oracles.reference_adamw import AdamW
 from tests.oracles.reference_int8 import AdamW8bit, decode, dynamic_map
 
+FP32_CORRECTION = 2e-5
+"""torchao takes 1 - beta2^t in fp32, off by 1.3e-5 at t = 1 for beta2 = 0.999; we take it in fp64."""
+
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
@@ -24,7 +27,7 @@ def moments(optimizer: Any, p: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_codes_scales_and_weights_are_torchaos(torchao_record: dict[str, Any]) -> None:
-    """Codes and scales of every block; weights to the last bit but for its own fp32 bias correction."""
+    """Codes and scales of every block; weights but for its own fp32 bias correction."""
     for label, record in torchao_record["runs"].items():
         held: dict[str, torch.Tensor] = {}
         ours = drive.follow(
@@ -39,12 +42,14 @@ def test_codes_scales_and_weights_are_torchaos(torchao_record: dict[str, Any]) -
         for key, name in (("m", "exp_avg"), ("v", "exp_avg_sq")):
             assert torch.equal(held[f"{name}.codes"].view(-1), record[f"{key}.codes"].view(-1)), (label, name)
             assert torch.equal(held[f"{name}.scale"].view(-1), record[f"{key}.scale"].view(-1)), (label, name)
-        ulp = torch.finfo(record["start"].dtype).eps
+        slack = len(ours) * torchao_record["hyper"]["lr"] * FP32_CORRECTION
+        half = record["start"].dtype == torch.bfloat16  # where a value between two bf16 numbers may fall either way
         for w, truth in zip(ours, record["weights"], strict=True):
-            torch.testing.assert_close(w, truth, rtol=4 * ulp, atol=1e-8)
+            off = (w.float() - truth.float()).abs() > slack
+            assert int(off.sum()) <= (w.numel() // 1000 if half else 0)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (255,), (257,), (17, 31), (64, 65), (2, 3, 5, 7)])
+@pytest.mark.parametrize("shape", [(4097,), (4351,), (64, 65), (67, 71), (5, 7, 11, 13)])
 def test_sizes_that_torchao_does_not_quantize(shape: tuple[int, ...]) -> None:
     """Small and odd tensors are padded inside the codec; nothing changes dtype."""
     start, grads = drive.start_of(shape), drive.gradients(shape, 6)
@@ -59,7 +64,7 @@ def test_sizes_that_torchao_does_not_quantize(shape: tuple[int, ...]) -> None:
         states="int8",
     )
     for g, w in zip(grads, ours, strict=True):
-        torch.testing.assert_close(w, truth.step(g), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(w, truth.step(g), rtol=0, atol=len(grads) * 1e-2 * FP32_CORRECTION)
     size = start.numel()
     for key, name in (("m", "exp_avg"), ("v", "exp_avg_sq")):
         codes, scale = truth.state[key]
@@ -78,7 +83,7 @@ def test_trajectory_stays_near_fp32(states: str, bound: float) -> None:
     for g in grads:
         truth.step(g)
     ours = drive.follow(
-        "adamw_8bit" if states == "int8" else "adamw", start, grads, hyper={"lr": 1e-3}, states=states
+        "adamw" if states == "bf16" else "adamw_8bit", start, grads, hyper={"lr": 1e-3}, states=states
     )
     moved = truth.w - start.double()
     error = float((ours[-1].double() - truth.w).norm() / moved.norm())
@@ -86,7 +91,7 @@ def test_trajectory_stays_near_fp32(states: str, bound: float) -> None:
 
 
 def test_decoded_moments_follow_the_gradients() -> None:
-    start, grads = drive.start_of((32, 32)), drive.gradients((32, 32), 10)
+    start, grads = drive.start_of((64, 64)), drive.gradients((64, 64), 10)
     held: dict[str, torch.Tensor] = {}
     drive.follow(
         "adamw_8bit",
@@ -101,3 +106,12 @@ def test_decoded_moments_follow_the_gradients() -> None:
         truth.step(g)
     m = decode(held["exp_avg.codes"].view(-1), held["exp_avg.scale"], dynamic_map(True))
     assert float((m - truth.m.view(-1)).norm() / truth.m.norm()) < 0.03
+
+
+@pytest.mark.parametrize("states", ["int8", "companded8", "int4"])
+@pytest.mark.parametrize("shape", [(1,), (4095,), (63, 65)])
+def test_small_tensors_keep_fp32_moments_as_documented(shape: tuple[int, ...], states: str) -> None:
+    start, grads = drive.start_of(shape), drive.gradients(shape, 4)
+    plain = drive.follow("adamw", start, grads, hyper={"lr": 1e-2})
+    ours = drive.follow("adamw_8bit", start, grads, hyper={"lr": 1e-2}, states=states)
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))

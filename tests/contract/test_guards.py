@@ -1,0 +1,114 @@
+"""Bad gradients: state stays finite, bad elements keep their weight, and everything is counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.contract import runs, zoo
+from tests.contract.cases import Case
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.fixture(autouse=True)
+def _by_backward(request: pytest.FixtureRequest) -> None:
+    if "case" in request.fixturenames and not request.getfixturevalue("case").by_backward:
+        pytest.skip("it does not step by p.grad")
+
+
+def spoiled(model: zoo.Zoo, seed: int) -> dict[str, torch.Tensor]:
+    """Random gradients with one bad element each, NaN and infinities in turn; returns where."""
+    g = torch.Generator().manual_seed(seed)
+    where = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+        where[name] = torch.zeros(p.shape, dtype=torch.bool)
+        where[name].view(-1)[p.numel() // 2] = True
+        p.grad[where[name]] = BAD[i % len(BAD)]
+    return where
+
+
+def all_finite(optimizer: object, model: zoo.Zoo) -> bool:
+    floating = [v for s in runs.state_of(optimizer).values() for v in s.values() if v.is_floating_point()]
+    return all(torch.isfinite(v).all() for v in [*floating, *model.parameters()])
+
+
+@pytest.mark.composed
+def test_bad_elements_keep_their_weight_and_are_counted(case: Case, dtype: torch.dtype) -> None:
+    for at in (0, 2):
+        check_bad_elements(case, dtype, at)
+
+
+def check_bad_elements(case: Case, dtype: torch.dtype, at: int) -> None:
+    model = zoo.build(dtype)
+    optimizer = case.optimizer(model, weight_decay=0.0)
+    for step in range(at):
+        runs.feed(optimizer, model, step)
+    assert optimizer.nonfinite() == 0
+    before = zoo.weights(model)
+    where = spoiled(model, 77)
+    optimizer.step()
+    optimizer.zero_grad()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.detach()[where[name]], before[name][where[name]]), name
+    assert all_finite(optimizer, model)
+    assert optimizer.nonfinite() >= len(before)
+    counted = optimizer.nonfinite()
+    for step in range(runs.GAP + 1):
+        runs.feed(optimizer, model, 200 + step)
+    assert all_finite(optimizer, model)
+    assert optimizer.nonfinite() == counted
+    assert all(not torch.equal(p.detach(), before[name]) for name, p in model.named_parameters())
+
+
+def test_a_gradient_of_nothing_but_nan_stops_every_tensor(case: Case, dtype: torch.dtype) -> None:
+    model = zoo.build(dtype)
+    optimizer = case.optimizer(model, weight_decay=0.1)
+    runs.feed(optimizer, model, 0)
+    before = zoo.weights(model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert runs.same(zoo.weights(model), before)
+    assert optimizer.nonfinite() == sum(p.numel() for p in model.parameters())
+
+
+def test_a_zero_gradient_is_an_ordinary_one(case: Case, dtype: torch.dtype) -> None:
+    """The step is taken, moments decay, clocks move; nothing turns into NaN, then or later."""
+    model = zoo.build(dtype)
+    optimizer = case.optimizer(model)
+    for step in range(runs.STEPS):
+        if step % 3 == 0:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        else:
+            runs.feed(optimizer, model, step)
+    assert all_finite(optimizer, model)
+    assert optimizer.nonfinite() == 0
+    assert {group["step"] for group in optimizer.param_groups} == {runs.STEPS}
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e18])
+def test_huge_and_tiny_gradients_are_ordinary_ones(case: Case, scale: float) -> None:
+    """A squared gradient would overflow fp32 at 1e20: bases must scale before they square."""
+    model = zoo.build()
+    optimizer = case.optimizer(model)
+    for step in range(runs.GAP + 2):
+        runs.feed(optimizer, model, step, scale)
+    assert all_finite(optimizer, model)
+    assert optimizer.nonfinite() == 0
+
+
+def test_a_parameter_without_gradient_is_left_out(case: Case) -> None:
+    model = zoo.build()
+    optimizer = case.optimizer(model)
+    before = zoo.weights(model)
+    skipped = "layer.o_proj.weight"
+    for _ in range(3):
+        for name, p in model.named_parameters():
+            p.grad = None if name == skipped else torch.ones_like(p)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.detach(), before[name]) == (name == skipped), name

@@ -1,0 +1,133 @@
+"""An ordinary optimizer: it learns, and lr, betas, eps, weight decay and decay groups reach it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.contract import runs, zoo
+from tests.contract.cases import Case
+
+STEPS = 40
+
+
+@pytest.mark.composed
+def test_the_loss_falls(case: Case, dtype: torch.dtype) -> None:
+    model = zoo.build(dtype)
+    before = zoo.evaluate(model)
+    optimizer = case.optimizer(model, lr=1e-2 if case.by_backward else 1e-3)
+    for step in range(STEPS):
+        runs.advance(optimizer, model, step, size=32)
+    assert zoo.evaluate(model) < (0.75 if case.by_backward else 0.97) * before
+
+
+def first_move(case: Case, **hyper: object) -> dict[str, torch.Tensor]:
+    model = zoo.build()
+    before = zoo.weights(model)
+    optimizer = case.optimizer(model, **{"weight_decay": 0.0, **hyper})
+    runs.advance(optimizer, model, 0)
+    after = zoo.weights(model)
+    return {name: after[name].double() - before[name].double() for name in before}
+
+
+def test_the_first_step_is_proportional_to_lr(case: Case) -> None:
+    one, two = first_move(case, lr=1e-3), first_move(case, lr=2e-3)
+    for name, move in one.items():
+        assert move.abs().max() > 0, name
+        torch.testing.assert_close(two[name], 2 * move, rtol=1e-3, atol=1e-6)
+
+
+def test_lr_zero_leaves_every_bit(case: Case, dtype: torch.dtype) -> None:
+    _, model = runs.run(case, dtype, 3, lr=0.0, weight_decay=0.5)
+    assert runs.same(zoo.weights(model), zoo.weights(zoo.build(dtype)))
+
+
+def test_a_scheduler_is_followed(case: Case) -> None:
+    """Halving lr by the group is the same as having been given half."""
+    model, other = zoo.build(), zoo.build()
+    scheduled, constant = case.optimizer(model, lr=1e-2), case.optimizer(other, lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(scheduled, lambda _: 0.5)
+    for step in range(3):
+        runs.advance(scheduled, model, step)
+        schedule.step()
+        runs.advance(constant, other, step)
+    assert runs.same(zoo.weights(model), zoo.weights(other))
+
+
+def trajectory(case: Case, **hyper: object) -> dict[str, torch.Tensor]:
+    _, model = runs.run(case, torch.float32, 4, **hyper)
+    return zoo.weights(model)
+
+
+@pytest.mark.parametrize(("changed", "value"), [("betas", (0.5, 0.99)), ("betas", (0.9, 0.5)), ("eps", 1e-2)])
+def test_betas_and_eps_reach_every_rule_that_has_moments(case: Case, changed: str, value: object) -> None:
+    state = runs.record(case, torch.float32).state
+    if not any("exp_avg" in key for held in state.values() for key in held):
+        pytest.skip("it holds no moving average of the gradient")
+    before, after = trajectory(case), trajectory(case, **{changed: value})
+    moments = {i for i, held in state.items() if any("exp_avg" in key for key in held)}
+    names = [name for i, name in enumerate(order_of(case)) if i in moments]
+    for name in names:
+        assert not torch.equal(before[name], after[name]), name
+
+
+def order_of(case: Case) -> list[str]:
+    model = zoo.build()
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    return [by_id[id(p)] for group in case.optimizer(model).param_groups for p in group["params"]]
+
+
+def test_decay_is_decoupled_and_keeps_to_its_group(case: Case) -> None:
+    """With a loss that does not depend on the weights, decay is all there is."""
+    model = zoo.build()
+    before = zoo.weights(model)
+    decay_names = {name for name in before if "norm" not in name and "bias" not in name}
+    optimizer = case.optimizer(model, lr=0.1, weight_decay=0.5, decay_names=decay_names)
+    optimizer.backward(lambda: sum((0.0 * p).sum() for p in model.parameters()), model)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        factor = 0.95 if name in decay_names else 1.0
+        assert torch.allclose(p.detach(), factor * before[name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("writer", ["stochastic", "kahan", "split"])
+@pytest.mark.plain
+def test_small_decay_reaches_bf16_weights(case: Case, writer: str) -> None:
+    """1 - 1e-3 rounds to 1 in bf16; the writer may not lose it."""
+    if "writer" not in dict(case.options):
+        pytest.skip("it has no writer to choose")
+    options = {**dict(case.options), "writer": writer}
+    model = nn.ModuleDict({"proj": nn.Linear(64, 64, bias=False)}).to(torch.bfloat16)
+    with torch.no_grad():
+        model["proj"].weight.fill_(1.0)
+    optimizer = Case(case.name, tuple(options.items())).optimizer(model, lr=1e-2, weight_decay=0.1)
+    for _ in range(30):
+        optimizer.backward(lambda: (0.0 * model["proj"].weight).sum(), model)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(model["proj"].weight.float().mean()) == pytest.approx(0.999**30, abs=4e-3)
+
+
+def test_groups_of_ones_own_keep_their_numbers(case: Case) -> None:
+    """A group with lr 0 stays; its neighbour moves."""
+    model = zoo.build()
+    optimizer = case.optimizer(model)
+    assert len(optimizer.param_groups) >= 2
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    runs.advance(optimizer, model, 0)
+    still = optimizer.param_groups[0]["params"]
+    assert all(torch.equal(p.detach(), before[id(p)]) for p in still)
+    moving = optimizer.param_groups[1]["params"]
+    assert all(not torch.equal(p.detach(), before[id(p)]) for p in moving)
+
+
+def test_group_values_are_plain(case: Case) -> None:
+    optimizer, _ = runs.run(case, torch.float32, 1)
+    for group in optimizer.param_groups:
+        assert isinstance(group["step"], int)
+        for key, value in group.items():
+            flat = value if isinstance(value, list | tuple) else [value]
+            if key != "params":
+                assert all(type(x) in (int, float, str, bool, type(None)) for x in flat), key

@@ -1,0 +1,82 @@
+"""Save and resume is bit-equal to the uninterrupted run, between refreshes and on one, by every road."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from tests.contract import runs, zoo
+from tests.contract.cases import Case
+
+
+@pytest.mark.composed
+def test_resume_through_a_file_is_exact(case: Case, dtype: torch.dtype) -> None:
+    whole = runs.record(case, dtype)
+    for at, (model_file, optimizer_file) in whole.saved.items():
+        optimizer, model = runs.finish(case, dtype, model_file, runs.from_file(optimizer_file), at)
+        assert runs.same(zoo.weights(model), whole.weights), at
+        assert runs.same(runs.state_of(optimizer), whole.state), at
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_resume_through_distributed_checkpoint_is_exact(
+    case: Case, dtype: torch.dtype, flatten: bool
+) -> None:
+    at = runs.SAVED[-1]
+    whole = runs.record(case, dtype)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    first, model = runs.run(case, dtype, at)
+    saved = get_optimizer_state_dict(model, first, options=options)
+    saved = runs.from_file(runs.to_file(saved))
+    model_file, _ = whole.saved[at]
+    fresh = zoo.build(dtype, seed=99)
+    fresh.load_state_dict(runs.from_file(model_file))
+    second = case.optimizer(fresh)
+    before = zoo.weights(fresh)
+    set_optimizer_state_dict(fresh, second, saved, options=options)
+    assert runs.same(zoo.weights(fresh), before)  # torch takes one step of nothing on the way
+    for step in range(at, runs.STEPS):
+        runs.advance(second, fresh, step)
+    assert runs.same(zoo.weights(fresh), whole.weights)
+    assert runs.same(runs.state_of(second), whole.state)
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for part in value.values() for leaf in leaves(part)]
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in leaves(part)]
+    return [value]
+
+
+def test_a_checkpoint_holds_plain_values_alone(case: Case, dtype: torch.dtype) -> None:
+    held = runs.from_file(runs.record(case, dtype).saved[runs.SAVED[-1]][1])
+    plain = (int, float, str, bool, type(None))
+    assert all(type(leaf) in plain or isinstance(leaf, torch.Tensor) for leaf in leaves(held))
+
+
+@pytest.mark.composed
+def test_loading_keeps_the_dtype_of_every_tensor(case: Case) -> None:
+    """torch's own load would cast codes, indices and scales to the weight's bf16."""
+    whole = runs.record(case, torch.bfloat16)
+    at = runs.SAVED[-1]
+    model = zoo.build(torch.bfloat16)
+    optimizer = case.optimizer(model)
+    optimizer.load_state_dict(runs.from_file(whole.saved[at][1]))
+    held = {i: {k: (v.dtype, v.shape) for k, v in s.items()} for i, s in runs.state_of(optimizer).items()}
+    assert held == whole.held[at - 1]
+
+
+def test_loading_does_not_share_memory_with_the_checkpoint(case: Case) -> None:
+    at = runs.SAVED[-1]
+    model_file, optimizer_file = runs.record(case, torch.float32).saved[at]
+    loaded = runs.from_file(optimizer_file)
+    runs.finish(case, torch.float32, model_file, loaded, at)
+    assert runs.same(loaded, runs.from_file(optimizer_file))
