@@ -56,7 +56,7 @@ def _summary(entry: Any) -> dict[str, Any]:
 
 
 def _per_weight(document: dict[str, Any]) -> str:
-    return f"{document['state_bytes'] / (_SHAPE[0] * _SHAPE[1]):.2f}"
+    return f"{document['state_bytes'] / (_SHAPE[0] * _SHAPE[1]):.3g}"
 
 
 def _detail(entry: Any) -> dict[str, Any]:
