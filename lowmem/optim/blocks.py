@@ -16,9 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lowmem.optim.rule import Pointwise
 
 BLOCK = 1 << 20
 """Elements of a row block, at most (one row at least)."""
@@ -171,6 +175,8 @@ class Direction:
         decay: 0-D fp32 tensor, likewise.
         ok: 0-D bool; False leaves the weight as it is. None for True.
         commit: state to store after the write, by key.
+        then: a pointwise rule that turns D into the step while it is written, and its state
+            (without the age, which has moved already).
     """
 
     blocks: Blocks
@@ -179,3 +185,4 @@ class Direction:
     decay: Tensor | None = None
     ok: Tensor | None = None
     commit: dict[str, Tensor] = field(default_factory=dict)
+    then: tuple[Pointwise, dict[str, Tensor]] | None = None

@@ -192,12 +192,10 @@ class Chunks:
         if plain and direction.pair and direction.lr is None and direction.decay is None:
             self._add_product_(p, direction.pair, ok, hp)
             return
-        run = _Run(self, None, writer, {}, extra, hp, ok, None, rates(hp, direction))
-        n = direction.blocks.shape[1]
-        for i, j in _walk(direction.blocks.ranges(), p):
-            rows = direction.blocks.rows(i, j).reshape(-1)
-            for start, length, size in run.spans(rows.numel()):
-                run.weight_chunk(p, rows[start : start + length], i * n + start, size)
+        rule, s = direction.then or (None, {})
+        run = _Run(self, rule, writer, s, extra, hp, ok, rule.scalars(s, hp) if rule else None, rates(hp, direction))
+        for start, length, size in _walk(run.spans(p.numel()), p):
+            run.weight_chunk(p, direction.blocks.chunk(start, start + length), start, size)
 
     def _add_product_(self, p: Tensor, pair: tuple[Tensor, Tensor], ok: Tensor, hp: Hyper) -> None:
         """W <- decay W - lr A B in one pass: the product is never held. A step that is not ok has B = 0."""

@@ -121,7 +121,7 @@ class Subspace:
         ok = torch.isfinite(hp.total(least, "max")) & torch.isfinite(hp.total(most, "max"))
         reads = self.residual.reads_rest and not self._complete(g.shape)
         before = low.clone() if reads else low
-        inside = self._step_inside(low, scoped(s, "inner"), hp, ok)
+        inside, ok = self._step_inside(low, scoped(s, "inner"), hp, ok)
         if self.scale != 1.0:
             low.mul_(self.scale)
         commit = prefixed("inner", inside.commit) if inside else {}
@@ -138,15 +138,20 @@ class Subspace:
         owed = self.residual.inject(rest, g)
         return self.projector.down(view, owed), owed
 
-    def _step_inside(self, low: Tensor, inner: State, hp: Hyper, ok: Tensor) -> Direction | None:
-        """Overwrite R by the inner rule's direction N."""
+    def _step_inside(
+        self, low: Tensor, inner: State, hp: Hyper, ok: Tensor
+    ) -> tuple[Direction | None, Tensor]:
+        """Overwrite R by the inner rule's direction N; the inner rule may refuse the step."""
         if is_pointwise(self.inner):
             hp.advance(self.inner, low, inner, hp, ok)
-            return None
+            return None, ok
         direction = self.inner.update(Dense(low), inner, hp)
+        ok = ok if direction.ok is None else ok & direction.ok
         for i, j in direction.blocks.ranges():
             low[i:j] = torch.where(ok, direction.blocks.rows(i, j), 0.0)
-        return direction
+        if direction.then is not None:
+            hp.advance(direction.then[0], low, direction.then[1], hp, ok)
+        return direction, ok
 
     def _lifted(self, view: State, low: Tensor, g: Blocks) -> Blocks:
         return Blocks(g.shape, lambda i, j: self.projector.up(view, low, i, j, g), g.device)
