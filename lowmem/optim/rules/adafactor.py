@@ -1,0 +1,327 @@
+"""Adafactor: Adam's denominator from row and column means (arXiv 1804.04235).
+
+    V <- V + t^-0.8 (G^2 + eps1 - V), held by its row and column means
+    U = G / sqrt(V),   U <- U / max(1, rms(U) / clip_threshold)
+    alpha = lr, or max(eps2, rms(W)) lr, or less by a schedule of its own
+    M <- beta1 M + (1 - beta1) alpha U  (if beta1 > 0)
+    W <- (1 - alpha weight_decay) W - (M or alpha U)
+
+This is transformers' Adafactor, in passes over row blocks: one for the means,
+one for rms(U) (it cannot be had from the means), one for the write. Nothing of
+the weight's size is allocated. Three things are decided here:
+
+* A tensor of three dimensions or more is the matrix of its first dimension by
+  the rest. transformers takes the last two and holds a pair of vectors for each
+  of the others, for a convolution of 3 x 3 kernels two thirds of a full moment.
+* transformers' `relative_step` has no learning rate. Here lr is its largest
+  value, and `warmup` the steps until it is reached: lr = 1e-2 is transformers',
+  with warmup = 10000 its `warmup_init`. Schedulers and lr = 0 keep their meaning.
+* betas and eps of the parameter group are AdamW's and not used, as in transformers:
+  beta2 follows from t, and beta1, eps1 and eps2 are set where buffers are decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError
+from lowmem.optim.blocks import Blocks, Dense, Direction
+from lowmem.optim.codecs import Codec, codec
+from lowmem.optim.factored import TINY, Factored, RowCol
+from lowmem.optim.rule import (
+    Change,
+    ChunkHyper,
+    Hyper,
+    Reset,
+    State,
+    part,
+    prefixed,
+    reset_,
+)
+
+
+def _under(scope: str, numbers: Mapping[str, int]) -> Mapping[str, int]:
+    return {f"{scope}.{key}" if key else scope: value for key, value in numbers.items()}
+
+
+@dataclass(frozen=True)
+class Square:
+    """The full second moment of a vector, and the gradient divided by its root.
+
+    v <- v + t^decay_rate (g^2 + eps - v),  d = g / sqrt(v)
+
+    Args:
+        codec: how v is held.
+        decay_rate: exponent of the average, below 0.
+        eps: added to g^2.
+    """
+
+    codec: Codec
+    decay_rate: float = -0.8
+    eps: float = 1e-30
+    compilable: bool = False  # vectors are few and short
+
+    @property
+    def grain(self) -> int:
+        """A block of the codec."""
+        return self.codec.grain
+
+    @property
+    def per(self) -> Mapping[str, int]:
+        """The codec's tensors are cut; the age is not."""
+        return _under("square", self.codec.per)
+
+    @property
+    def fill(self) -> Mapping[str, int]:
+        """What the codec pads with."""
+        return _under("square", self.codec.fill)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Those of the codec."""
+        return self.codec.streams
+
+    def init(self, x: Tensor) -> State:
+        """A moment of zero."""
+        return prefixed("square", self.codec.init(x))
+
+    def shared(self, x: Tensor) -> State:
+        """The codec's tables."""
+        return self.codec.shared(x)
+
+    def rate(self, s: State) -> Tensor:
+        """How far the average moves, t^decay_rate: all the way at the first step."""
+        return s["age"].double() ** self.decay_rate
+
+    def scalars(self, s: State, hp: Hyper) -> Tensor:
+        """The rate and eps."""
+        return torch.stack((self.rate(s), hp.vector(self.eps)[0])).float()
+
+    def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
+        """The equations above, on one chunk."""
+        rate, eps = hp.scalars.unbind()
+        old = self.codec.decode(part(s, "square"), s)
+        v = hp.keep(old + rate * (g * g + eps - old), old)
+        return g * v.clamp(min=TINY).rsqrt(), prefixed("square", self.codec.encode(v, hp, s))
+
+    def moments(self, s: State) -> State:
+        """The moment, flat fp32."""
+        return {"square": self.codec.decode(part(s, "square"), s)}
+
+    def check_rebase(self, kind: str) -> None:
+        """Vectors are not projected."""
+
+    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
+        """Vectors are not projected."""
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """An average of steps, with the step size inside: m <- m + (1 - beta)(rate u - m), d = m.
+
+    Args:
+        codec: how m is held.
+        beta: share of the old m, in (0, 1).
+    """
+
+    codec: Codec
+    beta: float
+    compilable: bool = True
+
+    @property
+    def grain(self) -> int:
+        """A block of the codec."""
+        return self.codec.grain
+
+    @property
+    def per(self) -> Mapping[str, int]:
+        """The codec's tensors are cut; the rate is not."""
+        return _under("momentum", self.codec.per)
+
+    @property
+    def fill(self) -> Mapping[str, int]:
+        """What the codec pads with."""
+        return _under("momentum", self.codec.fill)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Those of the codec."""
+        return self.codec.streams
+
+    def init(self, x: Tensor) -> State:
+        """An average of zero."""
+        return prefixed("momentum", self.codec.init(x))
+
+    def shared(self, x: Tensor) -> State:
+        """The codec's tables."""
+        return self.codec.shared(x)
+
+    def scalars(self, s: State, hp: Hyper) -> Tensor:
+        """1 - beta, and the step size that the rule has found."""
+        return torch.stack((hp.vector(1.0 - self.beta)[0], s["rate"])).float()
+
+    def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
+        """The equation above, on one chunk."""
+        move, rate = hp.scalars.unbind()
+        old = self.codec.decode(part(s, "momentum"), s)
+        m = hp.keep(old + move * (rate * g - old), old)
+        return m, prefixed("momentum", self.codec.encode(m, hp, s))
+
+    def moments(self, s: State) -> State:
+        """The average, flat fp32."""
+        return {"momentum": self.codec.decode(part(s, "momentum"), s)}
+
+    def check_rebase(self, kind: str) -> None:
+        """Asked of the whole rule."""
+
+    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
+        """Done by the whole rule."""
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor over a factored second moment (see the module's docstring).
+
+    Bytes for an (m, n) weight: 4 (m + n) + 4, and what the codec takes for m n elements
+    if there is a momentum; for a vector what the codec takes, and 4. Workspace of a
+    vector: its fp32 copy.
+
+    Args:
+        square: the full second moment of vectors; its rate and eps are those of matrices too.
+        momentum: the average of steps, or None.
+        factored: how the second moment of matrices is held.
+        clip_threshold: largest rms of U, above 0.
+        scale_parameter: steps in units of the weight's rms.
+        eps2: least rms that counts, at least 0.
+        relative_step: steps of at most 1 / sqrt(t).
+        warmup: steps until a relative step may reach lr; 0 for none.
+
+    Example:
+        >>> {k: tuple(v.shape) for k, v in Adafactor.of("fp32").init(torch.zeros(3, 5)).items()}
+        {'square.row': (3,), 'square.col': (5,), 'age': ()}
+    """
+
+    square: Square
+    momentum: Momentum | None = None
+    factored: Factored = field(default_factory=RowCol)
+    clip_threshold: float = 1.0
+    scale_parameter: bool = False
+    eps2: float = 1e-3
+    relative_step: bool = False
+    warmup: int = 0
+
+    @classmethod
+    def of(
+        cls, states: str, *, beta1: float = 0.0, decay_rate: float = -0.8, eps1: float = 1e-30,
+        clip_threshold: float = 1.0, scale_parameter: bool = False, eps2: float = 1e-3,
+        relative_step: bool = False, warmup: int = 0,
+    ) -> Adafactor:  # fmt: skip
+        """Adafactor from plain numbers; `states` holds the momentum and the moments of vectors.
+
+        Raises:
+            UserError: a number outside its range, or one that nothing would read.
+        """
+        bad = {
+            f"beta1 must be in [0, 1), got {beta1}": not 0.0 <= beta1 < 1.0,
+            f"decay_rate must be below 0, got {decay_rate}": not decay_rate < 0.0,
+            f"eps1 must be at least 0, got {eps1}": not eps1 >= 0.0,
+            f"eps2 must be at least 0, got {eps2}": not eps2 >= 0.0,
+            f"clip_threshold must be above 0, got {clip_threshold}": not clip_threshold > 0.0,
+            f"warmup must be at least 0, got {warmup}": warmup < 0,
+            f"warmup={warmup} needs relative_step=true": warmup > 0 and not relative_step,
+            f"eps2={eps2} needs scale_parameter=true": eps2 != 1e-3 and not scale_parameter,
+        }
+        if any(bad.values()):
+            raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
+        square = Square(codec(states, signed=False, stream="square"), decay_rate, eps1)
+        momentum = Momentum(codec(states, signed=True, stream="momentum"), beta1) if beta1 else None
+        return cls(square, momentum, RowCol(), clip_threshold, scale_parameter, eps2, relative_step, warmup)
+
+    def init(self, x: Tensor) -> State:
+        """All moments zero, age 0."""
+        square = self.square.init(x) if x.dim() < 2 else prefixed("square", self.factored.init(x))
+        average = self.momentum.init(x) if self.momentum else {}
+        return square | average | {"age": torch.zeros((), dtype=torch.int32, device=x.device)}
+
+    def shared(self, x: Tensor) -> State:
+        """Tables of the codecs."""
+        return self.square.shared(x) | (self.momentum.shared(x) if self.momentum else {})
+
+    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
+        """Nothing is rare."""
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Divide by the root of the second moment, clip, find the step size."""
+        count = hp.vector(float(g.shape[0] * g.shape[1]))[0]
+        share = count / hp.total(count)
+        find = self._vector if "square.row" not in s else self._matrix
+        blocks, ok = find(g, s, share, hp)
+        own = self.scale_parameter or self.relative_step
+        alpha = self._alpha(s, share, hp) if own else None
+        if self.momentum is None:
+            decay = None if alpha is None else 1.0 - hp.weight_decay * alpha
+            return Direction(blocks, lr=alpha, decay=decay, ok=ok)
+        rate = hp.vector(hp.lr)[0] if alpha is None else alpha
+        held = {key: s[key] for key in sorted(s) if not key.startswith("square") and key != "age"}
+        then = (self.momentum, {**held, "rate": rate})
+        return Direction(blocks, lr=hp.vector(1.0)[0], decay=1.0 - hp.weight_decay * rate, ok=ok, then=then)
+
+    def _matrix(self, g: Blocks, s: State, share: Tensor, hp: Hyper) -> tuple[Blocks, Tensor]:
+        """U of a matrix, row block by row block; two passes over G, and one when U is read."""
+        held = part(s, "square")
+        new = {key: mean + self.square.eps for key, mean in self.factored.reduce(g, share, hp).items()}
+        # every element reaches the means: they tell of NaN, Inf and squares beyond fp32
+        ok = torch.isfinite(hp.total(torch.stack([mean.double().sum() for mean in new.values()]).sum()))
+        s["age"].add_(ok)
+        self.factored.average_(held, new, self.square.rate(s), ok)
+        p, q = self.factored.roots(held, share, hp)
+        norms = [torch.linalg.vector_norm(g.rows(i, j).contiguous() * q, dim=1) for i, j in g.ranges()]
+        squares = (torch.cat(norms) * p).double().square().sum() / (g.shape[0] * g.shape[1])
+        p = p * self._shrink(squares, share, hp)
+
+        def rows(i: int, j: int) -> Tensor:
+            return (g.rows(i, j) * q).mul_(p[i:j, None])
+
+        return Blocks(g.shape, rows, g.device), ok
+
+    def _vector(self, g: Blocks, s: State, share: Tensor, hp: Hyper) -> tuple[Blocks, Tensor]:
+        """U of a vector; its second moment is held in full."""
+        u = g.rows(0, 1).clone(memory_format=torch.contiguous_format)
+        ok = torch.isfinite(hp.total(u.abs().amax(), "max").square())
+        held = {key: s[key] for key in sorted(s) if not key.startswith("momentum")}
+        hp.advance(self.square, u, held, hp, ok)
+        return Dense(u, self._shrink(u.double().square().mean(), share, hp)), ok
+
+    def _shrink(self, mean: Tensor, share: Tensor, hp: Hyper) -> Tensor:
+        """The factor that brings rms(U) down to the threshold, from the mean of U^2 held here."""
+        rms = hp.total(mean * share).sqrt()
+        return 1.0 / (rms / self.clip_threshold).clamp(min=1.0).float()
+
+    def _alpha(self, s: State, share: Tensor, hp: Hyper) -> Tensor:
+        """The step size, 0-D float64."""
+        alpha = hp.vector(hp.lr)[0]
+        if self.relative_step:
+            age = s["age"].double()
+            least = torch.minimum(alpha, age.rsqrt())
+            alpha = torch.minimum(least, alpha * age / self.warmup) if self.warmup else least
+        if not self.scale_parameter:
+            return alpha
+        m, n = hp.weight.shape
+        squares = hp.weight.sum(lambda rows: torch.linalg.vector_norm(rows.contiguous()).double().square())
+        return alpha * hp.total(squares / (m * n) * share).sqrt().clamp(min=self.eps2)
+
+    def check_rebase(self, kind: str) -> None:
+        """Means over rows and columns do not determine those in another basis."""
+        if kind == "rotate":
+            raise UserError(
+                "on_refresh='rotate' is not defined for row and column means; take 'reset' or 'keep'"
+            )
+
+    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
+        """Keep, or start afresh: the first step after it forgets what was before anyway."""
+        if isinstance(change, Reset):
+            reset_(s, self.init(torch.empty(shape, device=hp.weight.device)), change)
