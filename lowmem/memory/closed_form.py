@@ -76,13 +76,19 @@ def supports(config: Any, run: Run) -> bool:
         config.model_type in SUPPORTED
         and plain
         and not biased
-        and not (run.attention == "eager" and getattr(config, "num_key_value_heads", None) == 1)
+        and (run.attention != "eager" or _every_head_its_own(config))
         and not getattr(config, "mlp_bias", False)
         and run.dtype != "float32"
         and not run.autocast
         and not getattr(config, "attention_dropout", 0.0)
         and (window is None or run.seq_len <= window)
     )
+
+
+def _every_head_its_own(config: Any) -> bool:
+    """No grouped queries: eager attention repeats keys and values otherwise, which was not derived."""
+    shape = shape_of(config)
+    return shape.k == shape.a and shape.a * shape.d == shape.h
 
 
 def saved_per_token(shape: Shape, run: Run) -> int:

@@ -1,0 +1,61 @@
+"""Small models of the real architectures, and one real training step watched by two trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+BASE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**BASE),
+    "qwen2.5": lambda: transformers.Qwen2Config(**BASE),
+    "qwen3": lambda: transformers.Qwen3Config(**BASE, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **BASE, head_dim=16, sliding_window=32, query_pre_attn_scalar=16
+    ),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=128),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=512,
+        hidden_size=64,
+        ffn_dim=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        max_position_embeddings=128,
+    ),
+}
+
+
+def model(family: str, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False) -> nn.Module:
+    """A model with random weights, in training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = FAMILIES[family]()
+        config.use_cache = False
+        made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if checkpointing:
+        enable = getattr(made, "activation_checkpointing_enable", None) or made.gradient_checkpointing_enable
+        enable()
+    return made.train()
+
+
+def batch(rows: int = 2, length: int = 48) -> dict[str, torch.Tensor]:
+    ids = torch.arange(rows * length).view(rows, length) % 500
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def loss(made: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As `Trainer.compute_loss`: the outputs are gone before backward."""
+    return made(**inputs, use_cache=False, num_items_in_batch=torch.ones((), dtype=torch.long)).loss

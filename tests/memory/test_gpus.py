@@ -1,0 +1,91 @@
+"""Cards by name, budgets by unit, and a local calibration above both."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from lowmem.errors import UserError
+from lowmem.memory import gpus
+from lowmem.memory.gpus import GIB, MIB, budget, gpu
+
+
+@pytest.fixture(autouse=True)
+def _no_calibration(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("rtx4090", "rtx4090"),
+        ("RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("Tesla T4", "t4"),
+        ("l40", "l40s"),
+    ],
+)
+def test_names_are_forgiving(asked, found):
+    assert gpu(asked).name == found
+
+
+def test_unknown_card_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'rtx4090'"):
+        gpu("rtx4091")
+
+
+def test_a_family_of_several_sizes_asks_which():
+    with pytest.raises(UserError, match="a100-40gb, a100-80gb"):
+        gpu("A100")
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "said"),
+    [
+        ("23.5GiB", int(23.5 * GIB), None),
+        ("24564MiB", 24564 * MIB, None),
+        ("24GB", 24 * 10**9, "10^9"),
+        ("24", 24 * GIB, "taken as GiB"),
+        ("25769803776", 25769803776, "taken as B"),
+        ("24g", 24 * GIB, "taken as GiB"),
+    ],
+)
+def test_budget_says_what_it_assumed(text, size, said):
+    found = budget(text)
+    assert found.usable == size
+    assert (said is None and not found.notes) or said in found.notes[0]
+
+
+@pytest.mark.parametrize("text", ["lots", "24GX", "-3GiB", "", "100MiB"])
+def test_bad_budgets_are_refused(text):
+    with pytest.raises(UserError, match="budget"):
+        budget(text)
+
+
+def test_every_card_leaves_room_and_is_smaller_than_its_box():
+    table = gpus._table()["gpus"]
+    for name, row in table.items():
+        card = gpu(name)
+        assert 0.85 * row["nominal"] * MIB < card.capacity < card.usable < row["nominal"] * MIB, name
+        assert card.context[0] < card.context[1]
+
+
+def test_calibration_replaces_the_table(tmp_path):
+    assert not gpu("t4").calibrated
+    file = gpus.calibration_file()
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"t4": {"usable": 15 * GIB, "context": 150 * MIB, "workspace": 9 * MIB}}))
+    card = gpu("t4")
+    assert card.calibrated
+    assert card.capacity == 15 * GIB - 159 * MIB
+    assert card.outside == 150 * MIB
+
+
+def test_damaged_calibration_is_named():
+    file = gpus.calibration_file()
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    with pytest.raises(UserError, match="delete it"):
+        gpu("t4")

@@ -1,0 +1,177 @@
+"""The trace without weights equals a real step: by our tracker exactly, by torch's to the last kilobyte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from lowmem.errors import UserError
+from lowmem.memory.replica import phase_hooks, trace
+from lowmem.memory.run import Run
+from lowmem.memory.trace import Tracker
+from tests.memory.families import FAMILIES, batch, loss, model
+
+RUN = Run(batch_size=2, seq_len=48, dtype="float32", device="cpu", max_grad_norm=0.0)
+
+
+def real_peaks(family: str, dtype: torch.dtype, checkpointing: bool) -> dict[str, dict[str, int]]:
+    """Phases of a real step by our tracker: bytes by category."""
+    made, inputs = model(family, dtype, checkpointing=checkpointing), batch()
+    tracker = Tracker()
+    tracker.register([*made.parameters(), *made.buffers()], "weights")
+    tracker.register(inputs.values(), "activations")
+    for p in made.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: tracker.claim(p.grad, "gradients"))
+    with tracker, phase_hooks(made, tracker, checkpointing=checkpointing):
+        tracker.enter("forward")
+        value = loss(made, inputs)
+        tracker.enter("loss backward", "logits")
+        value.backward()
+        del value
+        tracker.enter("optimizer step", "workspace")
+    return {name: dict(moment.bytes) for name, moment in tracker.moments().items()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trace_equals_a_real_step_in_every_phase(family, checkpointing):
+    config = FAMILIES[family]()
+    run = Run(**{**vars(RUN), "gradient_checkpointing": checkpointing})
+    found = {name: dict(moment.bytes) for name, moment in trace(config, run).moments.items()}
+    assert found == real_peaks(family, torch.float32, checkpointing)
+    assert config.use_cache  # the caller's configuration is left alone
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_trace_in_16_bits_equals_a_real_step(family):
+    run = Run(**{**vars(RUN), "dtype": "bfloat16"})
+    found = {name: dict(moment.bytes) for name, moment in trace(FAMILIES[family](), run).moments.items()}
+    assert found == real_peaks(family, torch.bfloat16, False)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torch_memtracker_sees_the_same_peak(family, checkpointing):
+    made, inputs = model(family, checkpointing=checkpointing), batch()
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.0)
+    theirs = MemTracker()
+    theirs.track_external(made, optimizer, *inputs.values())
+    with theirs:
+        loss(made, inputs).backward()
+    peak = theirs.get_tracker_snapshot("peak")[torch.device("cpu")]
+    total = next(size for key, size in peak.items() if str(getattr(key, "value", key)) == "Total")
+    run = Run(**{**vars(RUN), "gradient_checkpointing": checkpointing})
+    moments = trace(FAMILIES[family](), run).moments.values()
+    # scalars that torch's tracker does not see (the divisor of the loss)
+    assert 0 <= max(m.total for m in moments) - total <= 4096
+
+
+def test_release_keeps_one_gradient_and_names_each_step():
+    config = FAMILIES["llama"]()
+    held = trace(config, RUN)
+    freed = trace(config, Run(**{**vars(RUN), "gradient_release": True}))
+    names = {p.name for p in freed.parameters}
+    assert set(freed.releases) == names
+    every = sum(p.numel() for p in model("llama").parameters()) * 4
+    assert held.moments["optimizer step"].bytes["gradients"] == every
+    assert max(m.bytes["gradients"] for m in freed.releases.values()) < 2 * 512 * 64 * 4
+    assert "optimizer step" not in freed.moments
+
+
+def test_accumulation_holds_the_gradients_through_the_next_forward():
+    once, twice = (trace(FAMILIES["llama"](), Run(**{**vars(RUN), "accumulation": n})) for n in (1, 4))
+    gradients = twice.moments["loss forward"].bytes["gradients"]
+    assert once.moments["loss forward"].bytes["gradients"] == 0
+    assert gradients == once.moments["optimizer step"].bytes["gradients"]
+
+
+def test_adapters_train_and_the_base_does_not():
+    config = FAMILIES["llama"]()
+    full = trace(config, RUN)
+    lora = trace(config, Run(**{**vars(RUN), "dtype": "bfloat16", "lora_rank": 4}))
+    small = trace(config, Run(**{**vars(RUN), "dtype": "bfloat16", "lora_rank": 4, "quantize": "nf4"}))
+    assert {p.dtype for p in lora.parameters} == {torch.float32}
+    assert all("lora_" in p.name for p in lora.parameters)
+    assert lora.total_parameters > full.total_parameters
+    assert small.total_parameters == lora.total_parameters
+    # NF4: half a byte per weight, one byte per 64, 4 bytes per 16384, and the code tables
+    linear = 3 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 160)
+    saved = lora.moments["forward"].bytes["weights"] - small.moments["forward"].bytes["weights"]
+    tables = 3 * 7 * (16 + 256) * 4
+    assert saved == linear * 2 - linear // 2 - linear // 64 - 3 * 7 * 4 - tables
+
+
+def test_padded_and_packed_rows_pay_for_their_mask():
+    peaks = {}
+    for rows in ("full", "padded", "packed"):
+        run = Run(batch_size=2, seq_len=128, rows=rows)
+        peaks[rows] = max(m.total for m in trace(FAMILIES["llama"](), run).moments.values())
+    mask = 2 * 128 * 128 * 2 * 3  # additive, 16 bits, saved in each of three layers
+    assert peaks["padded"] - peaks["full"] >= mask
+    assert peaks["packed"] - peaks["full"] >= mask
+
+
+def test_chunked_loss_never_holds_the_logits():
+    config = FAMILIES["llama"]()
+    config.vocab_size = 32768
+    plain, chunked = (
+        trace(config, Run(batch_size=4, seq_len=128, loss=loss)).moments["loss backward"].bytes["logits"]
+        for loss in ("plain", "chunked")
+    )
+    assert plain >= 12 * 4 * 128 * 32768
+    assert chunked < plain / 2
+
+
+def test_nothing_is_left_behind(monkeypatch):
+    import transformers.masking_utils as masking
+
+    before = (masking.find_packed_sequence_indices, torch.nn.functional.dropout)
+    trace(FAMILIES["gpt2"](), Run(batch_size=1, seq_len=16))
+    assert (masking.find_packed_sequence_indices, torch.nn.functional.dropout) == before
+    assert "lowmem_fused" not in transformers_attention()
+
+
+def transformers_attention() -> list[str]:
+    from transformers import AttentionInterface
+
+    return list(AttentionInterface().valid_keys())
+
+
+def test_global_generator_is_untouched():
+    state = torch.random.get_rng_state()
+    trace(FAMILIES["gpt2"](), Run(batch_size=1, seq_len=16))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_mixture_of_experts_is_refused_with_the_reason():
+    import transformers
+
+    with pytest.raises(UserError, match="experts"):
+        trace(transformers.MixtralConfig(num_hidden_layers=2), Run(batch_size=1, seq_len=16))
+
+
+def test_tracker_counts_a_storage_once_and_frees_it():
+    tracker = Tracker(granularity=512)
+    with tracker:
+        tracker.enter("a")
+        x = torch.empty(100)
+        y = x.view(10, 10)
+        y.add_(1)
+        assert tracker.live == 512
+        tracker.enter("b")
+        del x, y
+        assert tracker.live == 0
+        torch.empty(200)
+    moments = tracker.moments()
+    assert (moments["a"].total, moments["b"].total) == (512, 1024)
+    assert tracker.peak().event == "b"
+
+
+def test_a_claim_holds_from_birth():
+    tracker = Tracker()
+    with tracker:
+        tracker.enter("backward")
+        x = torch.empty(8)
+        tracker.claim(x, "gradients")
+    assert tracker.moments()["backward"].bytes["gradients"] == 32
