@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import pkgutil
 import sys
@@ -102,18 +103,26 @@ def _usage_or_fault(error: Exception) -> int:
 
 
 @contextmanager
-def _quiet_warnings() -> Iterator[None]:
-    """Show lowmem's own warnings as one line each, hide those of other packages."""
+def _quiet_packages() -> Iterator[None]:
+    """Show lowmem's own warnings as one line each; hide other packages' warnings and logs below error."""
+    from lowmem.training.quiet import LOGGERS
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         render.warning(str(message))
 
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in LOGGERS}
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"lowmem(\.|$)")
             warnings.showwarning = show
-        yield
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def _discover(target: typer.Typer) -> None:
@@ -132,7 +141,7 @@ def _quiet(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        with render.reserved_stdout(), _quiet_warnings():
+        with render.reserved_stdout(), _quiet_packages():
             command(*args, **kwargs)
 
     return run
