@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.memory.trace import Tracker, storages
+from lowmem.optim.blocks import Blocks
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.rule import stagger
+from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
 from lowmem.strategies import create
 
@@ -109,10 +111,12 @@ def _workspace(
     return measure_workspace(create(name, writer=writer, **dict(options)), shape, dtype, role, refresh)
 
 
-def measure_workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool) -> int:
-    """`workspace_bytes` of any strategy, not remembered."""
-    p = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-    gradient = torch.empty_like(p)
+def measure_workspace(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
+) -> int:
+    """`workspace_bytes` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+    p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    gradient = _gradient(strategy, p)
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
     optimizer.init_state()
     group, held = optimizer.place(p)[0], optimizer.state[p]
@@ -120,7 +124,7 @@ def measure_workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role
     gap = int(strategy.options.get("update_proj_gap", 1))
     group["step"] = 0 if refresh else _between(gap)
     tracker = Tracker()
-    tracker.register([p, gradient, *held.values()], "weights")
+    tracker.register([p, *held.values(), *([gradient] if isinstance(gradient, Tensor) else [])], "weights")
     for constants in optimizer._shared.values():
         tracker.register(constants.values(), "weights")
     before = tracker.live
@@ -130,6 +134,17 @@ def measure_workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role
     peak = tracker.peak().total - before
     tracker.stop()
     return max(0, peak)
+
+
+def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:
+    """What the source would hand over for one parameter: a tensor, or something to be drawn."""
+    source = strategy.source
+    if source.needs_autograd:
+        return torch.empty_like(p)
+    zero = torch.zeros((), device=p.device)
+    probe = [("w", nn.Parameter(torch.empty(1, dtype=p.dtype, device=p.device)))]
+    _, evidence = source.backward(probe, lambda: zero, model=None, query=Query(0, 0))
+    return next(g for _, g in source.gradients([("w", p)], [evidence]))
 
 
 def _between(gap: int) -> int:

@@ -13,6 +13,7 @@ step: W <- decay W - lr D. It may be read many times before it is written.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -114,8 +115,14 @@ class Dense(Blocks):
         super().__init__(shape, self._dense_rows, tensor.device, dtype)
         self.tensor = tensor
         self.factor = factor
-        self._matrix = tensor.reshape(shape) if tensor.dim() < 2 else tensor.flatten(1)
-        self._flat = self._matrix.view(-1) if self._matrix.is_contiguous() else None
+
+    @functools.cached_property
+    def _matrix(self) -> Tensor:
+        return self.tensor.reshape(self.shape) if self.tensor.dim() < 2 else self.tensor.flatten(1)
+
+    @functools.cached_property
+    def _flat(self) -> Tensor | None:
+        return self.tensor.view(-1) if self.tensor.is_contiguous() else None
 
     def _dense_rows(self, i: int, j: int) -> Tensor:
         rows = self._matrix[i:j].float()

@@ -18,18 +18,21 @@ import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowmem.optim import noise
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.rule import SCALARS, ChunkHyper, Hyper, Pointwise, State
+from lowmem.optim.rule import ChunkHyper, Hyper, Pointwise, State
 from lowmem.optim.writers import Nearest, Writer
 
 LADDER = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)
 """Chunk sizes in elements; every grain divides the smallest."""
+
+OWN_SIZES = 8
+"""Sizes of tensors, beside the ladder, for which a frame compiles kernels."""
 
 Kernel = Callable[..., None]
 Block = TypeVar("Block")
@@ -107,7 +110,9 @@ def _body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], he
         gradient = g.float()
         finite = torch.isfinite(gradient) & ok
         gradient = torch.where(finite, gradient, 0.0)
-        index = torch.arange(g.shape[0], dtype=torch.int32, device=g.device) + position
+        index = (
+            torch.arange(g.shape[0], dtype=torch.int32, device=g.device) + position if streams else position
+        )
         hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, index, words, streams)
         direction, new = rule.step(gradient, state, hp) if rule else (gradient, {})
         direction = torch.where(finite, direction, 0.0)
@@ -120,7 +125,8 @@ def _body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], he
                 extra[name].copy_(value)
         for name, value in new.items():
             state[name].copy_(value)
-        skipped.add_((~finite).sum())
+        # as a sum of floats: counting booleans keeps the loop from being vectorised
+        skipped.add_(torch.where(finite, 0.0, 1.0).sum().to(torch.int64))
 
     return run
 
@@ -130,7 +136,12 @@ def compiled(body: Kernel) -> Kernel:
     # the limit on recompilations counts for each code object: every kernel gets its own
     code = body.__code__.replace(co_name=f"lowmem_kernel_{id(body):x}")
     own = types.FunctionType(code, body.__globals__, code.co_name, body.__defaults__, body.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    # the cache of kernels has looked at dtypes, sizes and device: guards would ask again at every call
+    options: dict[str, Any] = {
+        "guard_filter_fn": lambda guards: [False] * len(guards),
+        "emulate_precision_casts": True,  # a cast to 16 bits and back rounds, and must not be dropped
+    }
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 @dataclass
@@ -144,12 +155,14 @@ class Chunks:
     compile: bool = False
     _kernels: dict[tuple[object, ...], Kernel] = field(default_factory=dict)
     _skipped: dict[torch.device, Tensor] = field(default_factory=dict)
+    _true: dict[torch.device, Tensor] = field(default_factory=dict)
+    _own: set[int] = field(default_factory=set)
 
     def skipped(self) -> int:
         """Elements whose gradient was not finite, so far. Reads from the device."""
         return sum(int(count) for count in self._skipped.values())
 
-    def _counter(self, device: torch.device) -> Tensor:
+    def counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped[device]
@@ -165,9 +178,9 @@ class Chunks:
             s: the rule's state and constants; extra: the writer's state.
             hp: of this step.
         """
-        ok = torch.ones((), dtype=torch.bool, device=p.device)
+        ok = self.true(p.device)
         self._age(s, ok)
-        run = _Run(self, rule, writer, s, extra, hp, ok, rule.scalars(s, hp), rates(hp))
+        run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp))
         for start, length, size in _walk(run.spans(p.numel()), p):
             run.weight_chunk(p, g.chunk(start, start + length), start, size)
 
@@ -179,7 +192,7 @@ class Chunks:
             hp: of this step; ok: 0-D bool, False leaves the state as it is.
         """
         self._age(s, ok)
-        run = _Run(self, rule, None, s, {}, hp, ok, rule.scalars(s, hp), rates(hp))
+        run = _Run(self, rule, None, s, {}, hp, ok, rates(hp))
         run.skipped = torch.zeros_like(run.skipped)  # the write counts what is skipped
         flat = low.view(-1)
         for start, length, size in _walk(run.spans(flat.numel()), low):
@@ -187,13 +200,13 @@ class Chunks:
 
     def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:
         """Take a step that a rule has decided, and store what it commits."""
-        ok = direction.ok if direction.ok is not None else torch.ones((), dtype=torch.bool, device=p.device)
+        ok = direction.ok if direction.ok is not None else self.true(p.device)
         plain = isinstance(writer, Nearest) and p.dtype == torch.float32 and p.dim() == 2
         if plain and direction.pair and direction.lr is None and direction.decay is None:
             self._add_product_(p, direction.pair, ok, hp)
             return
         rule, s = direction.then or (None, {})
-        run = _Run(self, rule, writer, s, extra, hp, ok, rule.scalars(s, hp) if rule else None, rates(hp, direction))
+        run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, direction))
         for start, length, size in _walk(run.spans(p.numel()), p):
             run.weight_chunk(p, direction.blocks.chunk(start, start + length), start, size)
 
@@ -202,7 +215,7 @@ class Chunks:
         if hp.weight_decay:
             p.mul_(torch.where(ok, rates(hp)[1], 1.0))
         p.addmm_(*pair, alpha=-hp.lr)
-        self._counter(p.device).add_((~ok) * p.numel())
+        self.counter(p.device).add_((~ok) * p.numel())
 
     @staticmethod
     def _age(s: State, ok: Tensor) -> None:
@@ -210,17 +223,37 @@ class Chunks:
             s["age"].add_(ok)
 
     def kernel(
-        self, rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], tensors: Sequence[Tensor]
+        self,
+        rule: Pointwise | None,
+        writer: Writer | None,
+        keys: Sequence[str],
+        w: Tensor,
+        g: Tensor,
+        live: bool,
     ) -> Kernel:
-        """The kernel for these tensors: made once, compiled where that is asked for and possible."""
-        live = self.compile and tensors[0].device.type != "meta" and (rule is None or rule.compilable)
-        shape = tuple((t.dtype, t.shape, t.device) for t in tensors) if live else ()
-        name = (rule, writer, tuple(keys), live, shape)
+        """The kernel for chunks like these: made once, compiled where `live`."""
+        # rule and writer fix what the state looks like; both outlive the frame, so their ids name them
+        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, g.shape[0] if live else 0, live)
         if name not in self._kernels:
-            held = tuple(writer.init(torch.empty(1, dtype=tensors[0].dtype))) if writer else ()
+            held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
             body = _body(rule, writer, keys, held)
             self._kernels[name] = compiled(body) if live else body
         return self._kernels[name]
+
+    def own(self, rest: int) -> bool:
+        """Whether what is left of a tensor after the largest chunks is one chunk of its own size.
+
+        A model has few shapes, and one call is cheaper than a walk down the ladder.
+        """
+        if rest not in self._own and rest and rest % LADDER[-1] == 0 and len(self._own) < OWN_SIZES:
+            self._own.add(rest)
+        return rest in self._own
+
+    def true(self, device: torch.device) -> Tensor:
+        """A 0-D True, made once."""
+        if device not in self._true:
+            self._true[device] = torch.ones((), dtype=torch.bool, device=device)
+        return self._true[device]
 
 
 def rates(hp: Hyper, direction: Direction | None = None) -> Tensor:
@@ -238,26 +271,30 @@ class _Run:
 
     def __init__(
         self, frame: Chunks, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
-        hp: Hyper, ok: Tensor, scalars: Tensor | None, rates: Tensor,
+        hp: Hyper, ok: Tensor, rates: Tensor,
     ) -> None:  # fmt: skip
         self.frame, self.rule, self.writer, self.hp, self.ok, self.rates = frame, rule, writer, hp, ok, rates
         device = rates.device
-        self.scalars = torch.zeros(SCALARS, device=device)
-        if scalars is not None:
-            self.scalars[: scalars.numel()] = scalars
-        self.per = dict(rule.per) if rule else {}
-        self.fill = dict(rule.fill) if rule else {}
-        self.state, self.extra = s, extra
+        self.live = frame.compile and device.type != "meta" and (rule is None or rule.compilable)
+        self.scalars = rule.scalars(s, hp) if rule else rates
         self.keys = tuple(s)
+        per, fill = (rule.per, rule.fill) if rule else ({}, {})
+        self.cuts = [(s[key], per.get(key, 0), fill.get(key, 0)) for key in self.keys]
+        self.cuts += [(tensor, 1, 0) for tensor in extra.values()]
         self.streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
-        self.skipped = frame._counter(device)
+        self.skipped = frame.counter(device)
         self._words: dict[int, Tensor] = {}
 
     def spans(self, count: int) -> Iterator[tuple[int, int, int]]:
         """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
         rule = self.rule
         if self.frame.compile and (rule is None or rule.compilable):
-            yield from spans(count)
+            whole = count // LADDER[0] * LADDER[0]
+            yield from spans(whole)
+            if self.frame.own(count - whole):
+                yield whole, count - whole, count - whole
+            else:
+                yield from ((whole + start, length, size) for start, length, size in spans(count - whole))
             return
         grain, most = (rule.grain, getattr(rule, "chunk", LADDER[0])) if rule else (1, LADDER[0])
         for start in range(0, count, most):
@@ -270,13 +307,12 @@ class _Run:
         if upper not in self._words:
             hp = self.hp
             names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.streams]
-            device = self.rates.device
-            self._words[upper] = (
-                noise.key_tensor(names, device) if names else hp.vector(0.0, dtype=torch.int32)
-            )
+            self._words[upper] = noise.key_tensor(names, self.rates.device) if names else self.rates
         return self._words[upper]
 
     def _position(self, start: int) -> Tensor:
+        if not self.streams:
+            return self.rates  # nothing is drawn, so nothing asks for it
         index = (start + self.hp.offset) & 0xFFFFFFFF
         signed = index - (1 << 32) if index >= 1 << 31 else index
         return self.hp.vector(signed, dtype=torch.int32)[0]
@@ -284,9 +320,7 @@ class _Run:
     def _cut(self, start: int, length: int, size: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Views of the state for one chunk; where it must be padded, copies and where they go back."""
         views, back = [], []
-        cuts = [(self.state[k], self.per.get(k, 0), self.fill.get(k, 0)) for k in self.keys]
-        cuts += [(tensor, 1, 0) for tensor in self.extra.values()]
-        for tensor, per, fill in cuts:
+        for tensor, per, fill in self.cuts:
             if not per:
                 views.append(tensor)
                 continue
@@ -301,8 +335,7 @@ class _Run:
 
     def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
         views, back = self._cut(start, length, g.shape[0])
-        run = self.frame.kernel(self.rule, self.writer, self.keys, (w, g, *views))
-        run(
+        self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live)(
             w, g, self.scalars, self.rates, self.ok, self._position(start), self.words(start),
             self.skipped, *views,
         )  # fmt: skip

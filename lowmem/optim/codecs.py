@@ -238,15 +238,16 @@ class Companded:
     def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
         """The curve at x / scale; unsigned moments are held by their root."""
         blocks = value.view(-1, self.grain)
-        blocks = blocks if self.signed else blocks.sqrt()
-        scale = blocks.abs().amax(-1).to(torch.bfloat16)
-        held = scale.float()
+        top = blocks.abs().amax(-1) if self.signed else blocks.amax(-1).sqrt()
+        held = noise.round_nearest(top, torch.bfloat16)
+        scale = held.to(torch.bfloat16)
         # a block of zeros has scale 0: its codes are 0 / 1, not 0 / 0
-        y = blocks * torch.where(held > 0, 1.0 / held, 0.0).unsqueeze(-1)
+        inverse = torch.where(held > 0, 1.0 / held, 0.0).unsqueeze(-1)
         if self.signed:
+            y = blocks * inverse
             z = (2.0 * y / (1.0 + y.abs()) * 127.0).round().clamp(-127, 127)
             return {"codes": z.to(torch.int8).view(-1), "scale": scale}
-        z = (y * 255.0).round().clamp(0, 255)
+        z = (blocks.sqrt() * (255.0 * inverse)).round().clamp(0, 255)
         return {"codes": z.to(torch.uint8).view(-1), "scale": scale}
 
 

@@ -87,6 +87,24 @@ def gaussian(shape: tuple[int, int], device: torch.device, *name: int | str) -> 
     return normal(index, keys[0], keys[1]).view(shape)
 
 
+def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest 16-bit number (ties to even) as fp32.
+
+    In integer arithmetic for bf16, because a compiler may drop a cast to bf16 and
+    back as if it did nothing.
+
+    Args:
+        x: fp32; Inf and NaN pass through.
+        dtype: torch.bfloat16 or torch.float16.
+    """
+    if dtype != torch.bfloat16:
+        return x.to(dtype).float()
+    word = x.view(torch.int32)
+    even = (word >> 16) & 1
+    rounded = ((word + 0x7FFF + even) & -0x10000).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x)
+
+
 def round_stochastic(x: Tensor, dtype: torch.dtype, word: Tensor) -> Tensor:
     """Round fp32 to a 16-bit dtype, up or down so that the mean is x.
 

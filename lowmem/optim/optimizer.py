@@ -18,6 +18,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,10 +27,10 @@ from torch import Tensor, nn
 from lowmem.errors import CheckpointError, UserError
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.chunks import Chunks
-from lowmem.optim.rule import AnyRule, Hyper, Lookup, State, is_pointwise, scoped
+from lowmem.optim.rule import AnyRule, Hyper, Lookup, Rule, State, is_pointwise, scoped
 from lowmem.optim.source import Named, Query
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.writers import select
+from lowmem.optim.writers import Writer, select
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,17 @@ COMPILE_FROM = 1 << 23
 """`compile="auto"` compiles for models with at least this many parameters."""
 
 Params = Iterable[Any]
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """What the step of one parameter needs and does not change: its rule, writer, and views of its state."""
+
+    role: str
+    rule: AnyRule
+    writer: Writer
+    state: State
+    extra: State
 
 
 class LowMemOptimizer(torch.optim.Optimizer):
@@ -99,6 +111,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         }
         self._places: dict[int, tuple[dict[str, Any], str]] = {}
         self._shared: dict[tuple[str, torch.device], State] = {}
+        self._seats: dict[int, _Seat] = {}
         self._lookup = Lookup()
         self._evidence: list[Any] = []
         self._model = weakref.ref(model) if model is not None else None
@@ -186,16 +199,23 @@ class LowMemOptimizer(torch.optim.Optimizer):
             self._shared[key] = rule.shared(p)
         return self._shared[key]
 
-    def ready(self, p: Tensor) -> tuple[AnyRule, State, bool]:
-        """The rule of a parameter, its state, and whether the state is new."""
-        role = self.role(p)
+    def ready(self, p: Tensor) -> tuple[_Seat, bool]:
+        """What a parameter's step needs, and whether its state is new."""
+        group, _ = self.place(p)
+        seat, role = self._seats.get(id(p)), self.role(p)
+        if seat and seat.role == role and not self.strategy.schedule.switches(group["step"]):
+            return seat, False
         held = cast("dict[str, Tensor]", self.state[p])
-        switches = self.strategy.schedule.switches(self.place(p)[0]["step"])
-        fresh = not held or switches
+        fresh = not held or self.strategy.schedule.switches(group["step"])
         if fresh:
             held.clear()
             held.update(self.strategy.init(role, p))
-        return self.strategy.rules[role], held, fresh
+        rule = self.strategy.rules[role]
+        state = {k: v for k, v in held.items() if not k.startswith("writer.")}
+        state |= self.constants(rule, role, p)
+        writer = select(self.strategy.writer, p.dtype)
+        self._seats[id(p)] = _Seat(role, rule, writer, state, scoped(held, "writer"))
+        return self._seats[id(p)], fresh
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -214,27 +234,22 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """
         if not p.numel():
             return
-        rule, held, fresh = self.ready(p)
         if isinstance(g, Tensor):
             if g.is_sparse:
-                raise UserError(
-                    f"sparse gradient for {self.place(p)[1]!r}: set sparse=False on its embedding"
-                )
+                name = self.place(p)[1]
+                raise UserError(f"sparse gradient for {name!r}: set sparse=False on its embedding")
             g = Dense(g)
-        hp = self.hyper(p, fresh)
-        writer = select(self.strategy.writer, p.dtype)
-        extra = scoped(held, "writer")
-        state = {k: v for k, v in held.items() if not k.startswith("writer.")}
-        state |= self.constants(rule, self.role(p), p)
-        weight = p.detach()
+        seat, fresh = self.ready(p)
+        hp, weight, rule = self.hyper(p, fresh), p.detach(), seat.rule
         if is_pointwise(rule):
-            self.chunks.apply_(rule, writer, weight, g, state, extra, hp)
+            self.chunks.apply_(rule, seat.writer, weight, g, seat.state, seat.extra, hp)
             return
-        rule.prepare(g, state, hp)
-        direction = rule.update(g, state, hp)
-        self.chunks.write_(writer, weight, direction, extra, hp)
+        whole = cast("Rule", rule)
+        whole.prepare(g, seat.state, hp)
+        direction = whole.update(g, seat.state, hp)
+        self.chunks.write_(seat.writer, weight, direction, seat.extra, hp)
         for key, value in direction.commit.items():
-            state[key].copy_(value)
+            seat.state[key].copy_(value)
 
     def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
         """Evaluate the loss and leave what the step needs.
@@ -296,6 +311,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if self.param_groups:
             self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
         self._places.clear()
+        self._seats.clear()
 
     def _placed(self, p: Tensor, saved: Mapping[str, Tensor]) -> State:
         expected = self.strategy.init(self.role(p), torch.empty_like(p, device="meta"))

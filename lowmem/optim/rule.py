@@ -24,19 +24,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeIs
 
 from lowmem.optim import noise
 from lowmem.optim.blocks import Blocks, Direction
 
 State = dict[str, Tensor]
-
-SCALARS = 8
-"""Length of the vector of scalars a pointwise rule may ask for."""
 
 
 def scoped(state: Mapping[str, Tensor], scope: str) -> State:
@@ -175,7 +171,7 @@ class ChunkHyper:
     """What a pointwise rule and a writer may know inside the kernel of one chunk.
 
     Args:
-        scalars: (SCALARS,) fp32, what `Pointwise.scalars` gave, padded with zeros.
+        scalars: 1-D fp32, what `Pointwise.scalars` gave.
         lr, decay: 0-D fp32.
         ok: 0-D bool; False where no part of the tensor's step is taken, and its state must stay.
         finite: bool, per element: False where the step must not be taken.
@@ -234,7 +230,7 @@ class Pointwise(Protocol):
         """Constants that one optimizer holds once for each key."""
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
-        """At most SCALARS fp32 numbers for the step, once for each tensor."""
+        """The fp32 numbers that the step needs, 1-D, once for each tensor."""
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk."""
@@ -275,7 +271,7 @@ class Rule(Protocol):
 AnyRule = Pointwise | Rule
 
 
-def is_pointwise(rule: AnyRule) -> TypeIs[Pointwise]:
+def is_pointwise(rule: AnyRule) -> TypeGuard[Pointwise]:
     """Which of the two kinds a rule is."""
     return hasattr(rule, "grain")
 

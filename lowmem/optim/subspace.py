@@ -17,6 +17,7 @@ element reaches.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,18 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
 from lowmem.optim.projectors import Projector, Refreshed
 from lowmem.optim.residuals import Drop, Residual
-from lowmem.optim.rule import AnyRule, Change, Hyper, Reset, Rotate, State, is_pointwise, prefixed, scoped
+from lowmem.optim.rule import (
+    AnyRule,
+    Change,
+    Hyper,
+    Reset,
+    Rotate,
+    Rule,
+    State,
+    is_pointwise,
+    prefixed,
+    scoped,
+)
 
 ON_REFRESH = ("keep", "reset", "rotate")
 
@@ -145,7 +157,7 @@ class Subspace:
         if is_pointwise(self.inner):
             hp.advance(self.inner, low, inner, hp, ok)
             return None, ok
-        direction = self.inner.update(Dense(low), inner, hp)
+        direction = cast("Rule", self.inner).update(Dense(low), inner, hp)
         ok = ok if direction.ok is None else ok & direction.ok
         for i, j in direction.blocks.ranges():
             low[i:j] = torch.where(ok, direction.blocks.rows(i, j), 0.0)

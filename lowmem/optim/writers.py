@@ -99,8 +99,8 @@ class Kahan:
     ) -> tuple[Tensor, State]:
         """W + c <- decay (W + c) - lr D, split into its nearest 16-bit value and the rest."""
         exact = (w.float() + s["compensation"].float()) * decay - hp.lr * d
-        new = exact.to(w.dtype)
-        return new, {"compensation": (exact - new.float()).to(w.dtype)}
+        new = noise.round_nearest(exact, w.dtype)
+        return new.to(w.dtype), {"compensation": (exact - new).to(w.dtype)}
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Split:
         """Decode W + c half(W) / 128, step, encode."""
         exact = w.float() + s["correction"].float() * (_half_ulp(w.float()) / 128.0)
         exact = exact * decay - hp.lr * d
-        new = exact.to(torch.bfloat16)
-        rest = (exact - new.float()) / _half_ulp(new.float()) * 128.0
-        return new, {"correction": rest.round().clamp(-127, 127).to(torch.int8)}
+        new = noise.round_nearest(exact, torch.bfloat16)
+        rest = (exact - new) / _half_ulp(new) * 128.0
+        return new.to(torch.bfloat16), {"correction": rest.round().clamp(-127, 127).to(torch.int8)}
 
 
 def _half_ulp(x: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ BF16_ULP_AT_ONE = 2.0**-7
 def hyper(size: int, step: int = 0, lr: float = 1.0, decay: float = 1.0, start: int = 0) -> object:
     cpu = torch.device("cpu")
     return rule.ChunkHyper(
-        scalars=torch.zeros(rule.SCALARS),
+        scalars=torch.zeros(1),
         lr=torch.tensor(lr),
         decay=torch.tensor(decay),
+        ok=torch.ones((), dtype=torch.bool),
         finite=torch.ones(size, dtype=torch.bool),
         position=noise.positions(start, size, cpu),
         keys=noise.key_tensor([(0, step, "w", "weight")], cpu),

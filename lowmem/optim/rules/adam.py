@@ -94,9 +94,9 @@ class Adam:
         return self.exp_avg.shared(x) | self.exp_avg_sq.shared(x)
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
-        """1 - beta1, 1 - beta2, eps and the two bias corrections; betas in double precision."""
+        """1 - beta1, 1 - beta2, eps, and what the bias corrections multiply by; betas in double precision."""
         beta1, beta2 = hp.betas
-        corrections = 1.0 - hp.vector(beta1, beta2) ** s["age"]
+        corrections = (1.0 - hp.vector(beta1, beta2) ** s["age"]) ** hp.vector(-1.0, -0.5)
         return torch.cat((hp.vector(1.0 - beta1, 1.0 - beta2, hp.eps), corrections)).float()
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
@@ -107,7 +107,7 @@ class Adam:
         # addcmul rounds once where a product and a sum round twice; so does torch.lerp, hence torchao
         m = hp.keep(torch.addcmul(old1, g - old1, rate1), old1)
         v = hp.keep(torch.addcmul(old2, g * g - old2, rate2), old2)
-        d = (m / correction1) / ((v / correction2).sqrt() + eps)
+        d = (m * correction1) / (v.sqrt() * correction2 + eps)
         new = self._join(self.exp_avg.encode(m, hp, s), self.exp_avg_sq.encode(v, hp, s))
         return d, new
 
