@@ -16,7 +16,7 @@ from lowmem.memory.units import format_bytes
 def build(data: Mapping[str, Any]) -> Report:
     """The report of a comparison document."""
     runs: Sequence[Mapping[str, Any]] = data["runs"]
-    names = labels(runs)
+    names = labels(runs, whole=True)
     verdict, tone = say(runs, names)
     sections = [
         _table(runs, names),

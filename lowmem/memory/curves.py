@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from lowmem.memory.svg import (
@@ -47,7 +48,12 @@ class Frame:
 
 
 def frame(
-    xs: Sequence[float], ys: Sequence[float], names: tuple[str, str], right: float, height: float = HEIGHT
+    xs: Sequence[float],
+    ys: Sequence[float],
+    names: tuple[str, str],
+    right: float,
+    height: float = HEIGHT,
+    log: bool = False,
 ) -> Frame:
     """Axes around the data, with a grid and round ticks.
 
@@ -57,9 +63,10 @@ def frame(
         names: what the axes show, with units.
         right: px kept free on the right for labels.
         height: px of the picture.
+        log: the data are base-2 logarithms; ticks name the numbers themselves.
     """
-    x_ticks, y_ticks = nice_range(min(xs), max(xs), 6), nice_range(min(ys), max(ys), 5)
-    x_names, y_names = format_ticks(x_ticks), format_ticks(y_ticks)
+    x_ticks, x_names = _ticks(xs, 6, log)
+    y_ticks, y_names = _ticks(ys, 5, log)
     left = 36 + max(text_width(n) for n in y_names)
     bottom = height - FOOT
     x = Scale(x_ticks[0], x_ticks[-1], left, WIDTH - max(right, text_width(x_names[-1]) / 2 + 4))
@@ -73,6 +80,15 @@ def frame(
     return Frame(x, y, body)
 
 
+def _ticks(values: Sequence[float], count: int, log: bool) -> tuple[list[float], list[str]]:
+    if not log:
+        ticks = nice_range(min(values), max(values), count)
+        return ticks, format_ticks(ticks)
+    low, high = math.floor(min(values)), math.ceil(max(values))
+    powers = [float(v) for v in range(low - (low == high), high + 1)]
+    return powers, [f"{2**v:,.0f}" if v >= 0 else f"{2**v:g}" for v in powers]
+
+
 def upright(x: float, middle: float, name: str) -> str:
     """The name of a vertical axis."""
     place = f'transform="rotate(-90)" x="{-middle:.1f}" y="{x:.1f}" text-anchor="middle"'
@@ -84,21 +100,24 @@ def hue(index: int) -> str:
     return f"h{index % HUES}" + (f" d{min(index // HUES, 2)}" if index >= HUES else "")
 
 
-def curves(series: Sequence[Curve], names: tuple[str, str], label: str) -> str:
+def curves(series: Sequence[Curve], names: tuple[str, str], label: str, log: bool = False) -> str:
     """Broken lines, each named at its end where it can be read; no two names overlap.
 
     Args:
         series: the curves; empty ones are left out.
         names: what the axes show, with units.
         label: what the picture shows, for screen readers.
+        log: both axes double from tick to tick.
     """
+    if log:
+        series = [replace(c, points=[(math.log2(x), math.log2(y)) for x, y in c.points]) for c in series]
     drawn = [c for c in series if c.points]
     labels = [wrap(c.name, 30) for c in drawn]
     heights = [len(part) * LINE + 2 for part in labels]
     height = max(HEIGHT, sum(heights) + TOP + FOOT)
     right = 54 + max(text_width(row) for part in labels for row in part)
     xs, ys = zip(*[p for c in drawn for p in c.points], strict=True)
-    area = frame(xs, ys, names, right, height)
+    area = frame(xs, ys, names, right, height, log)
     centres = spread([area.y(c.points[-1][1]) for c in drawn], heights, TOP, height - FOOT)
     for i, (curve, centre, part) in enumerate(zip(drawn, centres, labels, strict=True)):
         css = curve.css or hue(i)

@@ -12,6 +12,7 @@ from lowmem.memory.page import Cell, Figure, Report, Right, Section, Size, Table
 from lowmem.memory.timeline import picture
 from lowmem.memory.units import format_bytes
 
+TIMELINES = 3  # plans whose step is drawn
 LEGEND = [
     *[(f"c-{key}", words(key)) for key in CATEGORIES],
     ("c-outside", "outside tensors (context, caches)"),
@@ -34,15 +35,22 @@ def build(data: Mapping[str, Any]) -> Report:
         *closing(data),
     ]
     model = data["model"]["name"]
-    return Report(f"Memory plan: {model}", verdict, tone, [s for s in sections if s is not None], data)
+    return Report(f"Memory plan: {model}", verdict, tone, [s for s in sections if s is not None], _lean(data))
 
 
-def labels(plans: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each plan: its strategy, with the options that tell it from others of the same name."""
+def labels(plans: Sequence[Mapping[str, Any]], *, whole: bool = False) -> list[str]:
+    """A name for each plan: its strategy, with the options that tell it from others of the same name.
+
+    Args:
+        plans: entries with "strategy" and "options".
+        whole: name all options, because they hold only what the user asked for.
+    """
     made = []
     for plan in plans:
         same = [p["options"] for p in plans if p["strategy"] == plan["strategy"]]
-        telling = {k: v for k, v in plan["options"].items() if any(o.get(k, v) != v for o in same)}
+        telling = {
+            k: v for k, v in plan["options"].items() if whole or any(o.get(k, same) != v for o in same)
+        }
         extra = ", ".join(f"{k}={v}" for k, v in telling.items())
         made.append(f"{plan['strategy']} ({extra})" if extra else plan["strategy"])
     return made
@@ -202,17 +210,25 @@ def _frontiers(grids: Sequence[Mapping[str, Any]], budget: int) -> Figure | None
     if not any(curve.points for curve in series):
         return None
     return Figure(
-        curves(series, ("batch size", "longest sequence that fits"), "Frontier of the budget"),
+        curves(series, ("batch size", "longest sequence that fits"), "Frontier of the budget", log=True),
         title="Frontier of the budget",
     )
 
 
 def _timeline(plans: Sequence[Mapping[str, Any]], names: Sequence[str], budget: int | None) -> Section | None:
-    shown = next((i for i, plan in enumerate(plans) if plan.get("timeline")), None)
-    if shown is None:
-        return None
-    figure = Figure(picture(plans[shown]["timeline"], capacity=budget), LEGEND[:-1], title=names[shown])
-    return Section("One step", "Live bytes of one training step.", [figure])
+    shown = [(p["timeline"], n) for p, n in zip(plans, names, strict=True) if p.get("timeline")][:TIMELINES]
+    figures = [Figure(picture(line, capacity=budget), LEGEND[:-1], title=name) for line, name in shown]
+    return Section("One step", "Live bytes of one training step.", figures) if figures else None
+
+
+def _lean(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The document without the timelines that are not drawn: those of a hundred plans would fill the page."""
+    drawn = [i for i, plan in enumerate(data["plans"]) if plan.get("timeline")][:TIMELINES]
+    plans = [
+        plan if i in drawn else {k: v for k, v in plan.items() if k != "timeline"}
+        for i, plan in enumerate(data["plans"])
+    ]
+    return {**data, "plans": plans}
 
 
 def _why(plans: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Section]:

@@ -46,8 +46,8 @@ tr.good td:first-child{border-left:4px solid var(--good)}
 tr.warn td:first-child{border-left:4px solid var(--warn)}
 tr.bad td:first-child{border-left:4px solid var(--bad)}
 ul{margin:6px 0 14px;padding-left:20px}
-pre{background:var(--panel);border:1px solid var(--rule);border-radius:6px;padding:12px;overflow-x:auto;
-font-size:.85rem}
+pre{background:var(--panel);border:1px solid var(--rule);border-radius:6px;padding:12px;
+white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
 details{margin:18px 0;border-top:1px solid var(--rule);padding-top:10px}summary{cursor:pointer;
 font-weight:600}
 svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--ink)}

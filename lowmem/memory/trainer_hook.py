@@ -16,6 +16,8 @@ def attached(profiler: Profiler, trainer: Any) -> Iterator[None]:
     opened = ExitStack()  # the step that runs, if one does
     callback = _callback(profiler, opened)
     trainer.add_callback(callback)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())  # first: a step ends before another callback evaluates or saves
     try:
         with opened:
             yield

@@ -1,0 +1,40 @@
+"""A report in the terminal: its verdict and its tables, the same numbers as on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.text import Text
+
+from . import render
+
+_TONES = {"good": "green", "warn": "yellow", "bad": "red", "plain": "default"}
+
+
+def renderables(report: Any) -> list[Any]:
+    """Verdict, then the tables and points of every section that is not folded away on the page.
+
+    Args:
+        report: from `lowmem.memory.report.build`.
+    """
+    return [Text(report.verdict, style=f"bold {_TONES[report.tone]}"), *_sections(report)]
+
+
+def _sections(report: Any) -> Iterator[Any]:
+    from lowmem.memory.page import Percent, Right, Size, written
+
+    numeric = (Size, Percent, Right, int, type(None))
+    for section in report.sections:
+        if section.folded:
+            continue
+        for table in section.tables:
+            cells = [[written(cell) for cell in row] for row in table.rows]
+            right = [
+                name
+                for i, name in enumerate(table.columns)
+                if all(isinstance(row[i], numeric) for row in table.rows)
+            ]
+            yield render.table(section.title, table.columns, cells, right=right)
+        if section.points:
+            yield render.table(section.title, [""], [[point] for point in section.points])
