@@ -87,7 +87,7 @@ def weights(shapes: list[tuple[int, int]], device: str) -> list[nn.Parameter]:
 def ours(name: str, shapes: list[tuple[int, int]], device: str, **options: Any) -> Step:
     """The step of one of our strategies; matrices first, the embedding as "other"."""
     params = weights(shapes, device)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [(f"{i}", p) for i, p in enumerate(params) if p.shape[0] != VOCABULARY]},
         {"params": [("embedding", p) for p in params if p.shape[0] == VOCABULARY], "role": "other"},
     ]
