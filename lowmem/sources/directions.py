@@ -1,0 +1,129 @@
+"""Random directions of parameter space: known by name, held nowhere.
+
+Element i of a parameter's part of a direction is a hash of i under keys mixed
+from (seed, step, evaluation, parameter's name): both probes and the update draw
+the same numbers, whatever is drawn before them, in what pieces and where.
+Signs have the smaller variance and are three times cheaper; Gaussian numbers are
+the paper's. Pieces are whole cells of some elements, so that a logarithm takes
+the same path through the code whatever the cutting.
+
+A displaced weight w + eps z is rounded at random with the right mean: near 1 the
+spacing of bf16 is 8 eps, and to nearest norm weights would not move at all. Both
+probes take the same random bits, so that what rounding adds mostly cancels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem.optim import noise
+from lowmem.optim.chunks import Kernel, compiled, pad, read_flat, write_flat
+from lowmem.optim.writers import HALF
+
+CELL = 1 << 8
+"""Pieces start and end on its multiples."""
+
+SIZES = (1 << 20, 1 << 16, 1 << 12)
+"""Elements of a piece; few sizes, because each takes a second or two to compile."""
+
+
+def pieces(start: int, stop: int, device: torch.device, *, fixed: bool) -> Iterator[tuple[int, int]]:
+    """Whole cells that cover start..stop as (first element, size); none crosses a multiple of 2^32.
+
+    Args:
+        start, stop: elements; device: where they live.
+        fixed: sizes from the list alone, for compiled code.
+
+    Example:
+        >>> list(pieces(5000, 70_000, torch.device("cpu"), fixed=True))
+        [(4096, 65536), (69632, 4096)]
+        >>> list(pieces(5000, 6000, torch.device("cpu"), fixed=False))
+        [(4864, 1280)]
+    """
+    sizes = SIZES[1:] if device.type == "cpu" else SIZES  # where a launch costs more than a cache saves
+    cell = SIZES[-1] if fixed else CELL
+    at = start // cell * cell
+    while at < stop:
+        room = (1 << 32) - at % (1 << 32)
+        left = min(-(-(stop - at) // cell) * cell, room)
+        size = next(s for s in sizes if s <= left) if fixed else min(left, sizes[0])
+        yield at, size
+        at += size
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction z.
+
+    Args:
+        noise: rademacher or gaussian.
+        name: of the evaluation: seed, step, index of the micro-batch, index of the direction.
+        compile: compile what draws (it may change the last bit of a Gaussian number).
+    """
+
+    noise: str
+    name: tuple[int, ...]
+    compile: bool = False
+
+    def draw(self, parameter: str, start: int, stop: int, device: torch.device, scale: float = 1.0) -> Tensor:
+        """Elements start..stop of scale z for a parameter, flat fp32."""
+        cells = list(pieces(start, stop, device, fixed=self.compile))
+        first = cells[0][0] if cells else start
+        out = torch.empty(sum(size for _, size in cells), device=device)
+        for at, size in cells:
+            self._run(out[at - first : at - first + size], None, parameter, at, scale)
+        return out[start - first : stop - first]
+
+    def displaced(self, parameter: str, w: Tensor, distance: float) -> Tensor:
+        """A copy w + distance z of a weight in its own dtype and layout."""
+        out = torch.empty_like(w)
+        for at, size in pieces(0, w.numel(), w.device, fixed=self.compile):
+            length = min(size, w.numel() - at)
+            old = read_flat(w, at, length)
+            if length == size and w.is_contiguous():
+                self._run(out.view(-1)[at : at + size], old, parameter, at, distance)
+                continue
+            new = torch.empty(size, dtype=w.dtype, device=w.device)
+            self._run(new, pad(old, size), parameter, at, distance)
+            write_flat(out, at, new[:length])
+        return out
+
+    def _run(self, out: Tensor, w: Tensor | None, parameter: str, at: int, scale: float) -> None:
+        low = at & 0xFFFFFFFF
+        position = torch.full(
+            (), low - (1 << 32) if low >= 1 << 31 else low, dtype=torch.int32, device=out.device
+        )
+        factor = torch.full((), scale, dtype=torch.float32, device=out.device)
+        dtype = None if w is None else w.dtype
+        run = _kernel(self.noise, dtype, out.numel(), out.device, self.compile and out.device.type != "meta")
+        run(out, w, position, self._keys(parameter, at >> 32, out.device), factor)
+
+    def _keys(self, parameter: str, upper: int, device: torch.device) -> Tensor:
+        name: tuple[int | str, ...] = ("direction", *self.name, parameter, upper)
+        return noise.key_tensor([(*name, "z"), (*name, "angle"), (*name, "rounding")], device)
+
+
+def _body(kind: str, half: bool) -> Kernel:
+    def run(out: Tensor, w: Tensor | None, position: Tensor, keys: Tensor, factor: Tensor) -> None:
+        index = torch.arange(out.shape[0], dtype=torch.int32, device=out.device) + position
+        z = noise.signs(index, keys[0]) if kind == "rademacher" else noise.normal(index, keys[0], keys[1])
+        x = z * factor
+        if w is not None:
+            x = w.to(torch.promote_types(w.dtype, torch.float32)) + x
+        if half:
+            x = noise.round_stochastic(x, out.dtype, noise.bits(index, keys[2]))
+        out.copy_(x)
+
+    return run
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(kind: str, dtype: torch.dtype | None, size: int, device: torch.device, live: bool) -> Kernel:
+    """What fills one piece; compiled for exactly these arguments."""
+    body = _body(kind, dtype in HALF)
+    return compiled(body) if live else body

@@ -1,0 +1,212 @@
+"""Gradients from two values of the loss (SPSA; MeZO, arXiv 2305.17333).
+
+    c = (L(w + eps z) - L(w - eps z)) / (2 eps),    G = c z,    E G = grad L + O(eps^2)
+
+No backward pass: no activation is saved and no gradient is held. What is left
+of an evaluation is the number c and the name of the direction z; z is drawn
+again, piece by piece, where the gradient is looked at. Evaluations before a step
+add up, as gradients of backpropagation do: whoever splits a batch divides the
+loss by the number of parts.
+
+The probes see the same batch in eval mode, without dropout. The loss must be
+fp32: the two values differ by 2 eps c, which is below the spacing of 16-bit
+numbers near 1. Where one of them is not finite the gradient is NaN, so that the
+frame leaves every weight and counts it.
+
+Memory: one module's displaced copies at a time and a piece of noise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lowmem.errors import UserError
+from lowmem.optim.blocks import Blocks, matrix_shape
+from lowmem.optim.source import Named, Query
+from lowmem.optim.writers import HALF
+from lowmem.sources.directions import Direction
+from lowmem.sources.probe import Prober
+
+log = logging.getLogger(__name__)
+
+NOISES = ("gaussian", "rademacher")
+
+
+class Slope(NamedTuple):
+    """What an evaluation leaves: the difference quotient along a direction, and the direction's name."""
+
+    c: float
+    direction: Direction
+
+
+Evidence = tuple[Slope, ...]
+
+
+@dataclass(frozen=True)
+class SPSA:
+    """Two-sided differences along random directions.
+
+    Args:
+        eps: radius of the perturbation, for each unit of noise.
+        noise: gaussian, or rademacher (signs).
+        queries: directions of one evaluation, averaged; each takes two forward passes.
+
+    Raises:
+        UserError: a radius or number of queries that is not positive, or unknown noise.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> params = list(model.named_parameters())
+        >>> loss, evidence = SPSA().backward(
+        ...     params, lambda: model(torch.ones(1, 2)).sum(), model=model, query=Query(0, 0)
+        ... )
+        >>> [(p, g)] = SPSA().gradients(params, [evidence])
+        >>> g.rows(0, 1).shape
+        torch.Size([1, 2])
+    """
+
+    eps: float = 1e-3
+    noise: str = "gaussian"
+    queries: int = 1
+    needs_autograd: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.eps < math.inf:
+            raise UserError(f"eps_perturb is the radius of a perturbation, above 0 (1e-3), got {self.eps}")
+        if self.queries < 1:
+            raise UserError(
+                f"queries is the number of directions in each step, at least 1, got {self.queries}"
+            )
+        if self.noise not in NOISES:
+            raise UserError(f"noise is {' or '.join(NOISES)}, got {self.noise!r}")
+
+    def backward(
+        self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query
+    ) -> tuple[Tensor, Evidence]:
+        """Evaluate the loss on both sides, along each direction.
+
+        Args:
+            params: names and trainable parameters; a tied one has one name and one z.
+            loss_fn: a scalar, of the same batch each time; it need not be differentiable.
+            model: its modules are hooked. Without it a second copy of all trainable weights is
+                held during a probe.
+            query: names the directions.
+
+        Returns:
+            The mean of the values, fp32, and the slopes.
+
+        Raises:
+            UserError: a compiled model, or a loss that is not a scalar.
+        """
+        if model is not None and hasattr(model, "_orig_mod"):
+            raise UserError(
+                "probing hooks modules, which torch.compile does not see: pass the model uncompiled "
+                "(torch_compile=False)"
+            )
+        prober, slopes, values = Prober(params, model), [], []
+        with torch.no_grad(), _evaluating(model):
+            for k in range(self.queries):
+                z = Direction(self.noise, (query.seed, query.step, query.index, k), query.compile)
+                plus, minus = (
+                    _checked(prober(loss_fn, _shift(z, distance))) for distance in (self.eps, -self.eps)
+                )
+                slopes.append(Slope((_value(plus) - _value(minus)) / (2 * self.eps) / self.queries, z))
+                values += [plus.float(), minus.float()]
+        return torch.stack(values).mean(), tuple(slopes)
+
+    def gradients(self, params: Named, evidence: Sequence[Evidence]) -> Iterator[tuple[nn.Parameter, Blocks]]:
+        """The estimate for each trainable parameter, none of it held."""
+        slopes = [slope for slopes in evidence for slope in slopes]
+        for name, p in params:
+            if slopes and p.requires_grad:
+                yield p, Estimate(name, p, slopes)
+
+    def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
+        """None."""
+        return 0
+
+    def probe_bytes(self, modules: Mapping[str, Sequence[tuple[Sequence[int], torch.dtype]]]) -> int:
+        """Bytes of displaced copies that live, at most, while a module runs.
+
+        Args:
+            modules: shapes and dtypes of the trainable parameters that each module owns itself;
+                a tied one under each owner.
+
+        Example:
+            >>> SPSA().probe_bytes({"up": [((64, 16), torch.bfloat16), ((64,), torch.bfloat16)]})
+            2176
+        """
+        sizes = [
+            sum(math.prod(shape) * dtype.itemsize for shape, dtype in owned) for owned in modules.values()
+        ]
+        return max(sizes, default=0)
+
+
+class Estimate(Blocks):
+    """The sum of c z over evaluations, drawn where it is looked at.
+
+    Args:
+        name: of the parameter; p: the parameter.
+        slopes: what is summed.
+    """
+
+    def __init__(self, name: str, p: Tensor, slopes: Sequence[Slope]) -> None:
+        super().__init__(matrix_shape(p.shape), self._draw_rows, p.device)
+        self.name, self.slopes = name, slopes
+        self.finite = all(math.isfinite(slope.c) for slope in slopes)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Flat fp32 elements start..stop, new memory at each call."""
+        if not self.finite:
+            return torch.full((stop - start,), math.nan, device=self.device)
+        total: Tensor | None = None
+        for c, z in self.slopes:
+            part = z.draw(self.name, start, stop, self.device, c)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def _draw_rows(self, i: int, j: int) -> Tensor:
+        n = self.shape[1]
+        return self.chunk(i * n, j * n).view(j - i, n)
+
+
+def _shift(z: Direction, distance: float) -> Callable[[str, Tensor], Tensor]:
+    return lambda name, w: z.displaced(name, w, distance)
+
+
+def _checked(loss: Tensor) -> Tensor:
+    if loss.numel() != 1:
+        raise UserError(f"the loss of a batch is one number, got shape {tuple(loss.shape)}: take its mean")
+    if loss.dtype in HALF:
+        log.warning(
+            "the loss is %s, too coarse to tell two probes apart: compute it from logits.float()", loss.dtype
+        )
+    return loss.detach().reshape(())
+
+
+def _value(loss: Tensor) -> float:
+    """As a Python float; 0 where tensors have no values, so that a probe can be planned."""
+    return 0.0 if loss.device.type == "meta" or isinstance(loss, FakeTensor) else float(loss)
+
+
+@contextmanager
+def _evaluating(model: nn.Module | None) -> Iterator[None]:
+    """Dropout off meanwhile; every module gets back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()] if model is not None else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
