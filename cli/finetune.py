@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lowmem.config import RunConfig, build, read
+from lowmem.config import RunConfig, from_flags, read
 
 from . import render
 from ._configs import find, problems, shipped
@@ -26,7 +27,7 @@ def command(
 ) -> None:
     """Fine-tune a language model. Without --data and --config it runs the demo."""
     given = {name: value for name, value in flags.items() if value is not None}
-    run = build({**_base(given, config), **given}, problems)
+    run = from_flags(given, _base(given, config), problems)
     recipe = importlib.import_module("lowmem.recipes.finetune")
     from ._progress import Bars
 
@@ -36,9 +37,13 @@ def command(
 
 
 def _base(given: dict[str, Any], config: str | None) -> dict[str, Any]:
-    """Settings under the flags: those of --config, or of the demo when no data is named."""
+    """Settings under the flags: of --config, of the run to resume, or of the demo when no data is named."""
     if config is not None:
         return read(find(config))
+    earlier = Path(given.get("output_dir", "")) / "config.yaml"
+    if given.get("resume") and "output_dir" in given and earlier.is_file():
+        render.say(f"resuming with the settings of {earlier} where no flag is given")
+        return read(earlier)
     if given.get("data", "factbook") != "factbook":
         return {}
     demo = read(shipped()["demo"])

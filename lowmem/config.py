@@ -175,17 +175,21 @@ def load(path: str | Path, check: Check | None = None) -> RunConfig:
 
 
 def from_flags(
-    flags: Mapping[str, Any], config: str | Path | None = None, check: Check | None = None
+    flags: Mapping[str, Any], base: str | Path | Mapping[str, Any] | None = None, check: Check | None = None
 ) -> RunConfig:
-    """The run that command-line flags describe, on top of a YAML file if there is one.
+    """The run that command-line flags describe.
 
     Args:
         flags: value by field name; None means not given.
-        config: YAML file whose values hold where no flag is given.
+        base: YAML file, or values read from one, that hold where no flag is given.
         check: as in `load`.
     """
-    base = read(config) if config is not None else {}
-    return build({**base, **{k: v for k, v in flags.items() if v is not None}}, check)
+    under = dict(base) if isinstance(base, Mapping) else read(base) if base is not None else {}
+    given = {name: value for name, value in flags.items() if value is not None}
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):  # --epochs replaces the file's steps
+        if one in given:
+            under.pop(other, None)
+    return build({**under, **given}, check)
 
 
 def build(values: Mapping[str, Any], check: Check | None = None) -> RunConfig:

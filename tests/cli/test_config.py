@@ -96,6 +96,13 @@ def test_a_flag_wins_over_the_file_and_none_is_not_a_flag(tmp_path: Path) -> Non
     (tmp_path / "run.yaml").write_text("model: gpt2\noptim: adamw\nlr: 1e-3\nseed: 7\n", encoding="utf-8")
     config = from_flags({"lr": "2e-3", "seed": None}, tmp_path / "run.yaml")
     assert (config.lr, config.seed) == (2e-3, 7)
+    assert from_flags({"lr": "2e-3"}, read(tmp_path / "run.yaml")) == config
+
+
+@pytest.mark.parametrize(("flag", "other"), [("steps", "epochs"), ("epochs", "steps")])
+def test_a_length_given_as_a_flag_replaces_that_of_the_file(flag: str, other: str) -> None:
+    config = from_flags({flag: "3"}, {**LEAST, other: 7})
+    assert (getattr(config, flag), getattr(config, other)) == (3, None)
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -100,7 +100,8 @@ def test_resume_ends_where_the_uninterrupted_run_does(flags: list[str], tmp_path
     whole = json.loads(finetune(*flags, "--json").stdout)
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    resumed = finetune(*flags, "--resume", "--json")
+    # No other flag is needed: the folder holds the settings of its run.
+    resumed = finetune("--resume", "--output-dir", str(tmp_path / "out"), "--json")
     assert resumed.exit_code == 0, resumed.output
     document = json.loads(resumed.stdout)
     assert document["resumed_from"] == "checkpoint-2"
