@@ -19,7 +19,7 @@ ROOMS = ["optim", "sources", "strategies", "memory", "training", "cli", "recipes
 FREE = {"errors", "config", "configs"}  # may be imported by all
 # Inside optim the same, by layers: parts of one layer do not import each other, except inside one package.
 LAYERS = [
-    {"noise", "math"},
+    {"noise", "math", "cutting", "checks"},
     {"blocks", "rule"},
     {"codecs", "factored", "writers"},
     {"chunks"},

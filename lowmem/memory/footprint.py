@@ -14,13 +14,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory import count
 from lowmem.memory.replica import Parameter
 from lowmem.memory.run import Run
+from lowmem.optim.checks import COMPILE_FROM
 from lowmem.optim.chunks import Chunks
-from lowmem.optim.optimizer import COMPILE_FROM
+from lowmem.optim.source import Source
 from lowmem.optim.strategy import Strategy
+from lowmem.sources import directions
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,13 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
         best = max(best, sizes, key=sum)
     grain = run.granularity
     rounded = tuple(-(-size // grain) * grain for size in best)
-    scratch = {p.name: _scratch(strategy, p, compiled) for p in parameters}
+    scratch = {p.name: _scratch(strategy, p, compiled, run.device) for p in parameters}
     return Footprint(strategy, sum(best), rounded, scratch, compiled)
+
+
+def evaluates(strategy: Strategy) -> Source | None:
+    """The source that probes by forward passes; None for backpropagation."""
+    return None if strategy.source.needs_autograd else strategy.source
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -108,13 +116,26 @@ def _shared(strategy: Strategy, roles: frozenset[str]) -> list[int]:
     return [size] if size else []
 
 
-def _scratch(strategy: Strategy, p: Parameter, compiled: bool) -> int:
+def _scratch(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> int:
     role = "other" if p.outside else "matrix"
     if not compiled:
+        if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
+            return _drawn_scratch(*_key(strategy), p.shape, p.dtype, role)
         return count.workspace_bytes(strategy, p.shape, p.dtype, role, True)
     return _compiled_scratch(
         strategy.name, tuple(strategy.options.items()), strategy.writer, p.shape, p.dtype, role
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _drawn_scratch(
+    name: str, options: tuple[Any, ...], writer: str, shape: tuple[int, ...], dtype: torch.dtype, role: str
+) -> int:
+    from lowmem.strategies import create
+
+    with FakeTensorMode():
+        strategy = create(name, writer=writer, **dict(options))
+        return count.measure_workspace(strategy, shape, dtype, role, True, "cpu")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -123,7 +144,8 @@ def _compiled_scratch(
 ) -> int:
     from lowmem.strategies import create
 
-    with patch.object(Chunks, "kernel", _fused(Chunks.kernel)):
+    drawn = patch.object(directions, "_kernel", lambda *args: lambda *tensors: None)
+    with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn:
         uncached = create(name, writer=writer, **dict(options))
         return count.measure_workspace(uncached, shape, dtype, role, True)
 

@@ -31,6 +31,8 @@ from lowmem.errors import UserError
 from lowmem.memory import kernels, trainable
 from lowmem.memory.run import Run
 from lowmem.memory.trace import Moment, Tracker
+from lowmem.optim.checks import COMPILE_FROM
+from lowmem.optim.source import Query, Source
 from lowmem.optim.strategy import outside_names
 
 
@@ -65,13 +67,13 @@ class Trace:
     tracker: Tracker | None = None
 
 
-def trace(config: Any, run: Run, *, forward_only: bool = False) -> Trace:
+def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
     """Trace one step.
 
     Args:
         config: a transformers configuration; it is copied, not changed.
         run: the options.
-        forward_only: two forward passes without a graph, as zeroth-order sources take them.
+        source: of a zeroth-order strategy, which probes by forward passes; None for backpropagation.
 
     Raises:
         UserError: the architecture cannot be traced.
@@ -85,9 +87,10 @@ def trace(config: Any, run: Run, *, forward_only: bool = False) -> Trace:
         tracker.register([*model.parameters(), *model.buffers()], "weights")
         tracker.register(batch.values(), "activations")
         try:
-            releases = (
-                _forwards(model, batch, run, tracker) if forward_only else _step(model, batch, run, tracker)
-            )
+            if source is None:
+                releases = _step(model, batch, run, tracker)
+            else:
+                releases = _probe(model, batch, run, tracker, source)
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             kind = getattr(config, "model_type", type(config).__name__)
             raise UserError(
@@ -191,13 +194,20 @@ def _on_gradient(
     return hook
 
 
-def _forwards(
-    model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker
+def _probe(
+    model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker, source: Source
 ) -> list[tuple[int, str]]:
-    with tracker, torch.no_grad(), phase_hooks(model, tracker, checkpointing=False):
-        for _ in range(2):
-            tracker.enter("forward")
-            _loss(model, batch, run)
+    """The source's own evaluation; its first probe watches reads, so the second evaluation is the usual one."""
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def loss_fn() -> Tensor:
+        tracker.enter("forward")
+        return _loss(model, batch, run)
+
+    compiled = run.device == "cuda" or sum(p.numel() for _, p in params) >= COMPILE_FROM
+    noise = kernels.fused_noise() if compiled else nullcontext()
+    with noise, tracker, phase_hooks(model, tracker, checkpointing=False):
+        source.backward(params, loss_fn, model=model, query=Query(0, 0))
         tracker.enter("optimizer step", "workspace")
     return []
 

@@ -13,88 +13,24 @@ is not finite leaves its weight and carries its moments over; it is counted. A
 
 from __future__ import annotations
 
-import collections
-import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem.optim import noise
 from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.cutting import LADDER, pad, pieces, read_flat, spans, walk, write_flat
 from lowmem.optim.rule import ChunkHyper, Hyper, Pointwise, State
 from lowmem.optim.writers import Nearest, Writer
-
-LADDER = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)
-"""Chunk sizes in elements; every grain divides the smallest."""
 
 OWN_SIZES = 8
 """Sizes of tensors, beside the ladder, for which a frame compiles kernels."""
 
 Kernel = Callable[..., None]
-Block = TypeVar("Block")
-
-
-def spans(count: int) -> Iterator[tuple[int, int, int]]:
-    """Cut `count` elements into (start, length, size), size from the ladder, the last one padded.
-
-    >>> list(spans(70_000))
-    [(0, 65536, 65536), (65536, 4096, 4096), (69632, 368, 4096)]
-    """
-    start = 0
-    for size in LADDER:
-        while count - start >= size:
-            yield start, size, size
-            start += size
-    if start < count:
-        yield start, count - start, LADDER[-1]
-
-
-def pieces(tensor: Tensor, per: int, start: int, length: int) -> Tensor:
-    """The entries of a state tensor that belong to elements start..start+length."""
-    flat = tensor.view(-1) if per == 1 else tensor
-    return flat[start // per : -(-(start + length) // per)]
-
-
-def pad(piece: Tensor, entries: int, fill: int = 0) -> Tensor:
-    """A copy with entries of `fill` appended along dim 0."""
-    padded = piece.new_full((entries, *piece.shape[1:]), fill)
-    padded[: piece.shape[0]] = piece
-    return padded
-
-
-def _walk(blocks: Iterator[Block], x: Tensor) -> Iterator[Block]:
-    """All blocks; on meta, where only sizes are asked, the first two and the last stand for all."""
-    if x.device.type != "meta":
-        yield from blocks
-        return
-    yield from itertools.islice(blocks, 2)
-    yield from collections.deque(blocks, maxlen=1)
-
-
-def write_flat(tensor: Tensor, start: int, values: Tensor) -> None:
-    """Store flat elements into a tensor of any layout."""
-    if tensor.is_contiguous():
-        tensor.view(-1)[start : start + values.numel()] = values
-        return
-    matrix = tensor.flatten(1) if tensor.dim() > 2 else tensor
-    n = matrix.shape[1]
-    first, last = start // n, -(-(start + values.numel()) // n)
-    rows = matrix[first:last].reshape(-1)
-    rows[start - first * n : start - first * n + values.numel()] = values
-    tensor[first:last] = rows.view(last - first, *tensor.shape[1:])
-
-
-def read_flat(tensor: Tensor, start: int, length: int) -> Tensor:
-    """Flat elements of a tensor of any layout: a view where that is possible."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)[start : start + length]
-    n = tensor[0].numel()
-    first, last = start // n, -(-(start + length) // n)
-    return tensor[first:last].reshape(-1)[start - first * n :][:length]
 
 
 def _body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], held: Sequence[str]) -> Kernel:
@@ -181,7 +117,7 @@ class Chunks:
         ok = self.true(p.device)
         self._age(s, ok)
         run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp))
-        for start, length, size in _walk(run.spans(p.numel()), p):
+        for start, length, size in walk(run.spans(p.numel()), p):
             run.weight_chunk(p, g.chunk(start, start + length), start, size)
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor) -> None:
@@ -195,7 +131,7 @@ class Chunks:
         run = _Run(self, rule, None, s, {}, hp, ok, rates(hp))
         run.skipped = torch.zeros_like(run.skipped)  # the write counts what is skipped
         flat = low.view(-1)
-        for start, length, size in _walk(run.spans(flat.numel()), low):
+        for start, length, size in walk(run.spans(flat.numel()), low):
             run.low_chunk(flat[start : start + length], start, size)
 
     def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:
@@ -207,7 +143,7 @@ class Chunks:
             return
         rule, s = direction.then or (None, {})
         run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, direction))
-        for start, length, size in _walk(run.spans(p.numel()), p):
+        for start, length, size in walk(run.spans(p.numel()), p):
             run.weight_chunk(p, direction.blocks.chunk(start, start + length), start, size)
 
     def _add_product_(self, p: Tensor, pair: tuple[Tensor, Tensor], ok: Tensor, hp: Hyper) -> None:

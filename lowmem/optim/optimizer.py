@@ -13,9 +13,6 @@ its parameter, which destroys 16-bit indices and fp32 scales under bf16 weights.
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,16 +23,12 @@ from torch import Tensor, nn
 
 from lowmem.errors import CheckpointError, UserError
 from lowmem.optim.blocks import Blocks, Dense
+from lowmem.optim.checks import check_hyper, has_compiler, pays
 from lowmem.optim.chunks import Chunks
 from lowmem.optim.rule import AnyRule, Hyper, Lookup, Rule, State, is_pointwise, scoped
 from lowmem.optim.source import Named, Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import Writer, select
-
-log = logging.getLogger(__name__)
-
-COMPILE_FROM = 1 << 23
-"""`compile="auto"` compiles for models with at least this many parameters."""
 
 Params = Iterable[Any]
 
@@ -65,7 +58,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         weight_decay: decoupled, at least 0.
         seed: names every random stream of the run.
         compile: auto, on or off; compiled and eager steps differ in the last bit, so
-            the choice depends on the model alone and is kept in the checkpoint.
+            the choice depends on the model and `steps` and is kept in the checkpoint.
+        steps: of the run, where that is known; a few do not pay for compiling.
         model: owner of the parameters, for `step(closure)` with sources that probe inside its
             forward; it is not kept alive.
 
@@ -93,6 +87,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         compile: str = "auto",
+        steps: int | None = None,
         model: nn.Module | None = None,
     ) -> None:
         check_hyper(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, compile=compile)
@@ -118,17 +113,18 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._names: dict[str, tuple[str, ...]] = {}
         self.released = False
         super().__init__(params, defaults)
-        compiles = self._decide(compile)
+        compiles = self._decide(compile, steps)
         for group in self.param_groups:
             group["compile"] = compiles
         self.chunks = Chunks(compiles)
 
-    def _decide(self, compile: str) -> bool:
+    def _decide(self, compile: str, steps: int | None) -> bool:
         if compile != "auto":
             return compile == "on"
-        count = sum(p.numel() for group in self.param_groups for p in group["params"])
-        cpu = any(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
-        return count >= COMPILE_FROM and (not cpu or _has_compiler())
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not pays(sum(p.numel() for p in params), steps):
+            return False
+        return has_compiler() or all(p.device.type != "cpu" for p in params)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; tensors whose shape does not fit its role are put into groups of their own."""
@@ -337,27 +333,3 @@ class LowMemOptimizer(torch.optim.Optimizer):
             raise CheckpointError(
                 "optimizer state was saved for another set of parameters: resume the same model"
             )
-
-
-def check_hyper(
-    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, compile: str = "auto"
-) -> None:
-    """Refuse numbers outside their range, all at once."""
-    bad = []
-    if not lr >= 0.0:
-        bad.append(f"lr must be at least 0, got {lr}")
-    if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
-        bad.append(f"betas must be two numbers in [0, 1), got {betas}")
-    if not eps >= 0.0:
-        bad.append(f"eps must be at least 0, got {eps}")
-    if not weight_decay >= 0.0:
-        bad.append(f"weight_decay must be at least 0, got {weight_decay}")
-    if compile not in ("auto", "on", "off"):
-        bad.append(f"compile must be auto, on or off, got {compile!r}")
-    if bad:
-        raise UserError("; ".join(bad))
-
-
-def _has_compiler() -> bool:
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    return any(shutil.which(name) for name in names if name)

@@ -34,6 +34,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     seed: int = 0,
     compile: str = "auto",
+    steps: int | None = None,
 ) -> LowMemOptimizer:
     """An optimizer over the trainable parameters of a model, with the Trainer's decay groups.
 
@@ -46,10 +47,20 @@ def make_optimizer(
         weight_decay: decoupled; 0 for biases and norms.
         seed: of everything random in the strategy.
         compile: auto, on or off.
+        steps: of the run, where that is known; a few do not pay for compiling.
     """
     groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
+    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     return LowMemOptimizer(
-        groups, strategy, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile
+        groups,
+        strategy,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        seed=seed,
+        compile=compile,
+        steps=steps,
     )
 
 

@@ -54,6 +54,7 @@ class LowMemMixin(WholeCheckpoints):
         self._release: Release | None = None
         self._window: list[dict[str, Any]] = []
         self._told_state = False
+        self._steps: int | None = None
         self._interruption = Interruption()
         self.add_callback(self._interruption)  # type: ignore[attr-defined]
         problems = _engine_problems(self)
@@ -75,6 +76,7 @@ class LowMemMixin(WholeCheckpoints):
                 weight_decay=args.weight_decay,
                 seed=args.seed,
                 compile=args.compile,
+                steps=args.max_steps if args.max_steps > 0 else None,
             )
         return cast(torch.optim.Optimizer, self.optimizer)
 
@@ -177,9 +179,10 @@ class LowMemMixin(WholeCheckpoints):
             raise KeyboardInterrupt(f"stopped after step {self.state.global_step}")
         return result
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Attach the hooks of gradient release once model and optimizer are what they will be."""
-        result = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        self._steps = max_steps
+        result = super()._prepare_for_training(max_steps, *args, **kwargs)  # type: ignore[misc]
         if self.args.gradient_release:
             from lowmem.optim.release import release
 
@@ -228,7 +231,10 @@ def _sft_trainer() -> type[Any]:
         ) -> Any:
             """The loss over label positions where their logits are few, TRL's tiled loss elsewhere."""
             if return_outputs or not self._counts_labels(inputs):
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                # TRL's tiled head reads lm_head.weight past the module, where a probe cannot displace it.
+                tiled = self._strategy.source.needs_autograd
+                compute = super().compute_loss if tiled else functools.partial(Trainer.compute_loss, self)
+                return compute(model, inputs, return_outputs, num_items_in_batch)
             loss = label_loss(model, inputs, num_items_in_batch)
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -239,8 +245,11 @@ def _sft_trainer() -> type[Any]:
             if stock or not self.args.label_loss or self.args.loss_type != "nll" or "shift_labels" in inputs:
                 return False
             model = self.accelerator.unwrap_model(self.model)
+            if not supports(model):
+                return False
             size = model.get_output_embeddings().weight
-            return supports(model) and pays(inputs["labels"], size.shape[0], size.element_size())
+            few = pays(inputs["labels"], size.shape[0], size.element_size())
+            return few or not self._strategy.source.needs_autograd
 
         def _probe(self, *args: Any) -> Tensor:
             """Probes are training: what TRL measures in them does not belong to the next evaluation."""

@@ -1,0 +1,79 @@
+"""Cutting tensors into flat pieces, and putting pieces back.
+
+Pieces are ranges of the row-major elements of a tensor. Where the layout allows
+it a piece is a view; otherwise it is a copy that must be written back. State
+tensors have one entry for `per` elements along their first dimension.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import Tensor
+
+LADDER = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)
+"""Chunk sizes in elements; every grain divides the smallest."""
+
+Block = TypeVar("Block")
+
+
+def spans(count: int) -> Iterator[tuple[int, int, int]]:
+    """Cut `count` elements into (start, length, size), size from the ladder, the last one padded.
+
+    >>> list(spans(70_000))
+    [(0, 65536, 65536), (65536, 4096, 4096), (69632, 368, 4096)]
+    """
+    start = 0
+    for size in LADDER:
+        while count - start >= size:
+            yield start, size, size
+            start += size
+    if start < count:
+        yield start, count - start, LADDER[-1]
+
+
+def pieces(tensor: Tensor, per: int, start: int, length: int) -> Tensor:
+    """The entries of a state tensor that belong to elements start..start+length."""
+    flat = tensor.view(-1) if per == 1 else tensor
+    return flat[start // per : -(-(start + length) // per)]
+
+
+def pad(piece: Tensor, entries: int, fill: int = 0) -> Tensor:
+    """A copy with entries of `fill` appended along dim 0."""
+    padded = piece.new_full((entries, *piece.shape[1:]), fill)
+    padded[: piece.shape[0]] = piece
+    return padded
+
+
+def walk(blocks: Iterator[Block], x: Tensor) -> Iterator[Block]:
+    """All blocks; on meta, where only sizes are asked, the first two and the last stand for all."""
+    if x.device.type != "meta":
+        yield from blocks
+        return
+    yield from itertools.islice(blocks, 2)
+    yield from collections.deque(blocks, maxlen=1)
+
+
+def write_flat(tensor: Tensor, start: int, values: Tensor) -> None:
+    """Store flat elements into a tensor of any layout."""
+    if tensor.is_contiguous():
+        tensor.view(-1)[start : start + values.numel()] = values
+        return
+    matrix = tensor.flatten(1) if tensor.dim() > 2 else tensor
+    n = matrix.shape[1]
+    first, last = start // n, -(-(start + values.numel()) // n)
+    rows = matrix[first:last].reshape(-1)
+    rows[start - first * n : start - first * n + values.numel()] = values
+    tensor[first:last] = rows.view(last - first, *tensor.shape[1:])
+
+
+def read_flat(tensor: Tensor, start: int, length: int) -> Tensor:
+    """Flat elements of a tensor of any layout: a view where that is possible."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[start : start + length]
+    n = tensor[0].numel()
+    first, last = start // n, -(-(start + length) // n)
+    return tensor[first:last].reshape(-1)[start - first * n :][:length]
