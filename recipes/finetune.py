@@ -218,13 +218,14 @@ def _open(config: RunConfig, folder: Path) -> None:
 
 def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console) -> dict[str, Any]:
     """Train under the profiler; Ctrl-C leaves a checkpoint."""
+    from lowmem.memory.predict import of_run
     from lowmem.memory.profile import Profiler
     from lowmem.training.callbacks import Peak
     from lowmem.training.evaluation import HeldOut
 
     if config.eval_steps:
         trainer.add_callback(HeldOut(trainer, config.eval_steps))
-    profiler = Profiler(name=config.model, run=_run(config), folder=config.output_path)
+    profiler = Profiler(of_run(config), config.model, _run(config), folder=config.output_path)
     console.start("train", config.steps)
     began = time.perf_counter()
     try:

@@ -13,6 +13,7 @@ from lowmem.errors import UserError
 from lowmem.memory import device as device_memory
 from lowmem.memory import watch
 from lowmem.memory.bars import CATEGORIES, words
+from lowmem.memory.measured import measure
 from lowmem.memory.units import format_bytes
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ def explain(
     """
     if running is not None:
         running.tracker.stop()
-        from lowmem.memory.profile import measure
-
         measured = measure(running, optimizer)
     else:
         measured = held(model, optimizer)
@@ -74,6 +73,8 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         "headroom_bytes": None,
         "why": ["Memory ran out in a step that was not tracked: only what outlives a step is told apart."],
         "beside": device_memory.beside(device, sum(at_peak.values())),
+        "batch": {},
+        "device": device,
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.memory import advice, watch
 from lowmem.memory import plan as planning
-from lowmem.memory.footprint import Footprint, footprint
+from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.gather import longest
 from lowmem.memory.surface import Surface
 
@@ -24,7 +24,7 @@ def report_data(plan: Plan) -> dict[str, Any]:
     """The plan's document with everything that `report` draws besides."""
     document = plan.to_dict()
     for entry, row, strategy in zip(document["plans"], plan.plans, plan.made, strict=True):
-        entry.update(_extras(plan, row, strategy))
+        entry.update(extras(plan, row, strategy))
     document["waterfall"] = advice.waterfall(plan.config, plan.run, plan.made[0])
     document["grid"] = [_grid(plan, strategy) for strategy in plan.made[:MAPS]]
     document["assumptions"] = list(plan.assumptions)
@@ -35,9 +35,10 @@ def report_data(plan: Plan) -> dict[str, Any]:
     return document
 
 
-def _extras(plan: Plan, row: StrategyPlan, strategy: Strategy) -> dict[str, Any]:
+def extras(plan: Plan, row: StrategyPlan, strategy: Strategy) -> dict[str, Any]:
+    """What the report draws of one strategy: its step over time, its levers, the largest that fits."""
     found = planning.traced(plan.config, plan.run, strategy)
-    extras: dict[str, Any] = {
+    more: dict[str, Any] = {
         "levers": [{**asdict(lever), "lever": lever.name} for lever in row.levers],
         "verdict": row.verdict,
         "max_seq_len": row.max_seq_len,
@@ -47,8 +48,8 @@ def _extras(plan: Plan, row: StrategyPlan, strategy: Strategy) -> dict[str, Any]
         line = watch.timeline(found.tracker)
         held = footprint(strategy, found.parameters, plan.run)
         line["bytes"]["optimizer_state"] = [held.held] * len(line["bytes"]["weights"])
-        extras["timeline"] = {**line, "events": _marks(line, row)}
-    return extras
+        more["timeline"] = {**line, "events": _marks(line, row)}
+    return more
 
 
 def _marks(line: dict[str, Any], row: StrategyPlan) -> list[dict[str, Any]]:
@@ -65,9 +66,8 @@ def _grid(plan: Plan, strategy: Strategy) -> dict[str, Any]:
     most = longest(plan.config) or SEQ_LENS[-1]
     lengths = [s for s in SEQ_LENS if s <= most] or [most]
     run = planning.suited(plan.run, strategy)
-    surface = Surface(plan.config, run, not strategy.source.needs_autograd, most)
+    surface = Surface(plan.config, run, evaluates(strategy), most)
     found = planning.traced(plan.config, plan.run, strategy)
     held: Footprint = footprint(strategy, found.parameters, run)
-    probe = planning.probe_bytes(strategy, found, run)
-    peaks = [[surface.peak(held, b, s, probe) for b in BATCH_SIZES] for s in lengths]
+    peaks = [[surface.peak(held, b, s) for b in BATCH_SIZES] for s in lengths]
     return {"strategy": strategy.name, "seq_lens": lengths, "batch_sizes": list(BATCH_SIZES), "peak": peaks}

@@ -35,13 +35,14 @@ from torch import nn
 
 from lowmem.errors import UserError
 from lowmem.memory import device as device_memory
-from lowmem.memory import watch
+from lowmem.memory.measured import measure
 from lowmem.memory.profile_report import errors
 from lowmem.memory.units import format_bytes
 from lowmem.memory.watch import Watch
 
 STEPS_KEPT = 512
-Predicted = Mapping[str, Any] | Callable[[], Mapping[str, Any] | None] | None
+Predictor = Callable[[Mapping[str, Any], Any], tuple[Mapping[str, Any] | None, Sequence[str]]]
+Predicted = Mapping[str, Any] | Predictor | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Profile:
         steps: readings at the end of steps: {"step", "seconds", "allocated", "peak", "reserved", "resident"}.
         command: how the run was started.
         out_of_memory: whether it ended for lack of memory.
+        assumptions: what the prediction took for granted, as sentences.
     """
 
     model: Mapping[str, Any]
@@ -67,6 +69,7 @@ class Profile:
     steps: Sequence[Mapping[str, Any]] = ()
     command: str = ""
     out_of_memory: bool = False
+    assumptions: Sequence[str] = ()
 
     @property
     def error_percent(self) -> dict[str, float | None]:
@@ -86,6 +89,7 @@ class Profile:
             "steps": [dict(step) for step in self.steps],
             "advice": advice(self.predicted) if self.out_of_memory else [],
             "out_of_memory": self.out_of_memory,
+            "assumptions": list(self.assumptions),
             "command": self.command,
         }
 
@@ -95,8 +99,9 @@ class Profiler:
     """Measures one step of a run and reads the rest of it in passing.
 
     Args:
-        predicted: the plan's entry for this run (one of `plan(...).report_data()["plans"]`), a function
-            that makes it, called once after the run, or None.
+        predicted: the plan's entry for this run (one of `plan(...).report_data()["plans"]`), or a function
+            that makes it after the run, (measured entry, strategy) -> (entry or None, notes), such as
+            `predict.of_run(config)`; or None.
         name: the model's name.
         run: settings to show in the report.
         at: which step of this process to track, from 1; in a shorter run the last one.
@@ -131,6 +136,7 @@ class Profiler:
         self._watch: Watch | None = None
         self._measured: dict[str, Any] | None = None
         self._about: dict[str, Any] = {}
+        self._strategy: Any = None
 
     @contextmanager
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -177,7 +183,11 @@ class Profiler:
         return self._profile(self._measured, out_of_memory=False)
 
     def _profile(self, measured: Mapping[str, Any], *, out_of_memory: bool) -> Profile:
-        predicted = self.predicted() if callable(self.predicted) else self.predicted
+        notes: Sequence[str] = ()
+        if callable(self.predicted):
+            predicted, notes = self.predicted(measured, self._strategy)
+        else:
+            predicted = self.predicted
         budgeted = {**measured, **_verdict(measured, self.budget)}
         if predicted is not None:
             budgeted |= {"strategy": predicted["strategy"], "options": predicted["options"]}
@@ -190,6 +200,7 @@ class Profiler:
             steps=list(self._steps),
             command=self.command,
             out_of_memory=out_of_memory,
+            assumptions=notes,
         )
 
     def _begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -197,6 +208,7 @@ class Profiler:
         self._device = next(model.parameters()).device.type
         if self._count == 1:
             counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+            self._strategy = getattr(optimizer, "strategy", None)
             self._about = {
                 "parameters": sum(n for n, _ in counts),
                 "trainable": sum(n for n, t in counts if t),
@@ -233,43 +245,6 @@ class Profiler:
         from lowmem.memory.out_of_memory import explain
 
         raise explain(self, self._watch, model, optimizer, error) from error
-
-
-def measure(done: Watch, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """One entry with the plan's keys from a finished watch.
-
-    Args:
-        done: the watch of one step.
-        optimizer: whose state it held.
-    """
-    tracker = done.tracker
-    moments = tracker.moments()
-    peak = max(moments.values(), key=lambda moment: moment.total)
-    strategy = getattr(optimizer, "strategy", None)
-    seen = device_memory.beside(tracker.device, peak.total)
-    at_peak = dict(peak.bytes)
-    if (more := seen.get("unattributed")) is not None:
-        at_peak["unattributed"] = more
-    return {
-        "strategy": getattr(strategy, "name", type(optimizer).__name__),
-        "options": dict(getattr(strategy, "options", {})),
-        "state_bytes": watch.held_bytes(optimizer),
-        "at_peak": at_peak,
-        "peak": {
-            "allocated": sum(at_peak.values()),
-            "reserved": seen.get("reserved_peak"),
-            "device": seen.get("device_used"),
-        },
-        "event": peak.event,
-        "events": {name: moment.total for name, moment in moments.items()},
-        "certainty": dict.fromkeys(at_peak, "measured"),
-        "fits": None,
-        "headroom_bytes": None,
-        "why": [f"Measured: the highest instant is in the phase '{peak.event}'."],
-        "timeline": watch.timeline(tracker),
-        "modules": watch.modules(tracker, peak),
-        "beside": seen,
-    }
 
 
 def _verdict(measured: Mapping[str, Any], budget: int | None) -> dict[str, Any]:

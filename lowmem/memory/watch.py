@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lowmem.errors import UserError
@@ -103,6 +104,12 @@ class Watch:
         self.tracker = Owned(device, 512 if device == "cuda" else 1)
         self._names = {p: kind_of(name.rpartition(".")[0]) for name, p in model.named_parameters()}
         self._stack = ExitStack()
+        self._seen: list[dict[str, Any]] = []
+
+    @property
+    def batch(self) -> dict[str, Any]:
+        """The largest micro-batch: rows, tokens per row, their kind, positions with logits; {} if unknown."""
+        return max(self._seen, key=lambda one: one["rows"] * one["tokens"], default={})
 
     def __enter__(self) -> Watch:
         with ExitStack() as stack:
@@ -144,16 +151,22 @@ class Watch:
             yield  # not a decoder of transformers: forward, backward and step are told apart all the same
             return
 
-        def begin(*_: Any) -> None:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self.tracker.phase != "forward":
                 self.tracker.enter("forward")
+            with _disable_current_modes():  # what is computed here is not part of the step
+                self._seen += _shape_of(args, kwargs)
 
-        handle = backbone.register_forward_pre_hook(begin)
-        try:
-            with phase_hooks(self.model, self.tracker, checkpointing=recomputes(self.model)):
-                yield
-        finally:
-            handle.remove()
+        def logits(module: nn.Module, args: Any) -> None:
+            if self._seen and args:
+                self._seen[-1]["label_tokens"] = args[0].numel() // args[0].shape[-1]
+
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        handles = [backbone.register_forward_pre_hook(begin, with_kwargs=True)]
+        handles += [head.register_forward_pre_hook(logits)] if head is not None else []
+        checkpointing = recomputes(self.model)
+        with _removing(handles), phase_hooks(self.model, self.tracker, checkpointing=checkpointing):
+            yield
 
     def _hooks(self) -> Iterator[Any]:
         paths = {id(m): kind_of(name) for name, m in self.model.named_modules()}
@@ -241,6 +254,22 @@ def held_bytes(optimizer: torch.optim.Optimizer) -> int:
         s._cdata: s.nbytes() for _, tensors in state_tensors(optimizer) for t in tensors for s in storages(t)
     }
     return sum(found.values())
+
+
+def _shape_of(args: Any, kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows, tokens and kind of a batch, from what the model was called with."""
+    ids = next(
+        (x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+    )
+    if ids is None:
+        return []
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    kind = "full"
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+        kind = "padded"
+    elif isinstance(positions, Tensor) and int((positions == 0).sum()) > ids.shape[0]:
+        kind = "packed"
+    return [{"rows": ids.shape[0], "tokens": ids.shape[1], "kind": kind, "label_tokens": None}]
 
 
 @contextmanager

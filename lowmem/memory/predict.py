@@ -1,0 +1,79 @@
+"""What the plan says of a run that is being measured, so that the two stand side by side.
+
+The tracked step saw one batch, and packing makes batches of uneven length: the plan is made for that batch,
+and the note says so. What the configuration alone promises, full rows, is what `lowmem plan` shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lowmem.config import RunConfig
+from lowmem.errors import UserError
+
+Prediction = tuple[dict[str, Any] | None, list[str]]
+
+
+def of_run(config: RunConfig) -> Callable[[Mapping[str, Any], Any], Prediction]:
+    """A predictor for the profiler.
+
+    Args:
+        config: the run's settings.
+
+    Returns:
+        (measured entry, strategy) -> (the plan's entry or None, notes); it costs a trace without weights.
+    """
+
+    def predict(measured: Mapping[str, Any], strategy: Any) -> Prediction:
+        options = run_options(config, measured)
+        try:
+            return _entry(config.model, strategy, options), [_note(options)]
+        except UserError as error:
+            return None, [f"Nothing was predicted: {error}"]
+
+    return predict
+
+
+def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `plan` for a run, with the shape of the batch that was measured.
+
+    Args:
+        config: the run's settings.
+        measured: an entry of the profiler; "batch" and "device" are read where they are there.
+    """
+    batch = measured.get("batch") or {}
+    rows, length = batch.get("rows", config.batch_size), batch.get("tokens", config.seq_len)
+    labels = batch.get("label_tokens")
+    return {
+        "batch_size": rows,
+        "seq_len": max(length, 2),
+        "rows": batch.get("kind", "packed" if config.packing else "padded"),
+        "loss": "chunked" if labels is None else "labels" if labels < rows * length else "plain",
+        "label_tokens": labels,
+        "dtype": config.dtype,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_release": config.gradient_release,
+        "accumulation": config.accumulation,
+        "lora_rank": config.lora_rank or 0,
+        "quantize": config.quantize,
+        "max_grad_norm": config.max_grad_norm if config.clip in ("auto", "global") else 0.0,
+        "device": measured.get("device", "cpu"),
+    }
+
+
+def _entry(model: str, strategy: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    from lowmem.memory import pictures
+    from lowmem.memory.plan import plan
+
+    planned = plan(model, strategy, **options)
+    row = planned.plans[0]
+    return {**row.to_dict(), **pictures.extras(planned, row, planned.made[0])}
+
+
+def _note(options: Mapping[str, Any]) -> str:
+    what = f"{options['batch_size']} x {options['seq_len']} tokens ({options['rows']} rows)"
+    labels = options["label_tokens"]
+    return f"Predicted for the batch of the tracked step: {what}" + (
+        f", logits at {labels} positions." if labels is not None else ", chunked loss."
+    )
