@@ -13,6 +13,7 @@ is not finite leaves its weight and carries its moments over; it is counted. A
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from lowmem.optim.writers import Nearest, Writer
 
 OWN_SIZES = 8
 """Sizes of tensors, beside the ladder, for which a frame compiles kernels."""
+
+log = logging.getLogger(__name__)
 
 Kernel = Callable[..., None]
 
@@ -173,6 +176,8 @@ class Chunks:
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
             body = _body(rule, writer, keys, held)
+            if live and not any(key[-1] for key in self._kernels):
+                log.info("compiling the optimizer's kernels: the first step takes some seconds more")
             self._kernels[name] = compiled(body) if live else body
         return self._kernels[name]
 
