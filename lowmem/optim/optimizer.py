@@ -272,6 +272,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = self.backward(closure) if not self.strategy.source.needs_autograd else closure()
+        if not self._evidence and not self.strategy.source.needs_autograd:
+            self.init_state()  # torch's distributed checkpoint makes state by a step of nothing
         for p, g in self.strategy.source.gradients(self.named_parameters(), self._evidence):
             self.step_param(p, g)
         self._evidence.clear()
