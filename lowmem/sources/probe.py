@@ -20,7 +20,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ class Prober:
 
     def _evaluate(self, loss_fn: Callable[[], Tensor], shift: Shift, held: frozenset[str]) -> Tensor:
         self._shift, self._ran = shift, set()
-        with self._hooked(), self._watch or _nothing():
+        with self._hooked(), self._watch or nullcontext():
             try:
                 for name, p in self.params:
                     if name in held:
@@ -147,7 +147,7 @@ class Prober:
     def _displace(self, p: nn.Parameter) -> None:
         """Once however often its owners are inside each other."""
         if not self._depth[id(p)]:
-            with _unseen(self._watch), torch.autocast(p.device.type, enabled=False):
+            with _unseen(self._watch), _full_precision(p.device.type):
                 original = p.data
                 copy = self._shift(self.names[id(p)], original)
             self._originals[id(p)] = (p, original)
@@ -209,9 +209,10 @@ def _unseen(watch: _Reads | None) -> Iterator[None]:
         watch.paused = False
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast inside; a hook may run under the one of the model."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def _unmoved(name: str, w: Tensor) -> Tensor:
