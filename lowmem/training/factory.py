@@ -50,7 +50,6 @@ def make_optimizer(
         steps: of the run, where that is known; a few do not pay for compiling.
     """
     groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
-    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     return LowMemOptimizer(
         groups,
         strategy,
@@ -89,8 +88,10 @@ def hf_optimizer(
     """Optimizer for any stock Trainer, as its `optimizer_cls_and_kwargs`.
 
     The stock Trainer passes nothing from its arguments on, so lr and the like are
-    given here; its scheduler starts from this lr. Gradient release and strategies
-    without gradients need `LowMemTrainer`.
+    given here; its scheduler starts from this lr. A trainer whose constructor does
+    not take the pair (TRL's DPO) takes it as the attribute `optimizer_cls_and_kwargs`,
+    set before `train()`. Gradient release and strategies without gradients need
+    `LowMemTrainer`.
 
     Args:
         name: of a registered strategy.
