@@ -76,7 +76,7 @@ class LowMemMixin(WholeCheckpoints):
                 weight_decay=args.weight_decay,
                 seed=args.seed,
                 compile=args.compile,
-                steps=args.max_steps if args.max_steps > 0 else None,
+                steps=self._steps,
             )
         return cast(torch.optim.Optimizer, self.optimizer)
 
