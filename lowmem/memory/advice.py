@@ -14,7 +14,7 @@ from typing import Any
 from lowmem.memory import closed_form
 from lowmem.memory.events import Peak, combine
 from lowmem.memory.extrapolate import extrapolated
-from lowmem.memory.footprint import Footprint, footprint
+from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import as_peak
 from lowmem.memory.units import format_bytes
@@ -53,19 +53,20 @@ def variants(run: Run, needs_autograd: bool) -> dict[str, Run]:
     return found
 
 
-def quick_peak(config: Any, run: Run, held: Footprint, needs_autograd: bool, probe: int = 0) -> Peak:
+def quick_peak(config: Any, run: Run, held: Footprint) -> Peak:
     """The peak of a run at the cost of a formula or a few layers."""
-    if needs_autograd and closed_form.supports(config, run):
+    source = evaluates(held.strategy)
+    if source is None and closed_form.supports(config, run):
         return as_peak(config, run, held)
-    return combine(extrapolated(config, run, forward_only=not needs_autograd), held, probe)
+    return combine(extrapolated(config, run, source), held)
 
 
-def levers(config: Any, run: Run, held: Footprint, probe: int = 0) -> tuple[Lever, ...]:
+def levers(config: Any, run: Run, held: Footprint) -> tuple[Lever, ...]:
     """Every lever's peak, lowest first."""
     needs = held.strategy.source.needs_autograd
     found = []
     for name, changed in variants(run, needs).items():
-        peak = quick_peak(config, changed, held, needs, probe)
+        peak = quick_peak(config, changed, held)
         found.append(Lever(name, peak.allocated, peak.event))
     return tuple(sorted(found, key=lambda lever: lever.peak))
 
@@ -133,6 +134,6 @@ def waterfall(config: Any, run: Run, chosen: Strategy) -> list[dict[str, Any]]:
     rows = []
     for name, changed, strategy in steps:
         held = footprint(strategy, extrapolated(config, plain).parameters, changed)
-        peak = quick_peak(config, changed, held, True)
+        peak = quick_peak(config, changed, held)
         rows.append({"lever": name, "peak": peak.allocated, "event": peak.event})
     return rows

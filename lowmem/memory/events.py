@@ -10,7 +10,7 @@ from lowmem.memory.footprint import Footprint
 from lowmem.memory.replica import Trace
 from lowmem.memory.trace import CATEGORIES, Moment
 
-STEP, RELEASE, FORWARD = "optimizer step", "release step", "forward"
+STEP, RELEASE = "optimizer step", "release step"
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,14 @@ class Peak:
         return sum(self.at_peak.values())
 
 
-def combine(trace: Trace, held: Footprint, probe: int = 0) -> Peak:
+def combine(trace: Trace, held: Footprint) -> Peak:
     """The peak of a step from the second on, when optimizer state exists.
 
     Args:
         trace: of the model.
         held: of the strategy.
-        probe: scratch of a zeroth-order source during the forward passes.
     """
     moments = {name: _with(m, held.held, 0) for name, m in trace.moments.items()}
-    if FORWARD in moments and probe:
-        for name in (FORWARD, "loss forward"):
-            moments[name] = _with(trace.moments[name], held.held, probe)
     if STEP in trace.moments:
         moments[STEP] = _with(trace.moments[STEP], held.held, held.worst)
     scratch = {kind(name): size for name, size in held.scratch.items()}

@@ -17,6 +17,7 @@ from typing import Any
 from lowmem.memory.replica import Parameter, Trace, trace
 from lowmem.memory.run import Run
 from lowmem.memory.trace import Moment
+from lowmem.optim.source import Source
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 PER_LAYER = ("layer_types", "layers_block_type", "sliding_window_pattern_list")
@@ -42,21 +43,21 @@ def shallow(config: Any, depth: int) -> Any:
     return short
 
 
-def extrapolated(config: Any, run: Run, *, forward_only: bool = False) -> Trace:
+def extrapolated(config: Any, run: Run, source: Source | None = None) -> Trace:
     """`trace`, without its stream, at the cost of a few layers.
 
     Args:
         config: a transformers configuration.
         run: the options.
-        forward_only: as in `trace`.
+        source: as in `trace`.
     """
     depth, repeat = int(config.num_hidden_layers), period(config)
     low = repeat * -(-3 // repeat)  # a first, a last and a middle layer
     high = low + repeat
     if depth <= high:
-        return _remembered(_Key(config, run, forward_only))
-    a = _remembered(_Key(shallow(config, low), run, forward_only))
-    b = _remembered(_Key(shallow(config, high), run, forward_only))
+        return _remembered(_Key(config, run, source))
+    a = _remembered(_Key(shallow(config, low), run, source))
+    b = _remembered(_Key(shallow(config, high), run, source))
     line = functools.partial(_line, depth=depth, low=low, high=high)
     moments = {name: line(a.moments[name], b.moments[name]) for name in b.moments if name in a.moments}
     first, second = _by_kind(a.releases), _by_kind(b.releases)
@@ -69,9 +70,9 @@ def extrapolated(config: Any, run: Run, *, forward_only: bool = False) -> Trace:
 class _Key:
     """A configuration and run as a dictionary key: configurations do not hash."""
 
-    def __init__(self, config: Any, run: Run, forward_only: bool) -> None:
-        self.config, self.run, self.forward_only = config, run, forward_only
-        self._id = (json.dumps(config.to_dict(), sort_keys=True, default=str), run, forward_only)
+    def __init__(self, config: Any, run: Run, source: Source | None) -> None:
+        self.config, self.run, self.source = config, run, source
+        self._id = (json.dumps(config.to_dict(), sort_keys=True, default=str), run, source)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self._id == other._id
@@ -82,12 +83,12 @@ class _Key:
 
 @functools.lru_cache(maxsize=64)
 def _remembered(key: _Key) -> Trace:
-    return trace(key.config, key.run, forward_only=key.forward_only)
+    return trace(key.config, key.run, key.source)
 
 
-def remembered(config: Any, run: Run, *, forward_only: bool = False) -> Trace:
+def remembered(config: Any, run: Run, source: Source | None = None) -> Trace:
     """`trace`, once for each configuration and run."""
-    return _remembered(_Key(config, run, forward_only))
+    return _remembered(_Key(config, run, source))
 
 
 def _line(a: Moment, b: Moment, *, depth: int, low: int, high: int) -> Moment:

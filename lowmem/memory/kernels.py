@@ -23,6 +23,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from lowmem.sources.directions import Direction
+
 # "flash" in the name would make transformers look for a kernel on the Hub.
 FUSED = "lowmem_fused"
 HALF = (torch.float16, torch.bfloat16)
@@ -92,6 +94,17 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     if p == 0.0 or not training:
         return input
     return torch.native_dropout(input, p, training)[0]
+
+
+@contextmanager
+def fused_noise() -> Iterator[None]:
+    """Displaced copies of zeroth-order sources are written by one compiled kernel, without scratch."""
+
+    def displaced(self: Direction, parameter: str, w: Tensor, distance: float) -> Tensor:
+        return torch.empty_like(w)
+
+    with patch.object(Direction, "displaced", displaced):
+        yield
 
 
 @contextmanager

@@ -27,15 +27,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
 from lowmem.errors import UserError
 from lowmem.memory import advice, closed_form, gather, wording
 from lowmem.memory.advice import Lever
 from lowmem.memory.allocator import Verdict, simulate
 from lowmem.memory.events import Peak, combine
 from lowmem.memory.extrapolate import remembered
-from lowmem.memory.footprint import Footprint, footprint
+from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.gpus import Budget
 from lowmem.memory.gpus import budget as parse_budget
 from lowmem.memory.gpus import gpu as find_gpu
@@ -181,7 +179,7 @@ def suited(run: Run, strategy: Strategy) -> Run:
 
 def traced(config: Any, run: Run, strategy: Strategy) -> Trace:
     """The trace that belongs to a strategy; made once for all that share it."""
-    return remembered(config, suited(run, strategy), forward_only=not strategy.source.needs_autograd)
+    return remembered(config, suited(run, strategy), evaluates(strategy))
 
 
 def _info(name: str, config: Any, run: Run, strategy: Strategy) -> ModelInfo:
@@ -194,9 +192,8 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     run = suited(run, strategy)
     found = traced(config, run, strategy)
     held = footprint(strategy, found.parameters, run)
-    probe = probe_bytes(strategy, found, run)
-    peak = combine(found, held, probe)
-    levers = advice.levers(config, run, held, probe) if advise else ()
+    peak = combine(found, held)
+    levers = advice.levers(config, run, held) if advise else ()
     check = _cross_check(config, run, held, peak)
     why = [*advice.sentences(peak, levers, run), *_agreement(check)]
     verdict = (
@@ -221,14 +218,6 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
         levers=levers,
         cross_check=check,
     )
-
-
-def probe_bytes(strategy: Strategy, found: Trace, run: Run) -> int:
-    """Scratch of a zeroth-order source while it perturbs the weights in forward; 0 for backpropagation."""
-    if strategy.source.needs_autograd:
-        return 0
-    shapes = [(torch.Size(p.shape), p.dtype) for p in found.parameters]
-    return strategy.source.gradient_bytes(shapes, released=run.gradient_release)
 
 
 def simulated(found: Trace, held: Footprint, peak: Peak, workspace: int, capacity: int | None) -> Verdict:

@@ -12,7 +12,7 @@ from typing import Any
 from lowmem.errors import UserError, nearest
 from lowmem.memory import gather
 from lowmem.memory import plan as planning
-from lowmem.memory.footprint import footprint
+from lowmem.memory.footprint import evaluates, footprint
 from lowmem.memory.gpus import Budget
 from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
@@ -67,16 +67,14 @@ def largest(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budg
 def _search(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budget, top: int) -> int:
     """Largest multiple of the grain whose tensors fit, by bisection."""
     run = planning.suited(run, strategy)
-    needs = strategy.source.needs_autograd
-    surface = Surface(config, run, not needs, gather.longest(config) or 1 << 30)
+    surface = Surface(config, run, evaluates(strategy), gather.longest(config) or 1 << 30)
     found = planning.traced(config, run, strategy)
     held = footprint(strategy, found.parameters, run)
-    probe = planning.probe_bytes(strategy, found, run)
     room = limit.capacity * (1 - MARGIN)
 
     def fits(count: int) -> bool:
         size = {"seq_len": run.seq_len, "batch_size": run.batch_size, unknown: count * GRAIN[unknown]}
-        return surface.peak(held, size["batch_size"], size["seq_len"], probe) <= room
+        return surface.peak(held, size["batch_size"], size["seq_len"]) <= room
 
     low, high = 0, top
     while low < high:

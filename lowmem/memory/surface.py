@@ -21,6 +21,7 @@ from lowmem.memory.footprint import Footprint
 from lowmem.memory.replica import Trace
 from lowmem.memory.run import Run
 from lowmem.memory.trace import Moment
+from lowmem.optim.source import Source
 
 SAMPLES = ((1, 256), (2, 256), (1, 640), (3, 512), (1, 1280), (2, 1024), (5, 1024))
 CHUNK = 4096  # tokens of a tile of the chunked loss
@@ -32,21 +33,21 @@ class Surface:
 
     Args:
         config: of the model; run: all options but batch_size and seq_len.
-        forward_only: for zeroth-order strategies.
+        source: of a zeroth-order strategy, None for backpropagation.
         limit: longest sequence to sample at.
     """
 
     config: Any
     run: Run
-    forward_only: bool = False
+    source: Source | None = None
     limit: int = 1 << 30
 
-    def peak(self, held: Footprint, batch_size: int, seq_len: int, probe: int = 0) -> int:
+    def peak(self, held: Footprint, batch_size: int, seq_len: int) -> int:
         """Allocated bytes at the peak."""
         run = replace(self.run, batch_size=batch_size, seq_len=seq_len)
-        if not self.forward_only and closed_form.supports(self.config, run):
+        if self.source is None and closed_form.supports(self.config, run):
             return formula(self.config, run, held)[1]
-        return combine(self._trace(batch_size, seq_len), held, probe).allocated
+        return combine(self._trace(batch_size, seq_len), held).allocated
 
     def _trace(self, batch_size: int, seq_len: int) -> Trace:
         moments, releases, template = self._fitted
@@ -65,9 +66,7 @@ class Surface:
             (b, max(2, self.limit // b)) for b, _ in SAMPLES
         ]
         traces = [
-            extrapolated(
-                self.config, replace(self.run, batch_size=b, seq_len=s), forward_only=self.forward_only
-            )
+            extrapolated(self.config, replace(self.run, batch_size=b, seq_len=s), self.source)
             for b, s in points
         ]
         rows = torch.tensor([_features(b, s) for b, s in points], dtype=torch.float64)
