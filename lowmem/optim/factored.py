@@ -51,7 +51,14 @@ class RowCol:
 
     Bytes for an (m, n) weight: 4 (m + n). A product with a vector of 1 / n takes
     the means: no sum is formed that could overflow where the mean does not.
+
+    Args:
+        floor: rows and columns below this share of the mean of V count as this share. In a
+            subspace, a direction that the gradient does not have holds the rounding noise
+            of the projection, and dividing by its own size would make a full step of it.
     """
+
+    floor: float = 0.0
 
     def init(self, x: Tensor) -> State:
         """Two vectors of zeros."""
@@ -79,5 +86,6 @@ class RowCol:
         """1 / sqrt(r / mean(r)) and 1 / sqrt(c)."""
         mean = hp.total(s["row"].double().mean() * share)
         # a row without gradient may lie 1e38 below the mean: its root stays finite
-        row = (s["row"] / mean.clamp(min=TINY)).clamp(min=TINY)
-        return row.rsqrt(), s["col"].clamp(min=TINY).rsqrt()
+        row = (s["row"] / mean.clamp(min=TINY)).clamp(min=max(self.floor, TINY))
+        col = torch.maximum(s["col"], (self.floor * mean).float())
+        return row.rsqrt(), col.clamp(min=TINY).rsqrt()

@@ -80,6 +80,8 @@ def order_of(case: Case) -> list[str]:
 
 def test_decay_is_decoupled_and_keeps_to_its_group(case: Case) -> None:
     """With a loss that does not depend on the weights, decay is all there is."""
+    if dict(case.options).get("scale_parameter"):
+        pytest.skip("as published it decays in proportion to its own step, lr rms(W): see its oracle")
     model = zoo.build()
     before = zoo.weights(model)
     decay_names = {name for name in before if "norm" not in name and "bias" not in name}
@@ -98,15 +100,14 @@ def test_small_decay_reaches_bf16_weights(case: Case, writer: str) -> None:
     if "writer" not in dict(case.options):
         pytest.skip("it has no writer to choose")
     options = {**dict(case.options), "writer": writer}
-    model = nn.ModuleDict({"proj": nn.Linear(64, 64, bias=False)}).to(torch.bfloat16)
-    with torch.no_grad():
-        model["proj"].weight.fill_(1.0)
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     optimizer = Case(case.name, tuple(options.items())).optimizer(model, lr=1e-2, weight_decay=0.1)
     for _ in range(30):
-        optimizer.backward(lambda: (0.0 * model["proj"].weight).sum(), model)
+        optimizer.backward(lambda: (0.0 * model.weight).sum(), model)
         optimizer.step()
         optimizer.zero_grad()
-    assert float(model["proj"].weight.float().mean()) == pytest.approx(0.999**30, abs=4e-3)
+    assert float(model.weight.detach().float().mean()) == pytest.approx(0.999**30, abs=4e-3)
 
 
 def test_groups_of_ones_own_keep_their_numbers(case: Case) -> None:

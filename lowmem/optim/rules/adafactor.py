@@ -48,6 +48,11 @@ def _under(scope: str, numbers: Mapping[str, int]) -> Mapping[str, int]:
     return {f"{scope}.{key}" if key else scope: value for key, value in numbers.items()}
 
 
+def _norms(rows: Tensor) -> Tensor:
+    """Row by row, which is more exact than at once, and contiguous: another layout gives the same bits."""
+    return torch.linalg.vector_norm(rows.contiguous(), dim=1)
+
+
 @dataclass(frozen=True)
 class Square:
     """The full second moment of a vector, and the gradient divided by its root.
@@ -218,9 +223,11 @@ class Adafactor:
     def of(
         cls, states: str, *, beta1: float = 0.0, decay_rate: float = -0.8, eps1: float = 1e-30,
         clip_threshold: float = 1.0, scale_parameter: bool = False, eps2: float = 1e-3,
-        relative_step: bool = False, warmup: int = 0,
+        relative_step: bool = False, warmup: int = 0, floor: float = 0.0,
     ) -> Adafactor:  # fmt: skip
         """Adafactor from plain numbers; `states` holds the momentum and the moments of vectors.
+
+        `floor` is that of `RowCol`, for use inside a subspace.
 
         Raises:
             UserError: a number outside its range, or one that nothing would read.
@@ -239,7 +246,9 @@ class Adafactor:
             raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
         square = Square(codec(states, signed=False, stream="square"), decay_rate, eps1)
         momentum = Momentum(codec(states, signed=True, stream="momentum"), beta1) if beta1 else None
-        return cls(square, momentum, RowCol(), clip_threshold, scale_parameter, eps2, relative_step, warmup)
+        return cls(
+            square, momentum, RowCol(floor), clip_threshold, scale_parameter, eps2, relative_step, warmup
+        )
 
     def init(self, x: Tensor) -> State:
         """All moments zero, age 0."""
@@ -279,7 +288,7 @@ class Adafactor:
         s["age"].add_(ok)
         self.factored.average_(held, new, self.square.rate(s), ok)
         p, q = self.factored.roots(held, share, hp)
-        norms = [torch.linalg.vector_norm(g.rows(i, j).contiguous() * q, dim=1) for i, j in g.ranges()]
+        norms = [_norms(g.rows(i, j) * q) for i, j in g.ranges()]
         squares = (torch.cat(norms) * p).double().square().sum() / (g.shape[0] * g.shape[1])
         p = p * self._shrink(squares, share, hp)
 
@@ -311,7 +320,7 @@ class Adafactor:
         if not self.scale_parameter:
             return alpha
         m, n = hp.weight.shape
-        squares = hp.weight.sum(lambda rows: torch.linalg.vector_norm(rows.contiguous()).double().square())
+        squares = hp.weight.sum(lambda rows: _norms(rows).double().square().sum())
         return alpha * hp.total(squares / (m * n) * share).sqrt().clamp(min=self.eps2)
 
     def check_rebase(self, kind: str) -> None:
