@@ -153,6 +153,10 @@ def _engines(args: Any) -> list[str]:
     rules = [
         (args.deepspeed, "deepspeed: it flattens parameters, a strategy needs their shapes; leave it out"),
         (args.fsdp, "fsdp: sharded parameters are not supported yet; leave it out, or train with plain DDP"),
+        (
+            args.push_to_hub and str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end",
+            "hub_strategy: a checkpoint is renamed when it is whole, an upload of it would break; use 'end'",
+        ),
     ]
     return [text for broken, text in rules if broken]
 
