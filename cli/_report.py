@@ -37,4 +37,5 @@ def _sections(report: Any) -> Iterator[Any]:
             ]
             yield render.table(section.title, table.columns, cells, right=right)
         if section.points:
-            yield render.table(section.title, [""], [[point] for point in section.points])
+            yield Text(section.title, style="bold")
+            yield from (Text(f"  - {point}") for point in section.points)

@@ -60,7 +60,7 @@ def say(data: Mapping[str, Any]) -> tuple[str, str]:
     if data.get("out_of_memory"):
         return f"Out of memory. {where}, before the request that failed.", "bad"
     if predicted is None:
-        return f"{where}; nothing was predicted for this run.", "plain"
+        return f"{where}; nothing was predicted for this run.{_fit(data)}", "plain"
     error = (data.get("error_percent") or {}).get("peak_allocated")
     said = f"{where}; predicted {format_bytes(predicted['peak']['allocated'])} ({format_percent(error)})."
     exact = measured["state_bytes"] == predicted["state_bytes"]
@@ -70,7 +70,18 @@ def say(data: Mapping[str, Any]) -> tuple[str, str]:
         else "Optimizer state differs from the prediction."
     )
     off = error is None or abs(error) > FLAG
-    return f"{said} {state}", "warn" if off or not exact else "good"
+    return f"{said} {state}{_fit(data)}", "warn" if off or not exact else "good"
+
+
+def _fit(data: Mapping[str, Any]) -> str:
+    budget, head = data.get("budget_bytes"), data["measured"].get("headroom_bytes")
+    if budget is None or head is None:
+        return ""
+    return (
+        f" {format_bytes(budget)} leave {format_bytes(head)} free."
+        if head >= 0
+        else (f" {format_bytes(budget)} were exceeded by {format_bytes(-head)}.")
+    )
 
 
 def _against(

@@ -32,8 +32,17 @@ def format_bytes(size: float | None, *, signed: bool = False) -> str:
 
 
 def format_percent(value: float | None) -> str:
-    """A signed error to two places, or a dash for None."""
-    return "-" if value is None else f"{value:+.2f} %"
+    """A signed error to two places, a smaller one to its first digit, a dash for None.
+
+    >>> format_percent(-1.504), format_percent(0.00041), format_percent(0.0)
+    ('-1.50 %', '+0.0004 %', '0 %')
+    """
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0 %"
+    places = 2 if abs(value) >= 0.005 else -_floor_log10(value)
+    return f"{value:+.{places}f} %"
 
 
 def nice_ticks(top: float, count: int = 5) -> list[float]:

@@ -105,9 +105,9 @@ def test_peak_equals_that_of_torch_s_tracker(name: str | None) -> None:
     peak = mem_tracker_peak(theirs)
     if name is None:
         assert found == peak
-    else:  # torch's tracker does not know tables that parameters share; we count them
+    else:  # torch's tracker knows neither tables that parameters share nor scalars made before the step
         shared = sum(t.nbytes for held in theirs.optimizer._shared.values() for t in held.values())
-        assert abs(found - peak) <= shared
+        assert 0 <= found - peak <= shared + 128
 
 
 def test_modules_and_timeline_say_the_same_as_the_peak() -> None:
