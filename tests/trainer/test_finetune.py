@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import warnings
 from pathlib import Path
 

@@ -23,12 +23,12 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_, **names)
 
 
-def make_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def make_model(folder: Path, dtype: torch.dtype = torch.float32, hidden: int = 32) -> Path:
     """Save model and tokenizer."""
     config = transformers.LlamaConfig(
         vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
