@@ -65,7 +65,7 @@ def estimates(problem: Any, w: Tensor, steps: int, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("noise", NOISE)
 def test_the_expectation_is_the_gradient(noise: str) -> None:
-    size, draws = 20, 1500
+    size, draws = 20, 400
     problem, w = reference_mezo.quadratic(size), torch.zeros(size)
     sample = estimates(problem, w, draws, noise=noise)
     g = problem.gradient(w)
