@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, matrix_shape
+from lowmem.optim.cutting import walk
 from lowmem.optim.rule import Hyper, State
 
 TINY = torch.finfo(torch.float32).tiny
@@ -70,7 +71,7 @@ class RowCol:
         m, n = g.shape
         row, col = torch.zeros(m, device=g.device), torch.zeros(n, device=g.device)
         along, down = torch.full_like(col, 1.0 / n), torch.full_like(row, 1.0 / m)
-        for i, j in g.ranges():
+        for i, j in walk(g.ranges(), row):
             # contiguous: a transposed gradient must give the same bits
             square = g.rows(i, j).contiguous().square()
             row[i:j] = square @ along
