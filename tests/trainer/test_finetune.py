@@ -320,6 +320,20 @@ def test_flags_of_memory_train(config, flags):
     assert result["loss"]["after"] < result["loss"]["before"]
 
 
+def test_qlora_trains_adapters_over_nf4_weights(config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = str(make_model(tmp_path / "wide", hidden=128))  # rows shorter than a block of 64 cannot be packed
+    values = change(config, model=model, lora_rank=4, quantize="nf4", dtype="bfloat16", steps=4)
+    result = recipe.finetune(values)
+    assert result["loss"]["after"] < result["loss"]["before"]
+
+
+def test_nf4_without_its_package_says_what_to_install(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"pip install 'lowmem\[bnb\]'"):
+        recipe.finetune(change(config, lora_rank=4, quantize="nf4"))
+
+
 def test_eval_steps_log_the_same_held_out_loss(config):
     recipe.finetune(change(config, eval_steps=4, report=True))
     document = json.loads(Path(config.output_dir, "memory_report.json").read_text())
