@@ -334,6 +334,13 @@ def test_nf4_without_its_package_says_what_to_install(config, monkeypatch):
         recipe.finetune(change(config, lora_rank=4, quantize="nf4"))
 
 
+def test_a_strategy_without_gradients_runs_the_same_job(config):
+    values = change(config, optim="mezo", optim_args="", lr=1e-4, accumulation=2, report=True)
+    result = recipe.finetune(values)
+    assert result["state_bytes"] == 0
+    assert result["loss"]["after"] != result["loss"]["before"]
+
+
 def test_eval_steps_log_the_same_held_out_loss(config):
     recipe.finetune(change(config, eval_steps=4, report=True))
     document = json.loads(Path(config.output_dir, "memory_report.json").read_text())

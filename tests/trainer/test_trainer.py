@@ -6,8 +6,9 @@ import transformers
 from tiny_models import tiny
 from tiny_runs import Rows, assert_equal, keep_only, logged, stock, trainer, weights
 
-from lowmem import hf_optimizer
+from lowmem import available, hf_optimizer
 from lowmem.errors import CheckpointError, UserError
+from lowmem.memory.count import model_state_bytes
 from lowmem.training.arguments import LowMemArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
@@ -228,6 +229,19 @@ def test_lora_holds_state_for_adapters_only_and_resumes(tmp_path, optim):
     assert not (tmp_path / "checkpoint-8" / "model.safetensors").exists()
     keep_only(tmp_path, 4)
     assert_equal(weights(whole), weights(run(resume=True)))
+
+
+@pytest.mark.parametrize("optim", available())
+def test_every_strategy_trains_lora_with_adapters_alone_in_its_state(tmp_path, optim):
+    made = trainer(tmp_path, model=lora(), optim=optim, max_steps=2, warmup_steps=0)
+    before = weights(made)
+    made.train()
+    held = {name for name, p in made.model.named_parameters() if made.lowmem_optimizer.state.get(p)}
+    assert held <= set(before)
+    after = weights(made)
+    assert all(torch.isfinite(w).all() for w in after.values())
+    assert any(not torch.equal(before[name], w) for name, w in after.items())
+    assert made.lowmem_optimizer.state_bytes() == model_state_bytes(made.args.strategy(), made.model)
 
 
 def test_foreign_checkpoints_are_refused_in_one_line(tmp_path):
