@@ -97,8 +97,8 @@ class SPSA:
         Args:
             params: names and trainable parameters; a tied one has one name and one z.
             loss_fn: a scalar, of the same batch each time; it need not be differentiable.
-            model: its modules are hooked. Without it a second copy of all trainable weights is
-                held during a probe.
+            model: its modules are hooked and put into eval mode. Without it a second copy of all
+                trainable weights is held during a probe, and turning dropout off is up to the caller.
             query: names the directions.
 
         Returns:
