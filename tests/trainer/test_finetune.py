@@ -247,6 +247,17 @@ def test_resume_says_what_it_skips_and_what_differs(config, tmp_path):
         recipe.finetune(change(config, resume=True))
 
 
+def test_resuming_a_finished_run_writes_its_results_again(config):
+    """As after a kill between the last checkpoint and the last result."""
+    first = recipe.finetune(change(config, report=True))
+    Path(config.output_dir, "model.safetensors").rename(Path(config.output_dir, "kept"))
+    again = recipe.finetune(change(config, report=True, resume=True))
+    kept = Path(config.output_dir, "kept").read_bytes()
+    assert Path(config.output_dir, "model.safetensors").read_bytes() == kept
+    for key in ("loss", "steps", "state_bytes", "samples"):
+        assert again[key] == first[key], key
+
+
 def test_resuming_another_strategy_is_refused_and_changes_nothing(config):
     recipe.finetune(change(config, steps=1))
     before = Path(config.output_dir, "config.yaml").read_text()
