@@ -23,9 +23,7 @@ def find(name_or_path: str) -> Path:
         return path
     known = shipped()
     if name_or_path not in known:
-        raise UserError(
-            f"no config file {name_or_path!r}; of the shipped ones {nearest(name_or_path, known)}"
-        )
+        raise UserError(f"no config file {name_or_path!r}, nor a shipped one: {nearest(name_or_path, known)}")
     return known[name_or_path]
 
 

@@ -7,6 +7,7 @@ whatever third parties print there goes to stderr, so that `--json` is one docum
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import logging
@@ -38,6 +39,17 @@ _ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+}
+# Of the machine, not of the program: a full disk, a folder that may not be written, an impossible name.
+_MENDABLE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 }
 _NOT_COMMANDS = {"app", "render"}
 
@@ -84,6 +96,11 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except BrokenPipeError:  # `lowmem strategies | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            return _usage_or_fault(error)
+        render.error(f"{error.strerror}: {error.filename or 'while writing'}")
+        return 2
     except Exception as error:
         return _usage_or_fault(error)
     return code if isinstance(code, int) else 0

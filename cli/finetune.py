@@ -49,6 +49,9 @@ def _base(given: dict[str, Any], config: str | None) -> dict[str, Any]:
     demo = read(shipped()["demo"])
     tuned = {"lr", "optim_args"}  # for the demo's own strategy; another one starts from its defaults
     own = given.get("optim", demo["optim"]) == demo["optim"]
+    steps = str(given.get("steps", ""))
+    if steps.isdigit() and int(steps) < demo["warmup"]:  # a first look: --steps 2
+        demo["warmup"] = 0
     render.say("demo data: settings of configs/runs/demo.yaml where no flag is given")
     return {k: v for k, v in demo.items() if k not in {"model", "optim"} and (own or k not in tuned)}
 

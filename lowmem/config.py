@@ -327,7 +327,7 @@ def _combinations(v: Mapping[str, Any]) -> list[str]:
         (v["quantize"] and not v["lora_rank"], "quantize: frozen weights only; give lora_rank as well"),
         (
             v["steps"] and v["warmup"] > v["steps"],
-            f"warmup: {v['warmup']} steps of warm-up in a run of {v['steps']} steps",
+            f"warmup: {v['warmup']} steps of warm-up in a run of {v['steps']}; make it {v['steps']} or less",
         ),
         (
             v["gradient_release"] and v["clip"] == "global",

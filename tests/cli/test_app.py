@@ -49,6 +49,8 @@ def raising(error: BaseException) -> Callable[..., None]:
     [
         (UserError("no model 'x';\n did you mean 'y'?"), 2, "error: no model 'x'; did you mean 'y'?\n"),
         (ConfigError(["lr: bad", "steps: bad"]), 2, "error: lr: bad\nerror: steps: bad\n"),
+        (PermissionError(13, "Permission denied", "/out"), 2, "error: Permission denied: /out\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device: while writing\n"),
         (KeyboardInterrupt(), 130, ""),
         (typer.Exit(3), 3, ""),
     ],

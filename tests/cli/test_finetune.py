@@ -210,6 +210,8 @@ def test_without_data_it_runs_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     # Another strategy: its own options and the general learning rate.
     assert finetune("--model", "smollm2-135m", "--optim", "adamw", "--json").exit_code == 0
     assert (seen["config"].optim_args, seen["config"].lr, seen["config"].steps) == ("", 1e-4, 60)
+    assert finetune("--model", "smollm2-135m", "--optim", "galore", "--steps", "2", "--json").exit_code == 0
+    assert (seen["config"].steps, seen["config"].warmup) == (2, 0)
     # Other data: no trace of the demo.
     assert (
         finetune("--model", "smollm2-135m", "--optim", "galore", "--data", "my.jsonl", "--json").exit_code
