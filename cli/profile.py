@@ -52,13 +52,13 @@ def command(
     for target in (html, snapshot):
         if target and not Path(target).expanduser().parent.is_dir():
             raise UserError(f"cannot write {target}: the folder {Path(target).parent} does not exist")
-    recipe = importlib.import_module("lowmem.recipes.profile")
+    recipe = importlib.import_module("lowmem.recipes.measure")
     from lowmem.memory import report
 
     from ._progress import Bars
 
     with Bars() as progress:
-        found = recipe.profile(
+        found = recipe.measure(
             run,
             budget=limit,
             snapshot=Path(snapshot).expanduser() if snapshot else None,

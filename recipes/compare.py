@@ -188,7 +188,13 @@ def _child(folder: Path) -> dict[str, Any]:
     answer.unlink(missing_ok=True)
     if found is not None:
         return found
-    return {"status": "failed", "reason": f"{_ended(code)}; see {folder / 'log.txt'}"}
+    last = next((line for line in reversed(_lines(folder / "log.txt")) if line.strip()), "")
+    said = f" ({last.strip()[:200]})" if code > 0 and last else ""
+    return {"status": "failed", "reason": f"{_ended(code)}{said}; see {folder / 'log.txt'}"}
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _ended(code: int) -> str:

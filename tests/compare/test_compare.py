@@ -230,8 +230,9 @@ def test_a_crash_of_a_child_is_a_reason(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("not: [a, run", encoding="utf-8")
     found = recipe._child(tmp_path)
     assert found["status"] == "failed"
-    assert "exit code 1 and no result; see" in found["reason"]
-    assert "is not valid YAML" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert found["reason"].startswith("ended with exit code 1 and no result (lowmem.errors.UserError: ")
+    assert "is not valid YAML" in found["reason"]
+    assert found["reason"].endswith(f"; see {tmp_path / 'log.txt'}")
     assert recipe._ended(-signal.SIGKILL) == "killed by the system, most likely for lack of memory"
 
 

@@ -2,7 +2,7 @@
 
     config -> data, model and trainer as `finetune` makes them -> a few steps, the last one tracked -> profile
 
-Nothing is evaluated, saved or kept. Copy it (`lowmem cp profile my.py`) and change what you like: it prints
+Nothing is evaluated, saved or kept. Copy it (`lowmem cp measure my.py`) and change what you like: it prints
 nothing and returns plain values.
 """
 
@@ -23,7 +23,7 @@ SETTINGS = (
 )
 
 
-def profile(
+def measure(
     config: RunConfig,
     *,
     budget: int | None = None,
