@@ -99,7 +99,8 @@ class Kahan:
     ) -> tuple[Tensor, State]:
         """W + c <- decay (W + c) - lr D, split into its nearest 16-bit value and the rest."""
         exact = (w.float() + s["compensation"].float()) * decay - hp.lr * d
-        new = noise.round_nearest(exact, w.dtype)
+        # what was lost may be half a unit: a weight that is not stepped would round away from where it is
+        new = torch.where(hp.finite, noise.round_nearest(exact, w.dtype), w.float())
         return new.to(w.dtype), {"compensation": (exact - new).to(w.dtype)}
 
 
