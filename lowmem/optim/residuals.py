@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
@@ -77,8 +78,12 @@ class Stateless:
         return g
 
     def absorb(self, s: State, rest: Blocks) -> Blocks | None:
-        """scale sign(rest) or scale rest."""
-        return rest.map(lambda x: (x.sign() if self.sign else x) * self.scale)
+        """scale sign(rest) or scale rest; what is not finite stays so, for the frame to refuse."""
+
+        def step(x: Tensor) -> Tensor:
+            return (torch.where(x.isfinite(), x.sign(), x) if self.sign else x) * self.scale
+
+        return rest.map(step)
 
 
 RESIDUALS = ("drop", "sign", "sgd")
