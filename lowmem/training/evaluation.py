@@ -64,7 +64,7 @@ class HeldOut(TrainerCallback):
             self.trainer.log({"eval_loss": held_out_loss(self.trainer)})
 
 
-def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
     """Greedy answers to prompts, each alone, in the model's chat template.
 
     Args:

@@ -31,7 +31,8 @@ def loss_curve(history: History, title: str, path: Path) -> None:
         axes.plot(steps, _smooth(losses), color="#1f5fa8", linewidth=2.0, label="training, smoothed")
     steps, losses = _series(history, "eval_loss")
     if steps:
-        axes.plot(steps, losses, color="#c1440e", marker="o", linestyle="--", linewidth=1.4, label="held out")
+        line = "--" if len(steps) > 2 else ""  # two points are no curve
+        axes.plot(steps, losses, color="#c1440e", marker="o", linestyle=line, linewidth=1.4, label="held out")
         _label_ends(axes, steps, losses)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per label token)")
     axes.margins(x=0.06, y=0.12)
