@@ -8,6 +8,7 @@ import torch
 
 from lowmem.memory import device as device_memory
 from lowmem.memory import watch
+from lowmem.memory.sampling import timeline
 from lowmem.memory.watch import Watch
 
 
@@ -42,7 +43,7 @@ def measure(done: Watch, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         "fits": None,
         "headroom_bytes": None,
         "why": [f"Measured: the highest instant is in the phase '{peak.event}'."],
-        "timeline": watch.timeline(tracker),
+        "timeline": timeline(tracker),
         "modules": watch.modules(tracker, peak),
         "beside": seen,
         "batch": done.batch,

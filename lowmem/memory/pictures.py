@@ -1,14 +1,15 @@
-"""What the report draws of a plan: timeline, lever-by-lever waterfall, and the map over sequence and batch."""
+"""What the report draws of a plan: timeline, lever-by-lever waterfall, map over sequence and batch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lowmem.memory import advice, watch
+from lowmem.memory import advice
 from lowmem.memory import plan as planning
 from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.gather import longest
+from lowmem.memory.sampling import timeline
 from lowmem.memory.surface import Surface
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def extras(plan: Plan, row: StrategyPlan, strategy: Strategy) -> dict[str, Any]:
         "max_batch_size": row.max_batch_size,
     }
     if found.tracker is not None:
-        line = watch.timeline(found.tracker)
+        line = timeline(found.tracker)
         held = footprint(strategy, found.parameters, plan.run)
         line["bytes"]["optimizer_state"] = [held.held] * len(line["bytes"]["weights"])
         more["timeline"] = {**line, "events": _marks(line, row)}

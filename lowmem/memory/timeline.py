@@ -1,12 +1,13 @@
 """One step over time: live bytes stacked by category, phases as bands, another timeline drawn over it.
 
-Both clocks count allocator events, not seconds. Two timelines are laid over each other phase by phase where
-they have the same phases, otherwise end to end.
+Both clocks count allocator events, not seconds. Two timelines are laid over each other phase by phase, as
+far as they have the same phases, otherwise end to end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from lowmem.memory.bars import CATEGORIES, words
@@ -103,16 +104,36 @@ def _phases(timeline: Mapping[str, Any], x: Scale) -> list[str]:
 def _placed(
     overlay: Mapping[str, Any], sums: Sequence[int], timeline: Mapping[str, Any]
 ) -> list[tuple[float, int]]:
-    """Positions of the overlay's samples on the clock of `timeline`."""
+    """Positions of the overlay's samples on the clock of `timeline`, phase by phase where names agree."""
     theirs, ours = overlay.get("phases", []), timeline.get("phases", [])
-    if not ours or [p["name"] for p in theirs] != [p["name"] for p in ours]:
-        scale = Scale(0, max(len(sums) - 1, 1), 0, max(len(total(timeline)) - 1, 1))
+    last = max(len(total(timeline)) - 1, 0)
+    spans = _spans([p["name"] for p in theirs], ours, last)
+    if not spans:
+        scale = Scale(0, max(len(sums) - 1, 1), 0, max(last, 1))
         return [(scale(i), v) for i, v in enumerate(sums)]
     placed = []
-    for a, b in zip(theirs, ours, strict=True):
-        scale = Scale(a["start"], max(a["stop"], a["start"] + 1), b["start"], b["stop"])
-        placed += [(scale(i), sums[i]) for i in range(a["start"], min(a["stop"] + 1, len(sums)))]
+    for phase, (start, stop) in zip(theirs, spans, strict=True):
+        scale = Scale(phase["start"], max(phase["stop"], phase["start"] + 1), start, stop)
+        placed += [(scale(i), sums[i]) for i in range(phase["start"], min(phase["stop"] + 1, len(sums)))]
     return placed
+
+
+def _spans(names: Sequence[str], ours: Sequence[Mapping[str, Any]], last: int) -> list[tuple[float, float]]:
+    """Where each phase of the other timeline lies on ours; one that we lack lies between its neighbours."""
+    blocks = SequenceMatcher(None, names, [p["name"] for p in ours], autojunk=False).get_matching_blocks()
+    same = {b.a + i: ours[b.b + i] for b in blocks for i in range(b.size)}
+    if not same:
+        return []
+    spans = []
+    for i in range(len(names)):
+        before = max((k for k in same if k <= i), default=None)
+        after = min((k for k in same if k >= i), default=None)
+        if i in same:
+            spans.append((float(same[i]["start"]), float(same[i]["stop"])))
+        else:
+            start = 0.0 if before is None else float(same[before]["stop"])
+            spans.append((start, float(last) if after is None else float(same[after]["start"])))
+    return spans
 
 
 def _peak(sums: Sequence[int], phases: Sequence[Mapping[str, Any]], x: Scale, y: Scale) -> list[str]:

@@ -7,9 +7,8 @@ whose forward pass it was born. When it is left nothing remains: no hook, no mod
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -24,8 +23,6 @@ from lowmem.errors import UserError
 from lowmem.memory import trainable
 from lowmem.memory.replica import phase_hooks
 from lowmem.memory.trace import CATEGORIES, Moment, Tracker, storages
-
-SAMPLES = 300
 
 
 def kind_of(name: str) -> str:
@@ -114,7 +111,7 @@ class Watch:
     def __enter__(self) -> Watch:
         with ExitStack() as stack:
             self._register()
-            stack.enter_context(_patched_backward(self.tracker))
+            stack.enter_context(_patched(self.tracker))
             stack.enter_context(self._phases())
             stack.enter_context(_removing(self._hooks()))
             stack.enter_context(self._release())
@@ -284,56 +281,24 @@ def _removing(handles: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _patched_backward(tracker: Tracker) -> Iterator[None]:
-    """Tell the tracker where backward begins; no hook exists for it, and losses are made in many places."""
-    inner = torch.autograd.backward
+def _patched(tracker: Tracker) -> Iterator[None]:
+    """Tell the tracker where backward and clipping begin: no hook exists, and both have many callers."""
+    backward, clip = torch.autograd.backward, nn.utils.clip_grad_norm_
 
-    def backward(*args: Any, **kwargs: Any) -> Any:
+    def entering_backward(*args: Any, **kwargs: Any) -> Any:
         if tracker.phase in ("forward", "loss forward"):  # not the inner one of a reentrant checkpoint
             tracker.enter("loss backward", "logits")
-        return inner(*args, **kwargs)
+        return backward(*args, **kwargs)
 
-    with patch.object(torch.autograd, "backward", backward):
+    def entering_clip(*args: Any, **kwargs: Any) -> Any:
+        tracker.enter("clip", "workspace")
+        return clip(*args, **kwargs)
+
+    with (
+        patch.object(torch.autograd, "backward", entering_backward),
+        patch.object(nn.utils, "clip_grad_norm_", entering_clip),
+    ):
         yield
-
-
-def timeline(tracker: Tracker, samples: int = SAMPLES) -> dict[str, Any]:
-    """Live bytes by category at up to `samples` instants of a stream, the highest of each stretch.
-
-    Returns:
-        {"bytes": {category: [bytes]}, "phases": [{"name", "start", "stop"}]}, start and stop as indices.
-    """
-    heights = _heights(tracker)
-    first = tracker.phases[0][0] if tracker.phases else 0
-    count = max(1, min(samples, len(heights) - first))
-    edges = [first + round(i * (len(heights) - first) / count) for i in range(count + 1)]
-    stretches = [range(a, b) for a, b in itertools.pairwise(edges) if b > a]
-    places = [max(stretch, key=heights.__getitem__) for stretch in stretches]
-    moments = tracker.at(places)
-    return {
-        "bytes": {key: [moment.bytes.get(key, 0) for moment in moments] for key in CATEGORIES},
-        "phases": _phases(tracker.phases, places),
-    }
-
-
-def _heights(tracker: Tracker) -> list[int]:
-    total, heights = 0, [0]
-    for entry in tracker.stream:
-        total += tracker.sizes[entry - 1] if entry > 0 else -tracker.sizes[-entry - 1]
-        heights.append(total)
-    return heights
-
-
-def _phases(phases: Sequence[tuple[int, str]], places: Sequence[int]) -> list[dict[str, Any]]:
-    """The named stretches of the samples; neighbours of one name are one, empty ones are left out."""
-    found: list[dict[str, Any]] = []
-    for index, place in enumerate(places):
-        name = next((n for start, n in reversed(phases) if start < place), phases[0][1] if phases else "")
-        if found and found[-1]["name"] == name:
-            found[-1]["stop"] = index
-        else:
-            found.append({"name": name, "start": index, "stop": index})
-    return found
 
 
 def modules(tracker: Owned, moment: Moment) -> list[dict[str, Any]]:
