@@ -45,7 +45,9 @@ class Blocks:
 
     Args:
         shape: (m, n).
-        rows: maps (i, j) to the fp32 rows i..j, (j - i, n).
+        rows: maps (i, j) to the fp32 rows i..j, (j - i, n); None where a subclass has its own `rows`. A
+            bound method of the object itself would be a reference cycle, and what it holds (a gradient)
+            would live until the garbage collector runs.
         device: where rows live.
         dtype: precision of matrix products with it (fp32, or bf16 where the data is bf16).
     """
@@ -53,7 +55,7 @@ class Blocks:
     def __init__(
         self,
         shape: tuple[int, int],
-        rows: Callable[[int, int], Tensor],
+        rows: Callable[[int, int], Tensor] | None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -64,6 +66,8 @@ class Blocks:
 
     def rows(self, i: int, j: int) -> Tensor:
         """Rows i..j in fp32, (j - i, n); not to be written to."""
+        if self._rows is None:
+            raise NotImplementedError(f"{type(self).__name__} has no rows")
         return self._rows(i, j)
 
     def chunk(self, start: int, stop: int) -> Tensor:
@@ -112,7 +116,7 @@ class Dense(Blocks):
     def __init__(self, tensor: Tensor, factor: Tensor | None = None) -> None:
         shape = matrix_shape(tensor.shape)
         dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-        super().__init__(shape, self._dense_rows, tensor.device, dtype)
+        super().__init__(shape, None, tensor.device, dtype)
         self.tensor = tensor
         self.factor = factor
 
@@ -124,7 +128,8 @@ class Dense(Blocks):
     def _flat(self) -> Tensor | None:
         return self.tensor.view(-1) if self.tensor.is_contiguous() else None
 
-    def _dense_rows(self, i: int, j: int) -> Tensor:
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j in fp32, cast and scaled block by block."""
         rows = self._matrix[i:j].float()
         return rows if self.factor is None else rows * self.factor
 
@@ -162,10 +167,11 @@ class Projected(Blocks):
     """
 
     def __init__(self, shape: tuple[int, int], low: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(shape, self._gone, low.device, dtype)
+        super().__init__(shape, None, low.device, dtype)
         self.low = low
 
-    def _gone(self, i: int, j: int) -> Tensor:
+    def rows(self, i: int, j: int) -> Tensor:
+        """Nothing to give: the gradient is gone."""
         raise RuntimeError(
             "only the projected gradient was kept: rules that read the whole gradient cannot use it"
         )

@@ -160,7 +160,7 @@ class Estimate(Blocks):
     """
 
     def __init__(self, name: str, p: Tensor, slopes: Sequence[Slope]) -> None:
-        super().__init__(matrix_shape(p.shape), self._draw_rows, p.device)
+        super().__init__(matrix_shape(p.shape), None, p.device)
         self.name, self.slopes = name, slopes
         self.finite = all(math.isfinite(slope.c) for slope in slopes)
 
@@ -175,7 +175,8 @@ class Estimate(Blocks):
         assert total is not None
         return total
 
-    def _draw_rows(self, i: int, j: int) -> Tensor:
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j, drawn."""
         n = self.shape[1]
         return self.chunk(i * n, j * n).view(j - i, n)
 

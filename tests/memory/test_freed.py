@@ -1,0 +1,42 @@
+"""A released gradient is freed when its tensor has stepped, not when the garbage collector comes by."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from lowmem.optim.release import release
+from lowmem.strategies import available, create, optimizer
+from tests.memory.families import batch, loss, model
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(available()) if create(n).source.needs_autograd])
+def test_no_gradient_outlives_its_step(name):
+    made, inputs = model("llama"), batch()
+    stepper = optimizer(made, name)
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+    most = 0
+    inner = stepper.step_param
+
+    def step_param(p, g):
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(p.grad.untyped_storage()))
+        inner(p, g)
+
+    stepper.step_param = step_param
+    handle = release(stepper)
+    gc.collect()
+    gc.disable()
+    try:
+        loss(made, inputs).backward()
+        left = sum(ref() is not None for ref in alive)
+    finally:
+        gc.enable()
+        handle.remove()
+    assert len(alive) == len(list(made.parameters()))
+    # the one before may still be on autograd's stack
+    assert most <= 1
+    assert left == 0
