@@ -185,7 +185,8 @@ class Profiler:
     def _profile(self, measured: Mapping[str, Any], *, out_of_memory: bool) -> Profile:
         notes: Sequence[str] = ()
         if callable(self.predicted):
-            predicted, notes = self.predicted(measured, self._strategy)
+            asked = {**measured, "out_of_memory": out_of_memory}
+            predicted, notes = self.predicted(asked, self._strategy)
         else:
             predicted = self.predicted
         budgeted = {**measured, **_verdict(measured, self.budget)}

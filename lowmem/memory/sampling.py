@@ -14,7 +14,6 @@ from typing import Any
 from lowmem.memory.trace import CATEGORIES, Tracker
 
 SAMPLES = 300
-WIDEST = 1 / 3  # of the samples, for one phase
 INSIDE = ("release step",)  # phases inside others, hundreds of them: not drawn on their own
 
 
@@ -30,11 +29,11 @@ def timeline(tracker: Tracker, samples: int = SAMPLES) -> dict[str, Any]:
     """
     heights = _heights(tracker)
     segments = _segments(tracker.phases, len(heights))
-    total = max(1, sum(len(places) for _, places in segments))
+    widths = _widths([len(places) for _, places in segments])
     chosen: list[int] = []
     phases = []
-    for name, places in segments:
-        count = round(samples * min(len(places) / total, WIDEST))
+    for (name, places), width in zip(segments, widths, strict=True):
+        count = round(samples * width)
         start = len(chosen)
         chosen += [max(part, key=heights.__getitem__) for part in _parts(places, max(1, count))]
         phases.append({"name": name, "start": start, "stop": len(chosen) - 1})
@@ -64,6 +63,12 @@ def _segments(phases: Sequence[tuple[int, str]], stop: int) -> list[tuple[str, r
         elif end > begin:
             found.append((name, range(begin, end)))
     return found
+
+
+def _widths(counts: Sequence[int]) -> list[float]:
+    """Share of the picture for each phase: as its events, but none more than a third of all."""
+    capped = [min(n, (sum(counts) - n) / 2) if len(counts) > 2 else n for n in counts]
+    return [n / (sum(capped) or 1) for n in capped]
 
 
 def _parts(places: range, count: int) -> Iterator[range]:
