@@ -15,6 +15,7 @@ probes take the same random bits, so that what rounding adds mostly cancels.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from lowmem.optim import noise
 from lowmem.optim.chunks import Kernel, compiled
 from lowmem.optim.cutting import pad, read_flat, write_flat
 from lowmem.optim.writers import HALF
+
+log = logging.getLogger(__name__)
 
 CELL = 1 << 8
 """Pieces start and end on its multiples."""
@@ -76,37 +79,52 @@ class Direction:
         cells = list(pieces(start, stop, device, fixed=self.compile))
         first = cells[0][0] if cells else start
         out = torch.empty(sum(size for _, size in cells), device=device)
+        pen = _Pen(self, parameter, device, scale)
         for at, size in cells:
-            self._run(out[at - first : at - first + size], None, parameter, at, scale)
+            pen.fill(out[at - first : at - first + size], None, at)
         return out[start - first : stop - first]
 
     def displaced(self, parameter: str, w: Tensor, distance: float) -> Tensor:
         """A copy w + distance z of a weight in its own dtype and layout."""
         out = torch.empty_like(w)
+        pen = _Pen(self, parameter, w.device, distance)
         for at, size in pieces(0, w.numel(), w.device, fixed=self.compile):
             length = min(size, w.numel() - at)
             old = read_flat(w, at, length)
             if length == size and w.is_contiguous():
-                self._run(out.view(-1)[at : at + size], old, parameter, at, distance)
+                pen.fill(out.view(-1)[at : at + size], old, at)
                 continue
             new = torch.empty(size, dtype=w.dtype, device=w.device)
-            self._run(new, pad(old, size), parameter, at, distance)
+            pen.fill(new, pad(old, size), at)
             write_flat(out, at, new[:length])
         return out
 
-    def _run(self, out: Tensor, w: Tensor | None, parameter: str, at: int, scale: float) -> None:
-        low = at & 0xFFFFFFFF
-        position = torch.full(
-            (), low - (1 << 32) if low >= 1 << 31 else low, dtype=torch.int32, device=out.device
-        )
-        factor = torch.full((), scale, dtype=torch.float32, device=out.device)
-        dtype = None if w is None else w.dtype
-        run = _kernel(self.noise, dtype, out.numel(), out.device, self.compile and out.device.type != "meta")
-        run(out, w, position, self._keys(parameter, at >> 32, out.device), factor)
 
-    def _keys(self, parameter: str, upper: int, device: torch.device) -> Tensor:
-        name: tuple[int | str, ...] = ("direction", *self.name, parameter, upper)
-        return noise.key_tensor([(*name, "z"), (*name, "angle"), (*name, "rounding")], device)
+class _Pen:
+    """Writes pieces of scale z for one parameter."""
+
+    def __init__(self, z: Direction, parameter: str, device: torch.device, scale: float) -> None:
+        self.noise, self.device = z.noise, device
+        self.live = z.compile and device.type != "meta"
+        self.name: tuple[int | str, ...] = ("direction", *z.name, parameter)
+        self.factor = torch.full((), scale, dtype=torch.float32, device=device)
+        self._keys: dict[int, Tensor] = {}
+
+    def keys(self, at: int) -> Tensor:
+        """Those of z and of the rounding; the upper half of a 64-bit index is part of the name."""
+        upper = at >> 32
+        if upper not in self._keys:
+            uses = ("z", "angle", "rounding")
+            self._keys[upper] = noise.key_tensor([(*self.name, upper, use) for use in uses], self.device)
+        return self._keys[upper]
+
+    def fill(self, out: Tensor, w: Tensor | None, at: int) -> None:
+        """Write scale z, or w + scale z; the first element has the index `at`."""
+        low = at & 0xFFFFFFFF
+        signed = low - (1 << 32) if low >= 1 << 31 else low
+        position = torch.full((), signed, dtype=torch.int32, device=self.device)
+        run = _kernel(self.noise, None if w is None else w.dtype, out.numel(), self.device, self.live)
+        run(out, w, position, self.keys(at), self.factor)
 
 
 def _body(kind: str, half: bool) -> Kernel:
@@ -127,4 +145,7 @@ def _body(kind: str, half: bool) -> Kernel:
 def _kernel(kind: str, dtype: torch.dtype | None, size: int, device: torch.device, live: bool) -> Kernel:
     """What fills one piece; compiled for exactly these arguments."""
     body = _body(kind, dtype in HALF)
-    return compiled(body) if live else body
+    if not live:
+        return body
+    log.info("compiling what draws %s noise for %d elements", kind, size)
+    return compiled(body)

@@ -28,7 +28,7 @@ def slope_and_truth(
     model: nn.Module, loss_fn: Callable[[], Tensor], step: int = 0, **options: Any
 ) -> tuple[float, float]:
     """c of one evaluation, and what it must be: the true gradient along the direction it names."""
-    params = list(model.named_parameters())
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     (slope,) = SPSA(**options).backward(params, loss_fn, model=model, query=Query(0, step))[1]
     was = model.training
     model.eval().zero_grad()
@@ -157,6 +157,32 @@ def test_every_read_is_displaced(kind: type[nn.Module]) -> None:
     model = made(kind, torch.float64).train()
     for step in range(2):  # the second time nothing is watched any more
         agree(slope_and_truth(model, lambda: loss_of(model, 1), step, eps=1e-4), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between peft and transformers
+def test_adapters_of_a_language_model_are_displaced() -> None:
+    """LoRA on a tiny Llama: the adapters alone, whatever the base is made of."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = transformers.LlamaForCausalLM(config)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(base, lora)
+    ids, _ = batch()
+    agree(slope_and_truth(model, lambda: model(input_ids=ids, labels=ids).loss.double()), rel=2e-2)
+    optimizer = lowmem.optimizer(model, "mezo", lr=1e-3)
+    before = bits(model)
+    optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert optimizer.state_bytes() == 0
 
 
 def test_a_read_through_a_view_is_caught() -> None:
@@ -334,12 +360,12 @@ def test_a_norm_weight_in_bf16_moves_in_the_mean(noise: str) -> None:
 @pytest.mark.parametrize("noise", NOISE)
 def test_compiled_noise_is_the_eager_one(noise: str) -> None:
     eager, compiled = (Direction(noise, (0, 0, 0, 0), compile=on) for on in (False, True))
-    a, b = (z.draw("w", 0, 70_000, CPU) for z in (eager, compiled))
+    a, b = (z.draw("w", 0, 10_000, CPU) for z in (eager, compiled))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert torch.equal(b[4000:69_000], compiled.draw("w", 4000, 69_000, CPU))
-    w = torch.randn(70_000).bfloat16()
+    assert torch.equal(b[4000:9000], compiled.draw("w", 4000, 9000, CPU))
+    w = torch.randn(10_000).bfloat16()
     one, other = eager.displaced("w", w, 1e-3), compiled.displaced("w", w, 1e-3)
-    assert (one != other).sum() <= (0 if noise == "rademacher" else 20)
+    assert (one != other).sum() <= (0 if noise == "rademacher" else 5)
 
 
 # ---- how evaluations combine ----
