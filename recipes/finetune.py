@@ -234,7 +234,8 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
                 stack.enter_context(profiler.on(trainer))
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except KeyboardInterrupt as stopped:
-        console.say(f"{stopped or 'stopped'}; --resume goes on from the newest checkpoint")
+        said = str(stopped) or "stopped at once, nothing more was saved"
+        console.say(f"{said}; --resume goes on from the newest checkpoint")
         raise
     seconds = time.perf_counter() - began
     console.finish()

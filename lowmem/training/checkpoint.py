@@ -26,6 +26,7 @@ from lowmem.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
+"""Without these a resumed run would be another run; several processes write rng_state_0.pth and so on."""
 _SMALL = 1 << 20
 _EDGE = 1 << 16
 
@@ -100,7 +101,8 @@ def damage(folder: Path) -> str | None:
         return "it has no manifest.json: its save was cut off, or lowmem did not write it"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read ({error})"
-    absent = [name for name in REQUIRED if name not in listing]
+    single = {"rng_state.pth"} if "rng_state_0.pth" in listing else set()
+    absent = [name for name in REQUIRED if name not in {*listing, *single}]
     return f"it was saved without {', '.join(absent)}" if absent else None
 
 

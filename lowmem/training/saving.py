@@ -28,6 +28,7 @@ class WholeCheckpoints:
     args: Any
     model: Any
     state: Any
+    accelerator: Any
     _strategy: Any
     _staging: Path | None = None
 
@@ -52,7 +53,8 @@ class WholeCheckpoints:
             return None
         if wanted is True or not checkpoint.is_checkpoint_name(Path(wanted)):
             folder = Path(self.args.output_dir if wanted is True else wanted)
-            found, skipped = checkpoint.newest(folder)
+            with self.accelerator.main_process_first():  # it settles what an interrupted save left
+                found, skipped = checkpoint.newest(folder)
             for sentence in skipped:
                 log.warning(sentence)
             if found is None:
@@ -63,16 +65,20 @@ class WholeCheckpoints:
         return str(found)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write beside, seal, rename, then delete what is too old."""
+        """Write beside, seal, rename, then delete what is too old; one process of several does."""
         run_dir = Path(super()._get_output_dir(trial))  # type: ignore[misc]
         target = run_dir / f"checkpoint-{self.state.global_step}"
         with self._saving(run_dir, target) as staged:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
             self._name_best(staged, target)
-            checkpoint.seal(staged, self.about())
-            checkpoint.publish(staged, target)
-        best = self.state.best_model_checkpoint
-        checkpoint.rotate(run_dir, self.args.save_total_limit, [target, *([Path(best)] if best else [])])
+            if self.args.should_save:
+                checkpoint.seal(staged, self.about())
+                checkpoint.publish(staged, target)
+                best = self.state.best_model_checkpoint
+                spared = [target, *([Path(best)] if best else [])]
+                checkpoint.rotate(run_dir, self.args.save_total_limit, spared)
+            self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
         """The staging folder during a save, the run's folder otherwise."""
@@ -82,7 +88,8 @@ class WholeCheckpoints:
     def _saving(self, run_dir: Path, target: Path) -> Iterator[Path]:
         """Point the Trainer at the staging folder; a failed save leaves nothing and says why."""
         self._staging = checkpoint.staging(run_dir)
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self._clear()
+        self.accelerator.wait_for_everyone()
         try:
             yield self._staging / target.name
         except Exception as error:
@@ -90,15 +97,20 @@ class WholeCheckpoints:
                 raise
             raise UserError(_no_room(target, error)) from error
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._clear()
             self._staging = None
+
+    def _clear(self) -> None:
+        if self._staging and self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)
 
     def _name_best(self, staged: Path, target: Path) -> None:
         """The Trainer notes the best checkpoint by its path: make that the final one."""
         state = self.state
         if state.best_model_checkpoint and Path(state.best_model_checkpoint) == staged:
             state.best_model_checkpoint = str(target)
-            state.save_to_json(str(staged / "trainer_state.json"))
+            if self.args.should_save:
+                state.save_to_json(str(staged / "trainer_state.json"))
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         """Load them; a file that cannot be read is the checkpoint's fault."""

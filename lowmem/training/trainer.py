@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -41,7 +41,6 @@ class LowMemMixin(WholeCheckpoints):
     """What a Hugging Face trainer needs to run any strategy; mix in before the trainer."""
 
     optimizer: Any
-    accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _refuse_foreign_optimizer(kwargs)
@@ -171,7 +170,9 @@ class LowMemMixin(WholeCheckpoints):
         resume = self.resume_path(resume_from_checkpoint)
         self._told_state, self._window = False, []
         try:
-            with self._interruption.listening():
+            # Several processes would notice the key press at different steps and wait for each other.
+            listening = self._interruption.listening() if self.args.world_size == 1 else nullcontext()
+            with listening:
                 result = super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
         finally:
             self._detach()
