@@ -282,6 +282,9 @@ class _Run:
         )  # fmt: skip
         for piece, padded in back:
             piece.copy_(padded[: piece.shape[0]])
+        if g.shape[0] > length and self.ok is not self.frame.true(w.device):
+            # a step that is refused as a whole was refused for the padding too, which is nobody's
+            self.skipped.sub_((~self.ok) * (g.shape[0] - length))
 
     def weight_chunk(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
         """Step the weight's elements start..start+len(g), padded to size."""

@@ -170,6 +170,15 @@ def test_a_gradient_that_cannot_be_squared_changes_nothing(shape: tuple[int, ...
     assert optimizer.nonfinite() == 2 * p.numel()
 
 
+@pytest.mark.parametrize("states", ["fp32", "int8"])
+def test_padding_is_not_counted(states: str) -> None:
+    """Codecs step whole blocks of 256 elements; 54 of them are the weight's."""
+    optimizer, p = optimizer_of(normal(6, 9), beta1=0.5, states=states)
+    p.grad = torch.full((6, 9), torch.nan)
+    optimizer.step()
+    assert optimizer.nonfinite() == 54
+
+
 def test_a_subspace_hears_when_its_inner_rule_refuses() -> None:
     optimizer, p = optimizer_of(normal(12, 20), lowmem.create("galore", rank=4, inner="adafactor"))
     p.grad = normal(12, 20)
