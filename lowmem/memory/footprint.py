@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.memory import count
 from lowmem.memory.replica import Parameter
 from lowmem.memory.run import Run
-from lowmem.optim.checks import COMPILE_FROM
+from lowmem.optim.checks import pays
 from lowmem.optim.chunks import Chunks
 from lowmem.optim.source import Source
 from lowmem.optim.strategy import Strategy
@@ -60,7 +60,7 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     Where a schedule decides which tensors hold state, the step with the most is taken.
     """
     elements = sum(_product(p.shape) for p in parameters)
-    compiled = elements >= COMPILE_FROM  # the optimizer's own rule for compile = auto
+    compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
     best: list[int] = []
     for roles in _schedules(strategy, parameters):
         sizes = [size for p in parameters for size in _state(strategy, roles[p.name], p.shape, p.dtype)]

@@ -20,6 +20,7 @@ CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "adapter_dtype": ("float32", "bfloat16", "float16"),
     "quantize": (None, "nf4"),
     "device": ("cuda", "cpu"),
+    "compile": ("auto", "on", "off"),
 }
 LEAST = {"batch_size": 1, "seq_len": 2, "accumulation": 1, "lora_rank": 0}
 

@@ -28,7 +28,8 @@ def of_run(config: RunConfig) -> Callable[[Mapping[str, Any], Any], Prediction]:
     def predict(measured: Mapping[str, Any], strategy: Any) -> Prediction:
         options = run_options(config, measured)
         try:
-            return _entry(config.model, strategy, options), [_note(options)]
+            advise = bool(measured.get("out_of_memory"))  # a run that fitted needs no levers
+            return _entry(config.model, strategy, {**options, "advise": advise}), [_note(options)]
         except UserError as error:
             return None, [f"Nothing was predicted: {error}"]
 
@@ -59,6 +60,8 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "quantize": config.quantize,
         "max_grad_norm": config.max_grad_norm if config.clip in ("auto", "global") else 0.0,
         "device": measured.get("device", "cpu"),
+        "compile": config.compile,
+        "steps": config.steps,
     }
 
 

@@ -31,7 +31,7 @@ from lowmem.errors import UserError
 from lowmem.memory import kernels, trainable
 from lowmem.memory.run import Run
 from lowmem.memory.trace import Moment, Tracker
-from lowmem.optim.checks import COMPILE_FROM
+from lowmem.optim.checks import pays
 from lowmem.optim.source import Query, Source
 from lowmem.optim.strategy import outside_names
 
@@ -204,7 +204,8 @@ def _probe(
         tracker.enter("forward")
         return _loss(model, batch, run)
 
-    compiled = run.device == "cuda" or sum(p.numel() for _, p in params) >= COMPILE_FROM
+    count = sum(p.numel() for _, p in params)
+    compiled = run.compile == "on" or (run.compile == "auto" and (run.device == "cuda" or pays(count, run.steps)))
     noise = kernels.fused_noise() if compiled else nullcontext()
     with noise, tracker, phase_hooks(model, tracker, checkpointing=False):
         source.backward(params, loss_fn, model=model, query=Query(0, 0))

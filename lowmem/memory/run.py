@@ -17,6 +17,7 @@ class Run:
             share a row and each sees only itself
     loss    "plain": the Trainer's own, logits for every token; "labels": logits for `label_tokens` positions
             only (all of them if None); "chunked": TRL's, never the whole logits
+    compile "auto" as the optimizer decides, for a run of `steps` steps if known; "on"; "off"
     """
 
     batch_size: int = 1
@@ -35,6 +36,8 @@ class Run:
     adapter_dtype: str = "float32"
     quantize: str | None = None
     max_grad_norm: float = 1.0
+    compile: str = "auto"
+    steps: int | None = None
     device: str = "cuda"
 
     @property
