@@ -80,6 +80,7 @@ class Bars(Console):
     def finish(self) -> None:
         """Close the bar."""
         if self._task is not None:
-            self._bars.update(self._task, total=self._total, completed=self._total)
+            if self._total is None:  # else it stays where it stopped: an interrupted stage is not done
+                self._bars.update(self._task, total=1, completed=1)
             self._bars.stop_task(self._task)
         self._task, self._stage, self._total = None, "", None
