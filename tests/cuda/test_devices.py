@@ -85,7 +85,7 @@ def no_synchronisation(device: str) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 def test_resume_bytes_and_guards(device: str, dtype: torch.dtype, name: str, options: dict[str, Any]) -> None:
-    """Saved and loaded in mid-window: the same bits; bytes as planned; bad gradients counted, nothing ruined."""
+    """Saved and loaded in mid-window: the same bits. Bytes as planned. Bad gradients ruin nothing."""
     model, optimizer = build(device, dtype, name, options)
     other, fresh = build(device, dtype, name, options)
     for step in range(4):
