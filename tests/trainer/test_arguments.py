@@ -117,9 +117,10 @@ def test_round_trips_keep_every_field(kind):
     assert mine(changed) == mine(args) | {"learning_rate": 1e-3}
 
 
-def test_command_line_parser_of_transformers():
-    parser = transformers.HfArgumentParser(LowMemArguments)
-    line = "--output_dir out --optim galore --optim_args rank=8 --clip none --gradient_release --use_cpu"
+@pytest.mark.parametrize("kind", [LowMemArguments, LowMemSFTConfig])
+def test_command_line_parser_of_transformers(kind):
+    parser = transformers.HfArgumentParser(kind)
+    line = "--output_dir out --optim galore --optim_args rank=8 --clip none --gradient_release --use_cpu --bf16 false"
     (args,) = parser.parse_args_into_dataclasses(line.split())
     assert (args.optim, args.optim_args, args.clip, args.gradient_release) == (
         "galore",
