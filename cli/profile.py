@@ -20,10 +20,10 @@ from ._flags import run_flags
 from ._report import renderables
 from .app import Json
 
-# What a run of a few steps does not do: evaluate, answer, save, end.
+# What a run of a few steps does not do: warm up, evaluate, answer, save.
 _NOT_NEEDED = {
     *("eval_data", "eval_rows", "eval_steps", "epochs", "output_dir", "resume", "overwrite", "save_steps"),
-    *("save_total_limit", "logging_steps", "prompt", "report"),
+    *("save_total_limit", "logging_steps", "prompt", "report", "warmup", "schedule"),
 }
 _NEEDED = [f.name for f in dataclasses.fields(RunConfig) if f.name not in _NOT_NEEDED]
 
