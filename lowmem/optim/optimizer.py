@@ -281,6 +281,11 @@ class LowMemOptimizer(torch.optim.Optimizer):
             group["step"] += 1
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget every gradient, and what the source left instead of one."""
+        self._evidence.clear()
+        super().zero_grad(set_to_none)
+
     def nonfinite(self) -> int:
         """Elements that were not stepped because their gradient was not finite. Reads from the device."""
         return self.chunks.skipped()
