@@ -107,11 +107,7 @@ class SPSA:
         Raises:
             UserError: a compiled model, or a loss that is not a scalar.
         """
-        if model is not None and hasattr(model, "_orig_mod"):
-            raise UserError(
-                "probing hooks modules, which torch.compile does not see: pass the model uncompiled "
-                "(torch_compile=False)"
-            )
+        _refuse_compiled(model)
         prober, slopes, values = Prober(params, model), [], []
         with torch.no_grad(), _evaluating(model):
             for k in range(self.queries):
@@ -179,6 +175,16 @@ class Estimate(Blocks):
         """Rows i..j, drawn."""
         n = self.shape[1]
         return self.chunk(i * n, j * n).view(j - i, n)
+
+
+def _refuse_compiled(model: nn.Module | None) -> None:
+    """Compiled code does not run hooks that were added later, and does not say so."""
+    for name, module in model.named_modules() if model is not None else ():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UserError(
+                f"module {name!r} is compiled, and would not see the perturbed weights: "
+                "pass the model uncompiled (torch_compile=False)"
+            )
 
 
 def _shift(z: Direction, distance: float) -> Callable[[str, Tensor], Tensor]:

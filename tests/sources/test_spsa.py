@@ -393,6 +393,16 @@ def test_micro_batches_add_up_each_along_its_own_direction() -> None:
         torch.testing.assert_close(p.detach(), before[name] - 1e-2 * (z[0] + z[1]), rtol=1e-6, atol=1e-7)
 
 
+def test_zero_grad_forgets_an_evaluation() -> None:
+    model = made(Plain)
+    optimizer = lowmem.optimizer(model, "mezo", lr=1e-2)
+    before = bits(model)
+    optimizer.backward(lambda: loss_of(model), model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_one_direction_over_micro_batches_is_the_large_batch() -> None:
     model = made(Tied, torch.float64)
     ids, target = batch()
@@ -462,8 +472,11 @@ def test_a_loss_that_is_not_finite_leaves_every_weight_and_counts_it() -> None:
 def test_what_cannot_be_probed_is_refused_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     model = made(Plain)
     params = list(model.named_parameters())
-    with pytest.raises(UserError, match="torch_compile=False"):
-        SPSA().backward(params, lambda: loss_of(model), model=torch.compile(model), query=Query(0, 0))
+    inside = made(Plain)
+    inside.up.compile()
+    for compiled in (torch.compile(model), inside):
+        with pytest.raises(UserError, match="torch_compile=False"):
+            SPSA().backward(params, lambda: loss_of(model), model=compiled, query=Query(0, 0))
     with pytest.raises(UserError, match="one number"):
         SPSA().backward(params, lambda: model(batch()[0]), model=model, query=Query(0, 0))
     with caplog.at_level(logging.WARNING):
