@@ -1,4 +1,4 @@
-"""A step in a few hundred instants: no peak is lost, every phase is seen, a prediction lies where it belongs."""
+"""A step in a few hundred instants: no peak is lost, every phase is seen, a prediction lies in its place."""
 
 from __future__ import annotations
 
