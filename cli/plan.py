@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +85,7 @@ def command(
     unknown = _unknown(solve, gpu, budget)
     for target in (html, emit):
         _check_folder(target)
-    options = {
+    options: dict[str, Any] = {
         "seq_len": seq_len, "batch_size": batch_size, "accumulation": accumulation, "dtype": dtype,
         "autocast": autocast, "attention": attention, "rows": rows, "loss": loss,
         "gradient_checkpointing": gradient_checkpointing, "gradient_release": gradient_release,
@@ -94,6 +95,7 @@ def command(
     for text in (*planned.warnings, *_notes(planned)):
         render.warning(text)
     solutions = _solve(planned, unknown)
+    planned = _with_solutions(planned, unknown, solutions)
     if html:
         from lowmem.memory import report
 
@@ -136,6 +138,19 @@ def _solve(planned: Plan, unknown: str | None) -> list[Solution]:
     from lowmem.memory.solve import largest
 
     return [largest(unknown, planned.config, planned.run, s, planned.budget) for s in planned.made]
+
+
+def _with_solutions(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -> Plan:
+    """The plan with what was solved for beside each strategy."""
+    if not solutions:
+        return planned
+    values = {s.strategy: s.value for s in solutions}
+    replace = dataclasses.replace
+    if unknown == "seq_len":
+        rows = [replace(row, max_seq_len=values[row.strategy]) for row in planned.plans]
+    else:
+        rows = [replace(row, max_batch_size=values[row.strategy]) for row in planned.plans]
+    return replace(planned, plans=tuple(rows))
 
 
 def _emit(model: str, planned: Plan, target: str) -> None:

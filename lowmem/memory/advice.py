@@ -1,8 +1,8 @@
 """Which lever lowers the peak, by how much, and which gains nothing.
 
-A lever is one change of the run. It is planned like the run itself (from shallow traces or closed forms), not
-guessed: a peak is a maximum over events, so what shrinks an event that does not bind gains nothing, and that is
-worth saying. Sentences here are the ones that the report and the terminal show.
+A lever is one change of the run. It is planned like the run itself (from shallow traces or closed forms),
+not guessed: a peak is a maximum over events, so what shrinks an event that does not bind gains nothing, and
+that is worth saying. Sentences here are the ones that the report and the terminal show.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def sentences(peak: Peak, found: Sequence[Lever], run: Run) -> list[str]:
     if others:
         size, name = others[0]
         said.append(
-            f"The next highest event is the {name}, {format_bytes(size)}: lowering the {peak.event} alone gains "
-            f"at most {format_bytes(peak.allocated - size)}."
+            f"The next highest event is the {name}, {format_bytes(size)}: lowering the {peak.event} alone "
+            f"gains at most {format_bytes(peak.allocated - size)}."
         )
     threshold = SMALL * peak.allocated
     helping = [lever for lever in found if peak.allocated - lever.peak > threshold]
@@ -96,7 +96,8 @@ def sentences(peak: Peak, found: Sequence[Lever], run: Run) -> list[str]:
         said.append("No single lever lowers the peak; another strategy or a smaller model does.")
     said += [f"{_capital(lever.name)} gains nothing here: the {lever.event} stays." for lever in idle]
     said += [
-        f"{_capital(lever.name)} costs {format_bytes(lever.peak - peak.allocated)} here: the {lever.event} would bind."
+        f"{_capital(lever.name)} costs {format_bytes(lever.peak - peak.allocated)} here: "
+        f"the {lever.event} would bind."
         for lever in worse
     ]
     return said
@@ -113,7 +114,11 @@ def _largest(at_peak: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def waterfall(config: Any, run: Run, chosen: Strategy) -> list[dict[str, Any]]:
-    """From plain AdamW lever by lever to the chosen strategy: {"lever", "peak", "event"}, zero gains included."""
+    """From plain AdamW lever by lever to the chosen strategy, zero gains included.
+
+    Returns:
+        rows of {"lever", "peak", "event"}.
+    """
     from lowmem.strategies import create
 
     plain = replace(

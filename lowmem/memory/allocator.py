@@ -2,10 +2,10 @@
 
 The rules are those of torch's native allocator (c10/cuda/CUDACachingAllocator): sizes are rounded to 512
 bytes; up to 1 MiB comes from 2 MiB segments of a small pool; below 10 MiB from segments of 20 MiB; larger
-requests get a segment rounded to 2 MiB. The smallest free block that fits is used (lowest address first) and
-split when enough remains; freed neighbours coalesce; segments are kept for later. When the device refuses a new
-segment, every wholly free one is returned and the request repeated: a "retry", which costs time and
-synchronises. If that fails as well, the run is out of memory.
+requests get a segment rounded to 2 MiB. The smallest free block that fits is used (lowest address first)
+and split when enough remains; freed neighbours coalesce; segments are kept for later. When the device
+refuses a new segment, every wholly free one is returned and the request repeated: a "retry", which costs
+time and synchronises. If that fails as well, the run is out of memory.
 
 One stream and one device, `expandable_segments` off (the default). Nothing else on the device is modelled.
 """

@@ -1,17 +1,19 @@
 """The same peak by arithmetic: live bytes of a training step of a Llama-like decoder, event by event.
 
-T = b s tokens; h hidden, a heads, k key-value heads, d head size, f feed-forward size, L layers, V vocabulary;
-16-bit weights and compute, one text per row, the model's own loss, full fine-tuning. Saved per token and layer:
+T = b s tokens; h hidden, a heads, k key-value heads, d head size, f feed-forward size, L layers, V
+vocabulary; 16-bit weights and compute, one text per row, the model's own loss, full fine-tuning. Saved per
+token and layer:
 
-    norm   8h + 4              fp32 input, 16-bit normalised input, output, rstd     (Gemma 10h + 4: fp32 normalised)
-    attn   2(2ad + 2kd) + 4a   q, out, k, v, log-sum-exp       (eager: scores 6as instead of 4a, k and v repeated)
+    norm   8h + 4              fp32 input, normalised input, output, rstd      (Gemma 10h + 4: all in fp32)
+    attn   2(2ad + 2kd) + 4a   q, out, k, v, log-sum-exp      (eager: 6as instead of 4a, k and v repeated)
     qk     (6d + 4)(a + k)     Qwen3's norms of q and k
     mlp    8f                  gate, act(gate), up, product
     A = 2 norm + attn + qk + mlp;      under checkpointing only the layer's input, 2h
 
-The residual stream is not saved (its fp32 copy is); q, k, v and gate, up share one saved input; rope saves cos and
-sin once. The peak is a maximum over events, each a sum below; the optimizer's state and scratch come on top.
-Derived from the operations, then compared with traces: see tests/memory/test_closed_form.py for how closely.
+The residual stream is not saved (its fp32 copy is); q, k, v and gate, up share one saved input; rope saves
+cos and sin once. The peak is a maximum over events, each a sum below; the optimizer's state and scratch
+come on top. Derived from the operations, then compared with traces: see tests/memory/test_closed_form.py
+for how closely.
 """
 
 from __future__ import annotations
@@ -142,7 +144,7 @@ def events(config: Any, run: Run) -> Mapping[str, int]:
 
 
 def layer_backward(s: Shape, run: Run, A: int) -> int:
-    """Greatest bytes inside one layer's backward: its saved tensors, gradients on the way, its own gradients."""
+    """Greatest bytes inside one layer's backward: saved tensors, gradients on the way and its own."""
     T, down = run.tokens, 2 * s.h * s.f
     own = 0 if run.gradient_release else down
     instants = [

@@ -1,8 +1,8 @@
 """A deep model from two shallow ones.
 
-Every event's bytes are linear in depth (layers are alike, or repeat with a short period), so two traces of a few
-layers give any depth: exactly, if each event is extrapolated by itself. The maximum over events is taken
-afterwards; extrapolating the maximum would be wrong where another event binds.
+Every event's bytes are linear in depth (layers are alike, or repeat with a short period), so two traces of
+a few layers give any depth: exactly, if each event is extrapolated by itself. The maximum over events is
+taken afterwards; extrapolating the maximum would be wrong where another event binds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What one strategy adds to a traced model: its state, and the scratch of a step, parameter by parameter.
 
-Both come from the strategy's own code on the meta device (`count`), so a strategy that can run can be planned.
-Where kernels are compiled, the arithmetic of a chunk stays in registers: then only what the frame itself
-allocates (padded tails, projected gradients, reductions) is counted, otherwise every temporary of the eager code.
+Both come from the strategy's own code on the meta device (`count`), so a strategy that can run can be
+planned. Where kernels are compiled, the arithmetic of a chunk stays in registers: then only what the frame
+itself allocates (padded tails, projected gradients, reductions) is counted, otherwise every temporary of
+the eager code.
 """
 
 from __future__ import annotations

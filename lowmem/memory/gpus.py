@@ -2,9 +2,10 @@
 
     capacity = usable - context - library workspaces
 
-`usable` is what torch calls the card's capacity; the CUDA context lies outside torch's allocator, the workspaces
-of cuBLAS inside. A table of common cards ships with lowmem (`configs/gpus.yaml`), its assumptions written in
-it; a file made by `lowmem calibrate` on the card at hand replaces them with measured numbers.
+`usable` is what torch calls the card's capacity; the CUDA context lies outside torch's allocator, the
+workspaces of cuBLAS inside. A table of common cards ships with lowmem (`configs/gpus.yaml`), its
+assumptions written in it; a file made by `lowmem calibrate` on the card at hand replaces them with measured
+numbers.
 """
 
 from __future__ import annotations
@@ -152,8 +153,9 @@ def _tabled(name: str) -> Budget:
     workspace = assumed["workspace"]["from-9.0" if row["arch"] >= 9 else "before-9.0"]
     low, high = assumed["context"]
     note = (
-        f"{name}: {row['usable'] / 1024:.2f} GiB usable of {row['nominal'] / 1024:g} GiB nominal, without a display or "
-        f"other processes; CUDA context {low} to {high} MiB; not measured, run `lowmem calibrate` on the card"
+        f"{name}: {row['usable'] / 1024:.2f} GiB usable of {row['nominal'] / 1024:g} GiB nominal, without a "
+        f"display or other processes; CUDA context {low} to {high} MiB; "
+        "not measured, run `lowmem calibrate` on the card"
     )
     return Budget(row["usable"] * MIB, (low * MIB, high * MIB), int(workspace * MIB), name, (note,))
 
@@ -177,7 +179,7 @@ def budget(text: str | int) -> Budget:
     found = Budget(size, (low, high), int(assumed["workspace"]["before-9.0"] * MIB), None, notes)
     if found.capacity <= 0:
         raise UserError(
-            f"budget {text}: the CUDA context and workspaces alone take about {(size - found.capacity) // MIB} MiB; "
+            f"budget {text}: context and workspaces alone take about {(size - found.capacity) // MIB} MiB; "
             f"give more, as in 8GiB"
         )
     return found
@@ -199,7 +201,8 @@ def _parse(text: str) -> tuple[int, tuple[str, ...]]:
     size = int(number * UNITS[unit])
     if word in ("GB", "MB") or word.lower() == unit.lower() == "gb":
         other = number * GIB if unit == "GB" else number * MIB
-        note = f"budget {text} taken literally, 1 {unit} = 10^{9 if unit == 'GB' else 6} bytes: {size / GIB:.2f} GiB; "
+        power = 9 if unit == "GB" else 6
+        note = f"budget {text} taken literally, 1 {unit} = 10^{power} bytes: {size / GIB:.2f} GiB; "
         return size, (note + f"cards sold as {number:g} GB have up to {other / GIB:.2f} GiB",)
     notes = () if word == unit else (f"budget {text}: {word} taken as {unit} ({size / GIB:.2f} GiB)",)
     return size, notes

@@ -1,23 +1,17 @@
 """What a fine-tuning run will take, before anything is downloaded or run.
 
-    plan(model, strategy, ...) -> Plan      one model, one run, one or many strategies ("galore", a Strategy, a list, "all")
+    plan(model, strategy, ...) -> Plan      one model, one run, one or many strategies
     Plan.to_dict()                          exactly the keys of `lowmem plan --json`
-    Plan.report_data()                      the same, plus what the pictures need (see below)
-    solve.largest("seq_len" | "batch_size", ...)    the largest that fits a budget
+    Plan.report_data()                      the same, and what the pictures need, in the shapes `report` names
+    solve.largest("seq_len", ...)           the longest sequence, or the largest batch, that fits a budget
 
-How: the real model takes one real training step without weights (`replica`), which gives the live bytes at every
-named event; the strategies' own code counts state and scratch (`footprint`); closed forms say the same a second
-time and any disagreement is reported. All strategies share one trace: only the optimizer's rows differ.
+How: the real model takes one real training step without weights (`replica`), which gives the live bytes
+at every named event; the strategies' own code counts state and scratch (`footprint`); closed forms say the
+same a second time and any disagreement is reported. All strategies share one trace: only the optimizer's
+rows differ.
 
-Fields
-    Plan    model: ModelInfo(name, parameters, trainable)   run: Run (every option of the trace)   budget: Budget | None
-            plans: tuple[StrategyPlan], those that fit first, then by peak   warnings, assumptions: tuple[str]   command: str
-            cross_check: difference in percent between the closed form's peak and the trace's, None where no form is known
-    StrategyPlan    strategy, options, state_bytes, at_peak {row: bytes}, peak {allocated, reserved, device}, event,
-            events {name: bytes}, certainty {row: word}, fits, verdict (fits | fits with retries | out of memory),
-            headroom_bytes, why (sentences), levers (Lever(name, peak, event)), max_seq_len, max_batch_size
-report_data() adds to the document "waterfall", "grid", "assumptions", "warnings", "command", "gpu" and to each plan
-"timeline", "levers", "max_seq_len", "max_batch_size", "command", in the shapes that `report` names.
+Three numbers, from sure to less sure: allocated (tensors), reserved (what the caching allocator makes of
+them, simulated), device (with the CUDA context). The verdict simulates the allocator at the budget.
 """
 
 from __future__ import annotations
@@ -56,7 +50,20 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class StrategyPlan:
-    """One strategy's answer; see the module's docstring for its fields."""
+    """One strategy's answer.
+
+    Args:
+        strategy, options: what was planned.
+        state_bytes: of the optimizer, exactly.
+        at_peak: bytes by row at one instant, the peak; they add up to peak["allocated"].
+        peak: allocated, reserved, device (None on a CPU, which has no caching allocator).
+        event, events: the one that binds, and every event's bytes.
+        certainty: of each row: exact, bound or estimate.
+        fits, verdict, headroom_bytes: at the budget; the verdict is fits, fits with retries or out of memory.
+        why: sentences. levers: the peak after each.
+        max_seq_len, max_batch_size: where they were solved for.
+        cross_check: closed form against trace, in percent; None where no form is known.
+    """
 
     strategy: str
     options: Mapping[str, Any]
@@ -90,7 +97,13 @@ class StrategyPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer of `plan`; see the module's docstring for its fields."""
+    """The answer of `plan`: those that fit first, then by peak.
+
+    Args:
+        model: name and counts. run: every option of the trace. budget: None where none was given.
+        plans: one for each strategy. warnings, assumptions: sentences. command: that gives this plan again.
+        config: of the model. made: the strategies, in the order of `plans`.
+    """
 
     model: ModelInfo
     run: Run
@@ -248,7 +261,7 @@ def _sizes(
 
 
 def _headroom(limit: Budget, verdict: Verdict, peak: Peak, found: Trace, held: Footprint) -> int:
-    """Bytes to spare, or missing: to the tensors where it fits, to what would be reserved where it does not."""
+    """Bytes to spare or missing: to the tensors where it fits, to what is reserved where it does not."""
     spare = limit.capacity - peak.allocated
     if verdict.fits or spare < 0:
         return spare

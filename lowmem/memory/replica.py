@@ -197,7 +197,7 @@ def _on_gradient(
 def _probe(
     model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker, source: Source
 ) -> list[tuple[int, str]]:
-    """The source's own evaluation; its first probe watches reads, so the second evaluation is the usual one."""
+    """The source's own evaluation, two forward passes at displaced weights."""
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def loss_fn() -> Tensor:
@@ -205,7 +205,8 @@ def _probe(
         return _loss(model, batch, run)
 
     count = sum(p.numel() for _, p in params)
-    compiled = run.compile == "on" or (run.compile == "auto" and (run.device == "cuda" or pays(count, run.steps)))
+    pay = run.device == "cuda" or pays(count, run.steps)
+    compiled = run.compile == "on" or (run.compile == "auto" and pay)
     noise = kernels.fused_noise() if compiled else nullcontext()
     with noise, tracker, phase_hooks(model, tracker, checkpointing=False):
         source.backward(params, loss_fn, model=model, query=Query(0, 0))

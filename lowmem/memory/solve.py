@@ -1,7 +1,7 @@
 """The longest sequence or the largest batch that fits a budget.
 
-The search runs on the surface (closed forms, or a fit of shallow traces); the answer is then planned in full, with
-the allocator simulated at the limit, and stepped down while that says it does not fit.
+The search runs on the surface (closed forms, or a fit of shallow traces); the answer is then planned in
+full, with the allocator simulated at the limit, and stepped down while that says it does not fit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRIES = 6
 
 @dataclass(frozen=True)
 class Solution:
-    """The answer for one strategy: `value` is 0 where not even the smallest fits; `limited` by the model's length."""
+    """One strategy's answer: `value` is 0 where nothing fits; `limited` by the model's length."""
 
     strategy: str
     value: int

@@ -1,8 +1,8 @@
 """Peak bytes over sequence length and batch size, without a trace for each cell.
 
-Where closed forms describe the model they are used. Elsewhere a handful of shallow traces is fitted: every event is
-a polynomial in the batch b and the length s (its terms are below), so the fit is exact but for allocator rounding
-and for events whose own maximum moves.
+Where closed forms describe the model they are used. Elsewhere a handful of shallow traces is fitted: every
+event is a polynomial in the batch b and the length s (its terms are below), so the fit is exact but for
+allocator rounding and for events whose own maximum moves.
 """
 
 from __future__ import annotations

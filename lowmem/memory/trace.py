@@ -124,7 +124,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stream.append(index + 1)
         self.live += size
         self._ids[key] = index
-        # The address is reused after a death, and a late callback must not free its successor: hence the index.
+        # The address is reused after a death; a late callback must not free its successor: hence the index.
         self._refs[index] = weakref.ref(storage, lambda _: self._free(key, index))
         return index
 

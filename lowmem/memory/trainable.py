@@ -1,8 +1,8 @@
 """A model as it will be trained, built without weights under a fake-tensor mode.
 
 Full fine-tuning, LoRA by peft's own code, and 4-bit bases by a stand-in for the quantized linear layer (the
-real one cannot be constructed on fake tensors): it holds packed codes and constants, and rebuilds the weight in
-forward and again in backward.
+real one cannot be constructed on fake tensors): it holds packed codes and constants, and rebuilds the
+weight in forward and again in backward.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Linear4bit(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-def quantize(model: nn.Module) -> None:
+def quantize(model: Any) -> None:
     """Replace every linear layer but the head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for module in list(model.modules()):
@@ -177,6 +177,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The model below the head."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # adapters around it
+        inner = inner.get_base_model()
     found: nn.Module = inner.base_model
     return found

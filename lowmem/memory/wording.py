@@ -46,7 +46,7 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
         "packed": "packed rows: a block mask is materialised and the flash kernel is not used",
     }
     found = [
-        f"torch {torch.__version__}, transformers {transformers.__version__}; {attention}; no torch.compile of the model",
+        f"torch {torch.__version__}, transformers {transformers.__version__}; {attention}; model eager",
         f"{run.dtype} weights" + (" under bf16 autocast" if run.autocast else ", no autocast"),
         losses[run.loss],
         rows[run.rows],
