@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 _WORD = 1 << 32
+PIECE = 1 << 20
+"""Numbers that are drawn at a time."""
 
 
 def _signed(word: int) -> int:
@@ -83,8 +85,13 @@ def key_tensor(names: Sequence[tuple[int | str, ...]], device: torch.device) -> 
 def gaussian(shape: tuple[int, int], device: torch.device, *name: int | str) -> Tensor:
     """A standard normal fp32 matrix that depends on its name and shape alone."""
     keys = key_tensor([(*name, "radius"), (*name, "angle")], device)
-    index = positions(0, shape[0] * shape[1], device)
-    return normal(index, keys[0], keys[1]).view(shape)
+    count = shape[0] * shape[1]
+    # piece by piece: what Box-Muller needs on the way is several times what it gives
+    drawn = torch.empty(count, device=device)
+    for start in range(0, count, PIECE):
+        piece = drawn[start : start + PIECE]
+        piece.copy_(normal(positions(start, piece.numel(), device), keys[0], keys[1]))
+    return drawn.view(shape)
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:

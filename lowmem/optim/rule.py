@@ -283,6 +283,12 @@ def apply_in_place(state: State, new: State) -> None:
 
 
 def reset_(state: State, fresh: State, change: Reset) -> None:
-    """Put a state back to what init gives (zeros are not always code 0)."""
+    """Put a state back to what init gives, in place (zeros are not always code 0).
+
+    Args:
+        state: of any size.
+        fresh: what init gives for a tensor of one element: each fresh tensor has one value throughout.
+        change: where it is not ok, nothing happens.
+    """
     for key, value in fresh.items():
-        state[key].copy_(torch.where(change.ok, value, state[key]))
+        state[key].masked_fill_(change.ok, value.view(-1)[0])

@@ -107,7 +107,8 @@ def check_scratch(case: Case, shape: tuple[int, int]) -> None:
     reads = getattr(getattr(rule, "residual", None), "reads_rest", False)
     bound = 64 * MIB + 4 * low * (2 if reads else 1)
     assert count.workspace_bytes(strategy, shape, torch.bfloat16, "matrix", False) <= bound
-    short = min(shape)
-    refresh = bound + 12 * short * (low // max(shape) + 1)
+    x = torch.empty(shape, device="meta")
+    basis = rule.projector.init(x).get("basis", x[:0]).numel() if low else 0  # s r
+    refresh = bound + 12 * basis
     if dict(case.options).get("projector") != "svd" and dict(case.options).get("split") != "svd":
         assert count.workspace_bytes(strategy, shape, torch.bfloat16, "matrix", True) <= refresh

@@ -195,9 +195,8 @@ def test_accumulating_under_release_is_the_ordinary_step(case: Case, dtype: torc
             o.zero_grad()
     handle.remove()
     start = zoo.weights(zoo.build(dtype))
-    tolerance = (
-        0.02 if dtype == torch.float32 else 0.2
-    )  # bf16: the ordinary sum is rounded at every micro-batch
+    # in bf16 the ordinary sum is rounded at every micro-batch and ours is not
+    tolerance = 0.02 if dtype == torch.float32 else 0.4
     for name, w in zoo.weights(plain).items():
         moved = (w.float() - start[name].float()).norm()
         off = (w.float() - zoo.weights(model)[name].float()).norm()

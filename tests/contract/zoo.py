@@ -30,7 +30,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.gelu(self.up_proj(self.input_layernorm(x)))
         y = self.o_proj(self.c_proj(self.down_proj(y)))
-        image = y.view(-1, 1, 1, 13).expand(-1, 1, 13, 13)
+        image = (y.unsqueeze(-1) * y.unsqueeze(-2)).unsqueeze(1)  # of full rank, as its gradients are then
         return x + self.out_proj(self.conv(image).flatten(1))
 
 

@@ -98,17 +98,17 @@ def usable(x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
-    """x over its largest element, so that no square overflows; the fallback where x is not usable."""
+    """x (used up) over its largest element, so that no square overflows; the fallback where not usable."""
     ok = usable(x)
     low, high = x.aminmax()
     top = torch.where(ok, torch.maximum(high, -low), 1.0)
-    return torch.where(ok, x / top, fallback), ok
+    return torch.where(ok, x.div_(top), fallback), ok
 
 
 def orthonormal(x: Tensor) -> Tensor:
     """The QR factor of x with the sign of R's diagonal divided out: it follows x without flipping."""
     q, r = torch.linalg.qr(x)
-    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    signed: Tensor = q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0))
     return signed
 
 
@@ -127,15 +127,20 @@ def power_iteration(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[
     q = orthonormal(hp.gaussian((side, rank), "basis")) if start else basis
     ok = torch.ones((), dtype=torch.bool, device=basis.device)
     for _ in range(2 if start else 1):
-        low = frame.down(q, g)
-        good = usable(low)
-        least, most = low.aminmax()
-        top = torch.where(good, torch.maximum(most, -least), 1.0)
-        # in place: a second copy of R would double the workspace of a refresh
-        y, fine = unit(frame.across(low.div_(top), g), q)
-        ok = ok & good & fine
-        q = orthonormal(y)
+        q, fine = _iterate(frame, q, g)
+        ok = ok & fine
     return q, ok
+
+
+def _iterate(frame: Frame, q: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
+    """One power iteration; of its own so that R is gone before the next one is made."""
+    low = frame.down(q, g)
+    good = usable(low)
+    least, most = low.aminmax()
+    top = torch.where(good, torch.maximum(most, -least), 1.0)
+    # in place: a second copy of R would double the workspace of a refresh
+    y, fine = unit(frame.across(low.div_(top), g), q)
+    return orthonormal(y), good & fine
 
 
 def svd(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:

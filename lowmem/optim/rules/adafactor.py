@@ -190,4 +190,4 @@ class Adafactor:
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
         """Keep, or start afresh: the first step after it forgets what was before anyway."""
         if isinstance(change, Reset):
-            reset_(s, self.init(torch.empty(shape, device=hp.weight.device)), change)
+            reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
+from lowmem.optim.blocks import BLOCK
 from lowmem.optim.codecs import Codec, Dense, codec
 from lowmem.optim.rule import (
     AnyRule,
@@ -135,9 +136,10 @@ class Adam:
         if isinstance(change, Keep):
             return
         if isinstance(change, Rotate):
-            apply_in_place(s, self._rotated(s, change, hp))
+            for piece in _strips(s, shape, 1 - change.axis):
+                apply_in_place(piece, self._rotated(piece, change, hp))
         else:
-            reset_(s, self.init(torch.empty(shape, device=hp.weight.device)), change)
+            reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change)
 
     @staticmethod
     def _rotated(s: State, change: Rotate, hp: Hyper) -> State:
@@ -152,6 +154,15 @@ class Adam:
         spread = squares @ spread if change.axis == 0 else spread @ squares.t()
         variance = (spread + turned.square()).abs()
         return {"exp_avg": turned * corrections[0], "exp_avg_sq": variance * corrections[1]}
+
+
+def _strips(s: State, shape: tuple[int, int], axis: int) -> Iterator[State]:
+    """Both moments cut along an axis, so that what is made of a piece stays small."""
+    width = max(1, BLOCK // shape[1 - axis])
+    for start in range(0, shape[axis], width):
+        length = min(width, shape[axis] - start)
+        cut = {key: s[key].narrow(axis, start, length) for key in ("exp_avg", "exp_avg_sq")}
+        yield cut | {"age": s["age"]}
 
 
 def outside(states: str) -> dict[str, AnyRule]:

@@ -168,7 +168,7 @@ class MicroAdam:
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
         """Forget everything."""
         if isinstance(change, Reset):
-            reset_(s, self.init(torch.empty(shape, device=hp.weight.device)), change)
+            reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change)
 
 
 def packed(rest: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
