@@ -75,14 +75,18 @@ class Report(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Remember the newest numbers; the ones of a step are shown with the next."""
-        self.last |= {key: value for key, value in (logs or {}).items() if isinstance(value, (int, float))}
+        """Report a step whose loss is logged, with the newest numbers."""
+        logs = logs or {}
+        self.last |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+        if "loss" in logs:
+            self.console.advance(state.global_step, self.last)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Report one optimizer step."""
-        self.console.advance(state.global_step, self.last)
+        """Report a step that is not logged; the others are reported with their loss."""
+        if not control.should_log:
+            self.console.advance(state.global_step, self.last)
 
 
 class Peak(TrainerCallback):

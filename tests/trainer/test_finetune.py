@@ -26,7 +26,7 @@ recipe = importlib.import_module("lowmem.recipes.finetune")
 
 
 class Heard(Console):
-    """Remembers what it was told; may press Ctrl-C at a step."""
+    """Remembers what it was told; may press Ctrl-C when it hears of a step, so during the next one."""
 
     def __init__(self, interrupt_at: int | None = None) -> None:
         self.said, self.stages, self.steps, self.interrupt_at = [], [], [], interrupt_at
@@ -150,7 +150,7 @@ def test_resolved_config_runs_again_unchanged(config, tmp_path):
 def test_ctrl_c_saves_the_step_and_resume_ends_with_the_same_weights(config, tmp_path):
     whole = change(config, output_dir=str(tmp_path / "whole"))
     recipe.finetune(whole)
-    heard = Heard(interrupt_at=4)
+    heard = Heard(interrupt_at=3)
     with pytest.raises(KeyboardInterrupt):
         recipe.finetune(config, heard)
     out = tmp_path / "out"
@@ -230,7 +230,7 @@ def test_errors_come_before_anything_is_written(config, tmp_path, values, words)
 
 def test_resume_says_what_it_skips_and_what_differs(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        recipe.finetune(config, Heard(interrupt_at=4))
+        recipe.finetune(config, Heard(interrupt_at=3))
     (tmp_path / "out" / "checkpoint-4" / "scheduler.pt").unlink()
     heard = Heard()
     recipe.finetune(change(config, resume=True, lr=1e-3), heard)
