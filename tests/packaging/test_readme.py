@@ -44,7 +44,7 @@ def test_commands_are_short_and_need_no_input() -> None:
     setups = [line for line in SHELL if line.startswith("python3 -m venv .venv ")]
     assert len(setups) == 2
     assert setups[0].endswith("lowmem finetune --model smollm2-135m --optim galore")
-    assert setups[1].endswith("&& pytest")
+    assert setups[1].endswith("&& pytest -n 2")
     assert all("-c constraints.txt" in line for line in setups)
 
 
@@ -61,7 +61,7 @@ def test_ci_runs_the_test_command() -> None:
         text=True,
         check=True,
     )
-    assert found.stdout.rstrip("\n").endswith("&& ruff format --check && ruff check && mypy && pytest")
+    assert found.stdout.rstrip("\n").endswith("&& ruff format --check && ruff check && mypy && pytest -n 2")
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
