@@ -87,17 +87,18 @@ def _areas(timeline: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
 
 
 def _phases(timeline: Mapping[str, Any], x: Scale) -> list[str]:
-    body, free = [], 0.0
-    for i, phase in enumerate(timeline.get("phases", ())):
-        start, stop = x(phase["start"]), x(phase["stop"])
-        body.append(
-            rect(start, TOP, stop - start, HEIGHT - FOOT - TOP, f"phase{i % 2}", words(phase["name"]))
-        )
-        middle, half = (start + stop) / 2, text_width(words(phase["name"])) / 2
-        middle = min(max(middle, x.start + half), x.stop - half)
-        if middle - half >= free:  # a phase too short for its name keeps it as a tooltip
-            body.append(text(middle, HEIGHT - FOOT + 14, words(phase["name"]), "middle", "tick"))
-            free = middle + half + 6
+    """Bands, with names as far as there is room: the widest first; the others keep theirs as a tooltip."""
+    body: list[str] = []
+    taken: list[tuple[float, float]] = []
+    phases = list(enumerate(timeline.get("phases", ())))
+    for i, phase in sorted(phases, key=lambda item: item[1]["start"] - item[1]["stop"]):
+        name, start, stop = words(phase["name"]), x(phase["start"]), x(phase["stop"])
+        body.append(rect(start, TOP, stop - start, HEIGHT - FOOT - TOP, f"phase{i % 2}", name))
+        half = text_width(name) / 2
+        middle = min(max((start + stop) / 2, x.start + half), x.stop - half)
+        if all(middle + half + 6 <= low or middle - half - 6 >= high for low, high in taken):
+            body.append(text(middle, HEIGHT - FOOT + 14, name, "middle", "tick"))
+            taken.append((middle - half, middle + half))
     return body
 
 

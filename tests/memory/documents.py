@@ -98,11 +98,11 @@ def plan_document(
         for n, f in zip(levers, (1.25, 1, 1, 0.78, 0.5, 0.45), strict=True)
     ]
     lengths, batches = [256, 512, 1024, 2048, 4096, 8192], [1, 2, 4, 8, 16]
-    grids = [
-        {"strategy": p["strategy"], "seq_lens": lengths, "batch_sizes": batches,
-         "peak": [[int(p["peak"]["allocated"] * (0.4 + 0.6 * b * n / 4096)) for b in batches] for n in lengths]}
-        for p in plans[:3]
-    ]  # fmt: skip
+    grids = []
+    for p in plans[:3]:
+        base = p["peak"]["allocated"]
+        peaks = [[int(base * (0.4 + 0.6 * b * n / 4096)) for b in batches] for n in lengths]
+        grids.append({"strategy": p["strategy"], "seq_lens": lengths, "batch_sizes": batches, "peak": peaks})
     return {
         "model": {"name": model, "parameters": 6738415616, "trainable": 6738415616},
         "run": {
@@ -191,7 +191,7 @@ def compare_document(names: list[str], scale: float = 0.02, failed: tuple[str, .
         "run": {"steps": 60, "batch_size": 2, "seq_len": 256, "seeds": [0]},
         "runs": runs,
         "assumptions": [
-            "Same model, data, seeds and number of steps for every strategy; each has the learning rate of its own default."
+            "Same model, data, seeds and number of steps for every strategy; each at the same learning rate."
         ],
         "command": "lowmem compare --model smollm2-135m --optim adamw,galore --steps 60",
     }
