@@ -1,15 +1,18 @@
 """LowMemTrainer and stock trainers: groups, schedules, resume, accumulation, clipping, adapters."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from tiny_models import tiny
 from tiny_runs import Rows, assert_equal, keep_only, logged, stock, trainer, weights
 
-from lowmem import available, hf_optimizer
+from lowmem import available, create, hf_optimizer
 from lowmem.errors import CheckpointError, UserError
 from lowmem.memory.count import model_state_bytes
 from lowmem.training.arguments import LowMemArguments
+from lowmem.training.trainer import _engine_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
 
@@ -347,3 +350,16 @@ def test_hf_optimizer_refuses_what_a_stock_trainer_cannot_do():
         hf_optimizer("galore", lr=1e-3, rnk=3)
     with pytest.raises(UserError, match=r"lowmem\.LowMemTrainer"):
         hf_optimizer("mezo", lr=1e-6)
+
+
+def test_engines_that_only_the_run_knows_of_are_refused():
+    args = SimpleNamespace(gradient_release=False, world_size=2, n_gpu=1)
+    run = SimpleNamespace(
+        _strategy=create("mezo"), args=args, is_deepspeed_enabled=True, is_fsdp_enabled=True
+    )
+    assert [problem.split(":")[0] for problem in _engine_problems(run)] == ["deepspeed", "fsdp", "mezo"]
+    run._strategy = create("galore")
+    run.is_deepspeed_enabled = run.is_fsdp_enabled = False
+    assert _engine_problems(run) == []  # plain data parallelism
+    args.gradient_release = True
+    assert "runs on one device for now, found 2" in _engine_problems(run)[0]
