@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lowmem.memory.allocator import MIB, Allocator, OutOfMemoryError, simulate
 
 

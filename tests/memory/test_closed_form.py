@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lowmem.memory import closed_form
 from lowmem.memory.extrapolate import shallow
 from lowmem.memory.model import resolve

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from lowmem.errors import UserError
 from lowmem.memory import gpus
 from lowmem.memory.gpus import GIB, MIB, budget, gpu

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+
 from lowmem import config as run_configs
 from lowmem import create
 from lowmem.errors import UserError
@@ -114,9 +116,9 @@ def test_plan_on_cpu_is_a_real_step_under_torchs_tracker():
 def test_depth_is_extrapolated_exactly():
     for family in ("llama", "gemma2"):
         config = FAMILIES[family]()
-        config.num_hidden_layers = 12
+        config.num_hidden_layers = 8
         if getattr(config, "layer_types", None):
-            config.layer_types = (config.layer_types * 6)[:12]
+            config.layer_types = (config.layer_types[:2] * 4)[:8]
         for run in (
             Run(**SMALL, device="cpu"),
             Run(**SMALL, gradient_checkpointing=True, gradient_release=True),
@@ -161,11 +163,11 @@ def test_fits_and_misses_are_ranked():
     assert {row.verdict for row in found.plans} <= {"fits", "fits with retries", "out of memory"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("unknown", ["seq_len", "batch_size"])
 def test_solution_fits_and_much_more_does_not(unknown):
-    run, limit = Run(batch_size=1, seq_len=256), budget("6GiB")
-    config = resolve("smollm2-135m").config()
+    run, limit = Run(batch_size=1, seq_len=256), budget("1GiB")
+    config = FAMILIES["llama"]()
+    config.max_position_embeddings = 1 << 20
     found = solve.largest(unknown, config, run, create("adamw"), limit)
     assert found.plan.fits
     assert found.value > 0
@@ -201,12 +203,12 @@ def test_what_finetune_does_not_do_is_not_emitted():
 def test_report_data_has_every_picture():
     data = plan(FAMILIES["llama"](), "adamw,galore", budget="1GiB", **SMALL).report_data()
     json.dumps(data)
-    assert [row["lever"] for row in data["waterfall"]][0] == "plain AdamW"
+    assert data["waterfall"][0]["lever"] == "plain AdamW"
     assert all(row["peak"] > 0 for row in data["waterfall"])
     grid = data["grid"][0]
     assert len(grid["peak"]) == len(grid["seq_lens"])
     assert all(len(row) == len(grid["batch_sizes"]) for row in grid["peak"])
-    assert all(low < high for row in grid["peak"] for low, high in zip(row, row[1:], strict=False))
+    assert all(low < high for row in grid["peak"] for low, high in pairwise(row))
     for entry in data["plans"]:
         line = entry["timeline"]
         assert len({len(values) for values in line["bytes"].values()}) == 1

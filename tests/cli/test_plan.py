@@ -1,0 +1,70 @@
+"""`lowmem plan` at the command line: one document, one line per mistake, a run that finetune accepts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import lowmem.cli as cli
+
+runner = CliRunner()
+SHORT = ["--seq-len", "64"]
+
+
+def invoke(*arguments: str):
+    return runner.invoke(cli.app, ["plan", *arguments])
+
+
+def test_json_is_one_document_with_the_promised_keys(tiny_model: Path) -> None:
+    done = invoke("--model", str(tiny_model), "--optim", "adamw,galore", *SHORT, "--budget", "1GiB", "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert set(document) == {"model", "run", "budget_bytes", "plans"}
+    assert {entry["strategy"] for entry in document["plans"]} == {"adamw", "galore"}
+    for entry in document["plans"]:
+        assert sum(entry["at_peak"].values()) == entry["peak"]["allocated"]
+
+
+def test_table_report_and_run(tiny_model: Path, tmp_path: Path) -> None:
+    page, run = tmp_path / "plan.html", tmp_path / "run.yaml"
+    done = invoke(
+        "--model", str(tiny_model), "--optim", "galore", "--optim-args", "rank=4", *SHORT, "--budget", "1GiB",
+        "--solve", "batch-size", "--html", str(page), "--emit", str(run),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "largest batch size" in done.stdout
+    assert "The peak of" in done.stdout
+    assert page.read_text().startswith("<!doctype html>")
+    assert runner.invoke(cli.app, ["validate", str(run)]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "lama-7b"], "did you mean 'llama-7b'"),
+        (["--model", "gpt2", "--gpu", "rtx4091"], "did you mean 'rtx4090'"),
+        (["--model", "gpt2", "--optim", "galor"], "did you mean 'galore'"),
+        (["--model", "gpt2", "--budget", "24GX"], "unknown unit 'GX'"),
+        (["--model", "gpt2", "--solve", "seq-len"], "--gpu NAME or --budget"),
+        (["--model", "gpt2", "--html", "/no/such/folder/x.html"], "does not exist"),
+        (["--model", "gpt2", "--quantize", "nf4"], "lora_rank"),
+        (["--model", "gpt2", "--gpu", "t4", "--budget", "4GiB"], "one of the two"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_assumed_units_and_lengths_are_said(tiny_model: Path) -> None:
+    done = invoke("--model", str(tiny_model), "--seq-len", "512", "--budget", "2")
+    assert done.exit_code == 0, done.output
+    assert "taken as GiB" in done.stderr
+    assert "512" in done.stderr
+    assert "256" in done.stderr
