@@ -107,6 +107,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._places: dict[int, tuple[dict[str, Any], str]] = {}
         self._shared: dict[tuple[str, torch.device], State] = {}
         self._seats: dict[int, _Seat] = {}
+        self._switched = -1
         self._lookup = Lookup()
         self._evidence: list[Any] = []
         self._model = weakref.ref(model) if model is not None else None
@@ -161,13 +162,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Names and parameters, group by group."""
         return [(name, p) for _, name, p in self._walk()]
 
-    def role(self, p: Tensor) -> str:
-        """The role of a parameter at this step."""
+    def role(self, p: Tensor, back: int = 0) -> str:
+        """The role of a parameter at this step, or some steps back."""
         group, name = self.place(p)
         role = group["role"]
         if role not in self._names:
             self._names[role] = tuple(n for g, n, _ in self._walk() if g["role"] == role)
-        return self.strategy.schedule.role(name, role, self._names[role], group["step"], group["seed"])
+        return self.strategy.schedule.role(
+            name, role, self._names[role], max(0, group["step"] - back), group["seed"]
+        )
 
     def hyper(self, p: Tensor, first: bool = False) -> Hyper:
         """What a rule may know of the next step of a parameter."""
@@ -201,10 +204,12 @@ class LowMemOptimizer(torch.optim.Optimizer):
         seat, role = self._seats.get(id(p)), self.role(p)
         if seat and seat.role == role and not self.strategy.schedule.switches(group["step"]):
             return seat, False
+        del seat
+        if self.strategy.schedule.switches(group["step"]) and self._switched != group["step"]:
+            self._drop_all(group["step"])
         held = cast("dict[str, Tensor]", self.state[p])
-        fresh = not held or self.strategy.schedule.switches(group["step"])
+        fresh = not held
         if fresh:
-            held.clear()
             held.update(self.strategy.init(role, p))
         rule = self.strategy.rules[role]
         state = {k: v for k, v in held.items() if not k.startswith("writer.")}
@@ -212,6 +217,13 @@ class LowMemOptimizer(torch.optim.Optimizer):
         writer = select(self.strategy.writer, p.dtype)
         self._seats[id(p)] = _Seat(role, rule, writer, state, scoped(held, "writer"))
         return self._seats[id(p)], fresh
+
+    def _drop_all(self, step: int) -> None:
+        """Drop all state where the active tensors change, before any is made: old and new never coexist."""
+        self._switched = step
+        self._seats.clear()
+        for held in self.state.values():
+            held.clear()
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -306,6 +318,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         self._check_foreign(groups)
         super().load_state_dict({"state": {}, "param_groups": groups})
+        self._places.clear()  # the groups are new, and so is their step
+        self._seats.clear()
+        self._switched = -1
         ids = [i for group in groups for i in group["params"]]
         ours = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, ours, strict=True):
@@ -313,19 +328,19 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 self.state[p] = self._placed(p, state_dict["state"][i])
         if self.param_groups:
             self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
-        self._places.clear()
-        self._seats.clear()
 
     def _placed(self, p: Tensor, saved: Mapping[str, Tensor]) -> State:
-        expected = self.strategy.init(self.role(p), torch.empty_like(p, device="meta"))
-        given = {k: (tuple(v.shape), v.dtype) for k, v in saved.items()}
+        # what is saved belongs to the step before: the next one may switch roles
+        expected = self.strategy.init(self.role(p, back=1), torch.empty_like(p, device="meta"))
+        given = {k: (tuple(v.shape), v.dtype) for k, v in saved.items() if isinstance(v, Tensor)}
         if given != {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}:
             name = self.place(p)[1]
             raise CheckpointError(
                 f"optimizer state of {name!r} {tuple(p.shape)} does not fit: the checkpoint is of another "
                 f"model, dtype or writer; resume with the settings it was saved with"
             )
-        return {k: v.detach().to(p.device, copy=True) for k, v in saved.items()}
+        # in the order of init: kernels take state tensors by place, and a store may have sorted the keys
+        return {k: saved[k].detach().to(p.device, copy=True) for k in expected}
 
     def _check_foreign(self, groups: list[dict[str, Any]]) -> None:
         mine = self.param_groups[0]["strategy"] if self.param_groups else ""

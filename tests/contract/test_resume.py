@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from lowmem.errors import CheckpointError
 from tests.contract import runs, zoo
 from tests.contract.cases import Case
 
@@ -40,6 +41,11 @@ def test_resume_through_distributed_checkpoint_is_exact(
     fresh.load_state_dict(runs.from_file(model_file))
     second = case.optimizer(fresh)
     before = zoo.weights(fresh)
+    if flatten and case.create().schedule.switches(runs.GAP):
+        # torch takes the keys from a fresh optimizer, whose active tensors are those of the first step
+        with pytest.raises(CheckpointError):
+            set_optimizer_state_dict(fresh, second, saved, options=options)
+        return
     set_optimizer_state_dict(fresh, second, saved, options=options)
     assert runs.same(zoo.weights(fresh), before)  # torch takes one step of nothing on the way
     for step in range(at, runs.STEPS):
@@ -80,3 +86,14 @@ def test_loading_does_not_share_memory_with_the_checkpoint(case: Case) -> None:
     loaded = runs.from_file(optimizer_file)
     runs.finish(case, torch.float32, model_file, loaded, at)
     assert runs.same(loaded, runs.from_file(optimizer_file))
+
+
+def test_order_of_saved_keys_does_not_matter(case: Case, dtype: torch.dtype) -> None:
+    """A store may give the state tensors of a parameter back in any order."""
+    whole = runs.record(case, dtype)
+    at = runs.SAVED[-1]
+    model_file, optimizer_file = whole.saved[at]
+    saved = runs.from_file(optimizer_file)
+    saved["state"] = {i: dict(reversed(held.items())) for i, held in saved["state"].items()}
+    optimizer, model = runs.finish(case, dtype, model_file, saved, at)
+    assert runs.same(zoo.weights(model), whole.weights)
