@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import RunConfig, build, dump, load
+from lowmem.config import RunConfig, build, dump, load, read
 from lowmem.errors import ConfigError, UserError
 from lowmem.training.comparison import document, outcome_of
 from lowmem.training.console import Console
@@ -173,7 +173,7 @@ def _child(folder: Path) -> dict[str, Any]:
     answer.unlink(missing_ok=True)
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(folder / "run.yaml"), str(answer)],
+            [sys.executable, str(Path(__file__).resolve()), "--one", str(folder / "run.yaml"), str(answer)],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it once, from here: a second one would stop it at once
@@ -251,9 +251,20 @@ def run_one(config: RunConfig) -> dict[str, Any]:
     return outcome_of(result, report, config)
 
 
-def _main(config: str, answer: str) -> None:
-    _save(Path(answer), run_one(load(config)))
+def _main(arguments: list[str]) -> None:
+    """`compare.py CONFIG.yaml STRATEGIES FOLDER`; the child of a comparison is `compare.py --one RUN ANSWER`."""
+    if len(arguments) != 3:
+        sys.exit("usage: compare.py CONFIG.yaml STRATEGIES FOLDER")
+    first, second, third = arguments
+    if first == "--one":
+        _save(Path(third), run_one(load(second)))
+        return
+    shared = {k: v for k, v in read(first).items() if k not in _OWN}
+    found = compare(shared, second, output_dir=third, command=" ".join(arguments))
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
+
+_OWN = ("optim", "optim_args", "seed", "output_dir", "resume", "overwrite", "prompt")
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _main(sys.argv[1:])

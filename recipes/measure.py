@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import RunConfig
+from lowmem.config import RunConfig, load
 from lowmem.training.console import Console
 
 SETTINGS = (
@@ -69,3 +69,10 @@ def measure(
         found = profiler.result().to_dict()
         console.finish()
     return found
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    sys.stdout.write(json.dumps(measure(load(sys.argv[1])), indent=2) + "\n")
