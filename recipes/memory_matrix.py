@@ -230,10 +230,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             100 * (row[tool] / row["measured"] - 1) for row in rows if row[tool] is not None
         ]
         if errors:
+            farthest: float = max(errors, key=abs)
             found[tool] = {
                 "cells": len(errors),
                 "mean_absolute_percent": round(sum(map(abs, errors)) / len(errors), 3),
-                "worst_percent": round(max(errors, key=lambda error: abs(error)), 3),
+                "worst_percent": round(farthest, 3),
             }
     return found
 
