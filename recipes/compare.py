@@ -173,7 +173,7 @@ def _child(folder: Path) -> dict[str, Any]:
     answer.unlink(missing_ok=True)
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--one", str(folder / "run.yaml"), str(answer)],
+            [sys.executable, str(Path(__file__).resolve()), "--one", folder / "run.yaml", answer],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it once, from here: a second one would stop it at once
@@ -252,7 +252,7 @@ def run_one(config: RunConfig) -> dict[str, Any]:
 
 
 def _main(arguments: list[str]) -> None:
-    """`compare.py CONFIG.yaml STRATEGIES FOLDER`; the child of a comparison is `compare.py --one RUN ANSWER`."""
+    """`compare.py CONFIG.yaml STRATEGIES FOLDER`; a child of it is `compare.py --one RUN ANSWER`."""
     if len(arguments) != 3:
         sys.exit("usage: compare.py CONFIG.yaml STRATEGIES FOLDER")
     first, second, third = arguments
