@@ -17,12 +17,17 @@ RUN = Run(batch_size=2, seq_len=48, dtype="float32", device="cpu", max_grad_norm
 
 def real_peaks(family: str, dtype: torch.dtype, checkpointing: bool) -> dict[str, dict[str, int]]:
     """Phases of a real step by our tracker: bytes by category."""
-    made, inputs = model(family, dtype, checkpointing=checkpointing), batch()
+    return peaks_of(model(family, dtype, checkpointing=checkpointing), checkpointing)
+
+
+def peaks_of(made: torch.nn.Module, checkpointing: bool) -> dict[str, dict[str, int]]:
+    inputs = batch()
     tracker = Tracker()
     tracker.register([*made.parameters(), *made.buffers()], "weights")
     tracker.register(inputs.values(), "activations")
     for p in made.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: tracker.claim(p.grad, "gradients"))
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: tracker.claim(p.grad, "gradients"))
     with tracker, phase_hooks(made, tracker, checkpointing=checkpointing):
         tracker.enter("forward")
         value = loss(made, inputs)
@@ -65,6 +70,20 @@ def test_torch_memtracker_sees_the_same_peak(family, checkpointing):
     moments = trace(FAMILIES[family](), run).moments.values()
     # scalars that torch's tracker does not see (the divisor of the loss)
     assert 0 <= max(m.total for m in moments) - total <= 4096
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers under an old name
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_trace_of_adapters_equals_a_real_step(checkpointing):
+    from peft import LoraConfig, get_peft_model
+
+    base = model("llama", torch.bfloat16, checkpointing=checkpointing)
+    made = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if checkpointing:  # as TRL does
+        made.enable_input_require_grads()
+    options = {"dtype": "bfloat16", "lora_rank": 4, "gradient_checkpointing": checkpointing}
+    found = trace(FAMILIES["llama"](), Run(**{**vars(RUN), **options})).moments
+    assert {n: dict(m.bytes) for n, m in found.items()} == peaks_of(made, checkpointing)
 
 
 def test_release_keeps_one_gradient_and_names_each_step():
