@@ -200,16 +200,16 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def ready(self, p: Tensor) -> tuple[_Seat, bool]:
         """What a parameter's step needs, and whether its state is new."""
-        group, _ = self.place(p)
+        step = self.place(p)[0]["step"]
+        if self.strategy.schedule.switches(step) and self._switched != step:
+            self._switched = step  # all at once: what was active and what is never hold state together
+            self._seats.clear()
+            self.state.clear()
         seat, role = self._seats.get(id(p)), self.role(p)
-        if seat and seat.role == role and not self.strategy.schedule.switches(group["step"]):
+        if seat and seat.role == role:
             return seat, False
-        del seat
-        if self.strategy.schedule.switches(group["step"]) and self._switched != group["step"]:
-            self._drop_all(group["step"])
         held = cast("dict[str, Tensor]", self.state[p])
-        fresh = not held
-        if fresh:
+        if fresh := not held:
             held.update(self.strategy.init(role, p))
         rule = self.strategy.rules[role]
         state = {k: v for k, v in held.items() if not k.startswith("writer.")}
@@ -217,13 +217,6 @@ class LowMemOptimizer(torch.optim.Optimizer):
         writer = select(self.strategy.writer, p.dtype)
         self._seats[id(p)] = _Seat(role, rule, writer, state, scoped(held, "writer"))
         return self._seats[id(p)], fresh
-
-    def _drop_all(self, step: int) -> None:
-        """Drop all state where the active tensors change, before any is made: old and new never coexist."""
-        self._switched = step
-        self._seats.clear()
-        for held in self.state.values():
-            held.clear()
 
     @torch.no_grad()
     def init_state(self) -> None:

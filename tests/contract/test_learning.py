@@ -55,18 +55,14 @@ def test_a_scheduler_is_followed(case: Case) -> None:
     assert runs.same(zoo.weights(model), zoo.weights(other))
 
 
-def trajectory(case: Case, **hyper: object) -> dict[str, torch.Tensor]:
-    _, model = runs.run(case, torch.float32, 4, **hyper)
-    return zoo.weights(model)
-
-
 @pytest.mark.parametrize(("changed", "value"), [("betas", (0.5, 0.99)), ("betas", (0.9, 0.5)), ("eps", 1e-2)])
 def test_betas_and_eps_reach_every_rule_that_has_moments(case: Case, changed: str, value: object) -> None:
     state = runs.record(case, torch.float32).state
     if not any("exp_avg" in key for held in state.values() for key in held):
         pytest.skip("it holds no moving average of the gradient")
-    before, after = trajectory(case), trajectory(case, **{changed: value})
-    moments = {i for i, held in state.items() if any("exp_avg" in key for key in held)}
+    (optimizer, model), (_, other) = (runs.run(case, torch.float32, 4, **h) for h in ({}, {changed: value}))
+    before, after = zoo.weights(model), zoo.weights(other)
+    moments = {i for i, held in runs.state_of(optimizer).items() if any("exp_avg" in key for key in held)}
     names = [name for i, name in enumerate(order_of(case)) if i in moments]
     for name in names:
         assert not torch.equal(before[name], after[name]), name
