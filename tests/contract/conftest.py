@@ -17,6 +17,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "composed: compositions of options as well as each option alone")
 
 
+def dtypes_of(case: cases.Case, *, in_full: bool) -> tuple[torch.dtype, ...]:
+    """Both where the case is plain, or the test asks for all; otherwise enough to keep the suite short."""
+    if "writer" in case.varied or len(case.varied) > 1:
+        return (torch.bfloat16,)
+    if in_full or not case.varied:
+        return (torch.float32, torch.bfloat16)
+    return (torch.float32,) if sum(map(ord, str(case))) % 2 else (torch.bfloat16,)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
@@ -26,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "dtype" not in metafunc.fixturenames:
         metafunc.parametrize("case", in_fp32, ids=str)
         return
-    pairs = [(case, torch.float32) for case in in_fp32] + [(case, torch.bfloat16) for case in found]
+    pairs = [(case, dtype) for case in found for dtype in dtypes_of(case, in_full=bool(marks))]
     ids = [f"{case}-{str(dtype).removeprefix('torch.')}" for case, dtype in pairs]
     metafunc.parametrize(("case", "dtype"), pairs, ids=ids)
 
