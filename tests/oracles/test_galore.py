@@ -58,7 +58,9 @@ def test_refreshes_are_staggered_by_name(gap: int, key: str) -> None:
         due=lambda t: t == 0 or (t + stagger(key, gap)) % gap == 0,
         **HYPER,
     )
-    ours = drive.follow("galore", start, grads, key=key, hyper=HYPER, rank=2, update_proj_gap=gap, scale=1.0, **SVD)
+    ours = drive.follow(
+        "galore", start, grads, key=key, hyper=HYPER, rank=2, update_proj_gap=gap, scale=1.0, **SVD
+    )
     for g, w in zip(grads, ours, strict=True):
         torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=1e-6)
 
@@ -67,7 +69,16 @@ def test_reset_starts_the_moments_afresh(key: str) -> None:
     start, grads = drive.start_of((6, 10)), drive.gradients((6, 10), 11)
     truth = GaLore(start.double(), rank=2, gap=GAP, basis=svd_in_fp32, on_refresh="reset", **HYPER)
     ours = drive.follow(
-        "galore", start, grads, key=key, hyper=HYPER, rank=2, update_proj_gap=GAP, scale=1.0, on_refresh="reset", **SVD
+        "galore",
+        start,
+        grads,
+        key=key,
+        hyper=HYPER,
+        rank=2,
+        update_proj_gap=GAP,
+        scale=1.0,
+        on_refresh="reset",
+        **SVD,
     )
     for g, w in zip(grads, ours, strict=True):
         torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=1e-6)
