@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+
 from lowmem.optim.release import release
 from lowmem.strategies import available, create, optimizer
 from tests.memory.families import batch, loss, model
