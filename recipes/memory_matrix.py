@@ -248,8 +248,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         "Made by `python -m lowmem.recipes.memory_matrix`; small models, fp32, CPU, torch's MemTracker.",
         f"{len(rows)} cells; the worst is {bad['error_percent']:+.4f} % ({where}).",
-        "Kernels' inner scratch is seen by neither side. The two other tools do not count the scratch of an",
-        "eager step, which weighs in models this small; fitcheck-llm's process overhead (of a GPU) is left out.",
+        "Kernels' inner scratch is seen by neither side. The two other tools do not count the scratch of",
+        "an eager step, which weighs in models this small; fitcheck-llm's process overhead is left out.",
         "",
         "| tool | cells | mean error % | worst % |",
         "|---|---|---|---|",
@@ -260,9 +260,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             "accelerate": "accelerate estimate-memory",
             "fitcheck": "fitcheck-llm",
         }[tool]
-        lines.append(
-            f"| {name} | {found['cells']} | {found['mean_absolute_percent']:.5f} | {found['worst_percent']:.5f} |"
-        )
+        mean, far = found["mean_absolute_percent"], found["worst_percent"]
+        lines.append(f"| {name} | {found['cells']} | {mean:.5f} | {far:.5f} |")
     lines += [
         "",
         "| model | strategy | ckpt | release | batch | predicted MiB | measured MiB | error % | peak at |",
