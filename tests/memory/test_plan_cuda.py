@@ -1,4 +1,4 @@
-"""On a CUDA GPU: what the allocator says of real steps beside the plan. Needs a GPU; not part of a CPU run."""
+"""On a CUDA GPU: what the allocator says of real steps, beside the plan."""
 
 from __future__ import annotations
 
