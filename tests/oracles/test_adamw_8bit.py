@@ -43,10 +43,11 @@ def test_codes_scales_and_weights_are_torchaos(torchao_record: dict[str, Any]) -
             assert torch.equal(held[f"{name}.codes"].view(-1), record[f"{key}.codes"].view(-1)), (label, name)
             assert torch.equal(held[f"{name}.scale"].view(-1), record[f"{key}.scale"].view(-1)), (label, name)
         slack = len(ours) * torchao_record["hyper"]["lr"] * FP32_CORRECTION
-        half = record["start"].dtype == torch.bfloat16  # between two numbers it may fall either way
+        half = record["start"].dtype == torch.bfloat16  # a value between two bf16 numbers may fall either way
         for w, truth in zip(ours, record["weights"], strict=True):
-            off = (w.float() - truth.float()).abs() > slack
-            assert int(off.sum()) <= (w.numel() // 1000 if half else 0)
+            off = (w.float() - truth.float()).abs()
+            assert int((off > slack).sum()) <= (w.numel() // 100 if half else 0)
+            assert off.max() <= (2.0**-8 * truth.abs().max() if half else slack)
 
 
 @pytest.mark.parametrize("shape", [(4097,), (4351,), (64, 65), (67, 71), (5, 7, 11, 13)])
