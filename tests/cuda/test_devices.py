@@ -126,6 +126,24 @@ def test_release_is_the_ordinary_step(device: str, name: str, options: dict[str,
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_squares_that_overflow_are_refused(device: str, name: str, options: dict[str, Any]) -> None:
+    """A gradient of 1e30 is finite, its square is not: state stays finite, and it is counted."""
+    if not lowmem.create(name).source.needs_autograd:
+        pytest.skip("it does not step by p.grad")
+    model, optimizer = build(device, torch.float32, name, options)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e30)
+        optimizer.step()
+    assert optimizer.nonfinite() > 0
+    for p in model.parameters():
+        assert torch.isfinite(p).all()
+        held = [t for t in optimizer.state[p].values() if t.is_floating_point()]
+        assert all(torch.isfinite(t).all() for t in held)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_adamw_is_torchs(device: str) -> None:
     model, optimizer = build(device, torch.float32, "adamw", {})
     twin, _ = build(device, torch.float32, "adamw", {})
