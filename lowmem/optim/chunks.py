@@ -155,7 +155,7 @@ class Chunks:
         if hp.weight_decay:
             p.mul_(torch.where(ok, rates(hp)[1], 1.0))
         p.addmm_(*pair, alpha=-hp.lr)
-        self.counter(p.device).add_((~ok) * p.numel())
+        self.counter(p.device).add_(~ok, alpha=p.numel())
 
     @staticmethod
     def _age(s: State, ok: Tensor) -> None:

@@ -130,7 +130,7 @@ class Subspace:
         view, rest = scoped(s, "projector"), scoped(s, "residual")
         low, seen = self._seen(g, view, rest)
         least, most = low.aminmax()
-        ok = torch.isfinite(hp.total(least, "max")) & torch.isfinite(hp.total(most, "max"))
+        ok = torch.isfinite(hp.total(most - least, "max"))
         reads = self.residual.reads_rest and not self._complete(g.shape)
         before = low.clone() if reads else low
         inside, ok = self._step_inside(low, scoped(s, "inner"), hp, ok)
