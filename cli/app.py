@@ -30,8 +30,8 @@ from . import render
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else to stdout.")]
 
 # Read when torch, datasets, transformers and huggingface_hub are imported; a value the user has set wins.
-# The first: a thread that waits spins briefly, then sleeps. Spinning long costs a scheduler tick at every barrier
-# of a busy machine; not spinning at all makes every step of a quiet one a third slower.
+# The first: a thread that waits spins briefly, then sleeps. Spinning long costs a scheduler tick at every
+# barrier of a busy machine; not spinning at all makes every step of a quiet one a third slower.
 _ENVIRONMENT = {
     "GOMP_SPINCOUNT": "30000",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
