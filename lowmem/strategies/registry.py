@@ -190,6 +190,8 @@ def parse_options(name: str, text: str | Mapping[str, Any] | None) -> dict[str, 
         if bad:
             raise UserError(f"{name}: options are written key=value,key=value; got {bad[0]!r}")
         pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
+        if len(pairs) < len(parts):
+            raise UserError(f"{name}: an option is given twice in {text!r}; give each once")
         return {key: _checked(entry, key, _typed(entry, key, value)) for key, value in pairs.items()}
     return {key: _checked(entry, key, value) for key, value in text.items()}
 

@@ -22,6 +22,7 @@ RESULTS = (
     CONFIG,
     "*.safetensors",
     "*.safetensors.index.json",
+    "README.md",
     "adapter_config.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -56,6 +57,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> tuple[Path | None, 
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file; name a folder")
+    _try_to_make(folder)
     entries = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if not entries:
         note = f"nothing to resume in {folder} yet: starting from the beginning"
@@ -71,6 +73,23 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> tuple[Path | None, 
             f"output_dir: {folder} holds no run of lowmem (no {CONFIG}), it is left alone; name another"
         )
     return _newest(folder) if resume else (None, [])
+
+
+def _try_to_make(folder: Path) -> None:
+    """Make what is missing of a path and take it away again: a folder that cannot be is said at once."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = []
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {folder} cannot be made ({error.strerror}); name another folder"
+        ) from None
+    finally:
+        for path in reversed(made):
+            path.rmdir()
 
 
 def _newest(folder: Path) -> tuple[Path | None, list[str]]:

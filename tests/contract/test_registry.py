@@ -101,3 +101,8 @@ def test_options_come_from_the_command_line_typed(composition: Case) -> None:
         f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in told.items()
     )
     assert parse_options(composition.name, text) == told
+
+
+def test_an_option_given_twice_is_an_error() -> None:
+    with pytest.raises(UserError, match="given twice"):
+        parse_options("galore", "rank=1, rank=2")
