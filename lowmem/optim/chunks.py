@@ -6,8 +6,8 @@ every tensor of a model. A tensor is cut greedily, largest size first; the last
 piece is padded, so results do not depend on the cutting. Sizes must be static:
 compiled for a dynamic length, block-wise codecs fall back to scalar code.
 
-Everything that protects a step is here and nowhere else. A gradient element whose
-square is not finite leaves its weight and carries its moments over; it is counted. A
+Everything that protects a step is here and nowhere else. A gradient element that
+is not finite leaves its weight and carries its moments over; it is counted. A
 `Direction` that is not ok leaves its tensor. No value is read on the host.
 """
 
@@ -47,8 +47,7 @@ def _body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], he
         state = dict(zip(keys, tensors[: len(keys)], strict=True))
         extra = dict(zip(held, tensors[len(keys) :], strict=True))
         gradient = g.float()
-        # of the square, which second moments hold: an element too large for that is refused like Inf
-        finite = torch.isfinite(gradient * gradient) & ok
+        finite = torch.isfinite(gradient) & ok
         gradient = torch.where(finite, gradient, 0.0)
         index = (
             torch.arange(g.shape[0], dtype=torch.int32, device=g.device) + position if streams else position

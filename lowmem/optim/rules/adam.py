@@ -26,6 +26,9 @@ from lowmem.optim.rule import (
     reset_,
 )
 
+LARGEST = 1e36
+"""Second moments end here: room is left for scales that are rounded up and for bias corrections."""
+
 
 @dataclass(frozen=True)
 class Adam:
@@ -107,7 +110,8 @@ class Adam:
         old2 = self.exp_avg_sq.decode(part(s, "exp_avg_sq"), s)
         # addcmul rounds once where a product and a sum round twice; so does torch.lerp, hence torchao
         m = hp.keep(torch.addcmul(old1, g - old1, rate1), old1)
-        v = hp.keep(torch.addcmul(old2, g * g - old2, rate2), old2)
+        # the square of a large gradient overflows: state must stay finite
+        v = hp.keep(torch.addcmul(old2, g * g - old2, rate2).clamp(max=LARGEST), old2)
         d = (m * correction1) / (v.sqrt() * correction2 + eps)
         new = self._join(self.exp_avg.encode(m, hp, s), self.exp_avg_sq.encode(v, hp, s))
         return d, new
@@ -147,7 +151,8 @@ class Adam:
         corrections = (1.0 - hp.vector(beta1, beta2) ** s["age"]).float()
         # at age 0 both moments are 0, and so is what is divided
         bias1, bias2 = corrections.clamp(min=torch.finfo(torch.float32).tiny).unbind()
-        m, v = s["exp_avg"] / bias1, s["exp_avg_sq"] / bias2
+        m = (s["exp_avg"] / bias1).clamp(-(LARGEST**0.5), LARGEST**0.5)
+        v = (s["exp_avg_sq"] / bias2).clamp(max=LARGEST)
         c, squares = change.matrix, change.matrix.square()
         turned = c @ m if change.axis == 0 else m @ c.t()
         spread = v - m.square()
