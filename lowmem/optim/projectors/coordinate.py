@@ -23,11 +23,11 @@ GROUP = 256
 """Elements of a group of `Elements`; an index within it is one byte."""
 
 
-def _choose(rows: int, count: int, pick: int, hp: Hyper) -> Tensor:
-    """Sorted random choices, (rows, pick) int64: `pick` of `count` in each row."""
+def _choose(first: int, rows: int, count: int, pick: int, hp: Hyper) -> Tensor:
+    """Sorted random choices, (rows, pick) int64: `pick` of `count` in each row from row `first` on."""
     device = hp.weight.device
     key = noise.key_tensor([(hp.seed, hp.step, hp.name, "coordinates")], device)
-    words = noise.bits(noise.positions(0, rows * count, device), key[0]).view(rows, count)
+    words = noise.bits(noise.positions(first * count, rows * count, device), key[0]).view(rows, count)
     return words.argsort(dim=1, stable=True)[:, :pick].sort(dim=1).values
 
 
@@ -81,7 +81,7 @@ class Columns:
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, matrix: bool) -> Refreshed:
         """Choose anew; the gradient is not looked at."""
-        s["index"].copy_(_choose(1, g.shape[1], s["index"].shape[0], hp)[0])
+        s["index"].copy_(_choose(0, 1, g.shape[1], s["index"].shape[0], hp)[0])
         return Refreshed(torch.ones((), dtype=torch.bool, device=g.device))
 
     def down(self, s: State, g: Blocks) -> Tensor:
@@ -148,12 +148,9 @@ class Elements:
         """Choose anew, some groups at a time; the gradient is not looked at."""
         index = s["index"]
         step = BLOCK // GROUP // 4
-        key = noise.key_tensor([(hp.seed, hp.step, hp.name, "coordinates")], g.device)[0]
         for a in range(0, index.shape[0], step):
             b = min(a + step, index.shape[0])
-            words = noise.bits(noise.positions(a * GROUP, (b - a) * GROUP, g.device), key)
-            order = words.view(b - a, GROUP).argsort(dim=1, stable=True)
-            index[a:b] = order[:, : self._picked].sort(dim=1).values
+            index[a:b] = _choose(a, b - a, GROUP, self._picked, hp)
         return Refreshed(torch.ones((), dtype=torch.bool, device=g.device))
 
     def down(self, s: State, g: Blocks) -> Tensor:
