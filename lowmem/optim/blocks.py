@@ -179,11 +179,12 @@ class Projected(Blocks):
 
 @dataclass(frozen=True)
 class Direction:
-    """A step not yet taken: W <- decay W - lr D.
+    """A step not yet taken: W <- decay W - lr scale D.
 
     Args:
         blocks: D, (m, n).
         pair: (A, B) with D = A B, where the product alone is the step.
+        scale: a number known on the host.
         lr: 0-D fp32 tensor, where the rule sets its own; None for the group's.
         decay: 0-D fp32 tensor, likewise.
         ok: 0-D bool; False leaves the weight as it is. None for True.
@@ -194,6 +195,7 @@ class Direction:
 
     blocks: Blocks
     pair: tuple[Tensor, Tensor] | None = None
+    scale: float = 1.0
     lr: Tensor | None = None
     decay: Tensor | None = None
     ok: Tensor | None = None

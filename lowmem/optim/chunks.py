@@ -6,18 +6,17 @@ every tensor of a model. A tensor is cut greedily, largest size first; the last
 piece is padded, so results do not depend on the cutting. Sizes must be static:
 compiled for a dynamic length, block-wise codecs fall back to scalar code.
 
-Everything that protects a step is here and nowhere else. A gradient element that
+Everything that protects a step is here and in the kernels. A gradient element that
 is not finite leaves its weight and carries its moments over; it is counted. A
 `Direction` that is not ok leaves its tensor. No value is read on the host.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,62 +24,27 @@ from torch import Tensor
 from lowmem.optim import noise
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.cutting import LADDER, pad, pieces, read_flat, spans, walk, write_flat
-from lowmem.optim.rule import ChunkHyper, Hyper, Pointwise, State
+from lowmem.optim.kernels import Index, Kernel, body, compiled
+from lowmem.optim.rule import Hyper, Pointwise, State
 from lowmem.optim.writers import Nearest, Writer
+
+ROW = 256
+"""Elements of a row of a compiled chunk where the rule has no blocks."""
 
 OWN_SIZES = 8
 """Sizes of tensors, beside the ladder, for which a frame compiles kernels."""
 
 log = logging.getLogger(__name__)
 
-Kernel = Callable[..., None]
 
+@functools.cache
+def keep_heap() -> None:
+    """Let the C library keep freed blocks of a few MiB instead of handing their pages back at every step.
 
-def _body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], held: Sequence[str]) -> Kernel:
-    """The step of one chunk. Without a rule, g is the direction; without a writer, it becomes it."""
-    streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
-
-    def run(
-        w: Tensor, g: Tensor, scalars: Tensor, rates: Tensor, ok: Tensor, position: Tensor, words: Tensor,
-        skipped: Tensor, *tensors: Tensor,
-    ) -> None:  # fmt: skip
-        state = dict(zip(keys, tensors[: len(keys)], strict=True))
-        extra = dict(zip(held, tensors[len(keys) :], strict=True))
-        gradient = g.float()
-        finite = torch.isfinite(gradient) & ok
-        gradient = torch.where(finite, gradient, 0.0)
-        index = (
-            torch.arange(g.shape[0], dtype=torch.int32, device=g.device) + position if streams else position
-        )
-        hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, index, words, streams)
-        direction, new = rule.step(gradient, state, hp) if rule else (gradient, {})
-        direction = torch.where(finite, direction, 0.0)
-        if writer is None:
-            g.copy_(direction)
-        else:
-            weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
-            w.copy_(weight)
-            for name, value in kept.items():
-                extra[name].copy_(value)
-        for name, value in new.items():
-            state[name].copy_(value)
-        # as a sum of floats: counting booleans keeps the loop from being vectorised
-        skipped.add_(torch.where(finite, 0.0, 1.0).sum().to(torch.int64))
-
-    return run
-
-
-def compiled(body: Kernel) -> Kernel:
-    """Compile a kernel on its own."""
-    # the limit on recompilations counts for each code object: every kernel gets its own
-    code = body.__code__.replace(co_name=f"lowmem_kernel_{id(body):x}")
-    own = types.FunctionType(code, body.__globals__, code.co_name, body.__defaults__, body.__closure__)
-    # the cache of kernels has looked at dtypes, sizes and device: guards would ask again at every call
-    options: dict[str, Any] = {
-        "guard_filter_fn": lambda guards: [False] * len(guards),
-        "emulate_precision_casts": True,  # a cast to 16 bits and back rounds, and must not be dropped
-    }
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    glibc hands a freed block back to the system, to fetch it again page by page, as long as it
+    has not seen a larger one freed (32 MiB at most). This one is never written to: it costs nothing.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 @dataclass
@@ -96,15 +60,39 @@ class Chunks:
     _skipped: dict[torch.device, Tensor] = field(default_factory=dict)
     _true: dict[torch.device, Tensor] = field(default_factory=dict)
     _own: set[int] = field(default_factory=set)
+    _grids: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _asked: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        keep_heap()
 
     def skipped(self) -> int:
         """Elements whose gradient was not finite, so far. Reads from the device."""
+        self._settle()
         return sum(int(count) for count in self._skipped.values())
+
+    def _settle(self) -> None:
+        """Count the elements of the steps that turned out not ok."""
+        for device in {ok.device for ok, _ in self._asked}:
+            here = [(ok, count) for ok, count in self._asked if ok.device == device]
+            counts = torch.tensor([count for _, count in here]).to(device, non_blocking=True)
+            self.counter(device).add_((~torch.stack([ok for ok, _ in here]) * counts).sum())
+        self._asked.clear()
 
     def counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped[device]
+
+    def grid(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """First elements of the rows, (rows, 1), and places in a row, (width,); int32."""
+        key = (rows, width, device)
+        if key not in self._grids:
+            if len(self._grids) > 64:
+                self._grids.clear()
+            first = torch.arange(rows, dtype=torch.int32, device=device) * width
+            self._grids[key] = (first[:, None], torch.arange(width, dtype=torch.int32, device=device))
+        return self._grids[key]
 
     def apply_(
         self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
@@ -132,7 +120,7 @@ class Chunks:
         """
         self._age(s, ok)
         run = _Run(self, rule, None, s, {}, hp, ok, rates(hp))
-        run.skipped = torch.zeros_like(run.skipped)  # the write counts what is skipped
+        run.skipped = torch.empty_like(run.skipped)  # the write counts what is skipped
         flat = low.view(-1)
         for start, length, size in walk(run.spans(flat.numel()), low):
             run.low_chunk(flat[start : start + length], start, size)
@@ -142,24 +130,27 @@ class Chunks:
         ok = direction.ok if direction.ok is not None else self.true(p.device)
         plain = isinstance(writer, Nearest) and p.dtype == torch.float32 and p.dim() == 2
         if plain and direction.pair and direction.lr is None and direction.decay is None:
-            self._add_product_(p, direction.pair, ok, hp)
+            self._add_product_(p, direction.pair, -hp.lr * direction.scale, ok, hp)
             return
         rule, s = direction.then or (None, {})
         run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, direction))
         for start, length, size in walk(run.spans(p.numel()), p):
             run.weight_chunk(p, direction.blocks.chunk(start, start + length), start, size)
 
-    def _add_product_(self, p: Tensor, pair: tuple[Tensor, Tensor], ok: Tensor, hp: Hyper) -> None:
-        """W <- decay W - lr A B in one pass: the product is never held. A step that is not ok has B = 0."""
+    def _add_product_(
+        self, p: Tensor, pair: tuple[Tensor, Tensor], alpha: float, ok: Tensor, hp: Hyper
+    ) -> None:
+        """W <- decay W + alpha A B in one pass; the product is never held. Not ok, it is 0."""
         if hp.weight_decay:
             p.mul_(torch.where(ok, rates(hp)[1], 1.0))
-        p.addmm_(*pair, alpha=-hp.lr)
-        self.counter(p.device).add_(~ok, alpha=p.numel())
+        p.addmm_(*pair, alpha=alpha)
+        self._asked.append((ok, p.numel()))
+        if len(self._asked) >= 4096:
+            self._settle()
 
-    @staticmethod
-    def _age(s: State, ok: Tensor) -> None:
+    def _age(self, s: State, ok: Tensor) -> None:
         if "age" in s:
-            s["age"].add_(ok)
+            s["age"].add_(1 if ok is self._true.get(ok.device) else ok)
 
     def kernel(
         self,
@@ -175,10 +166,10 @@ class Chunks:
         name = (id(rule), id(writer), w.dtype, g.dtype, w.device, g.shape[0] if live else 0, live)
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
-            body = _body(rule, writer, keys, held)
+            step = body(rule, writer, keys, held)
             if live and not any(key[-1] for key in self._kernels):
                 log.info("compiling the optimizer's kernels: the first step takes some seconds more")
-            self._kernels[name] = compiled(body) if live else body
+            self._kernels[name] = compiled(step) if live else step
         return self._kernels[name]
 
     def own(self, rest: int) -> bool:
@@ -199,10 +190,11 @@ class Chunks:
 
 def rates(hp: Hyper, direction: Direction | None = None) -> Tensor:
     """lr and decay as (2,) fp32 on the device; a direction may bring its own."""
-    group = hp.vector(hp.lr, hp.decay, dtype=torch.float32)
+    scale = 1.0 if direction is None else direction.scale
+    group = hp.vector(hp.lr * scale, hp.decay, dtype=torch.float32)
     if direction is None or (direction.lr is None and direction.decay is None):
         return group
-    lr = group[0] if direction.lr is None else direction.lr
+    lr = group[0] if direction.lr is None else direction.lr * scale
     decay = group[1] if direction.decay is None else direction.decay
     return torch.stack((lr.float(), decay.float()))
 
@@ -223,6 +215,7 @@ class _Run:
         self.cuts = [(s[key], per.get(key, 0), fill.get(key, 0)) for key in self.keys]
         self.cuts += [(tensor, 1, 0) for tensor in extra.values()]
         self.streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
+        self.grain = rule.grain if rule else 1
         self.skipped = frame.counter(device)
         self._words: dict[int, Tensor] = {}
 
@@ -237,28 +230,38 @@ class _Run:
             else:
                 yield from ((whole + start, length, size) for start, length, size in spans(count - whole))
             return
-        grain, most = (rule.grain, getattr(rule, "chunk", LADDER[0])) if rule else (1, LADDER[0])
+        most = getattr(rule, "chunk", LADDER[0])
         for start in range(0, count, most):
             length = min(most, count - start)
-            yield start, length, -(-length // grain) * grain
+            yield start, length, -(-length // self.grain) * self.grain
+
+    def width(self, size: int) -> int:
+        """Elements of a row of a chunk."""
+        if self.grain > 1:
+            return self.grain
+        return ROW if self.live else size
 
     def words(self, start: int) -> Tensor:
         """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
+        if not self.streams:
+            return self.rates
         upper = (start + self.hp.offset) >> 32
         if upper not in self._words:
             hp = self.hp
             names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.streams]
-            self._words[upper] = noise.key_tensor(names, self.rates.device) if names else self.rates
+            self._words[upper] = noise.key_tensor(names, self.rates.device)
         return self._words[upper]
 
-    def _position(self, start: int) -> Tensor:
+    def _index(self, start: int, rows: int, width: int) -> Index:
         if not self.streams:
-            return self.rates  # nothing is drawn, so nothing asks for it
+            return self.rates, self.rates, self.rates  # nothing is drawn, so nothing asks for it
         index = (start + self.hp.offset) & 0xFFFFFFFF
         signed = index - (1 << 32) if index >= 1 << 31 else index
-        return self.hp.vector(signed, dtype=torch.int32)[0]
+        return self.hp.vector(signed, dtype=torch.int32)[0], *self.frame.grid(rows, width, self.rates.device)
 
-    def _cut(self, start: int, length: int, size: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    def _cut(
+        self, start: int, length: int, size: int, rows: int
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Views of the state for one chunk; where it must be padded, copies and where they go back."""
         views, back = [], []
         for tensor, per, fill in self.cuts:
@@ -267,24 +270,28 @@ class _Run:
                 continue
             piece = pieces(tensor, per, start, length)
             entries = -(-size // per)
-            if piece.shape[0] == entries:
-                views.append(piece)
-            else:
-                views.append(pad(piece, entries, fill))
-                back.append((piece, views[-1]))
+            if piece.shape[0] != entries:
+                padded = pad(piece, entries, fill)
+                back.append((piece, padded))
+                piece = padded
+            views.append(piece.view(rows, -1) if piece.dim() == 1 else piece)
         return views, back
 
     def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
-        views, back = self._cut(start, length, g.shape[0])
+        size = g.shape[0]
+        width = self.width(size)
+        rows = size // width
+        views, back = self._cut(start, length, size, rows)
+        shaped = g.view(rows, width)
         self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live)(
-            w, g, self.scalars, self.rates, self.ok, self._position(start), self.words(start),
-            self.skipped, *views,
+            shaped if w is g else w.view(rows, width), shaped, self.scalars, self.rates, self.ok,
+            *self._index(start, rows, width), self.words(start), self.skipped, *views,
         )  # fmt: skip
         for piece, padded in back:
             piece.copy_(padded[: piece.shape[0]])
-        if g.shape[0] > length and self.ok is not self.frame.true(w.device):
+        if size > length and self.ok is not self.frame.true(w.device):
             # a step that is refused as a whole was refused for the padding too, which is nobody's
-            self.skipped.sub_((~self.ok) * (g.shape[0] - length))
+            self.skipped.sub_((~self.ok) * (size - length))
 
     def weight_chunk(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
         """Step the weight's elements start..start+len(g), padded to size."""

@@ -3,9 +3,9 @@
 A codec turns a flat fp32 moment into a few plain tensors and back. The order is
 the same for every block-wise codec: decode, move the average with the fresh
 gradient, use the un-encoded result for the step, encode. So codec and rule are
-independent choices. Block-wise codecs work on flat chunks whose length is a
-multiple of their grain; the frame pads the tail, so any size and shape can be
-held, and never changes dtype silently.
+independent choices. Block-wise codecs cut the last dimension, a multiple of
+their grain; the frame pads the tail, so any size and shape can be held, and
+never changes dtype silently.
 
     Dense        fp32, or bf16 written with stochastic rounding
     Blockwise    8 or 4 bits of the dynamic map, one fp32 scale for each block
@@ -30,11 +30,13 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim import noise
 from lowmem.optim.rule import ChunkHyper, State
 
+BF16_MAX = torch.finfo(torch.bfloat16).max
+
 STATES = ("fp32", "bf16", "int8", "int4", "companded8")
 
 
 class Codec(Protocol):
-    """How one moment is held. Values are flat fp32; `constants` are the shared tensors."""
+    """How one moment is held. Values are fp32, (..., k grain); `constants` are the shared tensors."""
 
     @property
     def grain(self) -> int: ...
@@ -54,10 +56,12 @@ class Codec(Protocol):
         """Constant tables, held once for each optimizer."""
 
     def decode(self, s: State, constants: Mapping[str, Tensor]) -> Tensor:
-        """The moment, flat fp32."""
+        """The moment in fp32."""
 
-    def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
-        """What is held of a flat fp32 moment."""
+    def encode(
+        self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor], root: Tensor | None = None
+    ) -> State:
+        """What is held of a moment; `root` is its square root, where the rule has taken it."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ class Dense:
         """A cast."""
         return s[""].float()
 
-    def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
+    def encode(
+        self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor], root: Tensor | None = None
+    ) -> State:
         """A cast, at random for bf16."""
         if self.dtype == torch.float32:
             return {"": value}
@@ -164,15 +170,17 @@ class Blockwise:
         """map[code] scale."""
         codes = s["codes"]
         if self.bits == 4:
-            codes = torch.stack((codes >> 4, codes & 15), dim=-1).view(-1)
+            codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(-2)
         values = constants[f"{self._name}.map"][codes.int()]
-        return (values.view(-1, self.grain) * s["scale"].unsqueeze(-1)).view(-1)
+        return (_blocks(values, self.grain) * s["scale"].unsqueeze(-1)).flatten(-2)
 
-    def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
+    def encode(
+        self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor], root: Tensor | None = None
+    ) -> State:
         """The code of the nearest entry; halfway goes up."""
-        blocks = value.view(-1, self.grain)
+        blocks = _blocks(value, self.grain)
         scale = blocks.abs().amax(-1).clamp(min=1e-12)
-        y = (blocks / scale.unsqueeze(-1)).view(-1)
+        y = (blocks / scale.unsqueeze(-1)).flatten(-2)
         thresholds = constants[f"{self._name}.thresholds"]
         if self.bits == 8:
             below = constants[f"{self._name}.below"][(y.view(torch.int32) >> 16) & 0xFFFF].int()
@@ -181,16 +189,16 @@ class Blockwise:
         codes = torch.zeros_like(y, dtype=torch.int32)
         for k in range(15):
             codes = codes + (y >= thresholds[k]).int()
-        pairs = codes.view(-1, 2)
-        return {"codes": (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8), "scale": scale}
+        first, second = _blocks(codes, 2).unbind(-1)
+        return {"codes": (first * 16 + second).to(torch.uint8), "scale": scale}
 
 
 @dataclass(frozen=True)
 class Companded:
     """8 bits after a curve that spreads small values (FlashOptim, arXiv 2602.23349).
 
-    signed: z = 2y / (1 + |y|), code = round(127 z), y = z / (2 - |z|), with y = x / max |x|;
-    unsigned: code = round(255 sqrt(y)).
+    signed: z = 2y / (1 + |y|), code = round(127 z), y = z / (2 - |z|), with y = x / scale, scale = max |x|;
+    unsigned: code = round(255 sqrt(x) / scale), scale = max sqrt(x).
 
     Bytes for d elements: d + 2 ceil(d / 32). No table, exact zero, no tail that
     collapses. The scale is bf16 where the paper has fp16: moments below 6e-5 have no
@@ -226,29 +234,36 @@ class Companded:
         return {}
 
     def decode(self, s: State, constants: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of the curve, times the scale."""
+        """The inverse of the curve, times the scale: with c = 127 z, z / (2 - |z|) is c / (254 - |c|)."""
         scale = s["scale"].float().unsqueeze(-1)
-        codes = s["codes"].float().view(-1, self.grain)
+        codes = _blocks(s["codes"].float(), self.grain)
         if self.signed:
-            z = codes * (1.0 / 127.0)
-            return (z / (2.0 - z.abs()) * scale).view(-1)
+            return (codes * scale / (254.0 - codes.abs())).flatten(-2)
         root = codes * (scale * (1.0 / 255.0))
-        return (root * root).view(-1)
+        return (root * root).flatten(-2)
 
-    def encode(self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor]) -> State:
-        """The curve at x / scale; unsigned moments are held by their root."""
-        blocks = value.view(-1, self.grain)
-        top = blocks.abs().amax(-1) if self.signed else blocks.amax(-1).sqrt()
-        held = noise.round_nearest(top, torch.bfloat16)
-        scale = held.to(torch.bfloat16)
-        # a block of zeros has scale 0: its codes are 0 / 1, not 0 / 0
-        inverse = torch.where(held > 0, 1.0 / held, 0.0).unsqueeze(-1)
+    def encode(
+        self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor], root: Tensor | None = None
+    ) -> State:
+        """The curve at x / scale, 254 x / (scale + |x|); unsigned moments are held by their root."""
+        if not self.signed:
+            value = value.sqrt() if root is None else root
+        blocks = _blocks(value, self.grain)
+        top = (blocks.abs() if self.signed else blocks).amax(-1)
+        scale = top.clamp(max=BF16_MAX).to(torch.bfloat16)
+        # a block of zeros has scale 0: its codes are 0 / tiny, not 0 / 0
+        held = scale.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
         if self.signed:
-            y = blocks * inverse
-            z = (2.0 * y / (1.0 + y.abs()) * 127.0).round().clamp(-127, 127)
-            return {"codes": z.to(torch.int8).view(-1), "scale": scale}
-        z = (blocks.sqrt() * (255.0 * inverse)).round().clamp(0, 255)
-        return {"codes": z.to(torch.uint8).view(-1), "scale": scale}
+            codes = (blocks / (blocks.abs() + held) * 254.0).round()
+            return {"codes": codes.to(torch.int8).flatten(-2), "scale": scale}
+        # the scale may be rounded down: the largest root is then more than 255 of them
+        codes = (blocks * (255.0 / held)).round().clamp(max=255.0)
+        return {"codes": codes.to(torch.uint8).flatten(-2), "scale": scale}
+
+
+def _blocks(x: Tensor, grain: int) -> Tensor:
+    """The last dimension cut into blocks, (..., k, grain)."""
+    return x.view(*x.shape[:-1], -1, grain)
 
 
 def dynamic_map(bits: int, signed: bool) -> Tensor:

@@ -175,7 +175,7 @@ class ChunkHyper:
         lr, decay: 0-D fp32.
         ok: 0-D bool; False where no part of the tensor's step is taken, and its state must stay.
         finite: bool, per element: False where the step must not be taken.
-        position: (n,) int32 global element indices.
+        position: (rows, width) int32 global element indices.
         keys: (streams, 2) int32; `streams` names its rows.
     """
 
@@ -233,7 +233,11 @@ class Pointwise(Protocol):
         """The fp32 numbers that the step needs, 1-D, once for each tensor."""
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
-        """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk."""
+        """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk.
+
+        A chunk is (rows, width), a row being one block of `grain` elements or, where that is 1, any
+        number of them. A state tensor of one dimension comes as (rows, width / per), another as it is.
+        """
 
     def moments(self, s: State) -> State:
         """Decoded moments, flat fp32, for modifiers."""

@@ -39,6 +39,8 @@ from lowmem.optim.rule import (
     scoped,
 )
 
+LARGEST = torch.finfo(torch.float32).max
+
 ON_REFRESH = ("keep", "reset", "rotate")
 
 
@@ -130,19 +132,20 @@ class Subspace:
         view, rest = scoped(s, "projector"), scoped(s, "residual")
         low, seen = self._seen(g, view, rest)
         least, most = low.aminmax()
-        ok = torch.isfinite(hp.total(most - least, "max"))
+        ok = hp.total(most - least, "max") <= LARGEST  # false for NaN and Inf
         reads = self.residual.reads_rest and not self._complete(g.shape)
         before = low.clone() if reads else low
         inside, ok = self._step_inside(low, scoped(s, "inner"), hp, ok)
-        if self.scale != 1.0:
-            low.mul_(self.scale)
         commit = prefixed("inner", inside.commit) if inside else {}
         lr, decay = (inside.lr, inside.decay) if inside else (None, None)
         if not reads:
             pair = self.projector.pair(view, low, g.shape)
-            return Direction(self._lifted(view, low, g), pair, lr, decay, ok, commit)
+            lifted = self._lifted(view, low, g)
+            return Direction(lifted, pair, self.scale, lr=lr, decay=decay, ok=ok, commit=commit)
+        if self.scale != 1.0:
+            low.mul_(self.scale)
         step = self.residual.absorb(rest, self._rest(view, before, seen))
-        return Direction(self._both(view, low, seen, step), None, lr, decay, ok, commit)
+        return Direction(self._both(view, low, seen, step), lr=lr, decay=decay, ok=ok, commit=commit)
 
     def _seen(self, g: Blocks, view: State, rest: State) -> tuple[Tensor, Blocks]:
         if isinstance(g, Projected):

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim import noise
-from lowmem.optim.chunks import Kernel, compiled
 from lowmem.optim.cutting import pad, read_flat, write_flat
+from lowmem.optim.kernels import Kernel, compiled
 from lowmem.optim.writers import HALF
 
 log = logging.getLogger(__name__)

@@ -100,8 +100,13 @@ class Adam:
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """1 - beta1, 1 - beta2, eps, and what the bias corrections multiply by; betas in double precision."""
         beta1, beta2 = hp.betas
+        rates = (1.0 - beta1, 1.0 - beta2, hp.eps)
+        if s["age"].device.type == "cpu":  # at hand without waiting, and the same for nearly all tensors
+            t = int(s["age"])
+            bias = (1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5) if t else (math.inf, math.inf)
+            return hp.vector(*rates, *bias, dtype=torch.float32)
         corrections = (1.0 - hp.vector(beta1, beta2) ** s["age"]) ** hp.vector(-1.0, -0.5)
-        return torch.cat((hp.vector(1.0 - beta1, 1.0 - beta2, hp.eps), corrections)).float()
+        return torch.cat((hp.vector(*rates), corrections)).float()
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """The equations above, on one chunk."""
@@ -112,8 +117,9 @@ class Adam:
         m = hp.keep(torch.addcmul(old1, g - old1, rate1), old1)
         # the square of a large gradient overflows: state must stay finite
         v = hp.keep(torch.addcmul(old2, g * g - old2, rate2).clamp(max=LARGEST), old2)
-        d = (m * correction1) / (v.sqrt() * correction2 + eps)
-        new = self._join(self.exp_avg.encode(m, hp, s), self.exp_avg_sq.encode(v, hp, s))
+        root = v.sqrt()
+        d = (m * correction1) / (root * correction2 + eps)
+        new = self._join(self.exp_avg.encode(m, hp, s), self.exp_avg_sq.encode(v, hp, s, root))
         return d, new
 
     def moments(self, s: State) -> State:

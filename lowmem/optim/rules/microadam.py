@@ -117,7 +117,7 @@ class MicroAdam:
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """The equations above on one chunk; a gradient that is not finite counts as zero."""
         owed = unpacked(s["error.codes"], s["error.range"])
-        a = (g.view(-1, BLOCK) + owed).clamp(-LARGEST, LARGEST)
+        a = (g + owed).clamp(-LARGEST, LARGEST)
         index = a.abs().topk(self.kept, dim=1, sorted=False).indices
         value = a.gather(1, index).to(torch.bfloat16)
         codes, span = packed(a.scatter(1, index, 0.0), self.bucket)
@@ -128,7 +128,7 @@ class MicroAdam:
             "error.codes": torch.where(hp.ok, codes, s["error.codes"]),
             "error.range": torch.where(hp.ok, span, s["error.range"]),
         }
-        return self._direction(new["index"], new["value"], slot, hp.scalars).view(-1), new
+        return self._direction(new["index"], new["value"], slot, hp.scalars), new
 
     @staticmethod
     def _taken(rows: Tensor, slot: Tensor, newest: Tensor, ok: Tensor) -> Tensor:

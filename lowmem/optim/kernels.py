@@ -1,0 +1,115 @@
+"""The step of one chunk: guards around a pure rule and a pure writer, and how it is compiled.
+
+A kernel sees a chunk as rows of one block of the rule (`grain`), or of any
+length where it has no blocks: a reduction along a row is a short loop, and what
+is found there broadcasts along it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.optim.rule import ChunkHyper, Pointwise
+from lowmem.optim.writers import Writer
+
+LARGEST = torch.finfo(torch.float32).max
+
+Kernel = Callable[..., None]
+
+Index = tuple[Tensor, Tensor, Tensor]
+"""An element's place: of the chunk in the tensor, of the row in it (rows, 1), and in the row (width,)."""
+
+
+def body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], held: Sequence[str]) -> Kernel:
+    """A step of (rows, width) elements. Without a rule, g is the direction; without a writer, it becomes it.
+
+    Args:
+        keys: of the rule's state, in the order of the tensors; held: of the writer's, after them.
+    """
+    streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
+
+    def run(
+        w: Tensor, g: Tensor, scalars: Tensor, rates: Tensor, ok: Tensor, start: Tensor, row: Tensor,
+        column: Tensor, words: Tensor, skipped: Tensor, *tensors: Tensor,
+    ) -> None:  # fmt: skip
+        state = dict(zip(keys, tensors[: len(keys)], strict=True))
+        extra = dict(zip(held, tensors[len(keys) :], strict=True))
+        gradient = g.float()
+        # one comparison for NaN, Inf and a step that is not ok
+        finite = gradient.abs() <= torch.where(ok, LARGEST, -1.0)
+        gradient = torch.where(finite, gradient, 0.0)
+        position = row + start + column if streams else start
+        hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, position, words, streams)
+        direction, new = rule.step(gradient, state, hp) if rule else (gradient, {})
+        direction = torch.where(finite, direction, 0.0)
+        if writer is None:
+            g.copy_(direction)
+        else:
+            weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
+            w.copy_(weight)
+            for name, value in kept.items():
+                extra[name].copy_(value)
+        for name, value in new.items():
+            state[name].copy_(value)
+        # floats, row by row: a sum of booleans or over all at once is what would take the longest here
+        skipped.add_(torch.where(finite, 0.0, 1.0).sum(-1).sum().to(torch.int64))
+
+    return run
+
+
+OPTIONS = {
+    "emulate_precision_casts": True,  # a cast to 16 bits and back rounds, and must not be dropped
+    "assert_indirect_indexing": False,  # codes cannot point outside their table: checks cost a third
+}
+
+
+def compiled(step: Kernel) -> Kernel:
+    """Compile a kernel on its own.
+
+    Calling what `torch.compile` gives takes tens of microseconds, and hundreds where other work has
+    emptied the caches: more than the kernel itself for most tensors of a model. Nothing of that is
+    needed after the first call, as the cache of kernels fixes dtypes, sizes and device: what was
+    generated is called directly, with the tensors in the order in which it took them the first time.
+    """
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    # the limit on recompilations counts for each code object: every kernel gets its own
+    code = step.__code__.replace(co_name=f"lowmem_kernel_{id(step):x}")
+    own = types.FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
+    graphs: list[Any] = []
+    taken: list[Tensor] = []
+    order: list[int] = []
+
+    def generate(graph: Any, inputs: Any, **more: Any) -> Any:
+        graphs.append(compile_fx_inner(graph, inputs, **more))
+
+        def call(tensors: list[Tensor]) -> Any:
+            taken[:] = tensors
+            return graphs[-1](tensors)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        with functorch_config.patch(enable_autograd_cache=False):  # a hit there would not come by `generate`
+            return compile_fx(graph, inputs, inner_compile=generate, config_patches=OPTIONS)
+
+    whole = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+
+    def run(*tensors: Tensor) -> None:
+        if order:
+            graphs[0]([tensors[i] for i in order])
+            return
+        whole(*tensors)
+        places = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
+        if len(graphs) == 1 and all(id(tensor) in places for tensor in taken):
+            order.extend(places[id(tensor)] for tensor in taken)
+        taken.clear()
+
+    return run
