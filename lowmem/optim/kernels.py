@@ -76,9 +76,6 @@ def compiled(step: Kernel) -> Kernel:
     needed after the first call, as the cache of kernels fixes dtypes, sizes and device: what was
     generated is called directly, with the tensors in the order in which it took them the first time.
     """
-    from torch._functorch import config as functorch_config
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
     # the limit on recompilations counts for each code object: every kernel gets its own
     code = step.__code__.replace(co_name=f"lowmem_kernel_{id(step):x}")
     own = types.FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
@@ -86,17 +83,24 @@ def compiled(step: Kernel) -> Kernel:
     taken: list[Tensor] = []
     order: list[int] = []
 
-    def generate(graph: Any, inputs: Any, **more: Any) -> Any:
-        graphs.append(compile_fx_inner(graph, inputs, **more))
-
-        def call(tensors: list[Tensor]) -> Any:
-            taken[:] = tensors
-            return graphs[-1](tensors)
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
-
     def backend(graph: Any, inputs: Any) -> Any:
+        from torch._functorch import config as functorch_config
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+        def generate(graph: Any, inputs: Any, **more: Any) -> Any:
+            graphs.append(compile_fx_inner(graph, inputs, **more))
+
+            def call(tensors: list[Tensor]) -> Any:
+                given = list(tensors)  # it empties what it is given
+                out = graphs[-1](tensors)
+                taken[:] = (
+                    [] if out else given
+                )  # an output would be for torch.compile to put where it belongs
+                return out
+
+            call._boxed_call = True  # type: ignore[attr-defined]
+            return call
+
         with functorch_config.patch(enable_autograd_cache=False):  # a hit there would not come by `generate`
             return compile_fx(graph, inputs, inner_compile=generate, config_patches=OPTIONS)
 
@@ -108,7 +112,7 @@ def compiled(step: Kernel) -> Kernel:
             return
         whole(*tensors)
         places = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
-        if len(graphs) == 1 and all(id(tensor) in places for tensor in taken):
+        if len(graphs) == 1 and taken and all(id(tensor) in places for tensor in taken):
             order.extend(places[id(tensor)] for tensor in taken)
         taken.clear()
 
