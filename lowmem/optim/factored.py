@@ -26,6 +26,7 @@ from lowmem.optim.cutting import walk
 from lowmem.optim.rule import Hyper, State
 
 TINY = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float32).max / 2  # means of columns may be rounded up
 
 
 class Factored(Protocol):
@@ -34,14 +35,17 @@ class Factored(Protocol):
     def init(self, x: Tensor) -> State:
         """What is held for a weight like x: of the zero matrix."""
 
-    def reduce(self, g: Blocks, share: Tensor, hp: Hyper) -> State:
-        """What is held of G^2; `share` is the part of the whole tensor that g is."""
+    def reduce(self, g: Blocks, eps: float, hp: Hyper) -> State:
+        """What is held of G^2 + eps."""
+
+    def sound(self, new: State, hp: Hyper) -> Tensor:
+        """0-D bool: what `reduce` gave is finite, and so is every element that it has seen."""
 
     def average_(self, s: State, new: State, rate: Tensor, ok: Tensor) -> None:
         """Move s towards new by the rate, where ok."""
 
-    def roots(self, s: State, share: Tensor, hp: Hyper) -> tuple[Tensor, Tensor]:
-        """p (m,) and q (n,) with 1 / sqrt(V) = p q'."""
+    def roots(self, s: State, hp: Hyper) -> tuple[Tensor, Tensor]:
+        """p (m,) and q (n,) with 1 / sqrt(V) = p q'; both fresh."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +70,39 @@ class RowCol:
         m, n = matrix_shape(x.shape)
         return {"row": torch.zeros(m, device=x.device), "col": torch.zeros(n, device=x.device)}
 
-    def reduce(self, g: Blocks, share: Tensor, hp: Hyper) -> State:
+    def reduce(self, g: Blocks, eps: float, hp: Hyper) -> State:
         """Both means of G^2 in one pass; columns are averaged over all shards of rows."""
         m, n = g.shape
-        row, col = torch.zeros(m, device=g.device), torch.zeros(n, device=g.device)
-        along, down = torch.full_like(col, 1.0 / n), torch.full_like(row, 1.0 / m)
+        row, col = torch.full((m,), eps, device=g.device), torch.full((n,), eps * hp.share, device=g.device)
+        along, down = hp.filled(n, 1.0 / n), hp.filled(m, hp.share / m)
         for i, j in walk(g.ranges(), row):
-            # contiguous: a transposed gradient must give the same bits
-            square = g.rows(i, j).contiguous().square()
-            row[i:j] = square @ along
-            col.addmv_(square.t(), down[i:j])
-        return {"row": row, "col": hp.total(col * share)}
+            _add_means_(row[i:j], col, g.rows(i, j), along, down[i:j])
+        return {"row": row, "col": hp.total(col)}
+
+    def sound(self, new: State, hp: Hyper) -> Tensor:
+        """Every element reaches a mean of its row: their mean tells of NaN, Inf and squares beyond fp32."""
+        return hp.total(self._mean(new, hp)) <= LARGEST
 
     def average_(self, s: State, new: State, rate: Tensor, ok: Tensor) -> None:
         """The mean of an average is the average of the means."""
         for key, value in new.items():
-            s[key].copy_(torch.where(ok, s[key] + rate * (value - s[key]), s[key]))
+            s[key].lerp_(torch.where(ok, value, s[key]), rate)
 
-    def roots(self, s: State, share: Tensor, hp: Hyper) -> tuple[Tensor, Tensor]:
+    def roots(self, s: State, hp: Hyper) -> tuple[Tensor, Tensor]:
         """1 / sqrt(r / mean(r)) and 1 / sqrt(c)."""
-        mean = hp.total(s["row"].double().mean() * share)
+        mean = hp.total(self._mean(s, hp))
         # a row without gradient may lie 1e38 below the mean: its root stays finite
-        row = (s["row"] / mean.clamp(min=TINY)).clamp(min=max(self.floor, TINY))
-        col = torch.maximum(s["col"], (self.floor * mean).float())
-        return row.rsqrt(), col.clamp(min=TINY).rsqrt()
+        row = (s["row"] / mean.clamp(min=TINY)).clamp_(min=max(self.floor, TINY))
+        col = torch.maximum(s["col"], self.floor * mean) if self.floor else s["col"]
+        return row.rsqrt_(), col.clamp(min=TINY).rsqrt_()
+
+    @staticmethod
+    def _mean(s: State, hp: Hyper) -> Tensor:
+        return torch.dot(s["row"], hp.filled(s["row"].numel(), hp.share / s["row"].numel()))
+
+
+def _add_means_(row: Tensor, col: Tensor, rows: Tensor, along: Tensor, down: Tensor) -> None:
+    """Of its own so that the squares of one block are gone before those of the next are made."""
+    square = rows.contiguous().square()  # contiguous: a transposed gradient must give the same bits
+    row.addmv_(square, along)
+    col.addmv_(square.t(), down)

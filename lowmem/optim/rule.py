@@ -102,13 +102,16 @@ class Lookup:
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], Tensor] = {}
 
-    def __call__(self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The values as a 1-D tensor; not to be written to."""
-        key = (values, dtype, device)
+    def __call__(
+        self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device, times: int = 1
+    ) -> Tensor:
+        """The values, so many times, as a 1-D tensor; not to be written to."""
+        key = (values, dtype, device, times)
         if key not in self._made:
             if len(self._made) > 4096:
                 self._made.clear()
-            self._made[key] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+            made = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+            self._made[key] = made if times == 1 else made.repeat(times)
         return self._made[key]
 
 
@@ -150,6 +153,15 @@ class Hyper:
     def vector(self, *values: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """Floats as a cached 1-D tensor on the weight's device."""
         return self.constant(values, dtype, self.weight.device)
+
+    def filled(self, count: int, value: float) -> Tensor:
+        """A vector of one value, cached, fp32; not to be written to."""
+        return self.constant((value,), torch.float32, self.weight.device, count)
+
+    @property
+    def share(self) -> float:
+        """The part of the tensor that is held here; one device holds it all today."""
+        return 1.0
 
     def due(self, gap: int) -> bool:
         """Whether a refresh with this gap falls on this step: at first, then staggered by name."""

@@ -245,16 +245,19 @@ class Shards:
 class Sharded(Hyper):
     shards: Any = None
     rank: int = 0
+    part: float = 1.0
+
+    @property
+    def share(self) -> float:
+        return self.part
 
     def total(self, x: Tensor, op: str = "sum") -> Tensor:
         return self.shards.total(self.rank, x, op) if self.shards else x
 
 
-def hyper(w: Tensor, shards: Any = None, rank: int = 0) -> Hyper:
-    advance = Chunks().advance_
-    return Sharded(
-        0, "w", 0, 0.1, (0.9, 0.999), 1e-8, 0.0, Dense(w), tuple(w.shape), advance, shards=shards, rank=rank
-    )
+def hyper(w: Tensor, shards: Any = None, rank: int = 0, part: float = 1.0) -> Hyper:
+    advance, more = Chunks().advance_, {"shards": shards, "rank": rank, "part": part}
+    return Sharded(0, "w", 0, 0.1, (0.9, 0.999), 1e-8, 0.0, Dense(w), tuple(w.shape), advance, **more)
 
 
 @pytest.mark.parametrize("shape", [(11, 9), (50,)])
@@ -268,7 +271,9 @@ def test_shards_of_unequal_size_take_the_step_of_the_whole(shape: tuple[int, ...
 
     def work(rank: int) -> None:
         weight, gradient = parts[rank]
-        found[rank] = rule.update(Dense(gradient), rule.init(weight), hyper(weight, shards, rank))
+        found[rank] = rule.update(
+            Dense(gradient), rule.init(weight), hyper(weight, shards, rank, len(weight) / len(w))
+        )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:

@@ -120,12 +120,10 @@ class Adafactor:
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Divide by the root of the second moment, clip, find the step size."""
-        count = hp.vector(float(g.shape[0] * g.shape[1]))[0]
-        share = count / hp.total(count)
         find = self._vector if "square.row" not in s else self._matrix
-        blocks, ok = find(g, s, share, hp)
+        blocks, ok = find(g, s, hp)
         own = self.scale_parameter or self.relative_step
-        alpha = self._alpha(s, share, hp) if own else None
+        alpha = self._alpha(s, hp) if own else None
         if self.momentum is None:
             decay = None if alpha is None else 1.0 - hp.weight_decay * alpha
             return Direction(blocks, lr=alpha, decay=decay, ok=ok)
@@ -134,40 +132,39 @@ class Adafactor:
         then = (self.momentum, {**held, "rate": rate})
         return Direction(blocks, lr=hp.vector(1.0)[0], decay=1.0 - hp.weight_decay * rate, ok=ok, then=then)
 
-    def _matrix(self, g: Blocks, s: State, share: Tensor, hp: Hyper) -> tuple[Blocks, Tensor]:
+    def _matrix(self, g: Blocks, s: State, hp: Hyper) -> tuple[Blocks, Tensor]:
         """U of a matrix, row block by row block; two passes over G, and one when U is read."""
         held = part(s, "square")
-        new = {key: mean + self.square.eps for key, mean in self.factored.reduce(g, share, hp).items()}
-        # every element reaches the means: they tell of NaN, Inf and squares beyond fp32
-        ok = torch.isfinite(hp.total(torch.stack([mean.double().sum() for mean in new.values()]).sum()))
+        new = self.factored.reduce(g, self.square.eps, hp)
+        ok = self.factored.sound(new, hp)
         s["age"].add_(ok)
-        self.factored.average_(held, new, self.square.rate(s), ok)
-        p, q = self.factored.roots(held, share, hp)
-        norms = torch.zeros_like(p)
+        self.factored.average_(held, new, self.square.rate(s, hp), ok)
+        p, q = self.factored.roots(held, hp)
+        norms = torch.empty_like(p)
         for i, j in walk(g.ranges(), p):
             norms[i:j] = _norms(g.rows(i, j) * q)
-        squares = (norms * p).double().square().sum() / (g.shape[0] * g.shape[1])
-        p = p * self._shrink(squares, share, hp)
+        norms.mul_(p)
+        p.mul_(self._shrink(torch.dot(norms, norms), g.shape[0] * g.shape[1], hp))
 
         def rows(i: int, j: int) -> Tensor:
             return (g.rows(i, j) * q).mul_(p[i:j, None])
 
         return Blocks(g.shape, rows, g.device), ok
 
-    def _vector(self, g: Blocks, s: State, share: Tensor, hp: Hyper) -> tuple[Blocks, Tensor]:
+    def _vector(self, g: Blocks, s: State, hp: Hyper) -> tuple[Blocks, Tensor]:
         """U of a vector; its second moment is held in full."""
         u = g.rows(0, 1).clone(memory_format=torch.contiguous_format)
         ok = torch.isfinite(hp.total(u.abs().amax(), "max").square())
         held = {key: s[key] for key in sorted(s) if not key.startswith("momentum")}
         hp.advance(self.square, u, held, hp, ok)
-        return Dense(u, self._shrink(u.double().square().mean(), share, hp)), ok
+        return Dense(u, self._shrink(torch.dot(u[0], u[0]), u.numel(), hp)), ok
 
-    def _shrink(self, mean: Tensor, share: Tensor, hp: Hyper) -> Tensor:
-        """The factor that brings rms(U) down to the threshold, from the mean of U^2 held here."""
-        rms = hp.total(mean * share).sqrt()
-        return 1.0 / (rms / self.clip_threshold).clamp(min=1.0).float()
+    def _shrink(self, squares: Tensor, count: int, hp: Hyper) -> Tensor:
+        """min(1, clip_threshold / rms(U)), from the sum of U^2 over the `count` elements held here."""
+        mean = hp.total(squares) * (hp.share / count / self.clip_threshold**2)
+        return mean.rsqrt_().clamp_(max=1.0)
 
-    def _alpha(self, s: State, share: Tensor, hp: Hyper) -> Tensor:
+    def _alpha(self, s: State, hp: Hyper) -> Tensor:
         """The step size, 0-D float64."""
         alpha = hp.vector(hp.lr)[0]
         if self.relative_step:
@@ -178,7 +175,7 @@ class Adafactor:
             return alpha
         m, n = hp.weight.shape
         squares = hp.weight.sum(lambda rows: _norms(rows).double().square().sum())
-        return alpha * hp.total(squares / (m * n) * share).sqrt().clamp(min=self.eps2)
+        return alpha * hp.total(squares * (hp.share / (m * n))).sqrt().clamp(min=self.eps2)
 
     def check_rebase(self, kind: str) -> None:
         """Means over rows and columns do not determine those in another basis."""

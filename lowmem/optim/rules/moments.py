@@ -67,13 +67,15 @@ class Square:
         """The codec's tables."""
         return self.codec.shared(x)
 
-    def rate(self, s: State) -> Tensor:
-        """How far the average moves, t^decay_rate: all the way at the first step."""
-        return s["age"].double() ** self.decay_rate
+    def rate(self, s: State, hp: Hyper) -> Tensor:
+        """How far the average moves, t^decay_rate: all the way at the first step; 0-D fp32."""
+        if s["age"].device.type == "cpu":  # at hand without waiting
+            return hp.vector(max(int(s["age"]), 1) ** self.decay_rate, dtype=torch.float32)[0]
+        return (s["age"].double() ** self.decay_rate).float()
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """The rate and eps."""
-        return torch.stack((self.rate(s), hp.vector(self.eps)[0])).float()
+        return torch.stack((self.rate(s, hp), hp.vector(self.eps, dtype=torch.float32)[0]))
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """The equations above, on one chunk."""
