@@ -22,6 +22,7 @@ LAYERS = [
     {"noise", "math", "cutting", "checks"},
     {"blocks", "rule"},
     {"codecs", "factored", "writers"},
+    {"kernels"},
     {"chunks"},
     {"rules"},
     {"residuals", "projectors"},

@@ -69,51 +69,72 @@ OPTIONS = {
 
 
 def compiled(step: Kernel) -> Kernel:
-    """Compile a kernel on its own.
+    """Compile a kernel on its own."""
+    return _Compiled(step)
+
+
+class _Compiled:
+    """A kernel that compiles itself when it is first called.
 
     Calling what `torch.compile` gives takes tens of microseconds, and hundreds where other work has
     emptied the caches: more than the kernel itself for most tensors of a model. Nothing of that is
     needed after the first call, as the cache of kernels fixes dtypes, sizes and device: what was
     generated is called directly, with the tensors in the order in which it took them the first time.
     """
-    # the limit on recompilations counts for each code object: every kernel gets its own
-    code = step.__code__.replace(co_name=f"lowmem_kernel_{id(step):x}")
-    own = types.FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
-    graphs: list[Any] = []
-    taken: list[Tensor] = []
-    order: list[int] = []
 
-    def backend(graph: Any, inputs: Any) -> Any:
-        from torch._functorch import config as functorch_config
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    def __init__(self, step: Kernel) -> None:
+        # the limit on recompilations counts for each code object: every kernel gets its own
+        code = step.__code__.replace(co_name=f"lowmem_kernel_{id(step):x}")
+        own = types.FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
+        self._whole = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        self._graphs: list[Any] = []
+        self._taken: list[Tensor] = []
+        self._order: list[int] = []
 
-        def generate(graph: Any, inputs: Any, **more: Any) -> Any:
-            graphs.append(compile_fx_inner(graph, inputs, **more))
-
-            def call(tensors: list[Tensor]) -> Any:
-                given = list(tensors)  # it empties what it is given
-                out = graphs[-1](tensors)
-                taken[:] = (
-                    [] if out else given
-                )  # an output would be for torch.compile to put where it belongs
-                return out
-
-            call._boxed_call = True  # type: ignore[attr-defined]
-            return call
-
-        with functorch_config.patch(enable_autograd_cache=False):  # a hit there would not come by `generate`
-            return compile_fx(graph, inputs, inner_compile=generate, config_patches=OPTIONS)
-
-    whole = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
-
-    def run(*tensors: Tensor) -> None:
-        if order:
-            graphs[0]([tensors[i] for i in order])
+    def __call__(self, *tensors: Tensor) -> None:
+        if self._order:
+            self._graphs[0]([tensors[i] for i in self._order])
             return
-        whole(*tensors)
+        self._whole(*tensors)
         places = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
-        if len(graphs) == 1 and taken and all(id(tensor) in places for tensor in taken):
-            order.extend(places[id(tensor)] for tensor in taken)
-        taken.clear()
+        if len(self._graphs) == 1 and self._taken and all(id(tensor) in places for tensor in self._taken):
+            self._order = [places[id(tensor)] for tensor in self._taken]
+        self._taken = []
 
-    return run
+    def _backend(self, graph: Any, inputs: Any) -> Any:
+        from torch._inductor import config
+        from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+        from torch._inductor.exc import CppCompileError
+
+        if config.cpp.vec_isa_ok is not None:
+            return self._build(graph, inputs, OPTIONS)
+        try:
+            # what the processor says it can, g++ can too; compiling a test for all of it takes ten seconds
+            return self._build(graph, inputs, {**OPTIONS, "cpp.vec_isa_ok": True})
+        except CppCompileError:
+            valid_vec_isa_list.cache_clear()
+            self._graphs.clear()
+            return self._build(graph, inputs, OPTIONS)
+
+    def _build(self, graph: Any, inputs: Any, options: dict[str, Any]) -> Any:
+        from torch._functorch import config
+        from torch._inductor.compile_fx import compile_fx
+
+        with config.patch(enable_autograd_cache=False):  # a hit there would not come by `_generate`
+            return compile_fx(graph, inputs, inner_compile=self._generate, config_patches=options)
+
+    def _generate(self, graph: Any, inputs: Any, **more: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        generated = compile_fx_inner(graph, inputs, **more)
+        self._graphs.append(generated)
+
+        def call(tensors: list[Tensor]) -> Any:
+            given = list(tensors)  # it empties what it is given
+            outputs = generated(tensors)
+            # an output would be for torch.compile to put where it belongs
+            self._taken = [] if outputs else given
+            return outputs
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call

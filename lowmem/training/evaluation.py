@@ -65,7 +65,7 @@ class HeldOut(TrainerCallback):
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
-    """Greedy answers to prompts, each alone, in the model's chat template.
+    """Greedy answers to prompts in the model's chat template, generated side by side.
 
     Args:
         model: its mode and its generation settings are left as they were.
@@ -73,18 +73,24 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
         prompts: one user message each.
         max_new_tokens: longest answer.
     """
+    if not prompts:
+        return []
     was = model.training
     model.eval()
     try:
-        return [_answer(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+        return _answers(model, tokenizer, prompts, max_new_tokens)
     finally:
         model.train(was)
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    messages = [{"role": "user", "content": prompt}]
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        padding=True,
+        tokenizer_kwargs={"padding_side": "left"},  # what is generated follows the prompt without a gap
+        return_tensors="pt",
+        return_dict=True,
     ).to(model.device)
     # The model's own sampling settings are unset, or transformers warns that greedy search ignores them.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
@@ -92,6 +98,5 @@ def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str
         output = model.generate(
             **inputs, **greedy, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
         )
-    new = output[0, inputs["input_ids"].shape[1] :]
-    text: str = tokenizer.decode(new, skip_special_tokens=True)
-    return " ".join(text.split())
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]

@@ -10,6 +10,7 @@ library.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from lowmem.errors import UserError
 from lowmem.memory import hub
@@ -147,7 +149,7 @@ def _convert(source: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logging.getLogger(__name__).info("unpacking %s once", _GGUF)
-    with quiet(), _no_gguf_bar(), torch.random.fork_rng(devices=[]):
+    with quiet(), _no_gguf_bar(), _read_once(), torch.random.fork_rng(devices=[]):
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
         # packed weights, the default, cannot be saved
         model = AutoModelForCausalLM.from_pretrained(
@@ -231,6 +233,16 @@ def _readable(place: str, name: str) -> Iterator[None]:
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"cannot read the model in {place}: {line}") from error
         raise hub.explain(place, error) from error
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Parse the file once; transformers does it three times, and lists the names for every module."""
+    import gguf
+
+    reader, names = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
+    with patch.object(gguf, "GGUFReader", reader), patch.object(gguf, "get_tensor_name_map", names):
+        yield
 
 
 @contextlib.contextmanager
