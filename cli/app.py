@@ -7,7 +7,6 @@ whatever third parties print there goes to stderr, so that `--json` is one docum
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import importlib
@@ -41,8 +40,6 @@ _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: smaller blocks lie in the heap, whose free end is kept.
-_MALLOPT = {-3: 1 << 30, -1: (1 << 31) - 1}
 # Of the machine, not of the program: a full disk, a folder that may not be written, an impossible name.
 _MENDABLE = {
     errno.EACCES,
@@ -80,22 +77,7 @@ class Guarded(TyperGroup):
             return run()
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        _keep_freed_memory()
         sys.exit(_exit_code(run))
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a training step frees and asks for the same blocks again and again.
-
-    By default blocks above 32 MiB go back to the system and come back page by page: a tenth of a step.
-    A limit that the user has set wins.
-    """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if tune is not None:
-        for option, value in _MALLOPT.items():
-            tune(option, value)
 
 
 def _exit_code(run: Callable[[], Any]) -> int:
