@@ -24,7 +24,7 @@ from torch import Tensor
 from lowmem.optim import noise
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.cutting import LADDER, pad, pieces, read_flat, spans, walk, write_flat
-from lowmem.optim.kernels import Index, Kernel, body, compiled
+from lowmem.optim.kernels import LARGEST, Index, Kernel, body, compiled
 from lowmem.optim.rule import Hyper, Pointwise, State
 from lowmem.optim.writers import Nearest, Writer
 
@@ -108,22 +108,30 @@ class Chunks:
         ok = self.true(p.device)
         self._age(s, ok)
         run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp))
-        for start, length, size in walk(run.spans(p.numel()), p):
+        for start, length, size in walk(self.spans(rule, p.numel()), p):
             run.weight_chunk(p, g.chunk(start, start + length), start, size)
 
-    def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor) -> None:
+    def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
         """Turn a projected gradient into its direction, in place.
 
         Args:
             rule: what to do; low: contiguous fp32; s: the rule's state and constants.
-            hp: of this step; ok: 0-D bool, False leaves the state as it is.
+            hp: of this step; ok: 0-D bool, False leaves the state as it is. If None, it is found: whether
+                every element is finite.
+
+        Returns:
+            ok.
         """
-        self._age(s, ok)
-        run = _Run(self, rule, None, s, {}, hp, ok, rates(hp))
-        run.skipped = torch.empty_like(run.skipped)  # the write counts what is skipped
         flat = low.view(-1)
-        for start, length, size in walk(run.spans(flat.numel()), low):
+        cuts = list(walk(self.spans(rule, flat.numel()), low))
+        finds = ok is None and len(cuts) == 1
+        if ok is None:
+            ok = torch.empty((), dtype=torch.bool, device=low.device) if finds else all_finite(low)
+        self._age(s, self.true(low.device) if finds else ok)
+        run = _Run(self, rule, None, s, {}, hp, ok, rates(hp), finds)
+        for start, length, size in cuts:
             run.low_chunk(flat[start : start + length], start, size)
+        return ok
 
     def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:
         """Take a step that a rule has decided, and store what it commits."""
@@ -134,7 +142,7 @@ class Chunks:
             return
         rule, s = direction.then or (None, {})
         run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, direction))
-        for start, length, size in walk(run.spans(p.numel()), p):
+        for start, length, size in walk(self.spans(rule, p.numel()), p):
             run.weight_chunk(p, direction.blocks.chunk(start, start + length), start, size)
 
     def _add_product_(
@@ -152,6 +160,21 @@ class Chunks:
         if "age" in s:
             s["age"].add_(1 if ok is self._true.get(ok.device) else ok)
 
+    def spans(self, rule: Pointwise | None, count: int) -> Iterator[tuple[int, int, int]]:
+        """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
+        if self.compile and (rule is None or rule.compilable):
+            whole = count // LADDER[0] * LADDER[0]
+            yield from spans(whole)
+            if self.own(count - whole):
+                yield whole, count - whole, count - whole
+            else:
+                yield from ((whole + start, length, size) for start, length, size in spans(count - whole))
+            return
+        most, grain = getattr(rule, "chunk", LADDER[0]), rule.grain if rule else 1
+        for start in range(0, count, most):
+            length = min(most, count - start)
+            yield start, length, -(-length // grain) * grain
+
     def kernel(
         self,
         rule: Pointwise | None,
@@ -160,13 +183,14 @@ class Chunks:
         w: Tensor,
         g: Tensor,
         live: bool,
+        finds: bool = False,
     ) -> Kernel:
         """The kernel for chunks like these: made once, compiled where `live`."""
         # rule and writer fix what the state looks like; both outlive the frame, so their ids name them
-        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, g.shape[0] if live else 0, live)
+        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, g.shape[0] if live else 0, finds, live)
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
-            step = body(rule, writer, keys, held)
+            step = body(rule, writer, keys, held, finds)
             if live and not any(key[-1] for key in self._kernels):
                 log.info("compiling the optimizer's kernels: the first step takes some seconds more")
             self._kernels[name] = compiled(step) if live else step
@@ -188,6 +212,12 @@ class Chunks:
         return self._true[device]
 
 
+def all_finite(x: Tensor) -> Tensor:
+    """0-D bool."""
+    least, most = x.aminmax()
+    return most - least <= LARGEST  # false for NaN and Inf
+
+
 def rates(hp: Hyper, direction: Direction | None = None) -> Tensor:
     """lr and decay as (2,) fp32 on the device; a direction may bring its own."""
     scale = 1.0 if direction is None else direction.scale
@@ -204,9 +234,10 @@ class _Run:
 
     def __init__(
         self, frame: Chunks, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
-        hp: Hyper, ok: Tensor, rates: Tensor,
+        hp: Hyper, ok: Tensor, rates: Tensor, finds: bool = False,
     ) -> None:  # fmt: skip
         self.frame, self.rule, self.writer, self.hp, self.ok, self.rates = frame, rule, writer, hp, ok, rates
+        self.finds = finds
         device = rates.device
         self.live = frame.compile and device.type != "meta" and (rule is None or rule.compilable)
         self.scalars = rule.scalars(s, hp) if rule else rates
@@ -218,22 +249,6 @@ class _Run:
         self.grain = rule.grain if rule else 1
         self.skipped = frame.counter(device)
         self._words: dict[int, Tensor] = {}
-
-    def spans(self, count: int) -> Iterator[tuple[int, int, int]]:
-        """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
-        rule = self.rule
-        if self.frame.compile and (rule is None or rule.compilable):
-            whole = count // LADDER[0] * LADDER[0]
-            yield from spans(whole)
-            if self.frame.own(count - whole):
-                yield whole, count - whole, count - whole
-            else:
-                yield from ((whole + start, length, size) for start, length, size in spans(count - whole))
-            return
-        most = getattr(rule, "chunk", LADDER[0])
-        for start in range(0, count, most):
-            length = min(most, count - start)
-            yield start, length, -(-length // self.grain) * self.grain
 
     def width(self, size: int) -> int:
         """Elements of a row of a chunk."""
@@ -283,13 +298,13 @@ class _Run:
         rows = size // width
         views, back = self._cut(start, length, size, rows)
         shaped = g.view(rows, width)
-        self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live)(
+        self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live, self.finds)(
             shaped if w is g else w.view(rows, width), shaped, self.scalars, self.rates, self.ok,
             *self._index(start, rows, width), self.words(start), self.skipped, *views,
         )  # fmt: skip
         for piece, padded in back:
             piece.copy_(padded[: piece.shape[0]])
-        if size > length and self.ok is not self.frame.true(w.device):
+        if self.writer and size > length and self.ok is not self.frame.true(w.device):
             # a step that is refused as a whole was refused for the padding too, which is nobody's
             self.skipped.sub_((~self.ok) * (size - length))
 

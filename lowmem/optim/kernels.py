@@ -25,11 +25,18 @@ Index = tuple[Tensor, Tensor, Tensor]
 """An element's place: of the chunk in the tensor, of the row in it (rows, 1), and in the row (width,)."""
 
 
-def body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], held: Sequence[str]) -> Kernel:
+def body(
+    rule: Pointwise | None,
+    writer: Writer | None,
+    keys: Sequence[str],
+    held: Sequence[str],
+    finds: bool = False,
+) -> Kernel:
     """A step of (rows, width) elements. Without a rule, g is the direction; without a writer, it becomes it.
 
     Args:
         keys: of the rule's state, in the order of the tensors; held: of the writer's, after them.
+        finds: ok is not given but found, and written to: whether every element of the chunk is finite.
     """
     streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
 
@@ -40,6 +47,10 @@ def body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], hel
         state = dict(zip(keys, tensors[: len(keys)], strict=True))
         extra = dict(zip(held, tensors[len(keys) :], strict=True))
         gradient = g.float()
+        if finds:
+            ok.copy_(gradient.abs().amax(-1).amax() <= LARGEST)
+            if "age" in state:
+                state["age"].sub_((~ok).to(torch.int32))  # it has moved already
         # one comparison for NaN, Inf and a step that is not ok
         finite = gradient.abs() <= torch.where(ok, LARGEST, -1.0)
         gradient = torch.where(finite, gradient, 0.0)
@@ -50,14 +61,14 @@ def body(rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], hel
         if writer is None:
             g.copy_(direction)
         else:
+            # floats, row by row: a sum of booleans or over all at once is what would take the longest here
+            skipped.add_(torch.where(finite, 0.0, 1.0).sum(-1).sum().to(torch.int64))
             weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
             w.copy_(weight)
             for name, value in kept.items():
                 extra[name].copy_(value)
         for name, value in new.items():
             state[name].copy_(value)
-        # floats, row by row: a sum of booleans or over all at once is what would take the longest here
-        skipped.add_(torch.where(finite, 0.0, 1.0).sum(-1).sum().to(torch.int64))
 
     return run
 

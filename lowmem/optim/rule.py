@@ -21,8 +21,9 @@ decides bias correction: a skipped step does not age, a reset sets it to 0.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard, runtime_checkable
 
@@ -55,6 +56,7 @@ def part(state: Mapping[str, Tensor], name: str) -> State:
     return {"": state[name]} if name in state else scoped(state, name)
 
 
+@functools.lru_cache(1 << 16)
 def stagger(name: str, gap: int) -> int:
     """The offset of a parameter's refreshes within the gap, from its name.
 
@@ -115,6 +117,14 @@ class Lookup:
         return self._made[key]
 
 
+class Advance(Protocol):
+    """`Chunks.advance_`: a pointwise rule's step on a matrix that a rule has made."""
+
+    def __call__(
+        self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None
+    ) -> Tensor: ...
+
+
 @dataclass
 class Hyper:
     """What a rule may know of the step it takes.
@@ -140,7 +150,7 @@ class Hyper:
     weight_decay: float
     weight: Blocks
     shape: tuple[int, ...]
-    advance: Callable[[Pointwise, Tensor, State, Hyper, Tensor], None]
+    advance: Advance
     offset: int = 0
     first: bool = False
     constant: Lookup = field(default_factory=Lookup)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
+from lowmem.optim.chunks import all_finite
 from lowmem.optim.projectors import Projector, Refreshed
 from lowmem.optim.residuals import Drop, Residual
 from lowmem.optim.rule import (
@@ -38,8 +39,6 @@ from lowmem.optim.rule import (
     prefixed,
     scoped,
 )
-
-LARGEST = torch.finfo(torch.float32).max
 
 ON_REFRESH = ("keep", "reset", "rotate")
 
@@ -131,11 +130,9 @@ class Subspace:
         """Project, step inside, lift."""
         view, rest = scoped(s, "projector"), scoped(s, "residual")
         low, seen = self._seen(g, view, rest)
-        least, most = low.aminmax()
-        ok = hp.total(most - least, "max") <= LARGEST  # false for NaN and Inf
         reads = self.residual.reads_rest and not self._complete(g.shape)
         before = low.clone() if reads else low
-        inside, ok = self._step_inside(low, scoped(s, "inner"), hp, ok)
+        inside, ok = self._step_inside(low, scoped(s, "inner"), hp)
         commit = prefixed("inner", inside.commit) if inside else {}
         lr, decay = (inside.lr, inside.decay) if inside else (None, None)
         if not reads:
@@ -153,15 +150,12 @@ class Subspace:
         owed = self.residual.inject(rest, g)
         return self.projector.down(view, owed), owed
 
-    def _step_inside(
-        self, low: Tensor, inner: State, hp: Hyper, ok: Tensor
-    ) -> tuple[Direction | None, Tensor]:
+    def _step_inside(self, low: Tensor, inner: State, hp: Hyper) -> tuple[Direction | None, Tensor]:
         """Overwrite R by the inner rule's direction N; the inner rule may refuse the step."""
         if is_pointwise(self.inner):
-            hp.advance(self.inner, low, inner, hp, ok)
-            return None, ok
+            return None, hp.advance(self.inner, low, inner, hp)
         direction = cast("Rule", self.inner).update(Dense(low), inner, hp)
-        ok = ok if direction.ok is None else ok & direction.ok
+        ok = all_finite(low) if direction.ok is None else direction.ok
         for i, j in direction.blocks.ranges():
             low[i:j] = torch.where(ok, direction.blocks.rows(i, j), 0.0)
         if direction.then is not None:
