@@ -1,10 +1,10 @@
 """The frame around pure steps: cut, pad, guard, compile, write, commit.
 
-Element-wise work is done on flat chunks of a few fixed sizes: temporaries stay
-in cache, and one compiled kernel for each (rule, writer, dtypes, size) serves
-every tensor of a model. A tensor is cut greedily, largest size first; the last
-piece is padded, so results do not depend on the cutting. Sizes must be static:
-compiled for a dynamic length, block-wise codecs fall back to scalar code.
+Element-wise work is done on flat chunks of at most `LADDER[0]` elements:
+temporaries stay in cache, and one compiled kernel for each (rule, writer,
+dtypes) serves every tensor of a model. A tensor is cut greedily, largest size
+first; the last piece is padded, so results do not depend on the cutting. The
+length of a row is static: for a dynamic one, codecs fall back to scalar code.
 
 Everything that protects a step is here and in the kernels. A gradient element that
 is not finite leaves its weight and carries its moments over; it is counted. A
@@ -31,9 +31,6 @@ from lowmem.optim.writers import Nearest, Writer
 ROW = 256
 """Elements of a row of a compiled chunk where the rule has no blocks."""
 
-OWN_SIZES = 8
-"""Sizes of tensors, beside the ladder, for which a frame compiles kernels."""
-
 log = logging.getLogger(__name__)
 
 
@@ -52,14 +49,13 @@ class Chunks:
     """Runs pure steps on tensors.
 
     Args:
-        compile: compile the kernels (once for each rule, writer, dtypes and chunk size).
+        compile: compile the kernels (once for each rule, writer and dtypes).
     """
 
     compile: bool = False
     _kernels: dict[tuple[object, ...], Kernel] = field(default_factory=dict)
     _skipped: dict[torch.device, Tensor] = field(default_factory=dict)
     _true: dict[torch.device, Tensor] = field(default_factory=dict)
-    _own: set[int] = field(default_factory=set)
     _grids: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _asked: list[tuple[Tensor, int]] = field(default_factory=list)
 
@@ -165,10 +161,11 @@ class Chunks:
         if self.compile and (rule is None or rule.compilable):
             whole = count // LADDER[0] * LADDER[0]
             yield from spans(whole)
-            if self.own(count - whole):
-                yield whole, count - whole, count - whole
+            rest = count - whole
+            if rest and rest % LADDER[-1] == 0:  # one call is cheaper than a walk down the ladder
+                yield whole, rest, rest
             else:
-                yield from ((whole + start, length, size) for start, length, size in spans(count - whole))
+                yield from ((whole + start, length, size) for start, length, size in spans(rest))
             return
         most, grain = getattr(rule, "chunk", LADDER[0]), rule.grain if rule else 1
         for start in range(0, count, most):
@@ -184,10 +181,11 @@ class Chunks:
         g: Tensor,
         live: bool,
         finds: bool = False,
+        rows: int = 2,
     ) -> Kernel:
         """The kernel for chunks like these: made once, compiled where `live`."""
         # rule and writer fix what the state looks like; both outlive the frame, so their ids name them
-        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, g.shape[0] if live else 0, finds, live)
+        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, finds, rows == 1, live)
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
             step = body(rule, writer, keys, held, finds)
@@ -195,15 +193,6 @@ class Chunks:
                 log.info("compiling the optimizer's kernels: the first step takes some seconds more")
             self._kernels[name] = compiled(step) if live else step
         return self._kernels[name]
-
-    def own(self, rest: int) -> bool:
-        """Whether what is left of a tensor after the largest chunks is one chunk of its own size.
-
-        A model has few shapes, and one call is cheaper than a walk down the ladder.
-        """
-        if rest not in self._own and rest and rest % LADDER[-1] == 0 and len(self._own) < OWN_SIZES:
-            self._own.add(rest)
-        return rest in self._own
 
     def true(self, device: torch.device) -> Tensor:
         """A 0-D True, made once."""
@@ -298,7 +287,7 @@ class _Run:
         rows = size // width
         views, back = self._cut(start, length, size, rows)
         shaped = g.view(rows, width)
-        self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live, self.finds)(
+        self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live, self.finds, rows)(
             shaped if w is g else w.view(rows, width), shaped, self.scalars, self.rates, self.ok,
             *self._index(start, rows, width), self.words(start), self.skipped, *views,
         )  # fmt: skip

@@ -89,28 +89,41 @@ class _Compiled:
 
     Calling what `torch.compile` gives takes tens of microseconds, and hundreds where other work has
     emptied the caches: more than the kernel itself for most tensors of a model. Nothing of that is
-    needed after the first call, as the cache of kernels fixes dtypes, sizes and device: what was
+    needed after the first call, as the cache of kernels fixes dtypes, widths and device: what was
     generated is called directly, with the tensors in the order in which it took them the first time.
+
+    The number of rows is left open, where tensors have any: one kernel serves chunks of all sizes.
     """
 
     def __init__(self, step: Kernel) -> None:
         # the limit on recompilations counts for each code object: every kernel gets its own
         code = step.__code__.replace(co_name=f"lowmem_kernel_{id(step):x}")
         own = types.FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
-        self._whole = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        self._whole = torch.compile(own, backend=self._backend, fullgraph=True)
         self._graphs: list[Any] = []
-        self._taken: list[Tensor] = []
+        self._taken: list[Tensor | int] = []
         self._order: list[int] = []
 
     def __call__(self, *tensors: Tensor) -> None:
         if self._order:
-            self._graphs[0]([tensors[i] for i in self._order])
+            rows = tensors[0].shape[0]
+            self._graphs[0]([rows if i < 0 else tensors[i] for i in self._order])
             return
+        rows = _leave_rows_open(tensors)
         self._whole(*tensors)
         places = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
-        if len(self._graphs) == 1 and self._taken and all(id(tensor) in places for tensor in self._taken):
-            self._order = [places[id(tensor)] for tensor in self._taken]
+        order = [self._place(x, places, rows) for x in self._taken]
+        found = [i for i in order if i is not None]
+        if len(self._graphs) == 1 and len(found) == len(order):
+            self._order = found
         self._taken = []
+
+    @staticmethod
+    def _place(x: Tensor | int, places: dict[int, int], rows: int) -> int | None:
+        """Where among the tensors one that the graph takes is found; -1 for the number of rows."""
+        if isinstance(x, int):
+            return -1 if x == rows else None
+        return places.get(id(x))
 
     def _backend(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor import config
@@ -140,7 +153,7 @@ class _Compiled:
         generated = compile_fx_inner(graph, inputs, **more)
         self._graphs.append(generated)
 
-        def call(tensors: list[Tensor]) -> Any:
+        def call(tensors: list[Tensor | int]) -> Any:
             given = list(tensors)  # it empties what it is given
             outputs = generated(tensors)
             # an output would be for torch.compile to put where it belongs
@@ -149,3 +162,13 @@ class _Compiled:
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
+
+
+def _leave_rows_open(tensors: Sequence[Tensor]) -> int:
+    """Mark the rows of chunks as a size that changes; gives their number now."""
+    rows = tensors[0].shape[0]
+    if tensors[0].dim() == 2 and rows > 1:  # a size of 1 is always taken as fixed
+        for tensor in tensors:
+            if tensor.dim() == 2 and tensor.shape[0] == rows:
+                torch._dynamo.mark_dynamic(tensor, 0)
+    return rows

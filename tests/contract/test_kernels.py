@@ -23,11 +23,10 @@ def test_kernels_trace_into_one_graph(
         made.append(str(graph.graph))
         return graph.forward
 
-    def traced(kernel: object, *, fullgraph: bool, dynamic: bool, **_: object) -> object:
+    def traced(kernel: object, *, fullgraph: bool, **_: object) -> object:
         assert fullgraph
-        assert not dynamic
         kernels.append(kernel)
-        return compile(kernel, fullgraph=True, dynamic=False, backend=backend)
+        return compile(kernel, fullgraph=True, backend=backend)
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", traced)
