@@ -8,7 +8,7 @@ length of a row is static: for a dynamic one, codecs fall back to scalar code.
 
 Everything that protects a step is here and in the kernels. A gradient element that
 is not finite leaves its weight and carries its moments over; it is counted. A
-`Direction` that is not ok leaves its tensor. No value is read on the host.
+`Direction` that is not ok leaves its tensor. Nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -120,9 +120,10 @@ class Chunks:
         """
         flat = low.view(-1)
         cuts = list(walk(self.spans(rule, flat.numel()), low))
-        finds = ok is None and len(cuts) == 1
+        # a shard does not see what the others hold: they have to agree
+        finds = ok is None and len(cuts) == 1 and hp.share == 1.0
         if ok is None:
-            ok = torch.empty((), dtype=torch.bool, device=low.device) if finds else all_finite(low)
+            ok = torch.empty((), dtype=torch.bool, device=low.device) if finds else all_finite(low, hp)
         self._age(s, self.true(low.device) if finds else ok)
         run = _Run(self, rule, None, s, {}, hp, ok, rates(hp), finds)
         for start, length, size in cuts:
@@ -180,12 +181,12 @@ class Chunks:
         w: Tensor,
         g: Tensor,
         live: bool,
-        finds: bool = False,
-        rows: int = 2,
+        finds: bool,
+        single: bool,
     ) -> Kernel:
         """The kernel for chunks like these: made once, compiled where `live`."""
         # rule and writer fix what the state looks like; both outlive the frame, so their ids name them
-        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, finds, rows == 1, live)
+        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, finds, single, live)
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
             step = body(rule, writer, keys, held, finds)
@@ -201,10 +202,10 @@ class Chunks:
         return self._true[device]
 
 
-def all_finite(x: Tensor) -> Tensor:
-    """0-D bool."""
+def all_finite(x: Tensor, hp: Hyper) -> Tensor:
+    """0-D bool, the same for all shards."""
     least, most = x.aminmax()
-    return most - least <= LARGEST  # false for NaN and Inf
+    return hp.total(most - least, "max") <= LARGEST  # false for NaN and Inf
 
 
 def rates(hp: Hyper, direction: Direction | None = None) -> Tensor:
@@ -287,7 +288,7 @@ class _Run:
         rows = size // width
         views, back = self._cut(start, length, size, rows)
         shaped = g.view(rows, width)
-        self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live, self.finds, rows)(
+        self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live, self.finds, rows == 1)(
             shaped if w is g else w.view(rows, width), shaped, self.scalars, self.rates, self.ok,
             *self._index(start, rows, width), self.words(start), self.skipped, *views,
         )  # fmt: skip

@@ -111,7 +111,7 @@ class _Compiled:
             return
         rows = _leave_rows_open(tensors)
         self._whole(*tensors)
-        places = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
+        places = {id(tensor): i for i, tensor in enumerate(tensors)}
         order = [self._place(x, places, rows) for x in self._taken]
         found = [i for i in order if i is not None]
         if len(self._graphs) == 1 and len(found) == len(order):

@@ -56,6 +56,11 @@ def part(state: Mapping[str, Tensor], name: str) -> State:
     return {"": state[name]} if name in state else scoped(state, name)
 
 
+def at_hand(age: Tensor) -> int | None:
+    """An age as a number where reading it waits for nothing, on the CPU; None elsewhere."""
+    return int(age) if age.device.type == "cpu" else None
+
+
 @functools.lru_cache(1 << 16)
 def stagger(name: str, gap: int) -> int:
     """The offset of a parameter's refreshes within the gap, from its name.

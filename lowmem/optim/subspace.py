@@ -155,7 +155,7 @@ class Subspace:
         if is_pointwise(self.inner):
             return None, hp.advance(self.inner, low, inner, hp)
         direction = cast("Rule", self.inner).update(Dense(low), inner, hp)
-        ok = all_finite(low) if direction.ok is None else direction.ok
+        ok = all_finite(low, hp) if direction.ok is None else direction.ok
         for i, j in direction.blocks.ranges():
             low[i:j] = torch.where(ok, direction.blocks.rows(i, j), 0.0)
         if direction.then is not None:

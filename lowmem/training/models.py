@@ -249,9 +249,5 @@ def _read_once() -> Iterator[None]:
 def _no_gguf_bar() -> Iterator[None]:
     """Hide the one bar that no switch of transformers turns off."""
     module: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    before = module.tqdm
-    module.tqdm = lambda items, **_: items
-    try:
+    with patch.object(module, "tqdm", lambda items, **_: items):
         yield
-    finally:
-        module.tqdm = before

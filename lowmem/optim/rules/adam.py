@@ -21,6 +21,7 @@ from lowmem.optim.rule import (
     Rotate,
     State,
     apply_in_place,
+    at_hand,
     part,
     prefixed,
     reset_,
@@ -101,8 +102,7 @@ class Adam:
         """1 - beta1, 1 - beta2, eps, and what the bias corrections multiply by; betas in double precision."""
         beta1, beta2 = hp.betas
         rates = (1.0 - beta1, 1.0 - beta2, hp.eps)
-        if s["age"].device.type == "cpu":  # at hand without waiting, and the same for nearly all tensors
-            t = int(s["age"])
+        if (t := at_hand(s["age"])) is not None:  # the same for nearly all tensors, and cached
             bias = (1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5) if t else (math.inf, math.inf)
             return hp.vector(*rates, *bias, dtype=torch.float32)
         corrections = (1.0 - hp.vector(beta1, beta2) ** s["age"]) ** hp.vector(-1.0, -0.5)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem.optim.codecs import Codec
 from lowmem.optim.factored import TINY
-from lowmem.optim.rule import Change, ChunkHyper, Hyper, State, part, prefixed
+from lowmem.optim.rule import Change, ChunkHyper, Hyper, State, at_hand, part, prefixed
 
 
 def _under(scope: str, numbers: Mapping[str, int]) -> Mapping[str, int]:
@@ -69,8 +69,8 @@ class Square:
 
     def rate(self, s: State, hp: Hyper) -> Tensor:
         """How far the average moves, t^decay_rate: all the way at the first step; 0-D fp32."""
-        if s["age"].device.type == "cpu":  # at hand without waiting
-            return hp.vector(max(int(s["age"]), 1) ** self.decay_rate, dtype=torch.float32)[0]
+        if (t := at_hand(s["age"])) is not None:
+            return hp.vector(max(t, 1) ** self.decay_rate, dtype=torch.float32)[0]
         return (s["age"].double() ** self.decay_rate).float()
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
