@@ -7,6 +7,7 @@ is found there broadcasts along it.
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,6 +80,9 @@ OPTIONS = {
 }
 
 
+_NUMBERS = itertools.count()
+
+
 def compiled(step: Kernel) -> Kernel:
     """Compile a kernel on its own."""
     return _Compiled(step)
@@ -96,8 +100,8 @@ class _Compiled:
     """
 
     def __init__(self, step: Kernel) -> None:
-        # the limit on recompilations counts for each code object: every kernel gets its own
-        code = step.__code__.replace(co_name=f"lowmem_kernel_{id(step):x}")
+        # recompilations are counted for each code object, and sizes that changed remembered for each name
+        code = step.__code__.replace(co_name=f"lowmem_kernel_{next(_NUMBERS)}")
         own = types.FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
         self._whole = torch.compile(own, backend=self._backend, fullgraph=True)
         self._graphs: list[Any] = []
@@ -127,16 +131,17 @@ class _Compiled:
 
     def _backend(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor import config
-        from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-        from torch._inductor.exc import CppCompileError
+        from torch._inductor.exc import CppCompileError, InductorError
 
         if config.cpp.vec_isa_ok is not None:
             return self._build(graph, inputs, OPTIONS)
         try:
             # what the processor says it can, g++ can too; compiling a test for all of it takes ten seconds
             return self._build(graph, inputs, {**OPTIONS, "cpp.vec_isa_ok": True})
-        except CppCompileError:
-            valid_vec_isa_list.cache_clear()
+        except InductorError as error:
+            if not isinstance(error.inner_exception, CppCompileError):
+                raise
+            _forget_instructions()
             self._graphs.clear()
             return self._build(graph, inputs, OPTIONS)
 
@@ -162,6 +167,17 @@ class _Compiled:
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
+
+
+def _forget_instructions() -> None:
+    """Let Inductor find out anew what the compiler takes: every set of instructions remembers its claim."""
+    from torch._inductor.cpu_vec_isa import supported_vec_isa_list, valid_vec_isa_list
+
+    valid_vec_isa_list.cache_clear()
+    for instructions in supported_vec_isa_list:
+        clear = getattr(type(instructions).__bool__, "cache_clear", None)
+        if clear is not None:
+            clear()
 
 
 def _leave_rows_open(tensors: Sequence[Tensor]) -> int:
