@@ -4,6 +4,7 @@ Transformers and torch look at the device in a few places. A plan for a CUDA dev
 tensors (fake CUDA tensors abort the process in backward on a build without CUDA), so for its duration:
 
 * attention calls the fused CUDA operators by name; their shape and gradient formulas need no device;
+* in packed rows each text attends by itself, on either device; how long it is makes no difference;
 * dropout is `native_dropout` (a byte per element), not a full-precision mask;
 * the search for packed sequences, which reads values, is answered "none": the real run finds none and skips
   the mask, while a trace would build it and save it in every layer;
@@ -23,10 +24,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from lowmem.memory.attention import by_example, sdpa
 from lowmem.sources.directions import Direction
 
 # "flash" in the name would make transformers look for a kernel on the Hub.
-FUSED = "lowmem_fused"
+FUSED, EXAMPLES = "lowmem_fused", "lowmem_fused_examples"
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -108,33 +110,40 @@ def fused_noise() -> Iterator[None]:
 
 
 @contextmanager
-def registered() -> Iterator[str]:
-    """Make the fused attention known to transformers under a name, for a while."""
+def registered(device: str, lengths: list[int]) -> Iterator[None]:
+    """Make the attentions of a plan known to transformers, for a while.
+
+    Args:
+        device: the device type that the plan is for.
+        lengths: of the texts of packed rows; for them there is no mask.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(FUSED, fused_attention)
+    AttentionInterface.register(EXAMPLES, by_example(fused_attention if device == "cuda" else sdpa, lengths))
     AttentionMaskInterface.register(FUSED, sdpa_mask)
     try:
-        yield FUSED
+        yield
     finally:
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(FUSED, None)
+        AttentionMaskInterface._global_mapping.pop(FUSED, None)
+        for name in (FUSED, EXAMPLES):
+            AttentionInterface._global_mapping.pop(name, None)
 
 
 @contextmanager
-def semantics(device: str, *, packed: bool, chunked: bool) -> Iterator[None]:
+def semantics(device: str, *, lengths: list[int], chunked: bool) -> Iterator[None]:
     """Everything that a step on fake tensors must be told, for a device type ("cuda" or "cpu").
 
     Args:
         device: the device type that the plan is for.
-        packed: several texts share a row, so that the search for them has something to find.
+        lengths: of the texts that share a row, empty where none do: the search for them finds nothing then.
         chunked: TRL's chunked loss is used.
     """
     masking = importlib.import_module("transformers.masking_utils")
     with ExitStack() as stack:
-        stack.enter_context(registered())
-        if not packed:
+        stack.enter_context(registered(device, lengths))
+        if not lengths:
             stack.enter_context(
                 patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None)
             )

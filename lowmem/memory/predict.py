@@ -50,6 +50,7 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "batch_size": rows,
         "seq_len": max(length, 2),
         "rows": batch.get("kind", "packed" if config.packing else "padded"),
+        "longest": batch.get("longest"),
         "loss": "chunked" if labels is None else "labels" if labels < rows * length else "plain",
         "label_tokens": labels,
         "dtype": config.dtype,

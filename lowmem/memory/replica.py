@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,10 @@ def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
         UserError: the architecture cannot be traced.
     """
     tracker = Tracker(run.granularity)
-    real = kernels.semantics(run.device, packed=run.rows == "packed", chunked=run.loss == "chunked")
+    lengths = [run.seq_len] * run.batch_size if run.rows == "packed" else []
+    if lengths:  # TRL lays the rows of a batch end to end
+        run = replace(run, batch_size=1, seq_len=run.tokens, longest=run.longest or run.seq_len)
+    real = kernels.semantics(run.device, lengths=lengths, chunked=run.loss == "chunked")
     with warnings.catch_warnings(), real, FakeTensorMode() as mode:
         warnings.simplefilter("ignore")
         model = trainable.build(config, run, mode)

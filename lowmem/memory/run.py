@@ -14,7 +14,8 @@ class Run:
     """Everything about a run that the trace depends on; sizes are per device.
 
     rows    "full": one text per row, no mask; "padded": a mask of right padding; "packed": several texts
-            share a row and each sees only itself
+            share a row and each sees only itself; the rows of a micro-batch are laid end to end
+    longest tokens of the longest text in packed rows; seq_len if None
     loss    "plain": the Trainer's own, logits for every token; "labels": logits for `label_tokens` positions
             only (all of them if None); "chunked": TRL's, never the whole logits
     compile "auto" as the optimizer decides, for a run of `steps` steps if known; "on"; "off"
@@ -26,6 +27,7 @@ class Run:
     autocast: bool = False
     attention: str = "sdpa"
     rows: str = "full"
+    longest: int | None = None
     gradient_checkpointing: bool = False
     gradient_release: bool = False
     accumulation: int = 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.errors import UserError
-from lowmem.memory import kernels
+from lowmem.memory import attention, kernels
 from lowmem.memory.model import skeleton
 from lowmem.memory.run import DTYPES, Run
 
@@ -39,6 +39,8 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
     config = copy.deepcopy(config)
     config.use_cache = False
     base: Any = skeleton(config, run.dtype, "fake", attention=attention_name(config, run), mode=mode)
+    if run.rows == "packed":
+        _attend_as_packed(base, run)
     if run.loss == "chunked":
         from trl.trainer.utils import add_fused_lm_head
 
@@ -59,7 +61,16 @@ def attention_name(config: Any, run: Run) -> str:
     softcapped = getattr(config, "attn_logit_softcapping", None) is not None
     if run.attention == "eager" or (softcapped and run.attention == "sdpa"):
         return "eager"  # no fused kernel of torch takes a soft cap
-    return kernels.FUSED if run.device == "cuda" else "sdpa"
+    # of packed rows it is decided once the model is there
+    return kernels.FUSED if run.device == "cuda" and run.rows != "packed" else "sdpa"
+
+
+def _attend_as_packed(model: Any, run: Run) -> None:
+    """Choose the attention that training would choose for packed rows."""
+    if attention.applies(model, run.longest or run.seq_len):
+        model.set_attn_implementation(kernels.EXAMPLES)
+    elif run.device == "cuda" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(kernels.FUSED)
 
 
 def adapt(model: nn.Module, run: Run) -> nn.Module:

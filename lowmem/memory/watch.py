@@ -266,7 +266,8 @@ def _shape_of(args: Any, kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         kind = "padded"
     elif isinstance(positions, Tensor) and int((positions == 0).sum()) > ids.shape[0]:
         kind = "packed"
-    return [{"rows": ids.shape[0], "tokens": ids.shape[1], "kind": kind, "label_tokens": None}]
+    shape = {"rows": ids.shape[0], "tokens": ids.shape[1], "kind": kind, "label_tokens": None}
+    return [{**shape, "longest": kwargs.get("max_length_q") if kind == "packed" else None}]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
     rows = {
         "full": "full rows, one text each, no mask",
         "padded": "padded rows: a mask is materialised and the flash kernel is not used",
-        "packed": "packed rows: a block mask is materialised and the flash kernel is not used",
+        "packed": "packed rows: each text attends by itself, without a mask, where the model allows it",
     }
     found = [
         f"torch {torch.__version__}, transformers {transformers.__version__}; {attention}; model eager",
@@ -66,7 +66,7 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
 
 
 FLAGS = {"gradient_checkpointing", "gradient_release", "autocast"}
-HIDDEN = {"max_grad_norm", "lora_targets"}
+HIDDEN = {"max_grad_norm", "lora_targets", "longest"}
 
 
 def command(model: str, run: Run, made: Sequence[Strategy], budget: str | int | None, gpu: str | None) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from lowmem.errors import ConfigError, UserError
+from lowmem.memory.attention import applies, attend_by_example
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import LowMemArguments, LowMemFields
 from lowmem.training.callbacks import Interruption
@@ -225,7 +227,16 @@ def _sft_trainer() -> type[Any]:
     sft_trainer: Any = importlib.import_module("trl").SFTTrainer
 
     class LowMemSFTTrainer(LowMemMixin, sft_trainer):  # type: ignore[misc]
-        """trl.SFTTrainer on any strategy, configured by `LowMemSFTConfig`."""
+        """trl.SFTTrainer on any strategy, configured by `LowMemSFTConfig`.
+
+        In packed rows each example attends by itself, unless a FlashAttention package does that.
+        """
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            model = self.accelerator.unwrap_model(self.model)
+            if self.padding_free and applies(model, self.args.max_length or sys.maxsize):
+                attend_by_example(model)
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -121,14 +121,27 @@ def test_adapters_train_and_the_base_does_not():
     assert saved == linear * 2 - linear // 2 - linear // 64 - 3 * 7 * 4 - tables
 
 
-def test_padded_and_packed_rows_pay_for_their_mask():
-    peaks = {}
-    for rows in ("full", "padded", "packed"):
-        run = Run(batch_size=2, seq_len=128, rows=rows)
-        peaks[rows] = max(m.total for m in trace(FAMILIES["llama"](), run).moments.values())
+def peak(rows: str, batch_size: int = 2, **options: object) -> int:
+    run = Run(batch_size=batch_size, seq_len=128, rows=rows, **options)
+    return max(m.total for m in trace(FAMILIES["llama"](), run).moments.values())
+
+
+def test_padded_rows_pay_for_their_mask():
     mask = 2 * 128 * 128 * 2 * 3  # additive, 16 bits, saved in each of three layers
-    assert peaks["padded"] - peaks["full"] >= mask
-    assert peaks["packed"] - peaks["full"] >= mask
+    assert peak("padded") - peak("full") >= mask
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_packed_rows_have_no_mask_and_cost_what_their_tokens_cost(device):
+    two, four, eight = (peak("packed", n, device=device) for n in (2, 4, 8))
+    # linear; the allocator's blocks of 512 bytes and the lengths themselves may differ a little
+    assert abs((eight - four) - 2 * (four - two)) <= 64 * 512
+
+
+def test_packed_rows_that_need_a_mask_pay_for_the_whole_batch():
+    masked = {n: peak("packed", n, attention="eager") - peak("full", n, attention="eager") for n in (2, 4)}
+    # scores between texts, and they grow with the square of the batch
+    assert masked[4] >= 3 * masked[2] > 0
 
 
 def test_chunked_loss_never_holds_the_logits():

@@ -12,6 +12,7 @@ from tiny_folder import make_model, tokenizer
 from tiny_runs import BASE, assert_equal, keep_only, logged, weights
 
 from lowmem import hf_optimizer
+from lowmem.memory.attention import PACKED
 from lowmem.training.arguments import LowMemSFTConfig
 from lowmem.training.trainer import LowMemSFTTrainer
 
@@ -49,6 +50,19 @@ def test_label_loss_trains_as_trls_own_loss(tmp_path, folder, values):
     torch.testing.assert_close(logged(runs[True], "loss"), logged(runs[False], "loss"), rtol=2e-5, atol=0)
     for name, weight in weights(runs[False]).items():
         torch.testing.assert_close(weights(runs[True])[name], weight, rtol=0, atol=2e-5, msg=name)
+
+
+def test_packed_examples_attend_by_themselves(tmp_path, folder):
+    losses = {}
+    for masked in (False, True):
+        made = sft(tmp_path / str(masked), folder, max_steps=4, packing=True)
+        assert made.model.config._attn_implementation == PACKED
+        if masked:
+            made.model.set_attn_implementation("sdpa")
+        made.train()
+        losses[masked] = logged(made, "loss")
+    torch.testing.assert_close(losses[False], losses[True], rtol=2e-5, atol=0)
+    assert sft(tmp_path / "rows", folder, max_steps=1).model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("packing", [True, False])
