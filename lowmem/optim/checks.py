@@ -1,11 +1,12 @@
-"""What an optimizer checks before it is made: its numbers, and whether compiling pays."""
+"""What an optimizer checks: its numbers, whether compiling pays, whether saved state fits."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 
-from lowmem.errors import UserError
+from lowmem.errors import CheckpointError, UserError
 
 COMPILE_FROM = 1 << 23
 """`compile="auto"` compiles for models with at least this many parameters."""
@@ -46,3 +47,30 @@ def has_compiler() -> bool:
     """Whether kernels for the CPU can be built on this machine."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     return any(shutil.which(name) for name in names if name)
+
+
+Held = Mapping[str, tuple[tuple[int, ...], object]]
+"""Shape and dtype of each state tensor of a parameter."""
+
+
+def misfit(name: str, shape: tuple[int, ...], given: Held, needed: Held, moves: bool) -> CheckpointError:
+    """The error for a parameter's saved state that is not what its rule holds.
+
+    Args:
+        name: of the parameter; shape: its own.
+        given: what was saved; needed: what is held.
+        moves: whether the tensors that hold state change during a run.
+    """
+    what = f"optimizer state of {name!r} {tuple(shape)}"
+    if moves and given.items() < needed.items():
+        # torch reads a flattened state dict by the keys of the optimizer that it is loaded into
+        return CheckpointError(
+            f"{what} lacks {', '.join(sorted(needed.keys() - given.keys()))}: the tensors that hold state "
+            f"change during this run, and a flattened state dict is read by the keys of a fresh optimizer; "
+            f"save with flatten_optimizer_state_dict=False and torch.save, or, to load this one, set 'step' "
+            f"of every group to one less than the steps it has taken and call init_state() first"
+        )
+    return CheckpointError(
+        f"{what} does not fit: the checkpoint is of another model, dtype or writer; resume with the settings "
+        f"it was saved with"
+    )

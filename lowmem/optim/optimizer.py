@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from lowmem.errors import CheckpointError, UserError
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_hyper, has_compiler, pays
+from lowmem.optim.checks import check_hyper, has_compiler, misfit, pays
 from lowmem.optim.chunks import Chunks
 from lowmem.optim.rule import AnyRule, Hyper, Lookup, Rule, State, is_pointwise, scoped
+from lowmem.optim.schedule import Always
 from lowmem.optim.source import Named, Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import Writer, select
@@ -325,13 +326,11 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def _placed(self, p: Tensor, saved: Mapping[str, Tensor]) -> State:
         # what is saved belongs to the step before: the next one may switch roles
         expected = self.strategy.init(self.role(p, back=1), torch.empty_like(p, device="meta"))
+        needed = {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}
         given = {k: (tuple(v.shape), v.dtype) for k, v in saved.items() if isinstance(v, Tensor)}
-        if given != {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}:
-            name = self.place(p)[1]
-            raise CheckpointError(
-                f"optimizer state of {name!r} {tuple(p.shape)} does not fit: the checkpoint is of another "
-                f"model, dtype or writer; resume with the settings it was saved with"
-            )
+        if given != needed:
+            moves = not isinstance(self.strategy.schedule, Always)
+            raise misfit(self.place(p)[1], p.shape, given, needed, moves)
         # in the order of init: kernels take state tensors by place, and a store may have sorted the keys
         return {k: saved[k].detach().to(p.device, copy=True) for k in expected}
 

@@ -95,17 +95,17 @@ class Frame:
         return Refreshed(ok, change, 0 if self.left(shape) else 1)
 
 
-def usable(x: Tensor) -> Tensor:
-    """0-D bool: all finite and not all zero."""
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest magnitude, 1 where x is not usable; and a 0-D bool: all finite and not all zero."""
     low, high = x.aminmax()
-    return torch.isfinite(low) & torch.isfinite(high) & ((low != 0) | (high != 0))
+    top = torch.maximum(high, -low)
+    ok = torch.isfinite(top) & (top != 0)
+    return torch.where(ok, top, 1.0), ok
 
 
 def unit(x: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
     """x (used up) over its largest element, so that no square overflows; the fallback where not usable."""
-    ok = usable(x)
-    low, high = x.aminmax()
-    top = torch.where(ok, torch.maximum(high, -low), 1.0)
+    top, ok = largest(x)
     return torch.where(ok, x.div_(top), fallback), ok
 
 
@@ -139,9 +139,7 @@ def power_iteration(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[
 def _iterate(frame: Frame, q: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
     """One power iteration; of its own so that R is gone before the next one is made."""
     low = frame.down(q, g)
-    good = usable(low)
-    least, most = low.aminmax()
-    top = torch.where(good, torch.maximum(most, -least), 1.0)
+    top, good = largest(low)
     # in place: a second copy of R would double the workspace of a refresh
     y, fine = unit(frame.across(low.div_(top), g), q)
     return orthonormal(y), good & fine

@@ -1,0 +1,204 @@
+"""A compiled kernel is called without torch.compile after its first call, unless that would be wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor import config
+from torch._inductor.exc import CppCompileError, InductorError
+
+from lowmem.optim.blocks import Dense
+from lowmem.optim.chunks import ROW, Chunks
+from lowmem.optim.codecs import codec
+from lowmem.optim.kernels import _Compiled, _forget_instructions, compiled
+from lowmem.optim.rule import Hyper
+from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.moments import Momentum
+from lowmem.optim.writers import WRITERS
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
+
+CODES = Momentum(codec("int8", signed=True, stream="momentum"), 0.9)
+NOISY = Momentum(codec("bf16", signed=True, stream="momentum"), 0.9)
+
+
+class Whole(Chunks):
+    """Cuts nothing: a chunk has as many rows as its tensor."""
+
+    def spans(self, rule: Any, count: int) -> Iterator[tuple[int, int, int]]:
+        yield 0, count, count
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def steps(chunks: Chunks, rule: Any, writer: str, dtype: torch.dtype, rows: int, seed: int) -> list[Tensor]:
+    """All that two steps of `rows` rows leave behind; without a writer, of a projected gradient."""
+    w = normal(rows, ROW, seed=seed).to(dtype)
+    state = {**rule.init(w), **rule.shared(w), "rate": torch.tensor(0.5)}
+    state.setdefault("age", torch.zeros((), dtype=torch.int32))
+    extra = WRITERS[writer].init(w) if writer else {}
+    left = [w, *state.values(), *extra.values()]
+    for t in range(2):
+        g = normal(rows, ROW, seed=seed + t + 1).to(dtype)
+        hp = Hyper(t, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.01, Dense(w), tuple(w.shape), chunks.advance_)
+        if writer:
+            g[0, 3] = math.nan
+            chunks.apply_(rule, WRITERS[writer], w, Dense(g), state, extra, hp)
+        else:
+            left += [chunks.advance_(rule, g, state, hp), g]
+    return [*left, torch.tensor(chunks.skipped())]
+
+
+def forbid_torch_compile(kernel: Any) -> None:
+    def again(*_: Tensor) -> None:
+        pytest.fail("the kernel went through torch.compile again")
+
+    kernel._whole = again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "writer", "dtype", "allowed"),
+    [
+        (CODES, "kahan", torch.bfloat16, 0.0),
+        (NOISY, "stochastic", torch.bfloat16, 0.0),
+        (CODES, "", torch.float32, 0.0),
+        # addcmul rounds once in torch and twice in generated code, for numbers of order 1
+        (Adam(), "nearest", torch.float32, 2.0**-21),
+    ],
+    ids=["codes", "noise", "projected", "adam"],
+)
+def test_a_direct_call_is_the_eager_step_for_any_number_of_rows(
+    rule: Any, writer: str, dtype: torch.dtype, allowed: float
+) -> None:
+    fast, eager = Whole(compile=True), Whole()
+    for seed, rows in enumerate((3, 1, 7, 64, 3, 1)):
+        given = (rule, writer, dtype, rows, 10 * seed)
+        for ours, theirs in zip(steps(fast, *given), steps(eager, *given), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=allowed, atol=allowed)
+        if seed == 1:
+            for kernel in fast._kernels.values():
+                forbid_torch_compile(kernel)
+    assert [len(kernel._graphs) for kernel in fast._kernels.values()] == [1, 1]  # 1 row has its own
+
+
+def test_kernels_of_one_step_do_not_share_what_torch_remembers_of_sizes() -> None:
+    def step(w: Tensor, g: Tensor) -> None:
+        w.add_(g)
+
+    for width in (256, 512):
+        kernel = compiled(step)
+        for rows in (3, 7):
+            w, g = normal(rows, width), normal(rows, width, seed=1)
+            expected = w + g
+            kernel(w, g)
+            assert torch.equal(w, expected)
+            forbid_torch_compile(kernel)
+
+
+def test_a_tensor_from_outside_is_left_to_torch_compile() -> None:
+    factor = normal(ROW)
+
+    def step(w: Tensor, g: Tensor) -> None:
+        w.add_(g * factor)
+
+    kernel = _Compiled(step)
+    for rows in (3, 7, 64):
+        factor = normal(ROW, seed=rows)
+        w, g = normal(rows, ROW, seed=1), normal(rows, ROW, seed=2)
+        expected = w + g * factor
+        kernel(w, g)
+        assert torch.equal(w, expected)
+    assert len(kernel._graphs) == 1
+
+
+def test_what_a_graph_gives_back_is_left_to_torch_compile() -> None:
+    kept = {"largest": torch.zeros(())}
+
+    def step(w: Tensor, g: Tensor) -> Tensor:
+        kept["largest"] = g.amax()
+        return w.add_(g)
+
+    kernel = _Compiled(step)
+    for rows in (3, 7, 64):
+        w, g = normal(rows, ROW, seed=1), normal(rows, ROW, seed=rows)
+        expected = w + g
+        kernel(w, g)
+        assert torch.equal(w, expected)
+        assert torch.equal(kept["largest"], g.amax())
+    assert len(kernel._graphs) == 1
+
+
+@pytest.fixture
+def refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A compiler that does not know the processor's vector instructions; the file of what it refused."""
+    refused, wrapper = tmp_path / "refused", tmp_path / "g++"
+    wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *-mavx*) echo "$*" >> {refused}; exit 1;; esac\n'
+        f'exec {config.cpp.cxx[1]} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    _forget_instructions()
+    with config.patch({"cpp.cxx": (None, str(wrapper)), "cpp_cache_precompile_headers": False}):
+        yield refused
+    _forget_instructions()
+
+
+@pytest.mark.skipif(
+    "AVX" not in torch.backends.cpu.get_cpu_capability(), reason="no instructions that could be refused"
+)
+def test_a_compiler_older_than_the_processor_builds_without_its_instructions(refusals: Path) -> None:
+    fast, eager = Whole(compile=True), Whole()
+    for rows in (3, 7):
+        given = (CODES, "kahan", torch.bfloat16, rows, rows)
+        for ours, theirs in zip(steps(fast, *given), steps(eager, *given), strict=True):
+            assert torch.equal(ours, theirs)
+        assert "-mavx" in refusals.read_text()
+        for kernel in fast._kernels.values():
+            forbid_torch_compile(kernel)
+
+
+class RefusedOnce(_Compiled):
+    """What is left of the first attempt must not be called."""
+
+    reason: Exception = CppCompileError(["g++"], "unknown instructions")
+    attempts = 0
+
+    def _build(self, graph: Any, inputs: Any, options: dict[str, Any]) -> Any:
+        self.attempts += 1
+        if self.attempts == 2:
+            return super()._build(graph, inputs, options)
+        self._graphs.append(lambda _: pytest.fail("a graph of the failed attempt was called"))
+        raise InductorError(self.reason, None)
+
+
+def add(w: Tensor, g: Tensor) -> None:
+    w.add_(g)
+
+
+def test_graphs_of_a_refused_attempt_are_not_called() -> None:
+    kernel = RefusedOnce(add)
+    for rows in (3, 7):
+        w, g = normal(rows, ROW), normal(rows, ROW, seed=1)
+        expected = w + g
+        kernel(w, g)
+        assert torch.equal(w, expected)
+        forbid_torch_compile(kernel)
+    assert kernel.attempts == 2
+
+
+def test_an_error_that_is_not_the_compilers_is_not_tried_again() -> None:
+    kernel = RefusedOnce(add)
+    kernel.reason = ValueError("out of memory")
+    with pytest.raises(InductorError, match="out of memory"):
+        kernel(normal(3, ROW), normal(3, ROW))
+    assert kernel.attempts == 1
