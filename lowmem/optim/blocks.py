@@ -45,9 +45,9 @@ class Blocks:
 
     Args:
         shape: (m, n).
-        rows: maps (i, j) to the fp32 rows i..j, (j - i, n); None where a subclass has its own `rows`. A
-            bound method of the object itself would be a reference cycle, and what it holds (a gradient)
-            would live until the garbage collector runs.
+        rows: maps (i, j) to the rows i..j, (j - i, n), in any floating dtype; None where a subclass has
+            its own `rows`. A bound method of the object itself would be a reference cycle, and what it
+            holds (a gradient) would live until the garbage collector runs.
         device: where rows live.
         dtype: precision of matrix products with it (fp32, or bf16 where the data is bf16).
     """
@@ -68,13 +68,14 @@ class Blocks:
         """Rows i..j in fp32, (j - i, n); not to be written to."""
         if self._rows is None:
             raise NotImplementedError(f"{type(self).__name__} has no rows")
-        return self._rows(i, j)
+        return self._rows(i, j).float()
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """Flat row-major elements start..stop, in any floating dtype; not to be written to."""
         n = self.shape[1]
         first = start // n
-        flat = self.rows(first, -(-stop // n)).reshape(-1)
+        look = self._rows or self.rows  # kernels cast as they read
+        flat = look(first, -(-stop // n)).reshape(-1)
         return flat[start - first * n : stop - first * n]
 
     def ranges(self) -> Iterator[tuple[int, int]]:

@@ -127,7 +127,7 @@ class Chunks:
         self._age(s, self.true(low.device) if finds else ok)
         run = _Run(self, rule, None, s, {}, hp, ok, rates(hp), finds)
         for start, length, size in cuts:
-            run.low_chunk(flat[start : start + length], start, size)
+            run.low_chunk(flat if length == flat.numel() else flat[start : start + length], start, size)
         return ok
 
     def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:

@@ -38,7 +38,8 @@ def spans(count: int) -> Iterator[tuple[int, int, int]]:
 def pieces(tensor: Tensor, per: int, start: int, length: int) -> Tensor:
     """The entries of a state tensor that belong to elements start..start+length."""
     flat = tensor.view(-1) if per == 1 else tensor
-    return flat[start // per : -(-(start + length) // per)]
+    first, last = start // per, -(-(start + length) // per)
+    return flat if first == 0 and last >= flat.shape[0] else flat[first:last]
 
 
 def pad(piece: Tensor, entries: int, fill: int = 0) -> Tensor:

@@ -173,8 +173,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
             name, role, self._names[role], max(0, group["step"] - back), group["seed"]
         )
 
-    def hyper(self, p: Tensor, first: bool = False) -> Hyper:
-        """What a rule may know of the next step of a parameter."""
+    def hyper(self, p: Tensor, first: bool = False, weight: Tensor | None = None) -> Hyper:
+        """What a rule may know of the next step of a parameter; its weight, where that is at hand."""
         group, name = self.place(p)
         beta1, beta2 = group["betas"]
         return Hyper(
@@ -185,7 +185,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             betas=(float(beta1), float(beta2)),
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
-            weight=Dense(p.detach()),
+            weight=Dense(p.detach() if weight is None else weight),
             shape=tuple(p.shape),
             advance=self.chunks.advance_,
             first=first,
@@ -242,7 +242,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 raise UserError(f"sparse gradient for {name!r}: set sparse=False on its embedding")
             g = Dense(g)
         seat, fresh = self.ready(p)
-        hp, weight, rule = self.hyper(p, fresh), p.detach(), seat.rule
+        weight, rule = p.detach(), seat.rule
+        hp = self.hyper(p, fresh, weight)
         if is_pointwise(rule):
             self.chunks.apply_(rule, seat.writer, weight, g, seat.state, seat.extra, hp)
             return

@@ -61,7 +61,7 @@ class Projector(Protocol):
         """The projected gradient, fp32."""
 
     def up(self, s: State, low: Tensor, i: int, j: int, like: Blocks) -> Tensor:
-        """Rows i..j of the lifted matrix, fp32; `like` gives shape and precision of products."""
+        """Rows i..j of the lifted matrix, fp32 or as `like` says, which gives shape and precision."""
 
     def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
         """(A, B) with up(low) = A B, where the lift is a product."""

@@ -79,7 +79,7 @@ class Frame:
     def up(self, basis: Tensor, low: Tensor, i: int, j: int, like: Blocks) -> Tensor:
         """Rows of P R or R P', in the precision of the data."""
         a, b = (basis[i:j], low) if self.left(like.shape) else (low[i:j], basis.t())
-        return (a.to(like.dtype) @ b.to(like.dtype)).float()
+        return a.to(like.dtype) @ b.to(like.dtype)
 
     def pair(self, basis: Tensor, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The two factors of the lifted matrix."""
