@@ -22,7 +22,7 @@ LAYERS = [
     {"noise", "math", "cutting", "checks"},
     {"blocks", "rule"},
     {"codecs", "factored", "writers"},
-    {"kernels"},
+    {"kernels", "layout"},
     {"chunks"},
     {"rules"},
     {"residuals", "projectors"},

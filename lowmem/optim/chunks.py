@@ -23,13 +23,11 @@ from torch import Tensor
 
 from lowmem.optim import noise
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.cutting import LADDER, pad, pieces, read_flat, spans, walk, write_flat
+from lowmem.optim.cutting import LADDER, pad, read_flat, spans, walk, write_flat
 from lowmem.optim.kernels import LARGEST, Index, Kernel, body, compiled
+from lowmem.optim.layout import layout
 from lowmem.optim.rule import Hyper, Pointwise, State
 from lowmem.optim.writers import Nearest, Writer
-
-ROW = 256
-"""Elements of a row of a compiled chunk where the rule has no blocks."""
 
 log = logging.getLogger(__name__)
 
@@ -229,66 +227,39 @@ class _Run:
         self.frame, self.rule, self.writer, self.hp, self.ok, self.rates = frame, rule, writer, hp, ok, rates
         self.finds = finds
         device = rates.device
-        self.live = frame.compile and device.type != "meta" and (rule is None or rule.compilable)
+        live = frame.compile and device.type != "meta" and (rule is None or rule.compilable)
+        self.layout = layout(rule, writer, s, extra, live)
         self.scalars = rule.scalars(s, hp) if rule else rates
-        self.keys = tuple(s)
-        per, fill = (rule.per, rule.fill) if rule else ({}, {})
-        self.cuts = [(s[key], per.get(key, 0), fill.get(key, 0)) for key in self.keys]
-        self.cuts += [(tensor, 1, 0) for tensor in extra.values()]
-        self.streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
-        self.grain = rule.grain if rule else 1
         self.skipped = frame.counter(device)
         self._words: dict[int, Tensor] = {}
 
-    def width(self, size: int) -> int:
-        """Elements of a row of a chunk."""
-        if self.grain > 1:
-            return self.grain
-        return ROW if self.live else size
-
     def words(self, start: int) -> Tensor:
         """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
-        if not self.streams:
+        if not self.layout.streams:
             return self.rates
         upper = (start + self.hp.offset) >> 32
         if upper not in self._words:
             hp = self.hp
-            names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.streams]
+            names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.layout.streams]
             self._words[upper] = noise.key_tensor(names, self.rates.device)
         return self._words[upper]
 
     def _index(self, start: int, rows: int, width: int) -> Index:
-        if not self.streams:
+        if not self.layout.streams:
             return self.rates, self.rates, self.rates  # nothing is drawn, so nothing asks for it
         index = (start + self.hp.offset) & 0xFFFFFFFF
         signed = index - (1 << 32) if index >= 1 << 31 else index
         return self.hp.vector(signed, dtype=torch.int32)[0], *self.frame.grid(rows, width, self.rates.device)
 
-    def _cut(
-        self, start: int, length: int, size: int, rows: int
-    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Views of the state for one chunk; where it must be padded, copies and where they go back."""
-        views, back = [], []
-        for tensor, per, fill in self.cuts:
-            if not per:
-                views.append(tensor)
-                continue
-            piece = pieces(tensor, per, start, length)
-            entries = -(-size // per)
-            if piece.shape[0] != entries:
-                padded = pad(piece, entries, fill)
-                back.append((piece, padded))
-                piece = padded
-            views.append(piece.view(rows, -1) if piece.dim() == 1 else piece)
-        return views, back
-
     def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
         size = g.shape[0]
-        width = self.width(size)
+        width = self.layout.width(size)
         rows = size // width
-        views, back = self._cut(start, length, size, rows)
+        views, back = self.layout.cut(start, length, size)
         shaped = g.view(rows, width)
-        self.frame.kernel(self.rule, self.writer, self.keys, w, g, self.live, self.finds, rows == 1)(
+        self.frame.kernel(
+            self.rule, self.writer, self.layout.keys, w, g, self.layout.live, self.finds, rows == 1
+        )(
             shaped if w is g else w.view(rows, width), shaped, self.scalars, self.rates, self.ok,
             *self._index(start, rows, width), self.words(start), self.skipped, *views,
         )  # fmt: skip

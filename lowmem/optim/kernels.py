@@ -107,11 +107,12 @@ class _Compiled:
         self._graphs: list[Any] = []
         self._taken: list[Tensor | int] = []
         self._order: list[int] = []
+        self._direct: Kernel = self._whole
 
     def __call__(self, *tensors: Tensor) -> None:
         if self._order:
             rows = tensors[0].shape[0]
-            self._graphs[0]([rows if i < 0 else tensors[i] for i in self._order])
+            self._direct([rows if i < 0 else tensors[i] for i in self._order])
             return
         rows = _leave_rows_open(tensors)
         self._whole(*tensors)
@@ -120,6 +121,8 @@ class _Compiled:
         found = [i for i in order if i is not None]
         if len(self._graphs) == 1 and len(found) == len(order):
             self._order = found
+            # past the wrapper around it, which serves caches and profilers of torch.compile
+            self._direct = getattr(self._graphs[0], "current_callable", None) or self._graphs[0]
         self._taken = []
 
     @staticmethod

@@ -25,7 +25,7 @@ from lowmem.errors import CheckpointError, UserError
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.checks import check_hyper, has_compiler, misfit, pays
 from lowmem.optim.chunks import Chunks
-from lowmem.optim.rule import AnyRule, Hyper, Lookup, Rule, State, is_pointwise, scoped
+from lowmem.optim.rule import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
 from lowmem.optim.schedule import Always
 from lowmem.optim.source import Named, Query
 from lowmem.optim.strategy import Strategy
@@ -216,7 +216,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         state = {k: v for k, v in held.items() if not k.startswith("writer.")}
         state |= self.constants(rule, role, p)
         writer = select(self.strategy.writer, p.dtype)
-        self._seats[id(p)] = _Seat(role, rule, writer, state, scoped(held, "writer"))
+        self._seats[id(p)] = _Seat(role, rule, writer, Held(state), scoped(held, "writer"))
         return self._seats[id(p)], fresh
 
     @torch.no_grad()

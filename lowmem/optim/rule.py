@@ -25,7 +25,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,14 +36,26 @@ from lowmem.optim.blocks import Blocks, Direction
 State = dict[str, Tensor]
 
 
+class Held(State):
+    """A state whose tensors stay what they are: what is derived from it is kept with it."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__(state)
+        self.parts: dict[str, Held] = {}
+        self.layouts: dict[tuple[int, int, bool], Any] = {}
+
+
 def scoped(state: Mapping[str, Tensor], scope: str) -> State:
     """The part of a state under a dotted prefix, without it.
 
     >>> sorted(scoped({"inner.age": torch.zeros(()), "basis": torch.zeros(2)}, "inner"))
     ['age']
     """
-    head = f"{scope}."
-    return {key[len(head) :]: value for key, value in state.items() if key.startswith(head)}
+    parts = state.parts if isinstance(state, Held) else {}
+    if scope not in parts:
+        head = f"{scope}."
+        parts[scope] = Held({k[len(head) :]: value for k, value in state.items() if k.startswith(head)})
+    return parts[scope]
 
 
 def prefixed(scope: str, state: Mapping[str, Tensor]) -> State:

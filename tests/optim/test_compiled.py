@@ -14,9 +14,10 @@ from torch._inductor import config
 from torch._inductor.exc import CppCompileError, InductorError
 
 from lowmem.optim.blocks import Dense
-from lowmem.optim.chunks import ROW, Chunks
+from lowmem.optim.chunks import Chunks
 from lowmem.optim.codecs import codec
 from lowmem.optim.kernels import _Compiled, _forget_instructions, compiled
+from lowmem.optim.layout import ROW
 from lowmem.optim.rule import Hyper
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
