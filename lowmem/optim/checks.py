@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lowmem.errors import CheckpointError, UserError
 
 COMPILE_FROM = 1 << 23
 """`compile="auto"` compiles for models with at least this many parameters."""
 
-COMPILE_WORK = 3_000_000_000
+COMPILE_WORK = 1_500_000_000
 """Elements stepped in a run, below which the eager steps take less time than compiling kernels."""
 
 
@@ -47,6 +48,45 @@ def has_compiler() -> bool:
     """Whether kernels for the CPU can be built on this machine."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     return any(shutil.which(name) for name in names if name)
+
+
+def check_saved(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a state dict that belongs to another optimizer.
+
+    Args:
+        saved: the state dict; groups: those of the optimizer that is to load it.
+
+    Raises:
+        CheckpointError: saved by another strategy, for other parameters, or with keys of another type.
+    """
+    mine = groups[0]["strategy"] if groups else ""
+    theirs = next((g.get("strategy") for g in saved["param_groups"] if g.get("strategy") != mine), mine)
+    if theirs != mine:
+        raise CheckpointError(
+            f"optimizer state was saved by {theirs or 'another optimizer'}, this run is {mine}: "
+            f"resume with the strategy and options it was saved with"
+        )
+    if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
+        raise CheckpointError(
+            "optimizer state was saved for another set of parameters: resume the same model"
+        )
+    known = {i for g in saved["param_groups"] for i in g["params"]}
+    strange = [key for key in saved["state"] if key not in known]
+    if strange:
+        raise CheckpointError(
+            f"optimizer state of {strange[0]!r} belongs to no parameter of the checkpoint, whose keys are "
+            f"{sorted(known, key=str)[:3]}...: a store that turns numbers into text does this; save what "
+            f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives"
+        )
+
+
+def lost(steps: int) -> CheckpointError:
+    """The error for a state dict of a run under way that holds no state."""
+    return CheckpointError(
+        f"the checkpoint is of step {steps} and holds no optimizer state: torch.distributed.checkpoint reads "
+        f"what the optimizer that it loads into holds already; call init_state() on it first, or use "
+        f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
+    )
 
 
 Held = Mapping[str, tuple[tuple[int, ...], object]]

@@ -21,9 +21,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import CheckpointError, UserError
+from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_hyper, has_compiler, misfit, pays
+from lowmem.optim.checks import check_hyper, check_saved, has_compiler, lost, misfit, pays
 from lowmem.optim.chunks import Chunks
 from lowmem.optim.rule import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
 from lowmem.optim.schedule import Always
@@ -308,10 +308,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Load exactly: dtypes and bits as saved, on the parameter's device.
 
         Raises:
-            CheckpointError: saved by another strategy, or for other shapes.
+            CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
         groups = state_dict["param_groups"]
-        self._check_foreign(groups)
+        check_saved(state_dict, self.param_groups)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._places.clear()  # the groups are new, and so is their step
         self._seats.clear()
@@ -321,8 +321,17 @@ class LowMemOptimizer(torch.optim.Optimizer):
         for i, p in zip(ids, ours, strict=True):
             if i in state_dict["state"]:
                 self.state[p] = self._placed(p, state_dict["state"][i])
+        if not self.state and any(group["step"] for group in groups) and self._holds():
+            raise lost(max(group["step"] for group in groups))
         if self.param_groups:
             self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
+
+    def _holds(self) -> bool:
+        """Whether a parameter that trains had state after the last step."""
+        trained = [p for _, p in self.named_parameters() if p.requires_grad and p.numel()]
+        return any(
+            self.strategy.init(self.role(p, back=1), torch.empty_like(p, device="meta")) for p in trained
+        )
 
     def _placed(self, p: Tensor, saved: Mapping[str, Tensor]) -> State:
         # what is saved belongs to the step before: the next one may switch roles
@@ -334,17 +343,3 @@ class LowMemOptimizer(torch.optim.Optimizer):
             raise misfit(self.place(p)[1], p.shape, given, needed, moves)
         # in the order of init: kernels take state tensors by place, and a store may have sorted the keys
         return {k: saved[k].detach().to(p.device, copy=True) for k in expected}
-
-    def _check_foreign(self, groups: list[dict[str, Any]]) -> None:
-        mine = self.param_groups[0]["strategy"] if self.param_groups else ""
-        for group in groups:
-            theirs = group.get("strategy")
-            if theirs != mine:
-                raise CheckpointError(
-                    f"optimizer state was saved by {theirs or 'another optimizer'}, this run is {mine}: "
-                    f"resume with the strategy and options it was saved with"
-                )
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise CheckpointError(
-                "optimizer state was saved for another set of parameters: resume the same model"
-            )

@@ -91,6 +91,22 @@ def test_loading_does_not_share_memory_with_the_checkpoint(case: Case) -> None:
     assert runs.same(loaded, runs.from_file(optimizer_file))
 
 
+def test_a_checkpoint_that_lost_its_state_is_refused(case: Case) -> None:
+    """A store that reads what the optimizer holds already gives a fresh one nothing, without an error."""
+    at = runs.SAVED[-1]
+    _, optimizer_file = runs.record(case, torch.float32).saved[at]
+    saved = runs.from_file(optimizer_file)
+    optimizer = case.optimizer(zoo.build(torch.float32))
+    if not any(saved["state"].values()):
+        optimizer.load_state_dict({**saved, "state": {}})  # nothing was held, so nothing is lost
+        return
+    as_text = {**saved, "state": {str(i): held for i, held in saved["state"].items()}}
+    with pytest.raises(CheckpointError, match="belongs to no parameter"):
+        optimizer.load_state_dict(as_text)
+    with pytest.raises(CheckpointError, match=rf"of step {at} and holds no .*init_state"):
+        optimizer.load_state_dict({**saved, "state": {}})
+
+
 def test_order_of_saved_keys_does_not_matter(case: Case, dtype: torch.dtype) -> None:
     """A store may give the state tensors of a parameter back in any order."""
     whole = runs.record(case, dtype)
