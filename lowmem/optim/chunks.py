@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lowmem.optim import noise
+from lowmem.optim import cutting, noise
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.cutting import LADDER, pad, read_flat, spans, walk, write_flat
+from lowmem.optim.cutting import LADDER, Span, pad, read_flat, walk, write_flat
 from lowmem.optim.kernels import LARGEST, Index, Kernel, body, compiled
 from lowmem.optim.layout import layout
 from lowmem.optim.rule import Hyper, Pointwise, State
@@ -155,21 +155,11 @@ class Chunks:
         if "age" in s:
             s["age"].add_(1 if ok is self._true.get(ok.device) else ok)
 
-    def spans(self, rule: Pointwise | None, count: int) -> Iterator[tuple[int, int, int]]:
+    def spans(self, rule: Pointwise | None, count: int) -> tuple[Span, ...]:
         """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
         if self.compile and (rule is None or rule.compilable):
-            whole = count // LADDER[0] * LADDER[0]
-            yield from spans(whole)
-            rest = count - whole
-            if rest and rest % LADDER[-1] == 0:  # one call is cheaper than a walk down the ladder
-                yield whole, rest, rest
-            else:
-                yield from ((whole + start, length, size) for start, length, size in spans(rest))
-            return
-        most, grain = getattr(rule, "chunk", LADDER[0]), rule.grain if rule else 1
-        for start in range(0, count, most):
-            length = min(most, count - start)
-            yield start, length, -(-length // grain) * grain
+            return cutting.compiled_spans(count)
+        return cutting.eager_spans(count, getattr(rule, "chunk", LADDER[0]), rule.grain if rule else 1)
 
     def kernel(
         self,

@@ -8,8 +8,9 @@ tensors have one entry for `per` elements along their first dimension.
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from torch import Tensor
@@ -18,9 +19,10 @@ LADDER = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)
 """Chunk sizes in elements; every grain divides the smallest."""
 
 Block = TypeVar("Block")
+Span = tuple[int, int, int]
 
 
-def spans(count: int) -> Iterator[tuple[int, int, int]]:
+def spans(count: int) -> Iterator[Span]:
     """Cut `count` elements into (start, length, size), size from the ladder, the last one padded.
 
     >>> list(spans(70_000))
@@ -33,6 +35,31 @@ def spans(count: int) -> Iterator[tuple[int, int, int]]:
             start += size
     if start < count:
         yield start, count - start, LADDER[-1]
+
+
+@functools.lru_cache(1 << 12)
+def compiled_spans(count: int) -> tuple[Span, ...]:
+    """`spans`, the last million elements in one piece where they are a multiple of the smallest size.
+
+    >>> compiled_spans(73_728)
+    ((0, 73728, 73728),)
+    """
+    whole = count // LADDER[0] * LADDER[0]
+    rest = count - whole
+    if rest and rest % LADDER[-1] == 0:  # one call is cheaper than a walk down the ladder
+        return (*spans(whole), (whole, rest, rest))
+    return (*spans(whole), *((whole + start, length, size) for start, length, size in spans(rest)))
+
+
+@functools.lru_cache(1 << 12)
+def eager_spans(count: int, most: int, grain: int) -> tuple[Span, ...]:
+    """Cut into (start, length, size) of at most `most` elements, the last size padded to the grain.
+
+    >>> eager_spans(600, 256, 64)
+    ((0, 256, 256), (256, 256, 256), (512, 88, 128))
+    """
+    starts = range(0, count, most)
+    return tuple((i, n, -(-n // grain) * grain) for i in starts for n in (min(most, count - i),))
 
 
 def pieces(tensor: Tensor, per: int, start: int, length: int) -> Tensor:
@@ -49,13 +76,12 @@ def pad(piece: Tensor, entries: int, fill: int = 0) -> Tensor:
     return padded
 
 
-def walk(blocks: Iterator[Block], x: Tensor) -> Iterator[Block]:
+def walk(blocks: Iterable[Block], x: Tensor) -> Iterable[Block]:
     """All blocks; on meta, where only sizes are asked, the first two and the last stand for all."""
     if x.device.type != "meta":
-        yield from blocks
-        return
-    yield from itertools.islice(blocks, 2)
-    yield from collections.deque(blocks, maxlen=1)
+        return blocks
+    rest = iter(blocks)
+    return [*itertools.islice(rest, 2), *collections.deque(rest, maxlen=1)]
 
 
 def write_flat(tensor: Tensor, start: int, values: Tensor) -> None:

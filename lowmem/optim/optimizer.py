@@ -226,7 +226,6 @@ class LowMemOptimizer(torch.optim.Optimizer):
             if p.requires_grad and p.numel():
                 self.ready(p)
 
-    @torch.no_grad()
     def step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
         """The whole update of one tensor.
 
@@ -234,6 +233,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
             p: the parameter.
             g: its gradient, a tensor like p or Blocks.
         """
+        if torch.is_grad_enabled():  # a decorator would switch at every call, also inside of `step`
+            with torch.no_grad():
+                self.step_param(p, g)
+            return
         if not p.numel():
             return
         if isinstance(g, Tensor):
