@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor import config
+from torch._inductor.cpu_vec_isa import VecISA
 from torch._inductor.exc import CppCompileError, InductorError
 
 from lowmem.optim.blocks import Dense
@@ -152,6 +153,8 @@ def refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with config.patch({"cpp.cxx": (None, str(wrapper)), "cpp_cache_precompile_headers": False}):
         yield refused
     _forget_instructions()
+    # what was found out about this compiler is remembered besides, and would be believed of the next one
+    VecISA._VecISA__bool__impl.cache_clear()
 
 
 @pytest.mark.skipif(
