@@ -7,7 +7,9 @@ Run it alone on the machine:
 
 Times of one machine mean little on another; ratios travel. Every round runs
 every contestant once, in turn, so a machine that slows down slows all of them;
-the median over the rounds is kept. Peers that are not installed are left out.
+the median over the rounds is kept. All step the same weights with the same
+gradients, for on a CPU it matters where in memory these lie. Peers that are not
+installed are left out.
 The set of weights is a Llama's: 8 layers of width 512 and an embedding, 42M.
 """
 
@@ -84,9 +86,8 @@ def weights(shapes: list[tuple[int, int]], device: str) -> list[nn.Parameter]:
     return made
 
 
-def ours(name: str, shapes: list[tuple[int, int]], device: str, **options: Any) -> Step:
+def ours(name: str, params: list[nn.Parameter], **options: Any) -> Step:
     """The step of one of our strategies; matrices first, the embedding as "other"."""
-    params = weights(shapes, device)
     groups: list[dict[str, Any]] = [
         {"params": [(f"{i}", p) for i, p in enumerate(params) if p.shape[0] != VOCABULARY]},
         {"params": [("embedding", p) for p in params if p.shape[0] == VOCABULARY], "role": "other"},
@@ -97,16 +98,14 @@ def ours(name: str, shapes: list[tuple[int, int]], device: str, **options: Any) 
     return step
 
 
-def peers(shapes: list[tuple[int, int]], matrices: list[tuple[int, int]], device: str) -> dict[str, Step]:
+def peers(params: list[nn.Parameter], matrices: list[nn.Parameter]) -> dict[str, Step]:
     """Steps of other libraries, as far as they are installed."""
-    found: dict[str, Step] = {
-        "torch AdamW fused": torch.optim.AdamW(weights(shapes, device), fused=True).step
-    }
+    found: dict[str, Step] = {"torch AdamW fused": torch.optim.AdamW(params, lr=1e-4, fused=True).step}
     makers: dict[str, Callable[[], Step]] = {
-        "bitsandbytes AdamW8bit": lambda: _bitsandbytes(weights(shapes, device)),
-        "torchao AdamW8bit": lambda: _torchao(weights(shapes, device)),
-        "transformers Adafactor": lambda: _transformers(weights(shapes, device)),
-        "galore-torch, matrices": lambda: _galore_torch(weights(matrices, device)),
+        "bitsandbytes AdamW8bit": lambda: _bitsandbytes(params),
+        "torchao AdamW8bit": lambda: _torchao(params),
+        "transformers Adafactor": lambda: _transformers(params),
+        "galore-torch, matrices": lambda: _galore_torch(matrices),
     }
     for name, make in makers.items():
         try:
@@ -119,14 +118,14 @@ def peers(shapes: list[tuple[int, int]], matrices: list[tuple[int, int]], device
 def _bitsandbytes(params: list[nn.Parameter]) -> Step:
     from bitsandbytes.optim import AdamW8bit
 
-    step: Step = AdamW8bit(params).step
+    step: Step = AdamW8bit(params, lr=1e-4).step
     return step
 
 
 def _torchao(params: list[nn.Parameter]) -> Step:
     from torchao.optim import AdamW8bit  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-    step: Step = AdamW8bit(params).step
+    step: Step = AdamW8bit(params, lr=1e-4).step
     return step
 
 
@@ -146,12 +145,13 @@ def _galore_torch(params: list[nn.Parameter]) -> Step:
     return step
 
 
-def products(matrices: list[tuple[int, int]], device: str) -> Step:
+def products(params: list[nn.Parameter]) -> Step:
     """The two products that a subspace step cannot avoid, the second fused into the weight."""
-    params = weights(matrices, device)
     frame = Frame(RANK)
     sizes = [frame.size((p.shape[0], p.shape[1])) for p in params]
-    bases = [torch.linalg.qr(torch.randn(*size, device=device))[0] for size in sizes]
+    bases = [
+        torch.linalg.qr(torch.randn(*size, device=p.device))[0] for size, p in zip(sizes, params, strict=True)
+    ]
 
     def run() -> None:
         for p, basis in zip(params, bases, strict=True):
@@ -165,13 +165,13 @@ def products(matrices: list[tuple[int, int]], device: str) -> Step:
     return run
 
 
-def refreshes(matrices: list[tuple[int, int]], device: str) -> tuple[dict[str, Step], Callable[[], float]]:
+def refreshes(params: list[nn.Parameter]) -> tuple[dict[str, Step], Callable[[], float]]:
     """A warm refresh by power iteration, an SVD, and the share of the SVD's energy that is captured."""
     from lowmem.optim.blocks import Dense
 
-    grads = [p.grad for p in weights(matrices, device) if p.grad is not None]
+    grads = [p.grad for p in params if p.grad is not None]
     frame = Frame(RANK)
-    bases = [torch.eye(*frame.size((g.shape[0], g.shape[1])), device=device) for g in grads]
+    bases = [torch.eye(*frame.size((g.shape[0], g.shape[1])), device=g.device) for g in grads]
 
     def hyper(i: int, step: int) -> Hyper:
         nothing: Any = None
@@ -224,21 +224,22 @@ def benchmark(device: str = "cpu", rounds: int = 15, quick: bool = False) -> dic
         device: cpu or cuda; rounds: of the fast contestants (the slow ones take a third).
         quick: two layers instead of eight.
     """
-    matrices = MATRICES * (2 if quick else LAYERS)
-    shapes = [*matrices, (VOCABULARY // (8 if quick else 1), WIDTH)]
+    shapes = [*MATRICES * (2 if quick else LAYERS), (VOCABULARY // (8 if quick else 1), WIDTH)]
+    params = weights(shapes, device)
+    matrices = params[:-1]
     fast: dict[str, Step] = {
-        "lowmem adamw": ours("adamw", shapes, device),
-        "lowmem adamw_8bit companded8": ours("adamw_8bit", shapes, device, states="companded8"),
-        "lowmem adamw_8bit int8": ours("adamw_8bit", shapes, device, states="int8"),
-        "lowmem galore": ours("galore", shapes, device, rank=RANK, update_proj_gap=10**6),
-        "lowmem galore, matrices": ours("galore", matrices, device, rank=RANK, update_proj_gap=10**6),
-        "two products": products(matrices, device),
+        "lowmem adamw": ours("adamw", params),
+        "lowmem adamw_8bit companded8": ours("adamw_8bit", params, states="companded8"),
+        "lowmem adamw_8bit int8": ours("adamw_8bit", params, states="int8"),
+        "lowmem galore": ours("galore", params, rank=RANK, update_proj_gap=10**6),
+        "lowmem galore, matrices": ours("galore", matrices, rank=RANK, update_proj_gap=10**6),
+        "two products": products(matrices),
     }
     for name in ("adafactor", "frugal", "microadam"):
         if name in lowmem.available():
-            fast[f"lowmem {name}"] = ours(name, shapes, device)
-    fast |= peers(shapes, matrices, device)
-    slow, energy = refreshes(matrices, device)
+            fast[f"lowmem {name}"] = ours(name, params)
+    fast |= peers(params, matrices)
+    slow, energy = refreshes(matrices)
     times = measure(fast, rounds, device) | measure(slow, max(1, rounds // 5), device)
     load = os.getloadavg()[0]
     return {
