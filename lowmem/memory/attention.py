@@ -49,7 +49,7 @@ def by_example(attend: Attention, lengths: list[int] | None = None) -> Attention
             return attend(module, query, key, value, attention_mask, **kwargs)
         dtype = query.dtype
         if attend is sdpa and query.device.type == "cpu":
-            # for examples of up to 256 tokens torch's 16-bit kernels take up to twice as long there
+            # on short examples, which packing is for, torch's 16-bit kernels take up to twice as long there
             query, key, value = query.float(), key.float(), value.float()
         examples = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
         return torch.cat([attend(module, *one, None, **kwargs)[0] for one in examples], dim=1).to(dtype), None
@@ -73,41 +73,42 @@ def _lengths(mask: Tensor | None) -> list[int] | None:
     return sizes
 
 
-def applies(model: nn.Module, length: int) -> bool:
+def applies(model: nn.Module) -> bool:
     """Whether a model's packed rows can be attended to example by example.
 
     Args:
         model: unwrapped; a PEFT model is looked into.
-        length: most tokens of an example.
     """
     inner = _base(model)
     config = inner.config.get_text_config()
+    adapters: Mapping[str, Any] = getattr(model, "peft_config", {})
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
-        config._attn_implementation == "sdpa"
+        config._attn_implementation in ("sdpa", PACKED)
         and inner.is_backend_compatible()
         and inner._can_set_attn_implementation()
-        and _plain(config, length)
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and not any(adapter.is_prompt_learning for adapter in adapters.values())  # it lengthens the mask
     )
+
+
+def reaches(model: nn.Module, length: int) -> bool:
+    """Whether every layer of a model sees `length` tokens back: no window is shorter."""
+    config = _base(model).config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return all(most is None or length <= most for most in windows)
 
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _plain(config: Any, length: int) -> bool:
-    """Whether every layer's attention is causal and reaches `length` tokens back."""
-    reach = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    softcapped = getattr(config, "attn_logit_softcapping", None) is not None
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    usual = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
-    return usual and not softcapped and all(most is None or length <= most for most in reach)
-
-
 def attend_by_example(model: nn.Module) -> None:
     """Switch a model to `by_example`: calls with `cu_seq_lens_q` and without a mask need none from now on.
 
     Args:
-        model: one that `applies`; all other calls give what they gave.
+        model: one that `applies`; all other calls, and examples longer than a window, give what they gave.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -115,7 +116,8 @@ def attend_by_example(model: nn.Module) -> None:
     AttentionInterface.register(PACKED, by_example(sdpa))
     AttentionMaskInterface.register(PACKED, sdpa_mask)
     _base(model).set_attn_implementation(PACKED)
-    model.register_forward_pre_hook(_send_lengths, with_kwargs=True)
+    if _send_lengths not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_send_lengths, with_kwargs=True)
 
 
 def _send_lengths(
@@ -128,4 +130,6 @@ def _send_lengths(
     if starts is None or kwargs.get("attention_mask") is not None:
         return None
     lengths = starts.diff().to("cpu", torch.int32)  # read by every layer, so waited for once
+    if not reaches(module, int(lengths.max())):
+        return None
     return args, {**kwargs, "attention_mask": lengths.view(1, 1, 1, -1)}

@@ -67,7 +67,7 @@ def attention_name(config: Any, run: Run) -> str:
 
 def _attend_as_packed(model: Any, run: Run) -> None:
     """Choose the attention that training would choose for packed rows."""
-    if attention.applies(model, run.longest or run.seq_len):
+    if attention.applies(model) and attention.reaches(model, run.longest or run.seq_len):
         model.set_attn_implementation(kernels.EXAMPLES)
     elif run.device == "cuda" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(kernels.FUSED)

@@ -75,7 +75,7 @@ class Blocks:
         n = self.shape[1]
         first = start // n
         look = self._rows or self.rows  # kernels cast as they read
-        flat = look(first, -(-stop // n)).reshape(-1)
+        flat = look(first, -(-stop // n)).contiguous().view(-1)  # of a single row, reshape gives it strided
         return flat[start - first * n : stop - first * n]
 
     def ranges(self) -> Iterator[tuple[int, int]]:

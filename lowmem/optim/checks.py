@@ -89,11 +89,11 @@ def lost(steps: int) -> CheckpointError:
     )
 
 
-Held = Mapping[str, tuple[tuple[int, ...], object]]
+Shapes = Mapping[str, tuple[tuple[int, ...], object]]
 """Shape and dtype of each state tensor of a parameter."""
 
 
-def misfit(name: str, shape: tuple[int, ...], given: Held, needed: Held, moves: bool) -> CheckpointError:
+def misfit(name: str, shape: tuple[int, ...], given: Shapes, needed: Shapes, moves: bool) -> CheckpointError:
     """The error for a parameter's saved state that is not what its rule holds.
 
     Args:

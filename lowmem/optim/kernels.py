@@ -76,7 +76,6 @@ def body(
 
 OPTIONS = {
     "emulate_precision_casts": True,  # a cast to 16 bits and back rounds, and must not be dropped
-    "size_asserts": False,  # the frame cuts what it gives: asking again at every call costs more than a view
     "assert_indirect_indexing": False,  # codes cannot point outside their table: checks cost a third
 }
 

@@ -315,6 +315,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """
         groups = state_dict["param_groups"]
         check_saved(state_dict, self.param_groups)
+        if not state_dict["state"] and any(group["step"] for group in groups) and self._holds():
+            raise lost(max(group["step"] for group in groups))
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._places.clear()  # the groups are new, and so is their step
         self._seats.clear()
@@ -324,17 +326,13 @@ class LowMemOptimizer(torch.optim.Optimizer):
         for i, p in zip(ids, ours, strict=True):
             if i in state_dict["state"]:
                 self.state[p] = self._placed(p, state_dict["state"][i])
-        if not self.state and any(group["step"] for group in groups) and self._holds():
-            raise lost(max(group["step"] for group in groups))
         if self.param_groups:
             self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
 
     def _holds(self) -> bool:
-        """Whether a parameter that trains had state after the last step."""
-        trained = [p for _, p in self.named_parameters() if p.requires_grad and p.numel()]
-        return any(
-            self.strategy.init(self.role(p, back=1), torch.empty_like(p, device="meta")) for p in trained
-        )
+        """Whether a parameter that trains has state in its ordinary role."""
+        trained = [(group["role"], p) for group, _, p in self._walk() if p.requires_grad and p.numel()]
+        return any(self.strategy.init(role, torch.empty_like(p, device="meta")) for role, p in trained)
 
     def _placed(self, p: Tensor, saved: Mapping[str, Tensor]) -> State:
         # what is saved belongs to the step before: the next one may switch roles

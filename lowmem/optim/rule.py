@@ -37,7 +37,7 @@ State = dict[str, Tensor]
 
 
 class Held(State):
-    """A state whose tensors stay what they are: what is derived from it is kept with it."""
+    """A state whose tensors are neither replaced nor given other storage: what is derived is kept with it."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__(state)

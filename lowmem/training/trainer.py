@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -235,7 +234,7 @@ def _sft_trainer() -> type[Any]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             model = self.accelerator.unwrap_model(self.model)
-            if self.padding_free and applies(model, self.args.max_length or sys.maxsize):
+            if self.padding_free and applies(model):
                 attend_by_example(model)
 
         def compute_loss(

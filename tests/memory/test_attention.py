@@ -68,7 +68,7 @@ def test_examples_attend_as_if_alone(model, checkpointing):
     ids = row()["input_ids"].split(LENGTHS, dim=1)
     alone = [model(input_ids=one, use_cache=False).logits for one in ids]
     expected = gradients(model, *alone)
-    assert attention.applies(model, max(LENGTHS))
+    assert attention.applies(model)
     attention.attend_by_example(model)
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -146,18 +146,42 @@ def test_half_precision_keeps_its_dtype_and_is_nearer_to_the_truth_than_a_mask()
     assert errors[True] <= 1.02 * errors[False]
 
 
-def test_where_it_does_not_apply():
+def windowed(window: int) -> nn.Module:
     base = {name: value for name, value in families.BASE.items() if name != "max_position_embeddings"}
-    windowed = transformers.MistralForCausalLM(transformers.MistralConfig(**base, sliding_window=16))
-    assert attention.applies(windowed, 16)
-    assert not attention.applies(windowed, 17)
-    assert not attention.applies(families.model("gemma2"), 4)  # eager, for its soft cap
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**base, sliding_window=window))
+
+
+@pytest.mark.parametrize("window", [max(LENGTHS), max(LENGTHS) - 1])
+def test_a_window_that_an_example_exceeds_is_kept(window):
+    model = windowed(window)
+    expected = model(**row()).logits
+    attention.attend_by_example(model)
+    with Shapes() as shapes:
+        logits = model(**row()).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    masked = any(shape[-2:] == (TOKENS, TOKENS) for shape in shapes.seen)
+    assert masked is (window < max(LENGTHS))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads the old name
+def test_where_it_does_not_apply():
+    peft = pytest.importorskip("peft")
+    assert not attention.applies(families.model("gemma2"))  # eager, for its soft cap
     eager = families.model("llama")
     eager.set_attn_implementation("eager")
-    assert not attention.applies(eager, 4)
-    once = families.model("llama")
-    attention.attend_by_example(once)
-    assert not attention.applies(once, 4)  # it does already
+    assert not attention.applies(eager)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    assert not attention.applies(peft.get_peft_model(families.model("llama"), prompts))
+
+
+def test_it_is_switched_on_once():
+    model = families.model("llama")
+    attention.attend_by_example(model)
+    assert attention.applies(model)
+    attention.attend_by_example(model)
+    assert len(model._forward_pre_hooks) == 1
 
 
 def test_a_saved_model_knows_nothing_of_it(tmp_path):

@@ -14,6 +14,7 @@ from torch._inductor import config
 from torch._inductor.cpu_vec_isa import VecISA
 from torch._inductor.exc import CppCompileError, InductorError
 
+import lowmem
 from lowmem.optim.blocks import Dense
 from lowmem.optim.chunks import Chunks
 from lowmem.optim.codecs import codec
@@ -206,3 +207,19 @@ def test_an_error_that_is_not_the_compilers_is_not_tried_again() -> None:
     with pytest.raises(InductorError, match="out of memory"):
         kernel(normal(3, ROW), normal(3, ROW))
     assert kernel.attempts == 1
+
+
+@pytest.mark.parametrize("transposed", ["weight and gradient", "gradient"])
+def test_compiled_chunks_of_one_row_are_read_in_order(transposed: str) -> None:
+    """A row of a transposed gradient is strided, and generated code reads what follows in memory."""
+    results = []
+    for compile in ("on", "off"):
+        start, g = normal(5, 5000), normal(5, 5000, seed=1)
+        p = torch.nn.Parameter(start.t().contiguous().t() if transposed != "gradient" else start)
+        p.grad = torch.nn.Parameter(g.t().contiguous().t()).detach()
+        group = {"params": [("p", p)], "role": "matrix"}
+        optimizer = lowmem.LowMemOptimizer([group], lowmem.create("adamw"), lr=1e-2, compile=compile)
+        optimizer.step()
+        optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
