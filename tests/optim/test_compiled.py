@@ -93,18 +93,23 @@ def test_a_direct_call_is_the_eager_step_for_any_number_of_rows(
     assert [len(kernel._graphs) for kernel in fast._kernels.values()] == [1, 1]  # 1 row has its own
 
 
-def test_kernels_of_one_step_do_not_share_what_torch_remembers_of_sizes() -> None:
-    def step(w: Tensor, g: Tensor) -> None:
-        w.add_(g)
+def add(w: Tensor, g: Tensor) -> None:
+    w.add_(g)
 
+
+def assert_adds(kernel: Any, width: int) -> None:
+    """A kernel of `add` is right, and called directly from the second call on."""
+    for rows in (3, 7):
+        w, g = normal(rows, width), normal(rows, width, seed=1)
+        expected = w + g
+        kernel(w, g)
+        assert torch.equal(w, expected)
+        forbid_torch_compile(kernel)
+
+
+def test_kernels_of_one_step_do_not_share_what_torch_remembers_of_sizes() -> None:
     for width in (256, 512):
-        kernel = compiled(step)
-        for rows in (3, 7):
-            w, g = normal(rows, width), normal(rows, width, seed=1)
-            expected = w + g
-            kernel(w, g)
-            assert torch.equal(w, expected)
-            forbid_torch_compile(kernel)
+        assert_adds(compiled(add), width)
 
 
 def test_a_tensor_from_outside_is_left_to_torch_compile() -> None:
@@ -186,18 +191,9 @@ class RefusedOnce(_Compiled):
         raise InductorError(self.reason, None)
 
 
-def add(w: Tensor, g: Tensor) -> None:
-    w.add_(g)
-
-
 def test_graphs_of_a_refused_attempt_are_not_called() -> None:
     kernel = RefusedOnce(add)
-    for rows in (3, 7):
-        w, g = normal(rows, ROW), normal(rows, ROW, seed=1)
-        expected = w + g
-        kernel(w, g)
-        assert torch.equal(w, expected)
-        forbid_torch_compile(kernel)
+    assert_adds(kernel, ROW)
     assert kernel.attempts == 2
 
 
