@@ -79,9 +79,8 @@ def applies(model: nn.Module) -> bool:
     Args:
         model: unwrapped; a PEFT model is looked into.
     """
-    inner = _base(model)
+    inner = base(model)
     config = inner.config.get_text_config()
-    adapters: Mapping[str, Any] = getattr(model, "peft_config", {})
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         config._attn_implementation in ("sdpa", PACKED)
@@ -89,19 +88,26 @@ def applies(model: nn.Module) -> bool:
         and inner._can_set_attn_implementation()
         and getattr(config, "attn_logit_softcapping", None) is None
         and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
-        and not any(adapter.is_prompt_learning for adapter in adapters.values())  # it lengthens the mask
+        and not is_prompted(model)  # it lengthens the mask
     )
 
 
 def reaches(model: nn.Module, length: int) -> bool:
     """Whether every layer of a model sees `length` tokens back: no window is shorter."""
-    config = _base(model).config.get_text_config()
+    config = base(model).config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return all(most is None or length <= most for most in windows)
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+def base(model: Any) -> Any:
+    """The model under PEFT's adapters, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_prompted(model: nn.Module) -> bool:
+    """Whether PEFT puts virtual tokens before a model's own."""
+    adapters: Mapping[str, Any] = getattr(model, "peft_config", {})
+    return any(adapter.is_prompt_learning for adapter in adapters.values())
 
 
 def attend_by_example(model: nn.Module) -> None:
@@ -115,7 +121,7 @@ def attend_by_example(model: nn.Module) -> None:
 
     AttentionInterface.register(PACKED, by_example(sdpa))
     AttentionMaskInterface.register(PACKED, sdpa_mask)
-    _base(model).set_attn_implementation(PACKED)
+    base(model).set_attn_implementation(PACKED)
     if _send_lengths not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_send_lengths, with_kwargs=True)
 
@@ -125,7 +131,7 @@ def _send_lengths(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Put the lengths of the examples where the mask would be."""
     starts = kwargs.get("cu_seq_lens_q")
-    if _base(module).config._attn_implementation != PACKED:
+    if base(module).config._attn_implementation != PACKED:
         return None  # it was given another attention since
     if starts is None or kwargs.get("attention_mask") is not None:
         return None

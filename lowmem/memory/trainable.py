@@ -188,8 +188,5 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The model below the head."""
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):  # adapters around it
-        inner = inner.get_base_model()
-    found: nn.Module = inner.base_model
+    found: nn.Module = attention.base(model).base_model
     return found

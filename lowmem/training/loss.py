@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem.memory.attention import base, is_prompted
+
 IGNORE = -100
 LIMIT = 512 << 20
 """Bytes of logits and their gradients above which a chunked loss is the better choice."""
@@ -35,12 +37,9 @@ def supports(model: nn.Module) -> bool:
     Args:
         model: unwrapped; a PEFT model is looked into.
     """
-    adapters: dict[str, Any] = getattr(model, "peft_config", {})
-    if any(adapter.is_prompt_learning for adapter in adapters.values()):
+    if is_prompted(model):
         return False  # virtual tokens shift the positions
-    inner: Any = model
-    inner = inner.get_base_model() if adapters else inner
-    kind = type(inner)
+    kind = type(base(model))
     try:
         from transformers.modeling_utils import slice_logits_to_keep  # noqa: F401
     except ImportError:  # before transformers 5.20 a mask is not understood
