@@ -48,7 +48,7 @@ def compiled_spans(count: int) -> tuple[Span, ...]:
     rest = count - whole
     if rest and rest % LADDER[-1] == 0:  # one call is cheaper than a walk down the ladder
         return (*spans(whole), (whole, rest, rest))
-    return (*spans(whole), *((whole + start, length, size) for start, length, size in spans(rest)))
+    return tuple(spans(count))
 
 
 @functools.lru_cache(1 << 12)
