@@ -11,6 +11,7 @@ import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -134,26 +135,28 @@ class _Compiled:
 
     def _backend(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor import config
+        from torch._inductor.cpu_vec_isa import VecISA
         from torch._inductor.exc import CppCompileError, InductorError
 
         if config.cpp.vec_isa_ok is not None:
-            return self._build(graph, inputs, OPTIONS)
+            return self._build(graph, inputs)
         try:
             # what the processor says it can, g++ can too; compiling a test for all of it takes ten seconds
-            return self._build(graph, inputs, {**OPTIONS, "cpp.vec_isa_ok": True})
+            with patch.object(VecISA, "check_build", lambda instructions, code: True):
+                return self._build(graph, inputs)
         except InductorError as error:
             if not isinstance(error.inner_exception, CppCompileError):
                 raise
             _forget_instructions()
             self._graphs.clear()
-            return self._build(graph, inputs, OPTIONS)
+            return self._build(graph, inputs)
 
-    def _build(self, graph: Any, inputs: Any, options: dict[str, Any]) -> Any:
+    def _build(self, graph: Any, inputs: Any) -> Any:
         from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
         with config.patch(enable_autograd_cache=False):  # a hit there would not come by `_generate`
-            return compile_fx(graph, inputs, inner_compile=self._generate, config_patches=options)
+            return compile_fx(graph, inputs, inner_compile=self._generate, config_patches=OPTIONS)
 
     def _generate(self, graph: Any, inputs: Any, **more: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx_inner
@@ -178,9 +181,11 @@ def _forget_instructions() -> None:
 
     valid_vec_isa_list.cache_clear()
     for instructions in supported_vec_isa_list:
-        clear = getattr(type(instructions).__bool__, "cache_clear", None)
-        if clear is not None:
-            clear()
+        for found in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+            vars(instructions).pop(found, None)  # of the class, False
+        for kind in type(instructions).__mro__:
+            for member in vars(kind).values():
+                getattr(member, "cache_clear", lambda: None)()
 
 
 def _leave_rows_open(tensors: Sequence[Tensor]) -> int:

@@ -192,7 +192,7 @@ def fake_conversion(source, out):
 @needs_package
 def test_conversion_is_done_once_and_whole(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(models, "_convert", lambda s, o: (calls.append(1), fake_conversion(s, o)))
+    monkeypatch.setattr(models, "unpack", lambda s, o: (calls.append(1), fake_conversion(s, o)))
     first, second = converted_smollm2(tmp_path), converted_smollm2(tmp_path)
     assert first == second
     assert len(calls) == 1
@@ -205,7 +205,7 @@ def test_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
         fake_conversion(source, out)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "_convert", fail)
+    monkeypatch.setattr(models, "unpack", fail)
     with pytest.raises(UserError, match=r"No space left on device; 300 MB .* XDG_CACHE_HOME"):
         converted_smollm2(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -219,7 +219,7 @@ def test_the_conversion_that_comes_second_keeps_the_first(monkeypatch, tmp_path)
         other.mkdir()
         (other / "model.safetensors").write_text("of the other process")
 
-    monkeypatch.setattr(models, "_convert", slow)
+    monkeypatch.setattr(models, "unpack", slow)
     folder = converted_smollm2(tmp_path)
     assert (folder / "model.safetensors").read_text() == "of the other process"
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
