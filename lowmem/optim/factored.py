@@ -54,8 +54,8 @@ class RowCol:
 
     V = r c' / mean(r), r and c the means of G^2 over columns and over rows.
 
-    Bytes for an (m, n) weight: 4 (m + n). A product with a vector of 1 / n takes
-    the means: no sum is formed that could overflow where the mean does not.
+    Bytes for an (m, n) weight: 4 (m + n). No sum is formed that could overflow where
+    the mean does not.
 
     Args:
         floor: rows and columns below this share of the mean of V count as this share. In a
@@ -74,9 +74,8 @@ class RowCol:
         """Both means of G^2 in one pass; columns are averaged over all shards of rows."""
         m, n = g.shape
         row, col = torch.full((m,), eps, device=g.device), torch.full((n,), eps * hp.share, device=g.device)
-        along, down = hp.filled(n, 1.0 / n), hp.filled(m, hp.share / m)
         for i, j in walk(g.ranges(), row):
-            _add_means_(row[i:j], col, g.rows(i, j), along, down[i:j])
+            _add_means_(row[i:j], col, g.rows(i, j), g.shape, hp.share)
         return {"row": row, "col": hp.total(col)}
 
     def sound(self, new: State, hp: Hyper) -> Tensor:
@@ -101,8 +100,12 @@ class RowCol:
         return torch.dot(s["row"], hp.filled(s["row"].numel(), hp.share / s["row"].numel()))
 
 
-def _add_means_(row: Tensor, col: Tensor, rows: Tensor, along: Tensor, down: Tensor) -> None:
+def _add_means_(row: Tensor, col: Tensor, rows: Tensor, shape: tuple[int, int], share: float) -> None:
     """Of its own so that the squares of one block are gone before those of the next are made."""
-    square = rows.contiguous().square()  # contiguous: a transposed gradient must give the same bits
-    row.addmv_(square, along)
-    col.addmv_(square.t(), down)
+    m, n = shape
+    longest = max(m, n)  # squares over it have finite sums along both sides
+    rows = rows.contiguous()  # a transposed gradient must give the same bits
+    square = torch.addcmul(row.new_zeros(()), rows, rows, value=1.0 / longest)
+    # a sum uses all threads where a product with a vector uses one
+    row.add_(square.sum(1), alpha=longest / n)
+    col.add_(square.sum(0), alpha=share * longest / m)
