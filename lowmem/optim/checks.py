@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lowmem.errors import CheckpointError, UserError
 
 COMPILE_FROM = 1 << 23
@@ -89,28 +91,35 @@ def lost(steps: int) -> CheckpointError:
     )
 
 
-Shapes = Mapping[str, tuple[tuple[int, ...], object]]
-"""Shape and dtype of each state tensor of a parameter."""
-
-
-def misfit(name: str, shape: tuple[int, ...], given: Shapes, needed: Shapes, moves: bool) -> CheckpointError:
-    """The error for a parameter's saved state that is not what its rule holds.
+def check_fit(
+    name: str, p: Tensor, given: Mapping[str, Any], needed: Mapping[str, Tensor], moves: bool
+) -> None:
+    """Refuse a parameter's saved state that is not what its rule holds.
 
     Args:
-        name: of the parameter; shape: its own.
-        given: what was saved; needed: what is held.
+        name: of the parameter p.
+        given: what was saved; needed: what is held, on `meta`.
         moves: whether the tensors that hold state change during a run.
+
+    Raises:
+        CheckpointError: other keys, shapes or dtypes.
     """
-    what = f"optimizer state of {name!r} {tuple(shape)}"
-    if moves and given.items() < needed.items():
+    saved, held = (
+        {k: (tuple(v.shape), v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
+        for state in (given, needed)
+    )
+    if saved == held:
+        return
+    what = f"optimizer state of {name!r} {tuple(p.shape)}"
+    if moves and saved.items() < held.items():
         # torch reads a flattened state dict by the keys of the optimizer that it is loaded into
-        return CheckpointError(
-            f"{what} lacks {', '.join(sorted(needed.keys() - given.keys()))}: the tensors that hold state "
+        raise CheckpointError(
+            f"{what} lacks {', '.join(sorted(held.keys() - saved.keys()))}: the tensors that hold state "
             f"change during this run, and a flattened state dict is read by the keys of a fresh optimizer; "
             f"save with flatten_optimizer_state_dict=False and torch.save, or, to load this one, set 'step' "
             f"of every group to one less than the steps it has taken and call init_state() first"
         )
-    return CheckpointError(
+    raise CheckpointError(
         f"{what} does not fit: the checkpoint is of another model, dtype or writer; resume with the settings "
         f"it was saved with"
     )

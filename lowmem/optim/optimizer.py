@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_hyper, check_saved, has_compiler, lost, misfit, pays
+from lowmem.optim.checks import check_fit, check_hyper, check_saved, has_compiler, lost, pays
 from lowmem.optim.chunks import Chunks
 from lowmem.optim.rule import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
 from lowmem.optim.schedule import Always
@@ -163,15 +163,16 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Names and parameters, group by group."""
         return [(name, p) for _, name, p in self._walk()]
 
-    def role(self, p: Tensor, back: int = 0) -> str:
-        """The role of a parameter at this step, or some steps back."""
+    def role(self, p: Tensor, saved: Mapping[str, Any] | None = None) -> str:
+        """The role of a parameter at this step, or at the last one before its group was saved."""
         group, name = self.place(p)
         role = group["role"]
         if role not in self._names:
             self._names[role] = tuple(n for g, n, _ in self._walk() if g["role"] == role)
-        return self.strategy.schedule.role(
-            name, role, self._names[role], max(0, group["step"] - back), group["seed"]
-        )
+        # what is saved belongs to the step before: the next one may switch roles
+        step = group["step"] if saved is None else max(0, saved["step"] - 1)
+        seed = (group if saved is None else saved)["seed"]
+        return self.strategy.schedule.role(name, role, self._names[role], step, seed)
 
     def hyper(self, p: Tensor, first: bool = False, weight: Tensor | None = None) -> Hyper:
         """What a rule may know of the next step of a parameter; its weight, where that is at hand."""
@@ -308,24 +309,28 @@ class LowMemOptimizer(torch.optim.Optimizer):
         return sum(storages.values())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load exactly: dtypes and bits as saved, on the parameter's device.
+        """Load exactly: dtypes and bits as saved, on the parameter's device; all of it or nothing.
 
         Raises:
             CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
-        groups = state_dict["param_groups"]
+        groups, states = state_dict["param_groups"], state_dict["state"]
         check_saved(state_dict, self.param_groups)
-        if not state_dict["state"] and any(group["step"] for group in groups) and self._holds():
+        if not states and any(group["step"] for group in groups) and self._holds():
             raise lost(max(group["step"] for group in groups))
+        saved = [
+            (p, group, states[i])
+            for group, own in zip(groups, self.param_groups, strict=True)
+            for i, p in zip(group["params"], own["params"], strict=True)
+            if i in states
+        ]
+        keys = [self._fitting(*one) for one in saved]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._places.clear()  # the groups are new, and so is their step
         self._seats.clear()
         self._switched = -1
-        ids = [i for group in groups for i in group["params"]]
-        ours = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, ours, strict=True):
-            if i in state_dict["state"]:
-                self.state[p] = self._placed(p, state_dict["state"][i])
+        for (p, _, held), order in zip(saved, keys, strict=True):
+            self.state[p] = {k: held[k].detach().to(p.device, copy=True) for k in order}
         if self.param_groups:
             self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
 
@@ -334,13 +339,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         trained = [(group["role"], p) for group, _, p in self._walk() if p.requires_grad and p.numel()]
         return any(self.strategy.init(role, torch.empty_like(p, device="meta")) for role, p in trained)
 
-    def _placed(self, p: Tensor, saved: Mapping[str, Tensor]) -> State:
-        # what is saved belongs to the step before: the next one may switch roles
-        expected = self.strategy.init(self.role(p, back=1), torch.empty_like(p, device="meta"))
-        needed = {k: (tuple(v.shape), v.dtype) for k, v in expected.items()}
-        given = {k: (tuple(v.shape), v.dtype) for k, v in saved.items() if isinstance(v, Tensor)}
-        if given != needed:
-            moves = not isinstance(self.strategy.schedule, Always)
-            raise misfit(self.place(p)[1], p.shape, given, needed, moves)
-        # in the order of init: kernels take state tensors by place, and a store may have sorted the keys
-        return {k: saved[k].detach().to(p.device, copy=True) for k in expected}
+    def _fitting(self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Tensor]) -> list[str]:
+        """Keys of the saved state of a parameter and its group, in the order in which kernels take them."""
+        expected = self.strategy.init(self.role(p, group), torch.empty_like(p, device="meta"))
+        moves = not isinstance(self.strategy.schedule, Always)
+        check_fit(self.place(p)[1], p, saved, expected, moves)
+        return list(expected)

@@ -107,6 +107,24 @@ def test_a_checkpoint_that_lost_its_state_is_refused(case: Case) -> None:
         optimizer.load_state_dict({**saved, "state": {}})
 
 
+def test_a_checkpoint_that_does_not_fit_changes_nothing(case: Case) -> None:
+    """The last of the tensors does not fit; those before it would have been loaded."""
+    at = runs.SAVED[-1]
+    saved = runs.from_file(runs.record(case, torch.float32).saved[at][1])
+    last = max((i for i, held in saved["state"].items() if held), default=None)
+    if last is None:
+        return
+    key, tensor = next(iter(saved["state"][last].items()))
+    saved["state"][last][key] = torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])
+    optimizer = case.optimizer(zoo.build(torch.float32))
+    optimizer.init_state()
+    before = runs.state_of(optimizer)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        optimizer.load_state_dict(saved)
+    assert runs.same(runs.state_of(optimizer), before)
+    assert {group["step"] for group in optimizer.param_groups} == {0}
+
+
 def test_order_of_saved_keys_does_not_matter(case: Case, dtype: torch.dtype) -> None:
     """A store may give the state tensors of a parameter back in any order."""
     whole = runs.record(case, dtype)
