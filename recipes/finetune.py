@@ -240,7 +240,11 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
     seconds = time.perf_counter() - began
     console.finish()
     (peak,) = (c.bytes for c in trainer.callback_handler.callbacks if isinstance(c, Peak))
-    return {"seconds": seconds, "peak": peak, "profile": _profile(profiler) if config.report else None}
+    return {
+        "seconds": seconds,
+        "peak": peak,
+        "profile": _profile(profiler, console) if config.report else None,
+    }
 
 
 def _run(config: RunConfig) -> dict[str, Any]:
@@ -250,11 +254,14 @@ def _run(config: RunConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*names, *more)}
 
 
-def _profile(profiler: Any) -> dict[str, Any] | None:
+def _profile(profiler: Any, console: Console) -> dict[str, Any] | None:
     """The profile as plain values; None where no step was left to measure."""
     try:
         found: dict[str, Any] = profiler.result().to_dict()
     except UserError:
+        return None
+    except Exception as error:  # the model is trained: a report that fails must not lose it
+        console.say(f"no memory report, please tell us: {type(error).__name__}: {error}")
         return None
     return found
 

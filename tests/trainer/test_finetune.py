@@ -137,6 +137,17 @@ def test_written_model_is_the_trained_one_and_the_report_holds_the_log(config):
     assert all(torch.equal(written[name], tensor) for name, tensor in at_end.items())
 
 
+def test_a_report_that_fails_does_not_lose_the_model(config, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("layers")
+
+    monkeypatch.setattr("lowmem.memory.plan.plan", fail)
+    heard = Heard()
+    assert recipe.finetune(change(config, report=True), heard)["loss"]["after"] > 0
+    assert any("no memory report" in text and "KeyError" in text for text in heard.said)
+    assert (Path(config.output_dir) / "model.safetensors").is_file()
+
+
 def test_resolved_config_runs_again_unchanged(config, tmp_path):
     recipe.finetune(config)
     again = load(f"{config.output_dir}/config.yaml")
