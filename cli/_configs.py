@@ -43,6 +43,8 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
+    from lowmem.memory.model import to_dtype
+    from lowmem.optim.writers import select
     from lowmem.strategies import create, parse_options
 
     try:
@@ -52,6 +54,11 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
         return [f"optim: {error}"]
     if values["writer"] != "auto" and options.get("writer", values["writer"]) != values["writer"]:
         return [f"writer: {values['writer']}, but optim_args says {options['writer']}; give it once"]
+    try:
+        writer = strategy.writer if values["writer"] == "auto" else values["writer"]
+        select(writer, to_dtype(values["dtype"]))
+    except UserError as error:
+        return [f"writer: {error}"]
     if strategy.source.needs_autograd:
         return []
     pointless = {

@@ -68,6 +68,7 @@ def _tables(result: dict[str, Any], run: RunConfig) -> list[Any]:
 
 def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None]]:
     loss, state, steps = result["loss"], result["state_bytes"], result["steps"]
+    skipped = result["nonfinite_elements"]
     against = [
         f"{render.size(count)} with {dtype} moments ({state / count - 1:+.0%})"
         for dtype, count in result["adamw_state_bytes"].items()
@@ -75,6 +76,7 @@ def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None
     return [
         ("held-out loss", _before_after(loss["before"], loss["after"])),
         ("training", f"{steps} step{'s' * (steps != 1)} in {render.seconds(result['seconds'])}"),
+        ("not stepped", f"{skipped:,} elements had a gradient that is not finite" if skipped else None),
         ("optimizer state", f"{render.size(state)} ({state:,} bytes)"),
         ("AdamW would hold", "\n".join(against)),
         ("peak memory", render.size(result["peak_bytes"]) if result["peak_bytes"] else None),
@@ -85,4 +87,5 @@ def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None
 def _before_after(before: float | None, after: float | None) -> str | None:
     if before is None or after is None:
         return None
-    return f"{before:.3f} -> {after:.3f} ({after / before - 1:+.0%})"
+    change = f" ({after / before - 1:+.0%})" if before else ""
+    return f"{before:.3f} -> {after:.3f}{change}"

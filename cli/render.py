@@ -7,18 +7,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from lowmem.memory.document import plain
 
 _stdout: TextIO | None = None  # the stream reserved for results while a command runs
 
@@ -100,25 +100,6 @@ def emit(document: Any, table: RenderableType | Sequence[RenderableType] | None,
     elif table is not None:
         several = isinstance(table, Sequence) and not isinstance(table, str)
         out(*(table if several else [table]))  # type: ignore[misc]
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON knows it: paths as text, tuples as lists, NaN and infinity as null."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, (str, int, bool)) or value is None:
-        return value
-    if hasattr(value, "item"):  # a numpy or torch scalar
-        return plain(value.item())
-    return str(value) if isinstance(value, Path) else _refuse(value)
-
-
-def _refuse(value: Any) -> Any:
-    raise TypeError(f"{type(value).__name__} does not belong in a JSON document: {value!r}")
 
 
 def table(

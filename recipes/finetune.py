@@ -113,7 +113,7 @@ def arguments(config: RunConfig) -> Any:
 
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
-    from lowmem.training.data import ensure_chat_template, render_example, train_and_held_out
+    from lowmem.training.data import ensure_chat_template, fitting, render_example, train_and_held_out
     from lowmem.training.trainer import LowMemSFTTrainer
 
     console.start("load")
@@ -125,8 +125,8 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     model, tokenizer = _model(config)
     if ensure_chat_template(tokenizer):
         console.say("the tokenizer has no chat template: ChatML is used, and saved with it")
-    example = " ".join(render_example(train.rows[0], tokenizer).marked().split())
-    console.say(f"one example, the loss counts what is in [[ ]]: {example}")
+    train, held_out = (fitting(part, tokenizer, config.seq_len, console) for part in (train, held_out))
+    console.say(f"one example, the loss counts what is in [[ ]]: {render_example(train.rows[0], tokenizer)}")
     args.packing_strategy = train.packing_strategy
     trainer = LowMemSFTTrainer(
         model,
@@ -292,6 +292,7 @@ def _result(
         "resumed_from": start.name if start else None,
         "seconds": measured["seconds"],
         "state_bytes": trainer.lowmem_optimizer.state_bytes(),
+        "nonfinite_elements": trainer.lowmem_optimizer.nonfinite(),
         "adamw_state_bytes": adamw,
         "peak_bytes": measured["peak"],
         "samples": [{"prompt": p, "before": b, "after": a} for p, b, a in answered],
@@ -309,6 +310,7 @@ def _write(
 ) -> None:
     """Model, tokenizer, picture and reports: made beside, then moved together."""
     from lowmem.memory import report
+    from lowmem.memory.document import plain
     from lowmem.training.output import results
     from lowmem.training.plot import loss_curve
 
@@ -318,11 +320,11 @@ def _write(
     with results(folder) as made:
         trainer.save_model(str(made))
         loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")
-        document = {**(profile or {}), "result": result, "log": trainer.state.log_history}
-        text = json.dumps(document, indent=1, default=str)
+        document = plain({**(profile or {}), "result": result, "log": trainer.state.log_history})
+        text = json.dumps(document, indent=1, allow_nan=False)
         (made / "memory_report.json").write_text(text, encoding="utf-8")
         if profile is not None:
-            report.write(profile, made / "memory_report.html")
+            report.write(plain(profile), made / "memory_report.html")
     console.finish()
 
 

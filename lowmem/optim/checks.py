@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,13 +33,13 @@ def check_hyper(
 ) -> None:
     """Refuse numbers outside their range, all at once."""
     bad = []
-    if not lr >= 0.0:
+    if not 0.0 <= lr < math.inf:
         bad.append(f"lr must be at least 0, got {lr}")
     if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
         bad.append(f"betas must be two numbers in [0, 1), got {betas}")
-    if not eps >= 0.0:
+    if not 0.0 <= eps < math.inf:
         bad.append(f"eps must be at least 0, got {eps}")
-    if not weight_decay >= 0.0:
+    if not 0.0 <= weight_decay < math.inf:
         bad.append(f"weight_decay must be at least 0, got {weight_decay}")
     if compile not in ("auto", "on", "off"):
         bad.append(f"compile must be auto, on or off, got {compile!r}")

@@ -142,6 +142,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         by_role: dict[str, list[Any]] = {}
         for member in members:
             p = member[1] if isinstance(member, tuple) else member
+            select(self.strategy.writer, p.dtype)  # refuses what it cannot take
             by_role.setdefault(self.strategy.refine(role, p.shape), []).append(member)
         return [{**group, "params": some, "role": name} for name, some in by_role.items()] or [dict(group)]
 

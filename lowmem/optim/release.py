@@ -49,6 +49,7 @@ class Release:
     _square: dict[torch.device, Tensor] = field(default_factory=dict)
     _previous: dict[torch.device, Tensor] = field(default_factory=dict)
     _low: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    _projected: bool = False
     _handles: list[Any] = field(default_factory=list)
 
     def attach(self) -> None:
@@ -77,11 +78,16 @@ class Release:
         """Norm of the gradients of the last backward pass, before clipping. Reads from the device.
 
         A Trainer asks between backward and `step()`. Where only the projection of a
-        gradient was kept, its norm stands for the gradient's.
+        gradient was kept, its norm stands for the gradient's: see `projected`.
         """
         squares = [float(square) for square in self._square.values()]
         squares = squares or [float(norm) ** 2 for norm in self._previous.values()]
         return float(sum(squares) ** 0.5)
+
+    @property
+    def projected(self) -> bool:
+        """Whether the norm of the last backward pass is, of some tensors, that of their projection."""
+        return self._projected
 
     @torch.no_grad()
     def _on_gradient(self, p: nn.Parameter) -> None:
@@ -115,6 +121,7 @@ class Release:
     def _gradient(self, p: nn.Parameter) -> Blocks | None:
         if p in self._low:
             low = self._low.pop(p)
+            self._projected = True
             factor = self._measure(low)
             like = Dense(p.detach())
             return Projected(like.shape, low if factor is None else low.mul_(factor), like.dtype)
@@ -138,6 +145,7 @@ class Release:
         for device, square in self._square.items():
             self._previous[device] = square.sqrt()
         self._square.clear()
+        self._projected = False
 
     def _on_save(self, *_: Any) -> None:
         if self._previous:

@@ -56,7 +56,7 @@ class Subspace:
         inner: the rule that steps there.
         residual: what becomes of the rest.
         on_refresh: keep the inner state at a basis change, reset it, or rotate it along.
-        scale: factor of the lifted step.
+        scale: factor of the lifted step, above 0.
 
     Raises:
         UserError: a combination that is not defined, such as rotate with 8-bit moments.
@@ -71,6 +71,8 @@ class Subspace:
     def __post_init__(self) -> None:
         if self.on_refresh not in ON_REFRESH:
             raise UserError(f"unknown on_refresh {self.on_refresh!r}; {nearest(self.on_refresh, ON_REFRESH)}")
+        if not self.scale > 0.0:
+            raise UserError(f"scale must be above 0, got {self.scale}")
         if self.on_refresh == "rotate" and not self.projector.rotates:
             raise UserError("on_refresh='rotate' needs a dense basis; take on_refresh='reset'")
         self.inner.check_rebase(self.on_refresh)

@@ -116,10 +116,6 @@ class Split:
 
     def init(self, x: Tensor) -> State:
         """The correction, int8."""
-        if x.dtype == torch.float16:
-            raise UserError(
-                "writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'"
-            )
         return {"correction": torch.zeros(x.numel(), dtype=torch.int8, device=x.device)}
 
     def write(
@@ -165,6 +161,10 @@ def select(name: str, dtype: torch.dtype) -> Writer:
     """
     if name != "auto" and name not in WRITERS:
         raise UserError(f"unknown writer {name!r}; {nearest(name, ['auto', *WRITERS])}")
+    if name == "split" and dtype == torch.float16:
+        raise UserError("writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'")
+    if dtype.is_complex:
+        raise UserError(f"weights of {dtype} have no order to round in; train torch.view_as_real of them")
     if dtype not in HALF:
         return WRITERS["nearest"]
     return WRITERS["stochastic" if name == "auto" else name]

@@ -50,12 +50,14 @@ def frugal(
         split: What the share consists of.
         update_proj_gap: Steps until another share has its turn.
         residual: What the rest steps by, its sign or itself.
-        residual_scale: Factor of the learning rate for the rest.
+        residual_scale: Factor of the learning rate for the rest, at least 0.
         on_refresh: Moments of a new share start afresh, or stay where they were.
         states: Precision of the moments, also of the tensors that are not split.
     """
     if not 0.0 <= density <= 1.0:
         raise UserError(f"frugal: density is a share between 0 and 1, got {density}")
+    if residual_scale < 0.0:
+        raise UserError(f"frugal: residual_scale must be at least 0, got {residual_scale}")
     if split == "blocks" and on_refresh == "keep":
         raise UserError(
             "frugal: split='blocks' drops the moments of a block that is put aside; take on_refresh='reset'"

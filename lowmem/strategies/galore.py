@@ -38,7 +38,7 @@ def galore(
     """Adam in the leading subspace of the gradient.
 
     Args:
-        rank: Directions of the subspace; clipped to the side it spans.
+        rank: Directions of the subspace; clipped to the short side.
         update_proj_gap: Steps between refreshes of the subspace.
         scale: Factor of the learning rate inside the subspace.
         proj_type: Side that is projected; std is the short one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 import typing
@@ -164,6 +165,8 @@ def _checked(entry: Entry, key: str, value: Plain) -> Plain:
         value = float(value)
     if type(value) is not option.type:
         raise UserError(f"{entry.name}: {key} is {option.type.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{entry.name}: {key} is a finite number, got {value}")
     if option.choices and value not in option.choices:
         raise UserError(f"{entry.name}: unknown {key} {value!r}; {nearest(str(value), option.choices)}")
     return value

@@ -45,7 +45,8 @@ class LowMemFields:
         default="auto",
         metadata={
             "help": "What max_grad_norm applies to: all gradients together (global), each tensor (tensor), "
-            "or all by the norm of the step before (previous). auto: global; previous with gradient release; "
+            "or all by the norm of the step before (previous; where only projections are kept and summed, "
+            "that of these). auto: global; previous with gradient release; "
             "none without gradients.",
             "choices": list(CLIP),
         },
@@ -153,6 +154,10 @@ def _engines(args: Any) -> list[str]:
     rules = [
         (args.deepspeed, "deepspeed: it flattens parameters, a strategy needs their shapes; leave it out"),
         (args.fsdp, "fsdp: sharded parameters are not supported yet; leave it out, or train with plain DDP"),
+        (
+            args.optim_target_modules,
+            "optim_target_modules: a strategy finds the matrices by itself; leave it out",
+        ),
         (
             args.push_to_hub and str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end",
             "hub_strategy: a checkpoint is renamed when it is whole, an upload of it would break; use 'end'",

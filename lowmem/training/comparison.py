@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem.config import RunConfig
+from lowmem.memory.document import plain
 from lowmem.training.contenders import Contender
 
 Outcome = Mapping[str, Any]
@@ -113,7 +113,7 @@ def outcome_of(result: Mapping[str, Any], report: Mapping[str, Any], config: Run
         report: the run's memory_report.json.
         config: the run.
     """
-    found: dict[str, Any] = _plain(
+    found: dict[str, Any] = plain(
         {
             **_losses(result, report["log"], tokens_per_step(config)),
             **_memory(report),
@@ -143,12 +143,3 @@ def _memory(report: Mapping[str, Any]) -> dict[str, Any]:
         "error_percent": report.get("error_percent") or {},
         "seconds_per_step": statistics.median(times) if times else None,
     }
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a loss that is not finite becomes null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -54,6 +54,7 @@ class LowMemMixin(WholeCheckpoints):
         self._release: Release | None = None
         self._window: list[dict[str, Any]] = []
         self._told_state = False
+        self._projected_norm: float | None = None
         self._steps: int | None = None
         self._interruption = Interruption()
         self.add_callback(self._interruption)  # type: ignore[attr-defined]
@@ -141,18 +142,34 @@ class LowMemMixin(WholeCheckpoints):
         return None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm of the gradients before clipping; none is logged where there are no gradients."""
+        """The norm of the gradients before clipping; none is logged where it is not known.
+
+        Without gradients there is none; of gradients of which only the projections were kept and
+        summed, there is that of the projections, under a name of its own.
+        """
         if self._release is not None:
-            return self._release.grad_norm()
+            norm = self._release.grad_norm()
+            self._projected_norm = norm if self._release.projected else None
+            return None if self._release.projected else norm
         if not self._strategy.source.needs_autograd:
             return None
+        if grad_norm is None:
+            # the stock way clips by infinity, and so multiplies every gradient by NaN where one is not finite
+            self.accelerator.unscale_gradients()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            return torch.nn.utils.get_total_norm(gradients)
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the optimizer's state bytes to the first log of a run."""
-        if not self._told_state and "loss" in logs:
-            self._told_state = True
-            logs["optimizer_state_bytes"] = self.lowmem_optimizer.state_bytes()
+        """Add the optimizer's state bytes to the first log of a run, and to every one what went wrong."""
+        if "loss" in logs:
+            if not self._told_state:
+                self._told_state = True
+                logs["optimizer_state_bytes"] = self.lowmem_optimizer.state_bytes()
+            if self._projected_norm is not None:
+                logs["projected_grad_norm"] = self._projected_norm
+            if skipped := self.lowmem_optimizer.nonfinite():
+                logs["nonfinite_elements"] = skipped
         super().log(logs, start_time)  # type: ignore[misc]
 
     # ---- the run ----

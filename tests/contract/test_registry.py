@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import lowmem
 from lowmem.errors import UserError
@@ -38,6 +39,15 @@ def test_a_strategy_comes_back_from_its_config(name: str) -> None:
     assert lowmem.create(config["name"], writer=config["writer"], **config["options"]) == strategy
 
 
+@pytest.mark.parametrize(
+    ("dtype", "words"), [(torch.float16, "writer 'split' holds bf16"), (torch.complex64, "view_as_real")]
+)
+def test_weights_that_a_writer_cannot_take_are_refused_at_once(dtype: torch.dtype, words: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=dtype))
+    with pytest.raises(UserError, match=words):
+        lowmem.LowMemOptimizer([weight], lowmem.create("adamw", writer="split"))
+
+
 @pytest.mark.parametrize("name", [name for name, _ in entries()])
 def test_a_misspelt_option_is_an_error_with_the_nearest_name(name: str) -> None:
     options = lowmem.available()[name].options
@@ -69,7 +79,9 @@ def bad_values() -> list[tuple[str, str, Any]]:
             if key == "density":
                 found += [(name, key, value) for value in (-0.1, 1.5, float("nan"))]
             if option.type is float:
-                found.append((name, key, "much"))
+                found += [(name, key, value) for value in ("much", float("nan"), float("inf"))]
+            if "scale" in key and option.type is float:
+                found.append((name, key, -1.0))
     return found
 
 

@@ -46,6 +46,7 @@ def test_strategy_comes_from_name_and_typed_options():
         ({"gradient_release": True, "auto_find_batch_size": True}, ["per_device_train_batch_size"]),
         ({"deepspeed": "zero.json"}, ["deepspeed", "shapes"]),
         ({"fsdp": True}, ["fsdp", "plain DDP"]),
+        ({"optim_target_modules": ["attn"]}, ["optim_target_modules", "leave it out"]),
         ({"push_to_hub": True}, ["hub_strategy", "use 'end'"]),
     ],
 )

@@ -137,6 +137,15 @@ def test_written_model_is_the_trained_one_and_the_report_holds_the_log(config):
     assert all(torch.equal(written[name], tensor) for name, tensor in at_end.items())
 
 
+def test_a_run_that_diverges_leaves_documents_without_nan(config):
+    def refuse(word):
+        pytest.fail(f"{word} is not JSON")
+
+    recipe.finetune(change(config, report=True, lr=1e20))
+    text = Path(config.output_dir, "memory_report.json").read_text()
+    assert any(entry.get("grad_norm", 0) is None for entry in json.loads(text, parse_constant=refuse)["log"])
+
+
 def test_a_report_that_fails_does_not_lose_the_model(config, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyError("layers")

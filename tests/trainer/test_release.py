@@ -77,6 +77,29 @@ def test_accumulation_in_the_subspace_is_the_ordinary_accumulation(tmp_path):
     ordinary, released = run("ordinary"), run("released", gradient_release=True)
     for name, weight in weights(ordinary).items():
         torch.testing.assert_close(weights(released)[name], weight, rtol=0, atol=2e-5, msg=name)
+    # every tensor is refreshed at the first step, so its gradient is whole; later it is the projection
+    assert len(logged(ordinary, "grad_norm")) == 6
+    assert len(logged(released, "grad_norm")) == 1
+    assert logged(released, "grad_norm")[0] == pytest.approx(logged(ordinary, "grad_norm")[0], rel=1e-4)
+    seen, whole = logged(released, "projected_grad_norm"), logged(ordinary, "grad_norm")[1:]
+    assert all(0 < low < norm for low, norm in zip(seen, whole, strict=True))
+
+
+@pytest.mark.parametrize("clip", ["previous", "tensor"])
+def test_sums_of_projections_are_clipped(tmp_path, clip):
+    """Adam's eps is large, so that a clipped step is a shorter one."""
+
+    def moved(max_grad_norm):
+        made = trainer(
+            tmp_path / str(max_grad_norm), gradient_release=True, gradient_accumulation_steps=3, clip=clip,
+            max_grad_norm=max_grad_norm, max_steps=3, adam_epsilon=1e3, learning_rate=1e3, weight_decay=0.0,
+            **GALORE,
+        )  # fmt: skip
+        before = {name: w.clone() for name, w in weights(made).items()}
+        made.train()
+        return sum(float((w - before[name]).norm()) for name, w in weights(made).items())
+
+    assert moved(1e-3) < 0.7 * moved(1e3)
 
 
 def test_accumulation_is_refused_where_the_whole_gradient_is_needed(tmp_path):

@@ -4,7 +4,7 @@
     right:  P is (n, r), R = G P is (m, r), lifted R P'
 
 `std` spans the short side, as GaLore does, so that R is r by long. The side is
-resolved from the full shape; rank is clipped to that side. What differs between
+resolved from the full shape; rank is clipped to the short one. What differs between
 the projectors is where P comes from.
 """
 
@@ -29,7 +29,8 @@ class Frame:
     """Geometry of a dense basis: which side it spans, how it maps down and up.
 
     Args:
-        rank: columns of the basis, at least 1, clipped to the side; or a fraction of the side below 1.
+        rank: columns of the basis, at least 1, or a fraction of the side; clipped to the short side, which
+            no gradient's rank exceeds.
         proj_type: std (short side), reverse_std (long side), left or right.
     """
 
@@ -38,7 +39,8 @@ class Frame:
 
     def __post_init__(self) -> None:
         if self.rank <= 0 or (isinstance(self.rank, float) and self.rank > 1):
-            raise UserError(f"rank must be at least 1, or a fraction of the side, got {self.rank}")
+            allowed = "at least 1" if isinstance(self.rank, int) else "a fraction above 0, at most 1"
+            raise UserError(f"rank must be {allowed}, got {self.rank}")
         if self.proj_type not in PROJ_TYPES:
             raise UserError(f"unknown proj_type {self.proj_type!r}; {nearest(self.proj_type, PROJ_TYPES)}")
 
@@ -53,7 +55,7 @@ class Frame:
         """(s, r) of the basis."""
         side = shape[0] if self.left(shape) else shape[1]
         rank = max(1, round(side * self.rank)) if isinstance(self.rank, float) else self.rank
-        return side, min(rank, side)
+        return side, min(rank, *shape)
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(r, n) on the left, (m, r) on the right."""
