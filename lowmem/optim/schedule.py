@@ -52,6 +52,10 @@ class RandomBlocks:
     The matrices are taken in a random order, a new one for each sweep, so that every
     one has its turn (FRUGAL's block split, arXiv 2411.07837).
 
+    Which tensors hold state therefore depends on the step. torch.distributed.checkpoint loads into
+    what an optimizer holds already: for a checkpoint of k steps set `step` of every group to k - 1
+    and call `init_state()` first.
+
     Args:
         density: fraction of the matrices, by number.
         gap: steps between changes.

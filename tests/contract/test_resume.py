@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -51,6 +53,28 @@ def test_resume_through_distributed_checkpoint_is_exact(
         second.init_state()
     set_optimizer_state_dict(fresh, second, saved, options=options)
     assert runs.same(zoo.weights(fresh), before)  # torch takes one step of nothing on the way
+    for step in range(at, runs.STEPS):
+        runs.advance(second, fresh, step)
+    assert runs.same(zoo.weights(fresh), whole.weights)
+    assert runs.same(runs.state_of(second), whole.state)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_resume_through_files_of_distributed_checkpoint_is_exact(case: Case, tmp_path: Path) -> None:
+    """It reads into what the fresh optimizer holds: `init_state` makes that what was saved."""
+    at = runs.SAVED[-1]
+    whole = runs.record(case, torch.bfloat16)
+    first, model = runs.run(case, torch.bfloat16, at)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, first)}, checkpoint_id=tmp_path)
+    fresh = zoo.build(torch.bfloat16, seed=99)
+    fresh.load_state_dict(runs.from_file(whole.saved[at][0]))
+    second = case.optimizer(fresh)
+    for group in second.param_groups:
+        group["step"] = at - 1  # decides which tensors hold state, where that changes
+    second.init_state()
+    found = {"optimizer": get_optimizer_state_dict(fresh, second)}
+    dcp.load(found, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(fresh, second, found["optimizer"])
     for step in range(at, runs.STEPS):
         runs.advance(second, fresh, step)
     assert runs.same(zoo.weights(fresh), whole.weights)
