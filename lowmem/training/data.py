@@ -6,7 +6,8 @@
 
 The shape of the rows is recognised (`formats`) and returned, so that the caller can say it
 aloud; every row is checked before training starts, and an error names its place. Nothing
-is left out in silence: rows without an answer are skipped and counted.
+is left out in silence: rows without an answer are skipped and counted, fields that no part
+of a row is made from are named, and rows whose answers `seq_len` would cut off are counted.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import UserError, nearest
 from lowmem.training import hub_data
-from lowmem.training.examples import Example, ensure_chat_template, render_example
-from lowmem.training.formats import Format, Row, RowError, detect_format, formats, named
+from lowmem.training.console import Console
+from lowmem.training.examples import Example, answer_fits, ensure_chat_template, render_example
+from lowmem.training.formats import Fields, Format, Row, RowError, detect_format, formats, named
 from lowmem.training.readers import Place, files_of, read_path, split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DEMO",
@@ -34,6 +37,7 @@ __all__ = [
     "Example",
     "detect_format",
     "ensure_chat_template",
+    "fitting",
     "formats",
     "load_data",
     "load_rows",
@@ -57,6 +61,8 @@ class Data:
         recognised: False where the caller gave the format.
         rows: `text`, or `prompt` and `completion`, in TRL's form.
         skipped: rows left out because their text or answer is empty.
+        ignored: fields of the raw rows that hold something and are not used.
+        too_long: rows left out because their answer lies beyond `seq_len` tokens (see `fitting`).
     """
 
     name: str
@@ -65,6 +71,8 @@ class Data:
     recognised: bool
     rows: tuple[Row, ...]
     skipped: int = 0
+    ignored: tuple[str, ...] = ()
+    too_long: int = 0
 
     @property
     def conversational(self) -> bool:
@@ -79,13 +87,16 @@ class Data:
     def summary(self) -> str:
         """One line to say aloud.
 
-        >>> load_data("factbook").summary()
-        'factbook (train): 1558 rows, recognised as prompt_completion (chat messages)'
+        >>> load_data("factbook").summary()  # doctest: +ELLIPSIS
+        'factbook (train): 1558 rows, recognised as prompt_completion (chat messages); ignored fields: ...'
         """
         how = "recognised as" if self.recognised else "read as"
         chat = " (chat messages)" if self.conversational else ""
         skipped = f"; {self.skipped} without an answer skipped" if self.skipped else ""
-        return f"{self.name} ({self.split}): {len(self.rows)} rows, {how} {self.format}{chat}{skipped}"
+        long = f"; {self.too_long} with the answer beyond seq_len left out" if self.too_long else ""
+        ignored = f"; ignored fields: {', '.join(self.ignored)}" if self.ignored else ""
+        rows = f"{len(self.rows)} rows, {how} {self.format}{chat}{skipped}{long}{ignored}"
+        return f"{self.name} ({self.split}): {rows}"
 
     def dataset(self) -> Dataset:
         """The rows as a `datasets.Dataset` for TRL."""
@@ -121,10 +132,12 @@ def load_data(
     """
     chosen = named(data_format) if data_format else None
     rows: list[Row] = []
-    skipped = 0
+    skipped, ignored = 0, dict[str, None]()
     for place, raw in islice(load_rows(name_or_path, split), limit):
         chosen = chosen or detect_format(raw, str(place))
-        converted = _convert(chosen, raw, place)
+        converted, unread = _convert(chosen, raw, place)
+        if converted:
+            ignored |= dict.fromkeys(unread)
         skipped += not converted
         rows += converted
         if converted and type(converted[0].get("prompt")) is not type(rows[0].get("prompt")):
@@ -132,7 +145,8 @@ def load_data(
     if not rows or not chosen:
         empty = f"all {skipped} rows are empty" if skipped else "it holds no rows"
         raise UserError(f"{name_or_path} ({split}) has nothing to train on: {empty}")
-    return Data(str(name_or_path), split, chosen.name, data_format is None, tuple(rows), skipped)
+    recognised = data_format is None
+    return Data(str(name_or_path), split, chosen.name, recognised, tuple(rows), skipped, tuple(ignored))
 
 
 def load_rows(name_or_path: str, split: str = "train") -> Iterator[tuple[Place, Row]]:
@@ -199,6 +213,32 @@ def train_and_held_out(
     return _take_out(train, rows, seed)
 
 
+def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, console: Console) -> Data:
+    """The rows that have something to learn within `seq_len` tokens, where training cuts them.
+
+    TRL drops the others without a word, or with packing gives them room in which nothing is learned.
+
+    Args:
+        data: rows as loaded.
+        tokenizer: the one they are trained with.
+        seq_len: tokens per row.
+        console: told how many rows are left out.
+
+    Raises:
+        UserError: no row is left, or the chat template refuses one.
+    """
+    kept = tuple(row for row in data.rows if answer_fits(row, tokenizer, seq_len))
+    count, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
+    if not kept:
+        raise UserError(
+            f"{of}: none of the {count} rows has an answer left within seq_len {seq_len}: raise seq_len"
+        )
+    if count:
+        rows = f"{count} of {len(data.rows)} rows have"
+        console.say(f"{of}: {rows} no answer left within seq_len {seq_len} and are left out: raise seq_len")
+    return replace(data, rows=kept, too_long=count)
+
+
 def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None) -> list[Row]:
     """Convert one row; several where a conversation has several answers, none for an empty answer.
 
@@ -210,12 +250,14 @@ def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None)
         [{'role': 'assistant', 'content': '4'}]
     """
     chosen = named(data_format) if data_format else detect_format(row)
-    return _convert(chosen, row, Place("the data", "row", 1))
+    return _convert(chosen, row, Place("the data", "row", 1))[0]
 
 
-def _convert(chosen: Format, raw: Mapping[str, Any], place: Place) -> list[Row]:
+def _convert(chosen: Format, raw: Mapping[str, Any], place: Place) -> tuple[list[Row], list[str]]:
+    """Rows for TRL, and the raw row's fields that they are not made from."""
+    fields = Fields(raw)
     try:
-        return chosen.convert(raw)
+        return chosen.convert(fields), fields.unread()
     except RowError as error:
         raise UserError(f"{place} ({chosen.name}): {error}") from error
 

@@ -53,6 +53,10 @@ class Example:
             end = stop
         return [(text, counts) for text, counts in [*pieces, (self.text[end:], False)] if text]
 
+    def __str__(self) -> str:
+        """The marked text in one line."""
+        return " ".join(self.marked().split())
+
     def marked(self, before: str = "[[", after: str = "]]") -> str:
         """The text with marks around what counts in the loss."""
         return "".join(f"{before}{text}{after}" if counts else text for text, counts in self.parts())
@@ -73,6 +77,23 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
+def answer_fits(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int) -> bool:
+    """Whether a token that counts in the loss stands among a row's first `limit` tokens.
+
+    Args:
+        row: as for `render_example`.
+        tokenizer: as for `render_example`.
+        limit: tokens that training keeps of a row.
+
+    Raises:
+        UserError: as `render_example`.
+    """
+    if "text" in row:
+        return True  # the loss counts from the first token on
+    whole = _whole(row, tokenizer)
+    return len(whole) <= limit or _masked(row, tokenizer, whole) < limit
+
+
 def render_example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
     """Render a row of `Data.rows` as training will, with its loss mask.
 
@@ -90,15 +111,24 @@ def render_example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     if "text" in row:
         ids = _ids(tokenizer, _with_eos(row["text"], tokenizer))
         return _example(tokenizer, [], ids)
+    whole = _whole(row, tokenizer)
+    masked = _masked(row, tokenizer, whole)
+    return _example(tokenizer, whole[:masked], whole[masked:])
+
+
+def _whole(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of prompt and completion together."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
-        whole = _ids(tokenizer, prompt + _with_eos(completion, tokenizer))
-    else:
-        whole = _ids(tokenizer, [*prompt, *completion])
-    alone = _ids(tokenizer, prompt, ask=True)
+        return _ids(tokenizer, prompt + _with_eos(completion, tokenizer))
+    return _ids(tokenizer, [*prompt, *completion])
+
+
+def _masked(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, whole: list[int]) -> int:
+    """How many of the tokens belong to the prompt."""
+    alone = _ids(tokenizer, row["prompt"], ask=True)
     # not len(alone): a template may render the prompt differently when an answer follows
-    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))))
-    return _example(tokenizer, whole[:same], whole[same:])
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))))
 
 
 def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,7 +4,8 @@ Each format turns a row into what TRL's SFTTrainer takes: `text` (loss on every 
 `prompt` and `completion` (loss on the completion). Questions, instructions and
 conversations become chat messages, so that the model's own chat template renders them.
 A conversation with several answers becomes one row per answer, each with what was said
-before it: every answer is trained on once, whatever the template can mark.
+before it: every answer is trained on once, whatever the template can mark. A row notes
+which of its fields were read, so that the others can be named.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 from lowmem.errors import UserError, nearest
 
 Row = dict[str, Any]
-Convert = Callable[[Mapping[str, Any]], list[Row]]
 
 ROLES = {
     "human": "user",
@@ -34,6 +34,48 @@ ROLES = {
 
 class RowError(ValueError):
     """What is wrong with one row; whoever knows its place turns it into a UserError."""
+
+
+class Fields(Mapping[str, Any]):
+    """A row that notes which of its fields are read.
+
+    Args:
+        row: the raw row.
+    """
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self._row = row
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return self._row[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._row  # the inherited one would read the field
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def extra(self, *keys: str) -> str:
+        """The first of these fields that holds a text; "" without one, and then none counts as read."""
+        for key in keys:
+            value = self._row.get(key)
+            if isinstance(value, str) and value.strip():
+                self._read.add(key)
+                return value
+        return ""
+
+    def unread(self) -> list[str]:
+        """Fields that hold something and were not read."""
+        empty: tuple[Any, ...] = (None, "", [], {})
+        return [key for key, value in self._row.items() if key not in self._read and value not in empty]
+
+
+Convert = Callable[[Fields], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +124,7 @@ def detect_format(row: Mapping[str, Any], source: str = "the data") -> Format:
     """Recognise a row by its fields.
 
     Raises:
-        UserError: no format fits; the message lists the fields found and the formats.
+        UserError: no format fits; the message names a field that is null, or lists fields and formats.
 
     Example:
         >>> detect_format({"question": "Where is Kenya?", "answer": "In Africa."}).name
@@ -97,64 +139,95 @@ def detect_format(row: Mapping[str, Any], source: str = "the data") -> Format:
             f"{source} holds preferences (chosen, rejected); lowmem fine-tunes on answers: keep `prompt` "
             f"and rename `chosen` to `completion`"
         )
+    null = [(f, key) for f in _FORMATS if f.fits(row) for key in f.fields if row[key] is None]
+    if null:
+        raise UserError(f"{source} ({null[0][0].name}): {_null(null[0][1])}")
     shapes = "; ".join(f"{f.name}: {f.example}" for f in _FORMATS)
     raise UserError(f"{source} has the fields {', '.join(row) or '(none)'}, which fit no format ({shapes})")
 
 
-def _string(row: Mapping[str, Any], *keys: str, needed: bool = True) -> str:
-    """The text of the first field that the row has."""
-    value = next((row[key] for key in keys if row.get(key) is not None), None)
-    if value is None and not needed:
-        return ""
-    if value is None:
-        raise RowError(f"no field {keys[0]!r} (it has {', '.join(map(str, row)) or 'none'})")
+def _null(key: str) -> str:
+    return f"field {key!r} is null: fill it in or take the row out"
+
+
+def _present(row: Fields, *keys: str) -> tuple[str, Any]:
+    """The first of these fields that is not null, and its name."""
+    found = [key for key in keys if key in row]
+    key = next((key for key in found if row[key] is not None), None)
+    if key is not None:
+        return key, row[key]
+    if found:
+        raise RowError(_null(found[0]))
+    raise RowError(f"no field {keys[0]!r} (it has {', '.join(map(str, row)) or 'none'})")
+
+
+def _string(row: Fields, *keys: str) -> str:
+    """The text of the first of these fields that is not null."""
+    key, value = _present(row, *keys)
     if not isinstance(value, str):
-        raise RowError(f"field {keys[0]!r} is {type(value).__name__}, not text")
+        raise RowError(f"field {key!r} is {type(value).__name__}, not text")
     return value
 
 
-def _exchange(question: str, answer: str) -> list[Row]:
+def _system(row: Fields) -> list[dict[str, str]]:
+    """The system message that stands beside question or messages, if there is one."""
+    said = row.extra("system")
+    return [{"role": "system", "content": said}] if said else []
+
+
+def _exchange(row: Fields, question: str, answer: str) -> list[Row]:
     """One question and its answer as chat messages; nothing without an answer."""
     if not answer.strip():
         return []
     if not question.strip():
         raise RowError("the question is empty")
-    prompt = [{"role": "user", "content": question}]
+    prompt = [*_system(row), {"role": "user", "content": question}]
     return [{"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}]
 
 
-def _plain(row: Mapping[str, Any]) -> list[Row]:
+def _plain(row: Fields) -> list[Row]:
     text = _string(row, "text")
     return [{"text": text}] if text.strip() else []
 
 
-def _question(row: Mapping[str, Any]) -> list[Row]:
-    return _exchange(_string(row, "question"), _string(row, "answer"))
+def _question(row: Fields) -> list[Row]:
+    question, answer, passage = _string(row, "question"), _string(row, "answer"), row.extra("context")
+    return _exchange(row, f"{passage}\n\n{question}" if passage and question.strip() else question, answer)
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[Row]:
+def _alpaca(row: Fields) -> list[Row]:
     instruction, answer = _string(row, "instruction"), _string(row, "output", "response")
-    extra = _string(row, "input", "context", needed=False)
-    return _exchange(f"{instruction}\n\n{extra}" if extra.strip() else instruction, answer)
+    extra = row.extra("input", "context")
+    return _exchange(row, f"{instruction}\n\n{extra}" if extra else instruction, answer)
 
 
-def _pair(row: Mapping[str, Any]) -> list[Row]:
+def _pair(row: Fields) -> list[Row]:
     """`prompt` and `completion`: two texts, or two lists of messages."""
     if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         asked, answered = _messages(row["prompt"], "prompt"), _messages(row["completion"], "completion")
         spoken = any(m["content"].strip() for m in answered)
+        asked = _led(row, asked, "prompt")
         return [{"prompt": asked, "completion": answered}] if spoken else []
     prompt, completion = _string(row, "prompt"), _string(row, "completion")
     return [{"prompt": prompt, "completion": completion}] if completion.strip() else []
 
 
 def _conversation(key: str) -> Convert:
-    def convert(row: Mapping[str, Any]) -> list[Row]:
-        if row.get(key) is None:
-            raise RowError(f"no field {key!r} (it has {', '.join(map(str, row)) or 'none'})")
-        return list(_answers(_messages(row[key], key)))
+    def convert(row: Fields) -> list[Row]:
+        _, value = _present(row, key)
+        return list(_answers(_led(row, _messages(value, key), key)))
 
     return convert
+
+
+def _led(row: Fields, messages: list[dict[str, str]], key: str) -> list[dict[str, str]]:
+    """The messages after the system message that stands beside them; the same one twice is one."""
+    system = _system(row)
+    if not system or messages[0]["role"] != "system":
+        return [*system, *messages]
+    if messages[0] != system[0]:
+        raise RowError(f"two system messages, field 'system' and the first of {key!r}: keep one of them")
+    return messages
 
 
 def _answers(messages: list[dict[str, str]]) -> Iterator[Row]:
@@ -180,7 +253,7 @@ def _message(item: Any, where: str) -> dict[str, str]:
     content = item.get("content") if item.get("content") is not None else item.get("value")
     if not isinstance(content, str):
         raise RowError(f"{where} has no text (content or value)")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"{where} has the role {role!r}: {nearest(str(role), ROLES)}")
     return {"role": ROLES[role], "content": content}
 

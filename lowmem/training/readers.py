@@ -12,9 +12,12 @@ memory: fine-tuning data is small beside the model.
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,19 +163,51 @@ def _object(row: Any, where: str) -> Row:
 
 
 def _table(file: Path) -> Iterator[tuple[Place, Row]]:
-    """Comma- or tab-separated records under a header; an empty cell stays an empty text."""
+    """Comma- or tab-separated records under a header; an empty cell stays an empty text.
+
+    Raises:
+        UserError: a record with more cells than the header names, or what is no table.
+    """
     import pandas  # type: ignore[import-untyped]
 
     separator = "\t" if file.suffix.lower() == ".tsv" else ","
+    text = _text(file)
     try:
-        frame = pandas.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
-        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            frame = pandas.read_csv(
+                io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False
+            )
     except pandas.errors.EmptyDataError:
         return
-    except (pandas.errors.ParserError, UnicodeDecodeError, OSError) as error:
+    except pandas.errors.ParserError as error:
+        _refuse_long_record(file, text, separator)
         raise UserError(f"cannot read {file}: {str(error).strip()}") from error
+    if any(issubclass(warning.category, pandas.errors.ParserWarning) for warning in said):
+        _refuse_long_record(file, text, separator)  # pandas cuts such records and only warns
     yield from _records(file, frame.to_dict("records"))
+
+
+def _refuse_long_record(file: Path, text: str, separator: str) -> None:
+    """Name the first record that says more than the header has names for; empty cells say nothing.
+
+    Raises:
+        UserError: there is one.
+    """
+    name = "tab" if separator == "\t" else "comma"
+    remedy = f'put quotes ("...") around each field that holds a {name}'
+    before = csv.field_size_limit(len(text) + 1)  # a whole book may stand in one cell
+    try:
+        records = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        header = next((record for record in records if record), [])
+        start = records.line_num + 1
+        for record in records:
+            if any(record[len(header) :]):
+                found = f"{len(record)} fields, the header {len(header)}"
+                raise UserError(f"{file}, line {start} has {found}: {remedy}")
+            start = records.line_num + 1
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(file: Path) -> Iterator[tuple[Place, Row]]:

@@ -8,6 +8,7 @@ from lowmem.training.formats import detect_format, formats, named
 
 ASK = {"role": "user", "content": "Where is Kenya?"}
 SAY = {"role": "assistant", "content": "In Africa."}
+SHORT = {"role": "system", "content": "Be short."}
 CHAT = [{"prompt": [ASK], "completion": [SAY]}]
 
 
@@ -50,14 +51,34 @@ def test_alpaca_input_follows_the_instruction():
     assert to_prompt_completion(row)[0]["prompt"][0]["content"] == "Translate.\n\nBonjour"
 
 
+def test_a_passage_comes_before_the_question():
+    row = {"context": "Kenya: in Africa.", "question": "Where is Kenya?", "answer": "In Africa."}
+    assert to_prompt_completion(row)[0]["prompt"][0]["content"] == "Kenya: in Africa.\n\nWhere is Kenya?"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [ASK, SAY]},
+        {"messages": [ASK, SAY]},
+        {"messages": [SHORT, ASK, SAY]},
+        {"prompt": [ASK], "completion": [SAY]},
+        {"instruction": "Where is Kenya?", "output": "In Africa."},
+        {"question": "Where is Kenya?", "answer": "In Africa."},
+    ],
+)
+def test_a_system_field_leads_the_conversation(row):
+    (converted,) = to_prompt_completion({**row, "system": "Be short."})
+    assert converted == {"prompt": [SHORT, ASK], "completion": [SAY]}
+
+
 def test_each_answer_of_a_conversation_is_trained_on_once():
-    system = {"role": "system", "content": "Be short."}
     more = {"role": "user", "content": "And Peru?"}
     other = {"role": "assistant", "content": "In America."}
-    rows = to_prompt_completion({"messages": [system, ASK, SAY, more, other]})
+    rows = to_prompt_completion({"messages": [SHORT, ASK, SAY, more, other]})
     assert rows == [
-        {"prompt": [system, ASK], "completion": [SAY]},
-        {"prompt": [system, ASK, SAY, more], "completion": [other]},
+        {"prompt": [SHORT, ASK], "completion": [SAY]},
+        {"prompt": [SHORT, ASK, SAY, more], "completion": [other]},
     ]
 
 
@@ -79,7 +100,9 @@ def test_an_empty_answer_is_no_row(row):
     ("row", "data_format", "words"),
     [
         ({"question": "Where?"}, "question_answer", "no field 'answer' .it has question"),
-        ({"question": "Where?", "answer": None}, "question_answer", "no field 'answer'"),
+        ({"question": "Where?", "answer": None}, "question_answer", "field 'answer' is null: fill it in"),
+        ({"instruction": "x", "response": None}, "alpaca", "field 'response' is null"),
+        ({"instruction": "x", "response": 7}, "alpaca", "field 'response' is int, not text"),
         ({"question": "Where?", "answer": 7}, "question_answer", "'answer' is int, not text"),
         ({"question": " ", "answer": "Here."}, "question_answer", "the question is empty"),
         ({"instruction": "Do it."}, "alpaca", "no field 'output'"),
@@ -91,7 +114,17 @@ def test_an_empty_answer_is_no_row(row):
         ({"messages": ["hello"]}, "messages", "message 1 of 'messages' is str"),
         ({"messages": [ASK, {"role": "assistant"}]}, "messages", "message 2 of 'messages' has no text"),
         ({"messages": [{"role": "usr", "content": "x"}]}, "messages", "role 'usr': did you mean 'user'"),
-        ({"conversations": None}, "sharegpt", "no field 'conversations'"),
+        (
+            {"messages": [{"role": ["user"], "content": "x"}]},
+            "messages",
+            r"row 1 .*the role \['user'\]: did you",
+        ),
+        ({"conversations": None}, "sharegpt", "field 'conversations' is null"),
+        (
+            {"system": "Be long.", "messages": [{"role": "system", "content": "Be short."}, ASK, SAY]},
+            "messages",
+            "two system messages, field 'system' and the first of 'messages': keep one of them",
+        ),
     ],
 )
 def test_a_bad_row_says_what_is_wrong(row, data_format, words):
@@ -104,6 +137,12 @@ def test_unknown_fields_list_the_formats():
     with pytest.raises(UserError) as caught:
         detect_format({"body": "x", "title": "y"})
     assert all(name in str(caught.value) for name in ["body, title", *formats()])
+
+
+def test_a_first_row_with_a_null_names_the_field():
+    with pytest.raises(UserError, match=r"^a.jsonl, line 1 \(question_answer\): field 'answer' is null"):
+        detect_format({"question": "Where?", "answer": None}, "a.jsonl, line 1")
+    assert detect_format({"messages": None, "text": "x"}).name == "text"
 
 
 def test_preferences_name_the_remedy():

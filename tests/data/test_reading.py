@@ -56,6 +56,27 @@ def test_cells_stay_text(tmp_path):
     assert [r["completion"][0]["content"] for r in load_data(str(file)).rows] == ["007", "NA"]
 
 
+def test_a_separator_at_the_end_of_each_record_loses_nothing(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("question,answer\na,b,\nc,d,\n")
+    assert [r["completion"][0]["content"] for r in load_data(str(file)).rows] == ["b", "d"]
+
+
+def test_fields_that_are_not_used_are_named(tmp_path):
+    rows = [
+        {"question": "a", "answer": "b", "id": 1, "note": None, "tags": []},
+        {"question": "a", "answer": "b", "id": 2, "context": {"title": "x"}, "system": "Be short."},
+    ]
+    data = load_data(str(write(tmp_path, "rows.jsonl", rows)))
+    assert data.ignored == ("id", "context")
+    assert data.summary().endswith("; ignored fields: id, context")
+    history = [{"instruction": "a", "input": "b", "context": "c", "output": "d", "history": [["e", "f"]]}]
+    assert load_data(str(write(tmp_path, "h.jsonl", history))).ignored == ("context", "history")
+    pair = [{"prompt": "a", "completion": "b", "system": "c"}]  # texts: no place for a system message
+    assert load_data(str(write(tmp_path, "p.jsonl", pair))).ignored == ("system",)
+    assert "ignored" not in load_data(str(write(tmp_path, "q.jsonl"))).summary()
+
+
 def test_text_is_cut_between_paragraphs_and_nothing_is_lost(tmp_path):
     paragraphs = [f"Paragraph {i}: " + "word " * (i * 40) for i in range(30)] + ["y" * (2 * SECTION + 5)]
     file = tmp_path / "book.md"
@@ -102,9 +123,14 @@ def test_format_given_by_the_user_wins(tmp_path):
             r"line 2 \(text\): no field 'text' \(it has txt\)",
         ),
         ("a.json", '[{"text": "x"},\n {"text": ]', r"a.json is not JSON: .* line 2"),
-        ("a.json", '[{"text": "x"}, {"text": null}]', r"a.json, row 2 \(text\): no field 'text'"),
+        ("a.json", '[{"text": "x"}, {"text": null}]', r"a.json, row 2 \(text\): field 'text' is null"),
         ("a.json", "7", "holds no list of rows"),
-        ("a.csv", "question,answer\na,b\nc,d,e\n", "line 3"),
+        ("a.csv", "question,answer\na,b\nc,d,e\n", "line 3 has 3 fields, the header 2: put quotes"),
+        ("a.csv", "question,answer\nWho, me?,yes\n", "a.csv, line 2 has 3 fields, .* that holds a comma"),
+        ("a.csv", 'question,answer\na,"b\nb",\nc,d,e\n', "line 4 has 3 fields"),
+        ("a.csv", "text\n" + "x" * 200_000 + "\na,b\n", "line 3 has 2 fields"),
+        ("a.tsv", "question\tanswer\na\tb\tc\n", "a.tsv, line 2 has 3 .* that holds a tab"),
+        ("a.csv", 'question,answer\na,"b\n', "cannot read .*a.csv: .*EOF inside string"),
         ("a.csv", "question\na\n", "fit no format"),
         ("a.parquet", "nothing", "cannot read .*a.parquet"),
         ("a.jsonl", "", r"nothing to train on: it holds no rows"),
