@@ -5,14 +5,35 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.contract import runs, zoo
+import lowmem
+from tests.contract import cases, runs, zoo
 from tests.contract.cases import Case
+
+COMPOSED = [
+    ("galore", {"states": "int8"}, torch.float32),
+    ("galore", {"states": "int4"}, torch.float32),
+    ("galore", {"states": "companded8"}, torch.float32),
+    ("adamw", {"states": "bf16", "writer": "kahan"}, torch.bfloat16),
+    ("adamw", {"writer": "split"}, torch.bfloat16),
+]
+"""Every codec and every writer that the plain cases leave out, once."""
 
 
 @pytest.mark.plain
 def test_kernels_trace_into_one_graph(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check(case, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize(("name", "changes", "dtype"), COMPOSED, ids=str)
+def test_so_do_those_of_each_codec_and_writer(
+    name: str, changes: dict[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(cases.case(name, lowmem.available()[name], changes), dtype, monkeypatch)
+
+
+def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backend that only runs what was traced: a graph break or a second graph is an error."""
     made: list[str] = []
     kernels: list[object] = []

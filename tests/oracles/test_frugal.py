@@ -164,6 +164,15 @@ def test_density_zero_is_sign_descent_and_holds_nothing(split: str, key: str) ->
     assert set(sizes) == {0}
 
 
+@pytest.mark.parametrize("split", [*SPLITS, "blocks"])
+def test_every_step_has_full_rank(split: str, key: str) -> None:
+    """What GaLore leaves out in a window takes its step here."""
+    start, grads = torch.zeros(10, 16), drive.gradients((10, 16), GAP)
+    for w in follow(start, grads, key, split=split, density=0.2, residual_scale=0.1):
+        spectrum = torch.linalg.svdvals(w.double())
+        assert float(spectrum[-1]) > 1e-2 * float(spectrum[0])
+
+
 @pytest.mark.parametrize("split", MASKED)
 def test_plain_residual_is_gradient_descent_on_the_rest(split: str, key: str) -> None:
     start, grads = torch.zeros(8, 12), [g.clamp(-3, 3) * 0.01 for g in drive.gradients((8, 12), GAP)]

@@ -39,6 +39,23 @@ def test_microadam_is_the_algorithm(shape: tuple[int, ...], weight_decay: float)
         assert float(off.float().mean()) <= 2e-3, t
 
 
+CHANGED: list[dict[str, Any]] = [{"betas": (0.5, 0.999)}, {"betas": (0.9, 0.8)}, {"eps": 1e-2}, {"lr": 3e-2}]
+OPTIONS: list[dict[str, Any]] = [{"window": 3}, {"density": 0.05}, {"bucket": 64}]
+
+
+@pytest.mark.parametrize("changed", [*CHANGED, *OPTIONS], ids=str)
+def test_every_number_means_what_it_means_in_the_paper(changed: dict[str, Any]) -> None:
+    shape = (50, 130)
+    start, grads = drive.start_of(shape), drive.gradients(shape, 14)
+    options, hyper = (changed, HYPER) if changed in OPTIONS else ({}, {**HYPER, **changed})
+    truth, plain = MicroAdam(start, **hyper, **options), MicroAdam(start, **HYPER)
+    for t, (g, w) in enumerate(zip(grads, follow(start, grads, hyper=hyper, **options), strict=True)):
+        expected, other = truth.step(g), plain.step(g)
+        off = (w - expected).abs() > 1e-5
+        assert float(off.float().mean()) <= 2e-3, t
+    assert float(((w - other).abs() > 1e-5).float().mean()) > 0.02  # another number is seen
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_window_moves(dtype: torch.dtype) -> None:
     start = drive.start_of((3, 5000)).to(dtype)

@@ -11,6 +11,7 @@ from tiny_runs import Rows, assert_equal, keep_only, logged, stock, trainer, wei
 from lowmem import available, create, hf_optimizer
 from lowmem.errors import CheckpointError, UserError
 from lowmem.memory.count import model_state_bytes
+from lowmem.strategies import parse_options
 from lowmem.training.arguments import LowMemArguments
 from lowmem.training.trainer import _engine_problems
 
@@ -20,26 +21,49 @@ RESUMED = {
     "adamw": "",
     "galore": "rank=4,update_proj_gap=5",  # refreshes before and after the resume, staggered by name
 }
+IN_BF16 = [
+    *RESUMED.items(),
+    ("adafactor", "beta1=0.9"),
+    ("adamw_8bit", ""),
+    ("frugal", "update_proj_gap=5,split=randk"),
+    ("frugal", "update_proj_gap=5,split=blocks"),
+    ("galore", "rank=4,update_proj_gap=5,states=int8"),
+    ("microadam", ""),
+]
+IN_BF16 += [(name, "") for name in available() if name not in {*dict(IN_BF16), "mezo"}]  # mezo has its own
 
 
 def dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def options(text: str) -> dict[str, int]:
-    return {k: int(v) for k, v in (pair.split("=") for pair in text.split(",") if pair)}
+@pytest.fixture
+def coded(monkeypatch):
+    """Codecs hold the tensors of a tiny model too."""
+    monkeypatch.setattr("lowmem.optim.strategy.SMALL", 512)
 
 
-@pytest.mark.parametrize("weights_in", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optim", RESUMED)
-def test_resume_is_bit_exact(tmp_path, optim, weights_in):
+def test_elements_that_are_not_stepped_are_logged(tmp_path):
+    model = tiny()
+    made = trainer(tmp_path, model=model, optim="adamw", max_steps=3, clip="none")
+    bad = next(p for p in model.parameters() if p.dim() == 2)
+    bad.register_hook(lambda g: torch.full_like(g, float("nan")))
+    made.train()
+    assert logged(made, "nonfinite_elements") == [bad.numel(), 2 * bad.numel(), 3 * bad.numel()]
+
+
+@pytest.mark.parametrize(
+    ("optim", "text", "weights_in"),
+    [*((*run, "float32") for run in RESUMED.items()), *((*run, "bfloat16") for run in IN_BF16)],
+)
+def test_resume_is_bit_exact(tmp_path, optim, text, weights_in, coded):
     def run(folder, resume=None, seed=0):
         made = trainer(
             folder,
             model=tiny(dtype=dtype(weights_in), seed=seed),
             rows=Rows(36),  # 18 steps an epoch: the resume falls inside the first, the end inside the second
             optim=optim,
-            optim_args=RESUMED[optim],
+            optim_args=text,
             max_steps=24,
             save_strategy="steps",
             save_steps=8,
@@ -58,14 +82,13 @@ def test_resume_is_bit_exact(tmp_path, optim, weights_in):
     )
 
 
-@pytest.mark.parametrize("weights_in", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optim", RESUMED)
-def test_stock_trainer_resumes_bit_exactly(tmp_path, optim, weights_in):
+@pytest.mark.parametrize(("optim", "text"), IN_BF16)
+def test_stock_trainer_resumes_bit_exactly(tmp_path, optim, text, coded):
     def run(resume=None, seed=0):
         made = stock(
             tmp_path,
-            hf_optimizer(optim, lr=1e-2, weight_decay=0.1, **options(RESUMED[optim])),
-            model=tiny(dtype=dtype(weights_in), seed=seed),
+            hf_optimizer(optim, lr=1e-2, weight_decay=0.1, **parse_options(optim, text)),
+            model=tiny(dtype=torch.bfloat16, seed=seed),
             max_steps=24,
             save_strategy="steps",
             save_steps=8,
