@@ -23,17 +23,19 @@ def find(name_or_path: str) -> Path:
         return path
     known = shipped()
     if name_or_path not in known:
-        raise UserError(f"no config file {name_or_path!r}, nor a shipped one: {nearest(name_or_path, known)}")
+        raise UserError(f"no config file {name_or_path!r}, nor a shipped one; {nearest(name_or_path, known)}")
     return known[name_or_path]
 
 
 def problems(values: Mapping[str, Any]) -> list[str]:
     """Problems that need the registries: the model, the data format, the strategy and its options."""
     from lowmem.memory.model import resolve
+    from lowmem.training.data import check_name
     from lowmem.training.formats import named
 
     found = []
-    for name, look_up in (("model", resolve), ("data_format", named)):
+    look_ups = (("model", resolve), ("data", check_name), ("eval_data", check_name), ("data_format", named))
+    for name, look_up in look_ups:
         try:
             if values[name]:
                 look_up(values[name])
@@ -44,6 +46,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     from lowmem.memory.model import to_dtype
+    from lowmem.optim.release import accumulation_problem
     from lowmem.optim.writers import select
     from lowmem.strategies import create, parse_options
 
@@ -60,7 +63,9 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     except UserError as error:
         return [f"writer: {error}"]
     if strategy.source.needs_autograd:
-        return []
+        over_several = values["gradient_release"] and values["accumulation"] > 1
+        refusal = accumulation_problem(strategy) if over_several else ""
+        return [f"accumulation: {refusal}"] if refusal else []
     pointless = {
         "gradient_checkpointing": "there is no backward pass to recompute activations for",
         "gradient_release": "there are no gradients to release",

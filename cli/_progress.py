@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from rich.progress import (
@@ -19,6 +20,17 @@ from lowmem.training.console import Console
 from . import render
 
 _SHOWN = {"loss": "loss {:.3f}", "eval_loss": "held-out loss {:.3f}", "learning_rate": "lr {:.1e}"}
+
+
+class _Said(logging.Handler):
+    """Says what the library logs, such as that a first step compiles."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(record.getMessage())
 
 
 class Bars(Console):
@@ -39,15 +51,24 @@ class Bars(Console):
         self._stage = self._note = ""
         self._total: int | None = None
         self._task: TaskID | None = None
+        self._said = _Said(self)
+        self._level = logging.NOTSET
 
     def __enter__(self) -> Bars:
         """Begin to draw."""
+        logger = logging.getLogger("lowmem")
+        self._level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self._said)
         if self._live:
             self._bars.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         """Stop drawing, also after an error."""
+        logger = logging.getLogger("lowmem")
+        logger.removeHandler(self._said)
+        logger.setLevel(self._level)
         self.finish()
         if self._live:
             self._bars.stop()

@@ -33,8 +33,8 @@ def command(
     if not target.parent.is_dir():
         raise UserError(f"there is no folder {str(target.parent)!r}; create it first")
     shutil.copyfile(source, target)
-    use = "python" if source.suffix == ".py" else "lowmem finetune --config"
-    render.emit({"source": name, "destination": target}, f"wrote {target}; run it: {use} {target}", as_json)
+    use = f"python {target} --help" if source.suffix == ".py" else f"lowmem finetune --config {target}"
+    render.emit({"source": name, "destination": target}, f"wrote {target}; run it: {use}", as_json)
 
 
 def _copyable() -> dict[str, Path]:

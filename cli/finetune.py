@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem.config import RunConfig, from_flags, read
+from lowmem.config import RunConfig, default_output, from_flags, read
 
 from . import render
 from ._configs import find, problems, shipped
@@ -40,8 +40,9 @@ def _base(given: dict[str, Any], config: str | None) -> dict[str, Any]:
     """Settings under the flags: of --config, of the run to resume, or of the demo when no data is named."""
     if config is not None:
         return read(find(config))
-    earlier = Path(given.get("output_dir", "")) / "config.yaml"
-    if given.get("resume") and "output_dir" in given and earlier.is_file():
+    folder = given.get("output_dir") or default_output(given.get("model", ""), given.get("optim", ""))
+    earlier = Path(folder) / "config.yaml"
+    if given.get("resume") and earlier.is_file():
         render.say(f"resuming with the settings of {earlier} where no flag is given")
         return read(earlier)
     if given.get("data", "factbook") != "factbook":

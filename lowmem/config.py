@@ -121,7 +121,9 @@ class RunConfig:
         None, "Output", "steps between evaluations; before and after only when not given", least=1
     )
     logging_steps: int = _knob(5, "Output", "steps between logged losses", least=1)
-    prompt: tuple[str, ...] = _knob((), "Output", "answer this before and after; can be repeated")
+    prompt: tuple[str, ...] = _knob(
+        (), "Output", "answer this before and after; can be repeated, '' for none"
+    )
     report: bool = _knob(True, "Output", "measure memory during the run and write memory_report.*")
 
     def __post_init__(self) -> None:
@@ -130,14 +132,19 @@ class RunConfig:
         problems += _combinations(values)
         if problems:
             raise ConfigError(problems)
+        values["prompt"] = tuple(text for text in values["prompt"] if text.strip())  # "" asks nothing
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @property
     def output_path(self) -> Path:
         """Folder of the run's results."""
-        leaf = f"{Path(self.model).name}-{self.optim}".lower()
-        return Path(self.output_dir) if self.output_dir else Path("outputs") / leaf
+        return Path(self.output_dir) if self.output_dir else default_output(self.model, self.optim)
+
+
+def default_output(model: str, optim: str) -> Path:
+    """Where a run leaves its results when no folder is named."""
+    return Path("outputs") / f"{Path(model).name}-{optim}".lower()
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -314,7 +321,7 @@ def _convert_number(value: Any, kind: type, metadata: Mapping[str, Any]) -> int 
     least, above, below = metadata["least"], metadata["above"], metadata["below"]
     if not math.isfinite(number) or number < least or number <= above or number >= below:
         limits = [(least, "at least"), (above, "above"), (below, "below")]
-        allowed = " and ".join(f"{text} {limit:g}" for limit, text in limits if math.isfinite(limit))
+        allowed = " and ".join(f"{text} {limit:.10g}" for limit, text in limits if math.isfinite(limit))
         raise ValueError(f"{value} is out of range; it must be {allowed or 'finite'}")
     return whole
 
@@ -338,9 +345,6 @@ def _combinations(v: Mapping[str, Any]) -> list[str]:
             not v["gradient_release"] and v["clip"] in ("tensor", "previous"),
             f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
         ),
-        (
-            v["dtype"] == "float32" and v["writer"] == "split",
-            "writer: split keeps the rest of 16-bit weights",
-        ),
+        (v["dtype"] == "float32" and v["writer"] == "split", "writer: split is for 16-bit weights"),
     ]
     return [text for broken, text in rules if broken]

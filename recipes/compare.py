@@ -12,6 +12,7 @@ Copy it (`lowmem cp compare my.py`) and change what you like. It prints nothing 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -253,14 +254,19 @@ def run_one(config: RunConfig) -> dict[str, Any]:
 
 def _main(arguments: list[str]) -> None:
     """`compare.py CONFIG.yaml STRATEGIES FOLDER`; a child of it is `compare.py --one RUN ANSWER`."""
-    if len(arguments) != 3:
-        sys.exit("usage: compare.py CONFIG.yaml STRATEGIES FOLDER")
-    first, second, third = arguments
-    if first == "--one":
-        _save(Path(third), run_one(load(second)))
+    if arguments[:1] == ["--one"]:
+        _save(Path(arguments[2]), run_one(load(arguments[1])))
         return
-    shared = {k: v for k, v in read(first).items() if k not in _OWN}
-    found = compare(shared, second, output_dir=third, command=" ".join(arguments))
+    parser = argparse.ArgumentParser(description=(compare.__doc__ or "").splitlines()[0])
+    parser.add_argument("config", help="YAML file with the settings that all share")
+    parser.add_argument("strategies", help="names, or all, as for `lowmem compare --optim`")
+    parser.add_argument("folder", help="where the results go")
+    args = parser.parse_args(arguments)
+    try:
+        shared = {k: v for k, v in read(args.config).items() if k not in _OWN}
+        found = compare(shared, args.strategies, output_dir=args.folder, command=" ".join(arguments))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except KeyboardInterrupt as stopped:
         said = str(stopped) or "stopped at once, nothing more was saved"
-        console.say(f"{said}; --resume goes on from the newest checkpoint")
+        console.say(f"{said}; `lowmem finetune --resume --output-dir {config.output_path}` goes on")
         raise
     seconds = time.perf_counter() - began
     console.finish()
@@ -390,11 +390,7 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _main(run: Callable[[RunConfig], dict[str, Any]]) -> None:
-    import sys
-
-    sys.stdout.write(json.dumps(run(load(sys.argv[1])), indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    _main(finetune)
+    import importlib
+
+    importlib.import_module("lowmem.recipes").main(finetune)

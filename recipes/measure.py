@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import RunConfig, load
+from lowmem.config import RunConfig
 from lowmem.training.console import Console
 
 SETTINGS = (
@@ -72,7 +72,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    import json
-    import sys
-
-    sys.stdout.write(json.dumps(measure(load(sys.argv[1])), indent=2) + "\n")
+    importlib.import_module("lowmem.recipes").main(measure)

@@ -150,11 +150,45 @@ def create(name: str, **options: Plain) -> Strategy:
     """
     entry = _entry(name)
     values = {option.name: option.default for option in entry.options.values()}
-    for key, value in options.items():
-        values[key] = _checked(entry, key, value)
+    values |= _each(entry, options, lambda key, value: _checked(entry, key, value))
     given = {key: value for key, value in values.items() if key != WRITER.name}
+    if refused := _refusals(entry, given):
+        raise UserError("; ".join(refused))
     strategy = entry.factory(**given)
     return dataclasses.replace(strategy, name=name, options=given, writer=str(values[WRITER.name]))
+
+
+def _each(entry: Entry, options: Mapping[str, Any], check: Callable[[str, Any], Plain]) -> dict[str, Plain]:
+    """The checked options, or one error for all that is wrong with them."""
+    good: dict[str, Plain] = {}
+    problems: list[str] = []
+    for key, value in options.items():
+        try:
+            good[key] = check(key, value)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join([*problems, *_refusals(entry, good)]))
+    return good
+
+
+def _refusals(entry: Entry, options: Mapping[str, Any]) -> list[str]:
+    """What the factory says of options: it stops at the first problem, so what caused that is taken out."""
+    given = {key: value for key, value in options.items() if key != WRITER.name}
+    said = _refusal(entry, given)
+    for key in given if said else ():
+        rest = {k: v for k, v in given.items() if k != key}
+        if said not in _refusal(entry, rest):
+            return [said, *_refusals(entry, rest)]
+    return [said] if said else []
+
+
+def _refusal(entry: Entry, options: Mapping[str, Any]) -> str:
+    try:
+        entry.factory(**options)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _checked(entry: Entry, key: str, value: Plain) -> Plain:
@@ -195,8 +229,8 @@ def parse_options(name: str, text: str | Mapping[str, Any] | None) -> dict[str, 
         pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
         if len(pairs) < len(parts):
             raise UserError(f"{name}: an option is given twice in {text!r}; give each once")
-        return {key: _checked(entry, key, _typed(entry, key, value)) for key, value in pairs.items()}
-    return {key: _checked(entry, key, value) for key, value in text.items()}
+        return _each(entry, pairs, lambda key, value: _checked(entry, key, _typed(entry, key, value)))
+    return _each(entry, text, lambda key, value: _checked(entry, key, value))
 
 
 def _typed(entry: Entry, key: str, text: str) -> Plain:

@@ -155,12 +155,24 @@ def load_rows(name_or_path: str, split: str = "train") -> Iterator[tuple[Place, 
     Raises:
         UserError: nothing of that name, no such split, or a damaged file.
     """
+    check_name(name_or_path)
     path = _path(name_or_path)
     if path is not None:
         yield from read_path(path, split)
-    elif hub_data.looks_like_hub(name_or_path):
-        yield from hub_data.read_hub(name_or_path, split)
     else:
+        yield from hub_data.read_hub(name_or_path, split)
+
+
+def check_name(name_or_path: str) -> None:
+    """Look whether there may be data of a name; nothing is read, and nobody asked.
+
+    Raises:
+        UserError: neither a file, nor a folder, nor like a name on the Hub.
+    """
+    path = _path(name_or_path)
+    if path is not None:
+        files_of(path, None)
+    elif not hub_data.looks_like_hub(name_or_path):
         kind = "file or folder" if Path(name_or_path).suffix or "/" in name_or_path else "data"
         raise UserError(
             f"no {kind} {name_or_path!r}: give a file, a folder, a Hub name (owner/name) or the demo data; "

@@ -61,7 +61,10 @@ class HeldOut(TrainerCallback):
     ) -> None:
         """Evaluate at every multiple of `every` but the last step, which is evaluated after training."""
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            due = self.trainer.control.should_log
             self.trainer.log({"eval_loss": held_out_loss(self.trainer)})
+            # Any log ends with should_log = False: without this the training loss of the step is not logged.
+            self.trainer.control.should_log = due
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:

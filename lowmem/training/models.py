@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.errors import UserError
 from lowmem.memory import hub
 from lowmem.memory.model import ModelEntry, resolve, to_dtype
+from lowmem.training import checkpoint
 from lowmem.training.quiet import quiet
 from lowmem.training.unpack import unpack
 
@@ -123,9 +124,12 @@ def converted_smollm2(cache_dir: str | Path | None = None) -> Path:
             unpack(source / _GGUF, whole)
             _move(whole, target)
         _sweep(root, target.name)
-    except OSError as error:
+    except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
+        if not checkpoint.ran_out_of_room(error):
+            raise
+        line = getattr(error, "strerror", None) or _first_line(error)
         raise UserError(
-            f"cannot write the converted weights to {root}: {error.strerror or error}; "
+            f"cannot write the converted weights to {root}: {line}; "
             f"300 MB are needed there, or in another folder named by XDG_CACHE_HOME"
         ) from error
     return target
@@ -192,6 +196,10 @@ def _tokenizer(place: str) -> Any:
     return AutoTokenizer.from_pretrained(place, local_files_only=_local(place))
 
 
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _local(place: str) -> bool:
     """Whether only files on this machine may be read: always for a folder."""
     return Path(place).is_dir() or not hub.online()
@@ -206,6 +214,5 @@ def _readable(place: str, name: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if Path(place).is_dir():
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"cannot read the model in {place}: {line}") from error
+            raise UserError(f"cannot read the model in {place}: {_first_line(error)}") from error
         raise hub.explain(place, error) from error

@@ -62,15 +62,16 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> tuple[Path | None, 
     if not entries:
         note = f"nothing to resume in {folder} yet: starting from the beginning"
         return None, [note] if resume else []
+    shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"output_dir: {folder} is not empty ({shown}) and holds no run of lowmem (no {CONFIG}), "
+            "it is left alone; name another folder"
+        )
     if not (resume or overwrite):
-        shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
         raise UserError(
             f"output_dir: {folder} is not empty ({shown}); --resume goes on with the run in it, "
             "--overwrite replaces it, or name another folder"
-        )
-    if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"output_dir: {folder} holds no run of lowmem (no {CONFIG}), it is left alone; name another"
         )
     return _newest(folder) if resume else (None, [])
 
@@ -120,17 +121,18 @@ def results(folder: Path) -> Iterator[Path]:
     """A folder to write results to; they are moved into `folder` when all of them are there."""
     made = checkpoint.staging(folder) / "results"
     shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
     try:
+        made.mkdir(parents=True)
         yield made
         for path in sorted(made.iterdir()):
             path.chmod(0o644)  # safetensors writes 0600: a shared folder could not be read
             os.replace(path, folder / path.name)
-    except OSError as error:
+    except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
         if not checkpoint.ran_out_of_room(error):
             raise
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"could not write the results to {folder}: {error}; make room, then --resume"
+            f"could not write the results to {folder}: {line}; make room, then --resume"
         ) from error
     finally:
         shutil.rmtree(checkpoint.staging(folder), ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,19 @@ def loss_curve(history: History, title: str, path: Path) -> None:
         _label_ends(axes, steps, losses)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per label token)")
     axes.margins(x=0.06, y=0.12)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=_top(history))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def _top(history: History) -> float | None:
+    """Above the highest loss, with room for a marker and its label; None leaves it to matplotlib."""
+    drawn = [value for key in ("loss", "eval_loss") for value in _series(history, key)[1]]
+    highest = max(filter(math.isfinite, drawn), default=0.0)
+    return 1.12 * highest if highest > 0 else None
 
 
 def _label_ends(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> None:

@@ -182,6 +182,7 @@ def _table(file: Path) -> Iterator[tuple[Place, Row]]:
         return
     except pandas.errors.ParserError as error:
         _refuse_long_record(file, text, separator)
+        _refuse_open_quote(file, text, separator)
         raise UserError(f"cannot read {file}: {str(error).strip()}") from error
     if any(issubclass(warning.category, pandas.errors.ParserWarning) for warning in said):
         _refuse_long_record(file, text, separator)  # pandas cuts such records and only warns
@@ -208,6 +209,27 @@ def _refuse_long_record(file: Path, text: str, separator: str) -> None:
             start = records.line_num + 1
     finally:
         csv.field_size_limit(before)
+
+
+def _refuse_open_quote(file: Path, text: str, separator: str) -> None:
+    """Name the line of a field that begins with a quote and runs to the end of the file.
+
+    Raises:
+        UserError: there is one.
+    """
+    field = re.compile(rf'"(?:[^"]++|"")*+("?)[^{separator}\n]*|[^{separator}\n]*')
+    start = 0
+    while start <= len(text):
+        match = field.match(text, start)
+        if match is None:
+            return
+        if match[1] == "":
+            line = text.count("\n", 0, start) + 1
+            raise UserError(
+                f"{file}: the quote that opens in line {line} is not closed: "
+                'end that field with ", and write a " inside of it as ""'
+            )
+        start = match.end() + 1
 
 
 def _parquet(file: Path) -> Iterator[tuple[Place, Row]]:

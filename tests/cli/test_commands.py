@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +127,53 @@ def test_bad_options_of_a_strategy(options: str, problem: str, tmp_path: Path) -
 
 
 def test_shipped_configurations_are_valid() -> None:
+    """But for the data that they wait for: a file of the user's."""
     for file in (Path(__file__).resolve().parents[2] / "configs" / "runs").glob("*.yaml"):
-        assert document("validate", file.stem)["valid"], file
+        done = runner.invoke(cli.app, ["validate", file.stem, "--json"])
+        found = json.loads(done.stdout)["problems"]
+        assert all(text.startswith("data: no file or folder 'conversations.jsonl'") for text in found), file
+
+
+def problems(config: Path) -> list[str]:
+    done = runner.invoke(cli.app, ["validate", str(config), "--json"])
+    assert done.exit_code == 2, done.output
+    found: list[str] = json.loads(done.stdout)["problems"]
+    return found
+
+
+def test_every_option_and_the_data_are_looked_at_together(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(
+        "model: gpt2\noptim: galore\ndata: absent.jsonl\n"
+        "optim_args: {rank: 0, projecter: power, states: int3}\n",
+        encoding="utf-8",
+    )
+    data, optim = problems(bad)
+    assert "absent.jsonl" in data
+    assert all(word in optim for word in ("'projecter'", "'int3'", "rank must be at least 1"))
+
+
+def test_validate_refuses_what_training_would(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: gpt2\noptim: frugal\ngradient_release: true\naccumulation: 2\n", encoding="utf-8")
+    (problem,) = problems(bad)
+    assert "take accumulation 1, no gradient release, or galore" in problem
+
+
+@pytest.mark.parametrize("name", ["finetune", "measure", "compare"])
+def test_a_copied_recipe_says_how_it_is_run(name: str, tmp_path: Path) -> None:
+    target = tmp_path / "my.py"
+    told = runner.invoke(cli.app, ["cp", name, str(target)])
+    assert f"run it: python {target} --help" in " ".join(told.stdout.split()).replace("\n", "")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, target, *arguments], capture_output=True, text=True)
+
+    assert "YAML file" in run("--help").stdout
+    assert run().returncode == 2
+    wrong = run(*["absent.yaml", "galore", str(tmp_path / "out")][: 3 if name == "compare" else 1])
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "cannot read config 'absent.yaml'" in wrong.stderr
 
 
 def test_cp_copies_and_refuses_to_replace(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ({"steps": 10, "warmup": 11}, "11 steps of warm-up in a run of 10; make it 10 or less"),
         ({"gradient_release": True, "clip": "global"}, "use clip: previous, tensor or none"),
         ({"clip": "previous"}, "clip: previous is for gradient_release; use clip: global"),
-        ({"dtype": "float32", "writer": "split"}, "split keeps the rest of 16-bit weights"),
+        ({"dtype": "float32", "writer": "split"}, "split is for 16-bit weights"),
     ],
 )
 def test_settings_that_exclude_each_other(values: dict[str, Any], problem: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import lowmem.cli as cli
-from lowmem.config import load
+from lowmem.config import build, load
 
 runner = CliRunner()
 LEFT = {
@@ -109,6 +109,30 @@ def test_resume_ends_where_the_uninterrupted_run_does(flags: list[str], tmp_path
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
+def test_resume_finds_the_settings_of_the_default_folder(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the demo, whose data it would go on with."""
+    monkeypatch.chdir(tmp_path)
+    first = finetune(*changed(flags, output_dir=None))
+    assert first.exit_code == 0, first.output
+    given = dict(zip(flags[::2], flags[1::2], strict=False))
+    again = finetune("--model", given["--model"], "--optim", given["--optim"], "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert "resuming with another" not in again.stderr
+    assert "demo" not in again.stderr
+
+
+def test_a_first_step_that_compiles_says_so(flags: list[str]) -> None:
+    done = finetune(*changed(flags, compile="on", steps="1", save_steps="1", warmup="0"))
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("compiling the optimizer's kernels") == 1
+
+
+def test_an_empty_prompt_asks_nothing() -> None:
+    assert build({"model": "gpt2", "optim": "adamw", "prompt": ["", "Why?"]}).prompt == ("Why?",)
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
@@ -195,7 +219,7 @@ def test_a_checkpoint_without_its_optimizer_is_refused(flags: list[str], tmp_pat
     assert "Traceback" not in done.stderr
 
 
-def test_without_data_it_runs_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_data_it_runs_the_demo(monkeypatch: pytest.MonkeyPatch, rows: Path) -> None:
     """The main job's flags are two; the rest comes from configs/runs/demo.yaml."""
     import importlib
 
@@ -215,10 +239,8 @@ def test_without_data_it_runs_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finetune("--model", "smollm2-135m", "--optim", "galore", "--steps", "2", "--json").exit_code == 0
     assert (seen["config"].steps, seen["config"].warmup) == (2, 0)
     # Other data: no trace of the demo.
-    assert (
-        finetune("--model", "smollm2-135m", "--optim", "galore", "--data", "my.jsonl", "--json").exit_code
-        == 0
-    )
+    other = finetune("--model", "smollm2-135m", "--optim", "galore", "--data", str(rows), "--json")
+    assert other.exit_code == 0
     assert (seen["config"].steps, seen["config"].prompt) == (None, ())
 
 

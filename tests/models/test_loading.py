@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lowmem.errors import UserError
 from lowmem.memory import hub
@@ -200,13 +201,32 @@ def test_conversion_is_done_once_and_whole(monkeypatch, tmp_path):
 
 
 @needs_package
-def test_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device"),
+        Exception("No space left on device"),
+    ],
+)
+def test_full_disk_leaves_nothing_and_says_how_much_is_needed(monkeypatch, tmp_path, error):
     def fail(source, out):
         fake_conversion(source, out)
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(models, "unpack", fail)
     with pytest.raises(UserError, match=r"No space left on device; 300 MB .* XDG_CACHE_HOME"):
+        converted_smollm2(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_package
+def test_conversion_that_fails_for_another_reason_is_not_called_a_full_disk(monkeypatch, tmp_path):
+    def fail(source, out):
+        raise ValueError("GGUF magic invalid")
+
+    monkeypatch.setattr(models, "unpack", fail)
+    with pytest.raises(ValueError, match="GGUF magic invalid"):
         converted_smollm2(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

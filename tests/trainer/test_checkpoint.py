@@ -56,15 +56,16 @@ def test_changed_bytes_of_equal_length_are_noticed(tmp_path):
     assert checkpoint.damage(folder) == "scheduler.pt is not what was written"
 
 
-def test_large_file_is_checked_at_both_ends(tmp_path):
+@pytest.mark.parametrize("place", [0, 1 << 20, (3 << 20) - 8])
+def test_large_file_is_checked_everywhere(tmp_path, place):
     folder = staged(tmp_path, 3)
     big = folder / "model.safetensors"
     big.write_bytes(bytes(3 << 20))
     checkpoint.seal(folder, ABOUT)
     assert checkpoint.damage(folder) is None
     with big.open("r+b") as stream:
-        stream.seek(-10, 2)
-        stream.write(b"damage")
+        stream.seek(place)
+        stream.write(b"8 bytes!")
     assert checkpoint.damage(folder) == "model.safetensors is not what was written"
 
 
@@ -144,4 +145,5 @@ def test_a_full_disk_is_recognised_however_it_is_reported():
     assert checkpoint.ran_out_of_room(
         RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter")
     )
+    assert checkpoint.ran_out_of_room(Exception("Disk quota exceeded (os error 122)"))
     assert not checkpoint.ran_out_of_room(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

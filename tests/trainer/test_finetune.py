@@ -176,7 +176,8 @@ def test_ctrl_c_saves_the_step_and_resume_ends_with_the_same_weights(config, tmp
         recipe.finetune(config, heard)
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"config.yaml", "checkpoint-3", "checkpoint-4"}
-    assert heard.said[-1] == "stopped after step 4; --resume goes on from the newest checkpoint"
+    again = f"lowmem finetune --resume --output-dir {config.output_dir}"
+    assert heard.said[-1] == f"stopped after step 4; `{again}` goes on"
     assert signal.getsignal(signal.SIGINT) is before
 
     heard = Heard()
@@ -377,3 +378,10 @@ def test_eval_steps_log_the_same_held_out_loss(config):
     recipe.finetune(change(config, eval_steps=4, report=True))
     document = json.loads(Path(config.output_dir, "memory_report.json").read_text())
     assert [e["step"] for e in document["log"] if "eval_loss" in e] == [4]
+
+
+def test_steps_that_are_evaluated_log_their_training_loss_too(config):
+    result = recipe.finetune(change(config, eval_steps=2, report=True))
+    document = json.loads(Path(config.output_dir, "memory_report.json").read_text())
+    losses = [e["step"] for e in document["log"] if "loss" in e]
+    assert losses == list(range(1, result["steps"] + 1)), losses

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lowmem.errors import UserError
-from lowmem.training.output import claim
+from lowmem.training.output import CONFIG, claim, results
 
 
 def test_a_folder_that_can_be_made_is_left_unmade(tmp_path: Path) -> None:
@@ -19,3 +20,47 @@ def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         claim(tmp_path / "file" / "run", resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
+def test_a_foreign_folder_is_given_only_advice_that_works(
+    tmp_path: Path, resume: bool, overwrite: bool
+) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=r"holds no run of lowmem .*; name another folder") as caught:
+        claim(tmp_path, resume=resume, overwrite=overwrite)
+    assert "thesis.tex" in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
+def test_the_folder_of_a_run_may_be_resumed_or_replaced(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text("")
+    with pytest.raises(UserError, match=r"--resume goes on .* --overwrite replaces it"):
+        claim(tmp_path, resume=False, overwrite=False)
+    assert claim(tmp_path, resume=False, overwrite=True) == (None, [])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device"),
+        Exception("No space left on device (os error 28)\nand more"),
+    ],
+)
+def test_a_full_disk_is_one_line_whatever_its_class(tmp_path: Path, error: Exception) -> None:
+    def fail(made: Path) -> None:
+        (made / "model.safetensors").write_text("half")
+        raise error
+
+    words = r"No space left on device.*; make room, then --resume"
+    with pytest.raises(UserError, match=words) as caught, results(tmp_path) as made:
+        fail(made)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_while_results_are_written_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shapes"), results(tmp_path):
+        raise ValueError("shapes")
+    assert list(tmp_path.iterdir()) == []
