@@ -38,6 +38,15 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be resumed from."""
 
 
+def first_line(error: BaseException) -> str:
+    r"""What another package's error says, in one line; its class where it says nothing.
+
+    >>> first_line(OSError("disk full\nat 3")), first_line(KeyError())
+    ('disk full', 'KeyError')
+    """
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """End of an error message: the nearest known name and the whole list.
 

@@ -256,8 +256,10 @@ def _run(config: RunConfig) -> dict[str, Any]:
 
 def _profile(profiler: Any, console: Console) -> dict[str, Any] | None:
     """The profile as plain values; None where no step was left to measure."""
+    from lowmem.memory.document import plain
+
     try:
-        found: dict[str, Any] = profiler.result().to_dict()
+        found: dict[str, Any] = plain(profiler.result().to_dict())
     except UserError:
         return None
     except Exception as error:  # the model is trained: a report that fails must not lose it
@@ -320,11 +322,11 @@ def _write(
     with results(folder) as made:
         trainer.save_model(str(made))
         loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")
-        document = plain({**(profile or {}), "result": result, "log": trainer.state.log_history})
-        text = json.dumps(document, indent=1, allow_nan=False)
+        of_run = plain({"result": result, "log": trainer.state.log_history})
+        text = json.dumps({**(profile or {}), **of_run}, indent=1, allow_nan=False)
         (made / "memory_report.json").write_text(text, encoding="utf-8")
         if profile is not None:
-            report.write(plain(profile), made / "memory_report.html")
+            report.write(profile, made / "memory_report.html")
     console.finish()
 
 

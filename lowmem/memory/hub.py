@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import UserError
+from lowmem.errors import UserError, first_line
 
 PROBE_SECONDS = 4.0
 
@@ -62,7 +62,7 @@ def explain(hub_id: str, error: Exception) -> UserError:
                 f"(`lowmem models` lists names) or run `hf auth login`"
             )
     if online():
-        return UserError(f"{hub_id} could not be read from the Hub: {_first_line(error)}; {ways_out(hub_id)}")
+        return UserError(f"{hub_id} could not be read from the Hub: {first_line(error)}; {ways_out(hub_id)}")
     return UserError(f"{hub_id} is not in the local cache and the Hub cannot be reached; {ways_out(hub_id)}")
 
 
@@ -89,8 +89,3 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

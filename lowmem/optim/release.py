@@ -40,16 +40,17 @@ class Release:
         optimizer: what steps.
         clip: none, tensor or previous; max_norm: of the gradient.
         sync: whether the running micro-batch is the last of its window; set it before each one.
+        projected: whether the norm of the last backward pass is, of some tensors, that of their projection.
     """
 
     optimizer: LowMemOptimizer
     clip: str
     max_norm: float
     sync: bool = True
+    projected: bool = False
     _square: dict[torch.device, Tensor] = field(default_factory=dict)
     _previous: dict[torch.device, Tensor] = field(default_factory=dict)
     _low: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    _projected: bool = False
     _handles: list[Any] = field(default_factory=list)
 
     def attach(self) -> None:
@@ -84,11 +85,6 @@ class Release:
         squares = squares or [float(norm) ** 2 for norm in self._previous.values()]
         return float(sum(squares) ** 0.5)
 
-    @property
-    def projected(self) -> bool:
-        """Whether the norm of the last backward pass is, of some tensors, that of their projection."""
-        return self._projected
-
     @torch.no_grad()
     def _on_gradient(self, p: nn.Parameter) -> None:
         if p.grad is None:
@@ -121,7 +117,7 @@ class Release:
     def _gradient(self, p: nn.Parameter) -> Blocks | None:
         if p in self._low:
             low = self._low.pop(p)
-            self._projected = True
+            self.projected = True
             factor = self._measure(low)
             like = Dense(p.detach())
             return Projected(like.shape, low if factor is None else low.mul_(factor), like.dtype)
@@ -145,7 +141,7 @@ class Release:
         for device, square in self._square.items():
             self._previous[device] = square.sqrt()
         self._square.clear()
-        self._projected = False
+        self.projected = False
 
     def _on_save(self, *_: Any) -> None:
         if self._previous:

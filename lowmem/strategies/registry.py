@@ -152,9 +152,10 @@ def create(name: str, **options: Plain) -> Strategy:
     values = {option.name: option.default for option in entry.options.values()}
     values |= _each(entry, options, lambda key, value: _checked(entry, key, value))
     given = {key: value for key, value in values.items() if key != WRITER.name}
-    if refused := _refusals(entry, given):
-        raise UserError("; ".join(refused))
-    strategy = entry.factory(**given)
+    try:
+        strategy = entry.factory(**given)
+    except UserError:
+        raise UserError("; ".join(_refusals(entry, given))) from None
     return dataclasses.replace(strategy, name=name, options=given, writer=str(values[WRITER.name]))
 
 

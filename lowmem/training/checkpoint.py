@@ -146,6 +146,11 @@ def check_origin(folder: Path, about: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"cannot resume from {folder}: {reason}; name the run's folder to take the newest whole one"
         )
+    check_about(folder, about)
+
+
+def check_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """The half of `check_origin` for a checkpoint that is known to be whole."""
     theirs = _manifest(folder)["about"]
     for key in ("strategy", "options", "parameters"):
         _same(folder.name, key, theirs.get(key), about.get(key))

@@ -155,11 +155,11 @@ def load_rows(name_or_path: str, split: str = "train") -> Iterator[tuple[Place, 
     Raises:
         UserError: nothing of that name, no such split, or a damaged file.
     """
-    check_name(name_or_path)
     path = _path(name_or_path)
     if path is not None:
         yield from read_path(path, split)
     else:
+        check_name(name_or_path)
         yield from hub_data.read_hub(name_or_path, split)
 
 

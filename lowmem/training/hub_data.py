@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import UserError
+from lowmem.errors import UserError, first_line
 from lowmem.memory import hub
 from lowmem.training.readers import Place, Row
 
@@ -43,7 +43,7 @@ def _load(name: str, split: str) -> Any:
     try:
         return load_dataset(repo, config or None, split=split)
     except Exception as error:  # datasets raises many kinds; each says in its first line what is wrong
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        line = first_line(error)
         raise UserError(f"cannot load the data set {name} ({split}): {line}") from error
 
 

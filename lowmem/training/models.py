@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import UserError
+from lowmem.errors import UserError, first_line
 from lowmem.memory import hub
 from lowmem.memory.model import ModelEntry, resolve, to_dtype
 from lowmem.training import checkpoint
@@ -127,7 +127,7 @@ def converted_smollm2(cache_dir: str | Path | None = None) -> Path:
     except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
         if not checkpoint.ran_out_of_room(error):
             raise
-        line = getattr(error, "strerror", None) or _first_line(error)
+        line = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"cannot write the converted weights to {root}: {line}; "
             f"300 MB are needed there, or in another folder named by XDG_CACHE_HOME"
@@ -196,10 +196,6 @@ def _tokenizer(place: str) -> Any:
     return AutoTokenizer.from_pretrained(place, local_files_only=_local(place))
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _local(place: str) -> bool:
     """Whether only files on this machine may be read: always for a folder."""
     return Path(place).is_dir() or not hub.online()
@@ -214,5 +210,5 @@ def _readable(place: str, name: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if Path(place).is_dir():
-            raise UserError(f"cannot read the model in {place}: {_first_line(error)}") from error
+            raise UserError(f"cannot read the model in {place}: {first_line(error)}") from error
         raise hub.explain(place, error) from error

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lowmem.errors import CheckpointError, UserError
+from lowmem.errors import CheckpointError, UserError, first_line
 from lowmem.training import checkpoint
 
 CONFIG = "config.yaml"
@@ -130,9 +130,8 @@ def results(folder: Path) -> Iterator[Path]:
     except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
         if not checkpoint.ran_out_of_room(error):
             raise
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"could not write the results to {folder}: {line}; make room, then --resume"
+            f"could not write the results to {folder}: {first_line(error)}; make room, then --resume"
         ) from error
     finally:
         shutil.rmtree(checkpoint.staging(folder), ignore_errors=True)

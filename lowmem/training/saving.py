@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.errors import CheckpointError, UserError
+from lowmem.errors import CheckpointError, UserError, first_line
 from lowmem.training import checkpoint
 
 log = logging.getLogger(__name__)
@@ -59,9 +59,10 @@ class WholeCheckpoints:
                 log.warning(sentence)
             if found is None:
                 raise CheckpointError("; ".join([f"no whole checkpoint in {folder}", *skipped]))
+            checkpoint.check_about(found, self.about())  # every byte has just been read
         else:
             found = Path(wanted)
-        checkpoint.check_origin(found, self.about())
+            checkpoint.check_origin(found, self.about())
         return str(found)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -119,11 +120,7 @@ class WholeCheckpoints:
         except UserError:
             raise
         except Exception as error:
-            raise CheckpointError(f"cannot resume from {folder}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+            raise CheckpointError(f"cannot resume from {folder}: {first_line(error)}") from error
 
 
 def _no_room(target: Path, error: BaseException) -> str:
@@ -132,6 +129,6 @@ def _no_room(target: Path, error: BaseException) -> str:
     found, _ = checkpoint.newest(target.parent)
     kept = f"{found.name} is whole and kept" if found else "there is no earlier one"
     return (
-        f"could not write {target} ({_first_line(error)}; {free} bytes free); {kept}: "
+        f"could not write {target} ({first_line(error)}; {free} bytes free); {kept}: "
         "make room or set a smaller save_total_limit, then resume"
     )
