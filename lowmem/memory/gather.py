@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lowmem.errors import UserError, nearest
-from lowmem.memory.model import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.memory.run import Run
+from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.optim.strategy import Strategy
 
 CHOICES: Mapping[str, tuple[str | None, ...]] = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.memory.gpus import budget
-from lowmem.memory.model import resolve
+from lowmem.memory.device.gpus import budget
+from lowmem.models.entries import resolve
 from lowmem.optim.release import release
 from lowmem.strategies import optimizer
 
