@@ -141,13 +141,14 @@ def _sample(x: Tensor, y: Tensor) -> Tensor:
 
 @functools.cache
 def fingerprint(compiled: bool) -> str:
-    """A name of this machine's arithmetic: of products, roots, factorizations and, where asked, compiled code."""
+    """A name of this machine's arithmetic: products, roots, factorizations and, if asked, compiled code."""
     total = hashlib.blake2b(torch.__version__.encode(), digest_size=8)
     x, y = normal((120, 96), 1), normal((96, 200), 2)
     q, r = torch.linalg.qr(x[:, :5])
     results = [
         x @ y, x.bfloat16() @ y.bfloat16(), x.t() @ x, q, r, *torch.linalg.svd(x), _sample(x, x + 1),
-        x.tanh(), x.abs().pow(-0.8), x.exp().log().cos(), x.softmax(1), torch.linalg.vector_norm(x, dim=1), x.sum(0),
+        x.tanh(), x.abs().pow(-0.8), x.exp().log().cos(), x.softmax(1), torch.linalg.vector_norm(x, dim=1),
+        x.sum(0),
     ]  # fmt: skip
     if compiled:
         step = torch.compile(_sample, fullgraph=True)
