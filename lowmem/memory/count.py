@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import stagger
+from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
@@ -52,11 +52,11 @@ def state_bytes(
     return _bytes(strategy.init(strategy.refine(role, shape), x).values())
 
 
-def shared_bytes(strategy: Strategy, roles: Iterable[str] = ("matrix", "other")) -> int:
-    """Bytes of the constants that an optimizer holds once for each role that is in use."""
-    x = torch.empty(1, device="meta")
-    used = [strategy.rules[role] for role in sorted(set(roles)) if role in strategy.rules]
-    return _bytes(table for rule in used for table in rule.shared(x).values())
+def shared_bytes(strategy: Strategy, used: Iterable[tuple[str, Shape]]) -> int:
+    """Bytes of the constants that an optimizer holds once, for tensors of these roles and shapes."""
+    device = torch.device("meta")
+    constants = {c.name: c for role, shape in used for c in strategy.rules[role].constants(shape).values()}
+    return _bytes(constant.make(device) for constant in constants.values())
 
 
 def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0) -> int:
@@ -67,7 +67,7 @@ def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, se
         step: for schedules that change which tensors hold state; seed: of the run.
     """
     cache: dict[tuple[str, Shape, torch.dtype], int] = {}
-    total, used = 0, set()
+    total, used = 0, set[tuple[str, Shape]]()
     for group in strategy.param_groups(model):
         names = tuple(name for name, _ in group["params"])
         for name, p in group["params"]:
@@ -76,7 +76,7 @@ def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, se
             if key not in cache:
                 cache[key] = _bytes(strategy.init(role, torch.empty_like(p, device="meta")).values())
             total += cache[key]
-            used.add(role)
+            used.add((role, tuple(p.shape)))
     return total + shared_bytes(strategy, used)
 
 
@@ -120,13 +120,11 @@ def measure_workspace(
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
     optimizer.init_state()
     group, held = optimizer.place(p)[0], optimizer.state[p]
-    optimizer.constants(strategy.rules[optimizer.role(p)], optimizer.role(p), p)
-    gap = int(strategy.options.get("update_proj_gap", 1))
-    group["step"] = 0 if refresh else _between(gap)
+    rule = strategy.rules[optimizer.role(p)]
+    group["step"] = 0 if refresh else _between(rule.period)
     tracker = Tracker()
     tracker.register([p, *held.values(), *([gradient] if isinstance(gradient, Tensor) else [])], "weights")
-    for constants in optimizer._shared.values():
-        tracker.register(constants.values(), "weights")
+    tracker.register(optimizer.constants(rule, p).values(), "weights")
     before = tracker.live
     with tracker:
         tracker.enter("step", "workspace")
@@ -149,6 +147,8 @@ def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:
 
 def _between(gap: int) -> int:
     """A step on which the tensor "w" is not refreshed, where there is one."""
+    if not gap:
+        return FAR
     offset = stagger("w", gap)
     return next((step for step in range(FAR, FAR + 2) if (step + offset) % gap), FAR)
 

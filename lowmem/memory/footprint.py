@@ -65,7 +65,7 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     best: list[int] = []
     for roles in _schedules(strategy, parameters):
         sizes = [size for p in parameters for size in _state(strategy, roles[p.name], p.shape, p.dtype)]
-        sizes += _shared(strategy, frozenset(roles.values()))
+        sizes += _shared(strategy, frozenset((roles[p.name], p.shape) for p in parameters))
         best = max(best, sizes, key=sum)
     grain = run.granularity
     rounded = tuple(-(-size // grain) * grain for size in best)
@@ -112,8 +112,8 @@ def _state(strategy: Strategy, role: str, shape: tuple[int, ...], dtype: torch.d
     return _SIZES[key]
 
 
-def _shared(strategy: Strategy, roles: frozenset[str]) -> list[int]:
-    size = count.shared_bytes(strategy, roles)
+def _shared(strategy: Strategy, used: frozenset[tuple[str, tuple[int, ...]]]) -> list[int]:
+    size = count.shared_bytes(strategy, used)
     return [size] if size else []
 
 

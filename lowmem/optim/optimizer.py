@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.checks import check_fit, check_hyper, check_saved, has_compiler, lost, pays
-from lowmem.optim.contract import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
+from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.schedules import Always
 from lowmem.optim.source import Named, Query
+from lowmem.optim.state import Held, State, scoped
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import Writer, select
 
@@ -106,7 +108,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "strategy": json.dumps(strategy.to_config(), sort_keys=True),
         }
         self._places: dict[int, tuple[dict[str, Any], str]] = {}
-        self._shared: dict[tuple[str, torch.device], State] = {}
+        self._constants: dict[tuple[str, torch.device], Tensor] = {}
         self._seats: dict[int, _Seat] = {}
         self._switched = -1
         self._lookup = Lookup()
@@ -188,26 +190,27 @@ class LowMemOptimizer(torch.optim.Optimizer):
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             weight=Dense(p.detach() if weight is None else weight),
-            shape=tuple(p.shape),
             advance=self.chunks.advance_,
             first=first,
             constant=self._lookup,
         )
 
-    def constants(self, rule: AnyRule, role: str, p: Tensor) -> State:
-        """A rule's constants, held once for each device."""
-        key = (role, p.device)
-        if key not in self._shared:
-            self._shared[key] = rule.shared(p)
-        return self._shared[key]
+    def constants(self, rule: AnyRule, p: Tensor) -> State:
+        """A rule's constants for a parameter, each held once for a device."""
+        found = {}
+        for key, constant in rule.constants(tuple(p.shape)).items():
+            name = (constant.name, p.device)
+            if name not in self._constants:
+                self._constants[name] = constant.make(p.device)
+            found[key] = self._constants[name]
+        return found
 
     def ready(self, p: Tensor) -> tuple[_Seat, bool]:
         """What a parameter's step needs, and whether its state is new."""
         step = self.place(p)[0]["step"]
         if self.strategy.schedule.switches(step) and self._switched != step:
             self._switched = step  # all at once: what was active and what is never hold state together
-            self._seats.clear()
-            self.state.clear()
+            self._drop_switched(step)
         seat, role = self._seats.get(id(p)), self.role(p)
         if seat and seat.role == role:
             return seat, False
@@ -216,10 +219,17 @@ class LowMemOptimizer(torch.optim.Optimizer):
             held.update(self.strategy.init(role, p))
         rule = self.strategy.rules[role]
         state = {k: v for k, v in held.items() if not k.startswith("writer.")}
-        state |= self.constants(rule, role, p)
+        state |= self.constants(rule, p)
         writer = select(self.strategy.writer, p.dtype)
         self._seats[id(p)] = _Seat(role, rule, writer, Held(state), scoped(held, "writer"))
         return self._seats[id(p)], fresh
+
+    def _drop_switched(self, step: int) -> None:
+        """Forget the state of tensors that follow another rule from this step on."""
+        for group, _, p in self._walk():
+            if self.role(p, {"step": step, "seed": group["seed"]}) != self.role(p):
+                self._seats.pop(id(p), None)
+                self.state.pop(p, None)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -248,16 +258,17 @@ class LowMemOptimizer(torch.optim.Optimizer):
             g = Dense(g)
         seat, fresh = self.ready(p)
         weight, rule = p.detach(), seat.rule
+        if rule.idle:
+            return
         hp = self.hyper(p, fresh, weight)
+        rule.prepare(g, seat.state, hp)
         if is_pointwise(rule):
             self.chunks.apply_(rule, seat.writer, weight, g, seat.state, seat.extra, hp)
             return
-        whole = cast("Rule", rule)
-        whole.prepare(g, seat.state, hp)
-        direction = whole.update(g, seat.state, hp)
+        direction = cast("Rule", rule).update(g, seat.state, hp)
         self.chunks.write_(seat.writer, weight, direction, seat.extra, hp)
-        for key, value in direction.commit.items():
-            seat.state[key].copy_(value)
+        if direction.commit:
+            direction.commit()
 
     def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
         """Evaluate the loss and leave what the step needs.
@@ -305,7 +316,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
         tensors = [t for held in self.state.values() for t in held.values() if isinstance(t, Tensor)]
-        tensors += [t for held in self._shared.values() for t in held.values()]
+        tensors += self._constants.values()
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 

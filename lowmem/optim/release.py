@@ -18,16 +18,16 @@ therefore by each tensor's own norm ("tensor") or by the norm of the step before
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Projected
+from lowmem.optim.contract import Rule, is_pointwise
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.subspace import Subspace
 
 CLIP = ("none", "tensor", "previous")
 
@@ -100,15 +100,17 @@ class Release:
             self.optimizer.step_param(p, gradient)
             p.grad = None
 
-    def _projecting(self, p: nn.Parameter) -> Subspace | None:
+    def _projecting(self, p: nn.Parameter) -> Rule | None:
         """The rule of a tensor of which the projected gradient suffices in this window."""
         rule = self.optimizer.strategy.rules[self.optimizer.role(p)]
-        if not isinstance(rule, Subspace) or not self.optimizer.state.get(p):
+        if is_pointwise(rule) or not rule.keeps_sum or not self.optimizer.state.get(p):
             return None
-        return None if rule.refreshes(self.optimizer.hyper(p)) else rule
+        refreshes = rule.period > 0 and self.optimizer.hyper(p).due(rule.period)
+        return None if refreshes else cast("Rule", rule)
 
-    def _accumulate(self, p: nn.Parameter, g: Tensor, rule: Subspace) -> None:
-        low = rule.project(Dense(g), self.optimizer.ready(p)[0].state)
+    def _accumulate(self, p: nn.Parameter, g: Tensor, rule: Rule) -> None:
+        seat = self.optimizer.ready(p)[0]
+        low = rule.project(Dense(g), seat.state, self.optimizer.hyper(p))
         if p in self._low:
             self._low[p].add_(low)
         else:
@@ -198,9 +200,9 @@ def _problems(optimizer: LowMemOptimizer, steps: int, clip: str, max_norm: float
 def accumulation_problem(strategy: Strategy) -> str:
     """Why gradients cannot be released while they accumulate, or an empty string."""
     rule, name = strategy.rules["matrix"], strategy.name
-    remedy = "take accumulation 1, no gradient release, or galore"
-    if not isinstance(rule, Subspace) or rule.residual.reads_rest:
-        return f"gradient release with accumulation: {name} needs the whole gradient of a window; {remedy}"
-    if getattr(rule.projector, "update_proj_gap", 1) == 1:
+    if rule.period == 1:
         return f"gradient release with accumulation: {name} refreshes at every step; take update_proj_gap > 1"
-    return ""
+    if rule.keeps_sum:
+        return ""
+    remedy = "take accumulation 1, no gradient release, or galore"
+    return f"gradient release with accumulation: {name} needs the whole gradient of a window; {remedy}"

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.optim.contract import AnyRule, State, is_pointwise, prefixed
+from lowmem.optim.contract import AnyRule, is_pointwise
 from lowmem.optim.schedules import Always, Schedule
 from lowmem.optim.source import Source
+from lowmem.optim.state import State, prefixed
 from lowmem.optim.writers import select
 
 SMALL = 4096

@@ -16,13 +16,14 @@ from torch._inductor.exc import CppCompileError, InductorError
 
 import lowmem
 from lowmem.optim.blocks import Dense
-from lowmem.optim.contract import Hyper
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.kernels import _Compiled, _forget_instructions, compiled
 from lowmem.optim.engine.layout import ROW
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
+from lowmem.optim.state import made
 from lowmem.optim.writers import WRITERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
@@ -45,13 +46,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def steps(chunks: Chunks, rule: Any, writer: str, dtype: torch.dtype, rows: int, seed: int) -> list[Tensor]:
     """All that two steps of `rows` rows leave behind; without a writer, of a projected gradient."""
     w = normal(rows, ROW, seed=seed).to(dtype)
-    state = {**rule.init(w), **rule.shared(w), "rate": torch.tensor(0.5)}
+    state = {**rule.init(w), **made(rule.constants(tuple(w.shape)), w.device), "rate": torch.tensor(0.5)}
     state.setdefault("age", torch.zeros((), dtype=torch.int32))
     extra = WRITERS[writer].init(w) if writer else {}
     left = [w, *state.values(), *extra.values()]
     for t in range(2):
         g = normal(rows, ROW, seed=seed + t + 1).to(dtype)
-        hp = Hyper(t, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.01, Dense(w), tuple(w.shape), chunks.advance_)
+        hp = Hyper(t, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.01, Dense(w), chunks.advance_)
         if writer:
             g[0, 3] = math.nan
             chunks.apply_(rule, WRITERS[writer], w, Dense(g), state, extra, hp)

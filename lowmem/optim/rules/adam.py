@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.optim.contract import AnyRule, Hyper, Rotate
+from lowmem.optim.contract import AnyRule, Rotation
 from lowmem.optim.elementwise import LARGEST, Beside, Elementwise, Moment, Moments, coded
+from lowmem.optim.hyper import Hyper
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Adam(Elementwise):
         _, _, eps, correction1, correction2 = x.numbers
         return (m["exp_avg"] * correction1) / (m.root("exp_avg_sq") * correction2 + eps)
 
-    def rotated(self, m: Mapping[str, Tensor], turn: Rotate, age: Tensor, hp: Hyper) -> dict[str, Tensor]:
+    def rotated(self, m: Mapping[str, Tensor], turn: Rotation, age: Tensor, hp: Hyper) -> dict[str, Tensor]:
         """The second moment is transported as a variance (arXiv 2410.16103), both without their bias.
 
         V <- |(C o C)(V - M^2) + (C M)^2|

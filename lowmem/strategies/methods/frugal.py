@@ -19,8 +19,8 @@ from __future__ import annotations
 from typing import Literal
 
 from lowmem.errors import UserError
+from lowmem.optim.contract import Projector
 from lowmem.optim.elementwise import coded
-from lowmem.optim.projectors import Projector
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dense import Frame, Orthonormal, svd
 from lowmem.optim.residuals import residual as residual_of
