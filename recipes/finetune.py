@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import RunConfig, dump, load
+from lowmem.config import RunConfig, dump
 from lowmem.console import Console
 from lowmem.errors import UserError
 
@@ -47,7 +47,7 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
         args = arguments(config)
         start, notes = claim(folder, resume=config.resume, overwrite=config.overwrite)
         _keep_own_model(config, folder)
-        for note in [*notes, *_changed(config, folder)]:
+        for note in notes:
             console.say(note)
         with _no_empty_folder(folder):
             trainer = prepare(config, args, console)
@@ -138,9 +138,18 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
         callbacks=_callbacks(console),
     )
     _replace_printers(trainer)
+    trainer.tell, trainer.origin = console.say, _origin(config)
     trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
     console.finish()
     return trainer
+
+
+def _origin(config: RunConfig) -> dict[str, Any]:
+    """What decides which rows a checkpoint has seen, and over which frozen weights."""
+    from lowmem.training.settings import place
+
+    places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
+    return places | {name: getattr(config, name) for name in ("data_format", "eval_rows", "quantize")}
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
@@ -328,24 +337,6 @@ def _write(
         if profile is not None:
             report.write(profile, made / "memory_report.html")
     console.finish()
-
-
-def _changed(config: RunConfig, folder: Path) -> Iterator[str]:
-    """Settings that differ from the run that is resumed: allowed, but no longer the same run."""
-    if not config.resume or not (folder / "config.yaml").is_file():
-        return
-    earlier = load(folder / "config.yaml")
-    for field in dataclasses.fields(config):
-        old, new = getattr(earlier, field.name), getattr(config, field.name)
-        if old != new and field.name not in (
-            "resume",
-            "overwrite",
-            "output_dir",
-            "prompt",
-            "report",
-            "threads",
-        ):
-            yield f"resuming with another {field.name}: {old!r} -> {new!r}"
 
 
 def _keep_own_model(config: RunConfig, folder: Path) -> None:

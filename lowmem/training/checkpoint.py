@@ -25,6 +25,7 @@ from typing import Any
 from lowmem.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+FORMAT = 2
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
 """Without these a resumed run would be another run; several processes write rng_state_0.pth and so on."""
 
@@ -47,7 +48,7 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
     listing = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in files
     }
-    text = json.dumps({"format": 1, "files": listing, "about": dict(about)}, indent=1, sort_keys=True)
+    text = json.dumps({"format": FORMAT, "files": listing, "about": dict(about)}, indent=1, sort_keys=True)
     unsealed = folder / (MANIFEST + ".part")
     unsealed.write_text(text, encoding="utf-8")
     _sync(unsealed)
@@ -86,7 +87,10 @@ def damage(folder: Path) -> str | None:
     if not folder.is_dir():
         return "it does not exist"
     try:
-        listing = _manifest(folder)["files"]
+        manifest = _manifest(folder)
+        if manifest["format"] != FORMAT:
+            return f"its manifest has format {manifest['format']!r}, this version of lowmem reads {FORMAT}"
+        listing = manifest["files"]
         for name, expected in listing.items():
             path = folder / name
             if not path.is_file():
@@ -109,10 +113,15 @@ def is_checkpoint_name(path: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", path.name) is not None
 
 
+def step(folder: Path) -> int:
+    """Steps that the checkpoint of this name has taken."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-N, highest N first, whole or not."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and is_checkpoint_name(p)]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step, reverse=True)
 
 
 def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -131,12 +140,12 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def check_origin(folder: Path, about: Mapping[str, Any]) -> None:
+def check_origin(folder: Path, ours: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is damaged or belongs to another strategy or model.
 
     Args:
         folder: the checkpoint.
-        about: what the present run is, as given to `seal`.
+        ours: what the present run is, as given to `seal`.
 
     Raises:
         CheckpointError: says the first difference and what to do.
@@ -146,14 +155,20 @@ def check_origin(folder: Path, about: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"cannot resume from {folder}: {reason}; name the run's folder to take the newest whole one"
         )
-    check_about(folder, about)
+    check_about(folder, ours)
 
 
-def check_about(folder: Path, about: Mapping[str, Any]) -> None:
+def check_about(folder: Path, ours: Mapping[str, Any]) -> None:
     """The half of `check_origin` for a checkpoint that is known to be whole."""
-    theirs = _manifest(folder)["about"]
+    theirs = about(folder)
     for key in ("strategy", "options", "parameters"):
-        _same(folder.name, key, theirs.get(key), about.get(key))
+        _same(folder.name, key, theirs.get(key), ours.get(key))
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What a whole checkpoint belongs to, as given to `seal`."""
+    told: dict[str, Any] = _manifest(folder)["about"]
+    return told
 
 
 def rotate(output_dir: Path, keep: int | None, protect: Iterable[Path] = ()) -> None:
@@ -187,10 +202,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
 
 
 def _digest(path: Path) -> str:

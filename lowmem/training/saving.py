@@ -9,36 +9,54 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
-from lowmem.training import checkpoint
+from lowmem.training import checkpoint, settings
 
 log = logging.getLogger(__name__)
 
 
 class WholeCheckpoints:
-    """Saving and resuming; mix in before a Hugging Face trainer."""
+    """Saving and resuming; mix in before a Hugging Face trainer.
+
+    Attributes:
+        origin: what else a checkpoint belongs to, such as model and data; another one is refused.
+        tell: receives what is worth knowing about a resumed run, one sentence at a time.
+    """
 
     args: Any
     model: Any
     state: Any
     accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    lowmem_optimizer: Any
+    origin: Mapping[str, Any] = {}
+    tell: Callable[[str], None] = log.warning
     _strategy: Any
     _staging: Path | None = None
+    _resumed: str | None = None
+    _changed: Mapping[str, str] = {}
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint of this run belongs to: strategy, options, and what is trained."""
+        """What a checkpoint of this run belongs to: strategy, options, what is trained, and how."""
         config = self._strategy.to_config()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
         options = config["options"] | {"writer": config["writer"]}
-        return {"strategy": config["name"], "options": options, "parameters": shapes}
+        return {
+            "strategy": config["name"],
+            "options": options,
+            "parameters": shapes,
+            "settings": {**settings.of_arguments(self.args), **self.origin},
+        }
 
     def resume_path(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to resume from, whole and of this run, or None where none is wanted.
@@ -46,24 +64,53 @@ class WholeCheckpoints:
         Args:
             wanted: True for the newest in the output folder; a checkpoint; or the folder of a run.
 
+        What this run changes is told; asked again about the same one, it answers what it found.
+
         Raises:
-            CheckpointError: none is whole, or it belongs to another strategy or model.
+            CheckpointError: none is whole, it belongs to another strategy or model, or a setting
+                differs that cannot be changed on the way.
         """
         if not wanted:
-            return None
+            self._resumed, self._changed = None, {}
+        elif self._resumed is None or str(wanted) != self._resumed:
+            found = self._whole(wanted)
+            theirs, now = checkpoint.about(found)["settings"], self.about()["settings"]
+            done, planned = checkpoint.step(found), self._planned_steps()
+            self._changed = settings.changes(theirs, now, found.name, done, planned)
+            self._resumed = str(found)
+            for sentence in self._changed.values():
+                self.tell(sentence)
+        return self._resumed
+
+    def _whole(self, wanted: str | Literal[True]) -> Path:
+        """The checkpoint that is meant, every byte of it read."""
         if wanted is True or not checkpoint.is_checkpoint_name(Path(wanted)):
             folder = Path(self.args.output_dir if wanted is True else wanted)
             with self.accelerator.main_process_first():  # it settles what an interrupted save left
                 found, skipped = checkpoint.newest(folder)
             for sentence in skipped:
-                log.warning(sentence)
+                self.tell(sentence)
             if found is None:
                 raise CheckpointError("; ".join([f"no whole checkpoint in {folder}", *skipped]))
             checkpoint.check_about(found, self.about())  # every byte has just been read
         else:
             found = Path(wanted)
             checkpoint.check_origin(found, self.about())
-        return str(found)
+        return found
+
+    def _planned_steps(self) -> int:
+        """Steps of the whole run, as the Trainer will count them."""
+        trainer: Any = self
+        if trainer.args.max_steps > 0:
+            return int(trainer.args.max_steps)
+        with torch.random.fork_rng(devices=[]):  # a sampler may draw its seed
+            return int(trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1])
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Save, log and evaluate as this run says, not as the one that wrote the checkpoint."""
+        position: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)  # type: ignore[misc]
+        self.state.compute_steps(self.args, max_steps)
+        return position
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write beside, seal, rename, then delete what is too old; one process of several does."""
@@ -114,13 +161,15 @@ class WholeCheckpoints:
                 state.save_to_json(str(staged / "trainer_state.json"))
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        """Load them; a file that cannot be read is the checkpoint's fault."""
+        """Load them, then put in what this run changes; an unreadable file is the checkpoint's fault."""
+        own = settings.Own.of(self.lowmem_optimizer, self.lr_scheduler)
         try:
             super()._load_optimizer_and_scheduler(folder)  # type: ignore[misc]
         except UserError:
             raise
         except Exception as error:
             raise CheckpointError(f"cannot resume from {folder}: {first_line(error)}") from error
+        own.restore_(self.lowmem_optimizer, self.lr_scheduler, self._changed)
 
 
 def _no_room(target: Path, error: BaseException) -> str:

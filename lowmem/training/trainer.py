@@ -182,7 +182,8 @@ class LowMemMixin(WholeCheckpoints):
             **kwargs: the Trainer's own.
 
         Raises:
-            CheckpointError: none is whole, or it belongs to another strategy or model.
+            CheckpointError: none is whole, it belongs to another strategy or model, or a setting
+                differs that cannot be changed on the way.
             KeyboardInterrupt: after the step during which Ctrl-C was pressed, its checkpoint saved.
         """
         resume = self.resume_path(resume_from_checkpoint)
@@ -194,6 +195,7 @@ class LowMemMixin(WholeCheckpoints):
                 result = super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
         finally:
             self._detach()
+            self._resumed = None  # the next run is checked anew
         if self._interruption.asked:
             raise KeyboardInterrupt(f"stopped after step {self.state.global_step}")
         return result

@@ -110,6 +110,31 @@ def test_resume_ends_where_the_uninterrupted_run_does(flags: list[str], tmp_path
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
+def test_resume_with_other_settings_uses_them_or_refuses_them(flags: list[str], tmp_path: Path) -> None:
+    assert finetune(*flags).exit_code == 0
+    written = tmp_path / "out" / "config.yaml"
+    before = written.read_text(encoding="utf-8")
+    for values, words in (
+        ({"seed": "3"}, "seed: 0 -> 3"),
+        ({"seq_len": "64"}, "seq_len: 96 -> 64"),
+        ({"eval_rows": "5"}, "eval_rows: 4 -> 5"),
+        ({"lr": "1e-3"}, "checkpoint-4 is the last of 4 steps"),
+        ({"steps": "3"}, "checkpoint-4 has taken 4 already"),
+    ):
+        refused = finetune(*changed(flags, **values), "--resume")
+        assert refused.exit_code == 2, refused.output
+        (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+        assert words in error
+        assert written.read_text(encoding="utf-8") == before
+    done = finetune(*changed(flags, steps="6", lr="1e-3"), "--resume")
+    assert done.exit_code == 0, done.output
+    assert "resuming with another lr: 0.01 -> 0.001" in done.stderr
+    log = json.loads((tmp_path / "out" / "memory_report.json").read_text(encoding="utf-8"))["log"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates[4:] == pytest.approx([1e-3 * 2 / 6, 1e-3 / 6])
+    assert (load(written).lr, load(written).steps) == (1e-3, 6)
+
+
 def test_resume_finds_the_settings_of_the_default_folder(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -256,11 +256,9 @@ def test_resume_says_what_it_skips_and_what_differs(config, tmp_path):
     (tmp_path / "out" / "checkpoint-4" / "scheduler.pt").unlink()
     heard = Heard()
     recipe.finetune(change(config, resume=True, lr=1e-3), heard)
-    assert heard.said[:3] == [
-        "skipped checkpoint-4: scheduler.pt is missing",
-        "resuming from checkpoint-3",
-        "resuming with another lr: 0.02 -> 0.001",
-    ]
+    assert heard.said[:2] == ["skipped checkpoint-4: scheduler.pt is missing", "resuming from checkpoint-3"]
+    assert "resuming with another lr: 0.02 -> 0.001" in heard.said
+    assert load(f"{config.output_dir}/config.yaml").lr == 1e-3
     for folder in (tmp_path / "out").glob("checkpoint-*"):
         (folder / "optimizer.pt").unlink()
     with pytest.raises(
