@@ -99,6 +99,7 @@ def arguments(config: RunConfig) -> Any:
         max_length=config.seq_len,
         packing=config.packing,
         seed=config.seed,
+        nonfinite_limit=config.nonfinite_limit,
         logging_steps=config.logging_steps,
         save_strategy="steps",
         save_steps=config.save_steps,
@@ -288,6 +289,7 @@ def _result(
     """Everything worth knowing about the run, as plain values."""
     from lowmem.memory.count import model_state_bytes
     from lowmem.strategies import create
+    from lowmem.training.saving import nonfinite_weights
 
     answered = zip(config.prompt, before["answers"], after["answers"], strict=True)
     adamw = {
@@ -304,6 +306,7 @@ def _result(
         "seconds": measured["seconds"],
         "state_bytes": trainer.lowmem_optimizer.state_bytes(),
         "nonfinite_elements": trainer.lowmem_optimizer.nonfinite(),
+        "nonfinite_weights": nonfinite_weights(trainer.model),
         "adamw_state_bytes": adamw,
         "peak_bytes": measured["peak"],
         "samples": [{"prompt": p, "before": b, "after": a} for p, b, a in answered],

@@ -19,6 +19,7 @@ from torch import nn
 
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.training import checkpoint, settings
+from lowmem.training.callbacks import Divergence
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class WholeCheckpoints:
     _staging: Path | None = None
     _resumed: str | None = None
     _changed: Mapping[str, str] = {}
+    _divergence: Divergence
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to: strategy, options, what is trained, and how."""
@@ -113,7 +115,14 @@ class WholeCheckpoints:
         return position
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write beside, seal, rename, then delete what is too old; one process of several does."""
+        """Write beside, seal, rename, then delete what is too old; one process of several does.
+
+        A model that is ruined is not saved: it would push out the checkpoint to go back to.
+        """
+        ruined = "the weights are" if nonfinite_weights(self.model) else "the loss is"
+        if self._divergence.since is not None or ruined == "the weights are":
+            self.tell(f"checkpoint-{self.state.global_step} is not saved: {ruined} not finite")
+            return
         run_dir = Path(super()._get_output_dir(trial))  # type: ignore[misc]
         target = run_dir / f"checkpoint-{self.state.global_step}"
         with self._saving(run_dir, target) as staged:
@@ -170,6 +179,13 @@ class WholeCheckpoints:
         except Exception as error:
             raise CheckpointError(f"cannot resume from {folder}: {first_line(error)}") from error
         own.restore_(self.lowmem_optimizer, self.lr_scheduler, self._changed)
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Names of the trainable tensors that hold a number that is not finite."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    bounds = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]  # NaN wins over both
+    return [name for (name, _), finite in zip(named, bounds, strict=True) if not finite]
 
 
 def _no_room(target: Path, error: BaseException) -> str:

@@ -321,3 +321,25 @@ def test_ctrl_c_leaves_a_checkpoint_and_exits_with_130(flags: list[str], tmp_pat
     done = finetune(*changed(flags, steps=str(steps + 1)), "--resume", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["resumed_from"] == left.name
+
+
+def test_a_ruined_run_ends_with_a_word(flags: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    ruined = changed(flags, model=str(folder), save_steps="1")
+    ended = finetune(*ruined, "--nonfinite-limit", "2")
+    assert ended.exit_code == 2, ended.output
+    assert "the loss is not finite since step 1, 2 steps in a row; no checkpoint was saved" in ended.stderr
+    done = finetune(*ruined, "--nonfinite-limit", "0", "--overwrite", "--json")
+    assert done.exit_code == 2, done.output
+    assert json.loads(done.stdout)["nonfinite_weights"] == ["model.norm.weight"]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "is ruined" in error
+    report = json.loads((tmp_path / "out" / "memory_report.json").read_text(encoding="utf-8"))
+    assert report["result"]["nonfinite_weights"] == ["model.norm.weight"]
+    assert [entry["loss"] for entry in report["log"] if "loss" in entry] == [None] * 4
