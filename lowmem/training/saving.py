@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,11 @@ import torch
 from torch import nn
 
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
+from lowmem.models import sealed
 from lowmem.training import checkpoint, settings
 from lowmem.training.callbacks import Divergence
+from lowmem.training.lock import held
+from lowmem.training.staging import publish, staging
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class WholeCheckpoints:
             self._resumed, self._changed = None, {}
         elif self._resumed is None or str(wanted) != self._resumed:
             found = self._whole(wanted)
-            theirs, now = checkpoint.about(found)["settings"], self.about()["settings"]
+            theirs, now = sealed.about(found)["settings"], self.about()["settings"]
             done, planned = checkpoint.step(found), self._planned_steps()
             self._changed = settings.changes(theirs, now, found.name, done, planned)
             self._resumed = str(found)
@@ -120,7 +123,8 @@ class WholeCheckpoints:
         A model that is ruined is not saved: it would push out the checkpoint to go back to.
         """
         ruined = "the weights are" if nonfinite_weights(self.model) else "the loss is"
-        if self._divergence.since is not None or ruined == "the weights are":
+        lost = self._divergence.since is not None and self.args.world_size == 1  # all processes save, or none
+        if lost or ruined == "the weights are":
             self.tell(f"checkpoint-{self.state.global_step} is not saved: {ruined} not finite")
             return
         run_dir = Path(super()._get_output_dir(trial))  # type: ignore[misc]
@@ -130,12 +134,25 @@ class WholeCheckpoints:
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
             self._name_best(staged, target)
             if self.args.should_save:
-                checkpoint.seal(staged, self.about())
-                checkpoint.publish(staged, target)
+                sealed.seal(staged, self.about())
+                publish(staged, target)
                 best = self.state.best_model_checkpoint
                 spared = [target, *([Path(best)] if best else [])]
                 checkpoint.rotate(run_dir, self.args.save_total_limit, spared)
             self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _alone(self, resume: str | bool | None) -> Iterator[str | None]:
+        """Hold the output folder for this run, one process of several, and settle where it starts."""
+        folder = Path(self.args.output_dir)
+        with ExitStack() as stack:
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(folder))
+            start = self.resume_path(resume)
+            if self.args.should_save:
+                checkpoint.check_no_foreign(folder, after=checkpoint.step(Path(start)) if start else 0)
+            yield start
 
     def _get_output_dir(self, trial: Any) -> str:
         """The staging folder during a save, the run's folder otherwise."""
@@ -144,7 +161,7 @@ class WholeCheckpoints:
     @contextmanager
     def _saving(self, run_dir: Path, target: Path) -> Iterator[Path]:
         """Point the Trainer at the staging folder; a failed save leaves nothing and says why."""
-        self._staging = checkpoint.staging(run_dir)
+        self._staging = staging(run_dir)
         self._clear()
         self.accelerator.wait_for_everyone()
         try:
@@ -159,7 +176,7 @@ class WholeCheckpoints:
 
     def _clear(self) -> None:
         if self._staging and self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            sealed.discard(self._staging)
 
     def _name_best(self, staged: Path, target: Path) -> None:
         """The Trainer notes the best checkpoint by its path: make that the final one."""

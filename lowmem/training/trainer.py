@@ -194,13 +194,12 @@ class LowMemMixin(WholeCheckpoints):
             UserError: the loss was not finite for `nonfinite_limit` steps in a row.
             KeyboardInterrupt: after the step during which Ctrl-C was pressed, its checkpoint saved.
         """
-        resume = self.resume_path(resume_from_checkpoint)
         self._told_state, self._window = False, []
         self._divergence.forget()
         try:
             # Several processes would notice the key press at different steps and wait for each other.
             listening = self._interruption.listening() if self.args.world_size == 1 else nullcontext()
-            with listening:
+            with self._alone(resume_from_checkpoint) as resume, listening:
                 result = super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
         finally:
             self._detach()

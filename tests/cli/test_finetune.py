@@ -26,6 +26,7 @@ LEFT = {
     "config.yaml",
     "generation_config.json",
     "loss.png",
+    "manifest.json",
     "memory_report.html",
     "memory_report.json",
     "model.safetensors",
