@@ -113,7 +113,8 @@ def arguments(config: RunConfig) -> Any:
 
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
-    from lowmem.data.load import ensure_chat_template, fitting, render_example, train_and_held_out
+    from lowmem.data.load import ensure_chat_template, fitting, render_example
+    from lowmem.data.split import train_and_held_out
     from lowmem.training.trainer import LowMemSFTTrainer
 
     console.start("load")
