@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.console import Console
 from lowmem.data import hub as hub_data
+from lowmem.data.columns import Columns, understood
 from lowmem.data.examples import Example, answer_fits, ensure_chat_template, render_example
 from lowmem.data.files import Place
 from lowmem.data.folders import listed
@@ -151,9 +152,12 @@ def load_data(
     rows: list[Row] = []
     places: list[Place] = []
     skipped, ignored = 0, dict[str, None]()
+    names = dict[str, str]()
     for place, raw in islice(load_rows(name_or_path, split), limit):
-        chosen = chosen or detect_format(raw, str(place))
-        converted, unread = _convert(chosen, raw, place)
+        columns = _columns(raw, place, chosen)
+        chosen = chosen or detect_format(columns.row, str(place))
+        converted, unread = _convert(chosen, columns, place)
+        names |= columns.called
         if converted:
             ignored |= dict.fromkeys(unread)
         skipped += not converted
@@ -174,7 +178,7 @@ def load_data(
         tuple(ignored),
         places=tuple(places),
         files=_files_read(name_or_path, places),
-        notes=_not_read(name_or_path) if split == "train" else (),
+        notes=(*_other_names(names), *(_not_read(name_or_path) if split == "train" else ())),
     )
 
 
@@ -262,17 +266,35 @@ def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None)
         >>> to_prompt_completion({"question": "2 + 2?", "answer": "4"})[0]["completion"]
         [{'role': 'assistant', 'content': '4'}]
     """
-    chosen = named(data_format) if data_format else detect_format(row)
-    return _convert(chosen, row, Place("the data", "row", 1))[0]
+    place = Place("the data", "row", 1)
+    chosen = named(data_format) if data_format else None
+    columns = _columns(row, place, chosen)
+    chosen = chosen or detect_format(columns.row)
+    return _convert(chosen, columns, place)[0]
 
 
-def _convert(chosen: Format, raw: Mapping[str, Any], place: Place) -> tuple[list[Row], list[str]]:
-    """Rows for TRL, and the raw row's fields that they are not made from."""
-    fields = Fields(raw)
+def _columns(raw: Mapping[str, Any], place: Place, chosen: Format | None) -> Columns:
     try:
-        return chosen.convert(fields), fields.unread()
+        return understood(raw, chosen)
     except RowError as error:
-        raise UserError(f"{place} ({chosen.name}): {error}") from error
+        raise UserError(f"{place}: {error}") from error
+
+
+def _convert(chosen: Format, columns: Columns, place: Place) -> tuple[list[Row], list[str]]:
+    """Rows for TRL, and what of the raw row they are not made from."""
+    fields = Fields(columns.row)
+    try:
+        converted = chosen.convert(fields)
+    except RowError as error:
+        read = ", ".join((chosen.name, *_other_names(columns.called)))
+        raise UserError(f"{place} ({read}): {error}") from error
+    return converted, [*map(columns.original, fields.unread()), *columns.left]
+
+
+def _other_names(names: Mapping[str, str]) -> tuple[str, ...]:
+    """A note about columns that are read under another name than their own."""
+    other = [f"{old} as {new}" for new, old in names.items() if old.strip().lower() != new]
+    return (f"read {', '.join(other)}",) if other else ()
 
 
 def _path(name_or_path: str) -> Path | None:
