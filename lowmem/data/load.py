@@ -288,7 +288,33 @@ def _convert(chosen: Format, columns: Columns, place: Place) -> tuple[list[Row],
     except RowError as error:
         read = ", ".join((chosen.name, *_other_names(columns.called)))
         raise UserError(f"{place} ({read}): {error}") from error
+    for text in _texts(converted):
+        if (at := _half_character(text)) is not None:
+            around = text[max(0, at - 20) : at + 20]
+            raise UserError(f"{place}: {around!r} holds half a character (a lone surrogate): take it out")
     return converted, [*map(columns.original, fields.unread()), *columns.left]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, names of fields among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _half_character(text: str) -> int | None:
+    """Where a text holds half of a pair of UTF-16, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _other_names(names: Mapping[str, str]) -> tuple[str, ...]:
