@@ -1,4 +1,4 @@
-"""The GPU script from end to end on a CPU, in small: what comes back is whole, and what was left out is named."""
+"""The GPU script from end to end on a CPU, in small: what comes back is whole, what is left out is named."""
 
 from __future__ import annotations
 
