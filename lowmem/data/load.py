@@ -18,18 +18,14 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lowmem.console import Console
 from lowmem.data import hub as hub_data
-from lowmem.data.examples import Example, answer_fits, ensure_chat_template, render_example
-from lowmem.data.formats import Fields, Format, Row, RowError, detect_format, formats, named
+from lowmem.data.examples import Example, ensure_chat_template, render_example
+from lowmem.data.fields import Fields, RowError
+from lowmem.data.formats import Format, Row, detect_format, formats, named
 from lowmem.data.readers import Place, files_of, read_path, split_of
 from lowmem.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DEMO",
@@ -37,7 +33,6 @@ __all__ = [
     "Example",
     "detect_format",
     "ensure_chat_template",
-    "fitting",
     "formats",
     "load_data",
     "load_rows",
@@ -63,6 +58,7 @@ class Data:
         skipped: rows left out because their text or answer is empty.
         ignored: fields of the raw rows that hold something and are not used.
         too_long: rows left out because their answer lies beyond `seq_len` tokens (see `fitting`).
+        places: where each row stands.
     """
 
     name: str
@@ -73,6 +69,7 @@ class Data:
     skipped: int = 0
     ignored: tuple[str, ...] = ()
     too_long: int = 0
+    places: tuple[Place, ...] = ()
 
     @property
     def conversational(self) -> bool:
@@ -98,18 +95,16 @@ class Data:
         rows = f"{len(self.rows)} rows, {how} {self.format}{chat}{skipped}{long}{ignored}"
         return f"{self.name} ({self.split}): {rows}"
 
-    def dataset(self) -> Dataset:
-        """The rows as a `datasets.Dataset` for TRL."""
-        from datasets import Dataset
-
-        return Dataset.from_list(list(self.rows))
-
     def first(self, count: int, seed: int | None = None) -> Data:
         """At most `count` rows: the first ones, or with a seed a random choice in order."""
         if seed is None or count >= len(self.rows):
-            return replace(self, rows=self.rows[:count])
-        chosen = sorted(random.Random(seed).sample(range(len(self.rows)), count))
-        return replace(self, rows=tuple(self.rows[i] for i in chosen))
+            return self.only(range(min(count, len(self.rows))))
+        return self.only(sorted(random.Random(seed).sample(range(len(self.rows)), count)))
+
+    def only(self, chosen: Iterable[int]) -> Data:
+        """The rows of these numbers."""
+        pairs = [(self.rows[i], self.places[i]) for i in chosen]
+        return replace(self, rows=tuple(row for row, _ in pairs), places=tuple(place for _, place in pairs))
 
 
 def load_data(
@@ -132,6 +127,7 @@ def load_data(
     """
     chosen = named(data_format) if data_format else None
     rows: list[Row] = []
+    places: list[Place] = []
     skipped, ignored = 0, dict[str, None]()
     for place, raw in islice(load_rows(name_or_path, split), limit):
         chosen = chosen or detect_format(raw, str(place))
@@ -140,13 +136,23 @@ def load_data(
             ignored |= dict.fromkeys(unread)
         skipped += not converted
         rows += converted
+        places += [place] * len(converted)
         if converted and type(converted[0].get("prompt")) is not type(rows[0].get("prompt")):
             raise UserError(f"{place}: prompts are text in some rows and messages in others; use one of them")
     if not rows or not chosen:
         empty = f"all {skipped} rows are empty" if skipped else "it holds no rows"
         raise UserError(f"{name_or_path} ({split}) has nothing to train on: {empty}")
     recognised = data_format is None
-    return Data(str(name_or_path), split, chosen.name, recognised, tuple(rows), skipped, tuple(ignored))
+    return Data(
+        name=str(name_or_path),
+        split=split,
+        format=chosen.name,
+        recognised=recognised,
+        rows=tuple(rows),
+        skipped=skipped,
+        ignored=tuple(ignored),
+        places=tuple(places),
+    )
 
 
 def load_rows(name_or_path: str, split: str = "train") -> Iterator[tuple[Place, Row]]:
@@ -225,32 +231,6 @@ def train_and_held_out(
     return _take_out(train, rows, seed)
 
 
-def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, console: Console) -> Data:
-    """The rows that have something to learn within `seq_len` tokens, where training cuts them.
-
-    TRL drops the others without a word, or with packing gives them room in which nothing is learned.
-
-    Args:
-        data: rows as loaded.
-        tokenizer: the one they are trained with.
-        seq_len: tokens per row.
-        console: told how many rows are left out.
-
-    Raises:
-        UserError: no row is left, or the chat template refuses one.
-    """
-    kept = tuple(row for row in data.rows if answer_fits(row, tokenizer, seq_len))
-    count, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
-    if not kept:
-        raise UserError(
-            f"{of}: none of the {count} rows has an answer left within seq_len {seq_len}: raise seq_len"
-        )
-    if count:
-        rows = f"{count} of {len(data.rows)} rows have"
-        console.say(f"{of}: {rows} no answer left within seq_len {seq_len} and are left out: raise seq_len")
-    return replace(data, rows=kept, too_long=count)
-
-
 def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None) -> list[Row]:
     """Convert one row; several where a conversation has several answers, none for an empty answer.
 
@@ -294,8 +274,5 @@ def _take_out(data: Data, rows: int, seed: int) -> tuple[Data, Data]:
     if len(data.rows) < 2:
         raise UserError(f"{data.name} has one row: give at least two, or held-out rows with --eval-data")
     chosen = set(random.Random(seed).sample(range(len(data.rows)), count))
-    parts: Iterable[list[Row]] = (
-        [row for i, row in enumerate(data.rows) if (i in chosen) == wanted] for wanted in (False, True)
-    )
-    kept, held = (replace(data, rows=tuple(part), skipped=0) for part in parts)
-    return replace(kept, skipped=data.skipped), replace(held, split="held out")
+    kept = data.only(i for i in range(len(data.rows)) if i not in chosen)
+    return kept, replace(data.only(sorted(chosen)), skipped=0, split="held out")

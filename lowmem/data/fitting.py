@@ -1,0 +1,120 @@
+"""Rows become the examples that are trained on: tokens that fit, with nothing lost in silence.
+
+TRL cuts every example at `seq_len` tokens and drops those in which no answer is left, or with
+packing gives them room in which nothing is learned. Here they are counted and said before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lowmem.console import Console
+from lowmem.data.examples import Example, Tokens, tokenized
+from lowmem.data.load import Data
+from lowmem.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Examples ready for training.
+
+    Attributes:
+        data: the rows they are made from.
+        examples: one for each row; several where `apart`.
+        apart: whether a conversation had to become one example per answer.
+        beyond: answers of these rows that lie beyond `seq_len`.
+    """
+
+    data: Data
+    examples: tuple[Tokens, ...]
+    apart: bool = False
+    beyond: int = 0
+
+    def summary(self) -> str:
+        """One line to say aloud."""
+        apart = f"; {len(self.examples)} examples, one per answer" if self.apart else ""
+        beyond = f"; {self.beyond} more answers beyond seq_len left out" if self.beyond else ""
+        return f"{self.data.summary()}{apart}{beyond}"
+
+    def dataset(self) -> Dataset:
+        """The examples as a `datasets.Dataset` of `input_ids` and `labels`, which TRL takes as they are."""
+        from datasets import Dataset
+
+        ids = [example.ids.tolist() for example in self.examples]
+        return Dataset.from_dict({"input_ids": ids, "labels": [e.labels() for e in self.examples]})
+
+    def shown(self, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """The first example as text."""
+        return self.examples[0].shown(tokenizer)
+
+
+def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, console: Console) -> Fitted:
+    """The examples that have something to learn within `seq_len` tokens, where training cuts them.
+
+    Args:
+        data: rows as loaded.
+        tokenizer: the one they are trained with.
+        seq_len: tokens per example.
+        console: told what is left out, and whether conversations had to be taken apart.
+
+    Raises:
+        UserError: nothing is left, or the chat template refuses a row (named with its place).
+    """
+    kept, examples, names = [], list[Tokens](), dict[str, None]()
+    apart, beyond = False, 0
+    for row, place in zip(data.rows, data.places, strict=True):
+        try:
+            found = tokenized(row, tokenizer)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        fit = [
+            e for e in found if "text" in row or e.answers(seq_len)
+        ]  # a text counts from the first token on
+        if fit:
+            kept.append((row, place))
+            examples += fit
+            apart = apart or len(found) > 1
+            beyond += sum(len(e.spans) for e in found) - sum(e.answers(seq_len) for e in fit)
+            names |= dict.fromkeys(name for e in fit for name in e.left_out)
+    rows, places = zip(*kept, strict=True) if kept else ((), ())
+    fitted = replace(
+        data,
+        rows=rows,
+        places=places,
+        too_long=len(data.rows) - len(kept),
+        ignored=(*data.ignored, *(name for name in names if name not in data.ignored)),
+    )
+    _say(data, Fitted(fitted, tuple(examples), apart, beyond), tuple(names), seq_len, console)
+    return Fitted(fitted, tuple(examples), apart, beyond)
+
+
+def _say(data: Data, fitted: Fitted, names: tuple[str, ...], seq_len: int, console: Console) -> None:
+    """Tell what is left out.
+
+    Raises:
+        UserError: everything is.
+    """
+    of, count = f"{data.name} ({data.split})", fitted.data.too_long
+    if not fitted.examples:
+        raise UserError(
+            f"{of}: none of the {count} rows has an answer left within seq_len {seq_len}: raise seq_len"
+        )
+    if count:
+        rows = f"{count} of {len(data.rows)} rows have"
+        console.say(f"{of}: {rows} no answer left within seq_len {seq_len} and are left out: raise seq_len")
+    if fitted.beyond:
+        console.say(
+            f"{of}: {fitted.beyond} answers lie beyond seq_len {seq_len} and are left out: raise seq_len"
+        )
+    if fitted.apart:
+        console.say(
+            f"{of}: the chat template changes earlier turns when others follow, so each answer is an example "
+            f"with all that was said before it: {len(fitted.data.rows)} rows, {len(fitted.examples)} examples"
+        )
+    if names:
+        console.say(f"{of}: left out, since the chat template does not show it: {', '.join(names)}")
