@@ -6,7 +6,8 @@ packing gives them room in which nothing is learned. Here they are counted and s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowmem.console import Console
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+LONG = 2000  # rows whose tokens are worth a bar
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -26,20 +29,23 @@ class Fitted:
     Attributes:
         data: the rows they are made from.
         examples: one for each row; several where `apart`.
-        apart: whether a conversation had to become one example per answer.
+        answers: answers that count in the loss, at least in part; a text is one.
         beyond: answers of these rows that lie beyond `seq_len`.
+        apart: whether a conversation had to become one example per answer.
     """
 
     data: Data
     examples: tuple[Tokens, ...]
-    apart: bool = False
+    answers: int
     beyond: int = 0
+    apart: bool = False
 
     def summary(self) -> str:
         """One line to say aloud."""
+        answers = f"; {self.answers} answers" if self.answers > len(self.examples) else ""
         apart = f"; {len(self.examples)} examples, one per answer" if self.apart else ""
         beyond = f"; {self.beyond} more answers beyond seq_len left out" if self.beyond else ""
-        return f"{self.data.summary()}{apart}{beyond}"
+        return f"{self.data.summary()}{answers}{apart}{beyond}"
 
     def dataset(self) -> Dataset:
         """The examples as a `datasets.Dataset` of `input_ids` and `labels`, which TRL takes as they are."""
@@ -65,32 +71,36 @@ def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, consol
     Raises:
         UserError: nothing is left, or the chat template refuses a row (named with its place).
     """
-    kept, examples, names = [], list[Tokens](), dict[str, None]()
-    apart, beyond = False, 0
-    for row, place in zip(data.rows, data.places, strict=True):
+    kept, examples, names = list[int](), list[Tokens](), dict[str, None]()
+    apart, answers, beyond = False, 0, 0
+    for i, found in enumerate(_tokenized(data, tokenizer, console)):
+        fit = [example for example in found if example.answers(seq_len)]
+        if fit:
+            kept.append(i)
+            examples += fit
+            apart = apart or len(found) > 1
+            answers += sum(e.answers(seq_len) for e in fit)
+            beyond += sum(len(e.spans) - e.answers(seq_len) for e in found)
+            names |= dict.fromkeys(name for e in fit for name in e.left_out)
+    ignored = dict.fromkeys([*data.ignored, *names])
+    rows = data.only(kept, too_long=len(data.rows) - len(kept), ignored=tuple(ignored))
+    fitted = Fitted(rows, tuple(examples), answers, beyond, apart)
+    _say(data, fitted, tuple(names), seq_len, console)
+    return fitted
+
+
+def _tokenized(data: Data, tokenizer: PreTrainedTokenizerBase, console: Console) -> Iterator[list[Tokens]]:
+    """The examples of each row; an error names the row's place."""
+    if len(data.rows) >= LONG:
+        console.start("tokenize", len(data.rows))
+    for i, row in enumerate(data.rows):
         try:
             found = tokenized(row, tokenizer)
         except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-        fit = [
-            e for e in found if "text" in row or e.answers(seq_len)
-        ]  # a text counts from the first token on
-        if fit:
-            kept.append((row, place))
-            examples += fit
-            apart = apart or len(found) > 1
-            beyond += sum(len(e.spans) for e in found) - sum(e.answers(seq_len) for e in fit)
-            names |= dict.fromkeys(name for e in fit for name in e.left_out)
-    rows, places = zip(*kept, strict=True) if kept else ((), ())
-    fitted = replace(
-        data,
-        rows=rows,
-        places=places,
-        too_long=len(data.rows) - len(kept),
-        ignored=(*data.ignored, *(name for name in names if name not in data.ignored)),
-    )
-    _say(data, Fitted(fitted, tuple(examples), apart, beyond), tuple(names), seq_len, console)
-    return Fitted(fitted, tuple(examples), apart, beyond)
+            raise UserError(f"{data.places[i]}: {error}" if data.places else str(error)) from error
+        if len(data.rows) >= LONG:
+            console.advance(i + 1, {})
+        yield found
 
 
 def _say(data: Data, fitted: Fitted, names: tuple[str, ...], seq_len: int, console: Console) -> None:

@@ -22,7 +22,7 @@ from lowmem.errors import UserError, nearest
 
 Row = dict[str, Any]
 
-BETTER = ("chosen", "chosen_response", "preferred_output")
+BETTER = ("chosen", "chosen_response", "chosen_messages", "preferred_output")
 WORSE = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 LABELS = ("label", "kto_tag", "desirable")
 VERDICTS = (True, False, "true", "false", "True", "False", "1", "0")

@@ -58,7 +58,7 @@ class Data:
         skipped: rows left out because their text or answer is empty.
         ignored: fields of the raw rows that hold something and are not used.
         too_long: rows left out because their answer lies beyond `seq_len` tokens (see `fitting`).
-        places: where each row stands.
+        places: where each row stands; rows of one record have one place. () where nobody knows.
     """
 
     name: str
@@ -101,10 +101,11 @@ class Data:
             return self.only(range(min(count, len(self.rows))))
         return self.only(sorted(random.Random(seed).sample(range(len(self.rows)), count)))
 
-    def only(self, chosen: Iterable[int]) -> Data:
-        """The rows of these numbers."""
-        pairs = [(self.rows[i], self.places[i]) for i in chosen]
-        return replace(self, rows=tuple(row for row, _ in pairs), places=tuple(place for _, place in pairs))
+    def only(self, indices: Iterable[int], **changes: Any) -> Data:
+        """The rows of these indices, each with its place, and other values changed."""
+        chosen = list(indices)
+        places = tuple(self.places[i] for i in chosen) if self.places else ()
+        return replace(self, rows=tuple(self.rows[i] for i in chosen), places=places, **changes)
 
 
 def load_data(
@@ -274,5 +275,5 @@ def _take_out(data: Data, rows: int, seed: int) -> tuple[Data, Data]:
     if len(data.rows) < 2:
         raise UserError(f"{data.name} has one row: give at least two, or held-out rows with --eval-data")
     chosen = set(random.Random(seed).sample(range(len(data.rows)), count))
-    kept = data.only(i for i in range(len(data.rows)) if i not in chosen)
-    return kept, replace(data.only(sorted(chosen)), skipped=0, split="held out")
+    train = data.only(i for i in range(len(data.rows)) if i not in chosen)
+    return train, data.only(sorted(chosen), split="held out", skipped=0)

@@ -46,7 +46,15 @@ CALLS = ("function_call", "tool_call")  # roles whose text is a call, or a list 
 SWITCHES = ("weight", "train", "training", "trainable", "loss", "loss_weight")
 PARTIAL = ("train_detail", "training_detail", "loss_mask", "mask", "masked")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-TEXTS = ("text", "input_text", "output_text")  # types of content parts that are text
+PARTS = {  # types of content parts
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "reasoning": "reasoning",
+    "thinking": "reasoning",
+    "tool_call": "tool_call",
+}
+PART_TEXTS = ("text", "value", "thinking", "reasoning")  # where their text stands
 
 
 def read_messages(value: Any, key: str, row: Fields) -> list[Message]:
@@ -94,13 +102,23 @@ def trained(message: Message) -> bool:
 
 
 def _tool(item: Any) -> dict[str, Any] | None:
-    """A tool with its wrapper; None for what is not one."""
+    """A tool with its wrapper; None for what is not one.
+
+    Nulls are dropped: columns of structs give every tool the fields of all of them.
+    """
+    item = _without_nulls(item)
     if not isinstance(item, Mapping):
         return None
     function = item.get("function", item)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return None
     return dict(item) if "function" in item else {"type": "function", "function": dict(function)}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _message(item: Any, key: str, where: str, row: Fields) -> Message:
@@ -116,17 +134,24 @@ def _message(item: Any, key: str, where: str, row: Fields) -> Message:
 
 
 def _read(fields: Fields) -> Message:
-    said = _role(fields)
-    role = ROLES[said]
-    calls = _calls(fields, said)
-    message: Message = {"role": role, "content": "" if said in CALLS else _content(fields, role, bool(calls))}
+    name = _role(fields)
+    role = ROLES[name]
+    said = _said(fields, role)
+    if name in CALLS:
+        said = {"tool_call": said.get("text", [""])}
+    calls = _calls(fields, role, said.get("tool_call", []))
+    if "text" not in said and not calls:
+        raise RowError("has no text (content or value)")
+    message: Message = {"role": role, "content": "".join(said.get("text", []))}
     if calls:
         message["tool_calls"] = calls
-    if role == "assistant" and (reasoning := fields.extra(*REASONING)):
+    if role == "assistant" and (
+        reasoning := fields.extra(*REASONING) or "\n".join(said.get("reasoning", []))
+    ):
         message["reasoning_content"] = reasoning
-    for name in ("name", "tool_call_id") if role == "tool" else ("name",):
-        if text := fields.extra(name):
-            message[name] = text
+    for key in ("name", "tool_call_id") if role == "tool" else ("name",):
+        if text := fields.extra(key):
+            message[key] = text
     counts = _counts(fields, role)
     if role == "assistant" and not (counts and (message["content"].strip() or calls)):
         message["train"] = False
@@ -141,27 +166,21 @@ def _role(fields: Fields) -> str:
     return name
 
 
-def _content(fields: Fields, role: str, calls: bool) -> str:
-    """The text of a message; null is one beside tool calls."""
+def _said(fields: Fields, role: str) -> dict[str, list[str]]:
+    """The texts of a message's content by kind: text, and of an answer reasoning and tool_call."""
     value = fields.first("content", "value")
+    if isinstance(value, Mapping) and role != "user":  # the result of a tool, or a call
+        value = json.dumps(value, ensure_ascii=False)
     if isinstance(value, str):
-        return value
-    if value is None and calls:
-        return ""
-    if isinstance(value, list) and value:
-        return "".join(_part(part) for part in value)
-    if isinstance(value, Mapping) and role == "tool":
-        return json.dumps(value, ensure_ascii=False)
-    raise RowError("has no text (content or value)")
-
-
-def _part(part: Any) -> str:
-    """The text of one content part."""
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    if kind not in TEXTS or not isinstance(part.get("text"), str):
-        raise RowError(f"has a content part of type {kind!r}: lowmem trains on text; take the row out")
-    text: str = part["text"]
-    return text
+        return {"text": [value]}
+    said: dict[str, list[str]] = {}
+    for part in value if isinstance(value, list) else []:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        found = [part[key] for key in PART_TEXTS if isinstance(part.get(key), str)] if kind in PARTS else []
+        if not found or (PARTS[kind] != "text" and role != "assistant"):
+            raise RowError(f"has a content part of type {kind!r}: lowmem trains on text; take the row out")
+        said.setdefault(PARTS[kind], []).append(found[0])
+    return said
 
 
 def _counts(fields: Fields, role: str) -> bool:
@@ -183,22 +202,21 @@ def _counts(fields: Fields, role: str) -> bool:
     return counts
 
 
-def _calls(fields: Fields, said: str) -> list[dict[str, Any]]:
-    """The tool calls of a message: `tool_calls`, the older `function_call`, or a text that is calls."""
-    try:
-        if said in CALLS:
-            found = parsed(fields.first("content", "value"))
-        else:
-            found = parsed(fields.first("tool_calls", "function_call"))
-    except RowError as error:
-        raise RowError(f"has a tool call that is not understood: {error}") from error
-    if found in EMPTY:
-        if said in CALLS:
-            raise RowError("has no tool call")
-        return []
-    if ROLES[said] != "assistant":
-        raise RowError(f"calls tools, with the role {said!r}: only the assistant can")
-    return [_call(item) for item in (found if isinstance(found, list) else [found])]
+def _calls(fields: Fields, role: str, texts: list[str]) -> list[dict[str, Any]]:
+    """The tool calls of a message: `tool_calls`, the older `function_call`, and texts that are calls."""
+    found: list[Any] = []
+    for value in (fields.first("tool_calls", "function_call"), *texts):
+        try:
+            calls = parsed(value)
+        except RowError as error:
+            raise RowError(f"has a tool call that is not understood: {error}") from error
+        if calls not in EMPTY:
+            found += calls if isinstance(calls, list) else [calls]
+    if texts and not found:
+        raise RowError("has no tool call")
+    if found and role != "assistant":
+        raise RowError(f"calls tools, with the role {role!r}: only the assistant can")
+    return [_call(call) for call in found]
 
 
 def _call(item: Any) -> dict[str, Any]:

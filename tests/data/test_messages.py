@@ -83,6 +83,8 @@ def test_masks_within_a_message_are_refused(name):
         {"role": "assistant", "content": None, "tool_calls": None, "function_call": FUNCTION},
         {"from": "function_call", "value": JSON},
         {"from": "function_call", "value": f"[{JSON}]"},
+        {"from": "function_call", "value": FUNCTION},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": JSON}]},
         {"role": "tool_call", "content": JSON},
     ],
 )
@@ -145,6 +147,16 @@ def test_content_parts_are_joined():
     assert row == {"prompt": [ASK], "completion": [SAY]}
 
 
+def test_content_parts_of_an_answer():
+    parts = [("reasoning", "Look."), ("thinking", "Now."), ("text", "One moment."), ("tool_call", JSON)]
+    said = {"role": "assistant", "content": [{"type": kind, "value": value} for kind, value in parts]}
+    expected = {"role": "assistant", "content": "One moment.", "tool_calls": [CALL]}
+    assert one(ASK, said)["completion"] == [{**expected, "reasoning_content": "Look.\nNow."}]
+    for kind in ("reasoning", "tool_call"):
+        with pytest.raises(UserError, match=f"content part of type '{kind}'"):
+            one({"role": "user", "content": [{"type": kind, "value": JSON}]}, SAY)
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_kept_under_the_name_that_templates_read(name):
     assert one(ASK, {**SAY, name: "Two and two."})["completion"] == [
@@ -164,6 +176,17 @@ def test_reasoning_is_kept_under_the_name_that_templates_read(name):
 def test_tools_of_every_naming(fields):
     assert one(ASK, SAY, **fields)["tools"] == [TOOL]
     assert to_prompt_completion({"prompt": [ASK], "completion": [SAY], **fields})[0]["tools"] == [TOOL]
+
+
+def test_fields_that_another_row_gave_to_a_tool_are_dropped():
+    given = {
+        "type": "function",
+        "function": {"name": "weather", "strict": None, "parameters": {"type": "object"}},
+    }
+    given["function"]["parameters"]["properties"] = {"city": {"enum": ["x", None]}, "date": None}
+    schema = {"type": "object", "properties": {"city": {"enum": ["x", None]}}}
+    (tool,) = one(ASK, SAY, tools=[given])["tools"]
+    assert tool["function"] == {"name": "weather", "parameters": schema}
 
 
 @pytest.mark.parametrize("tools", [None, "", [], "[]", "null"])
