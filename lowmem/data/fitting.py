@@ -126,5 +126,7 @@ def _say(data: Data, fitted: Fitted, names: tuple[str, ...], seq_len: int, conso
             f"{of}: the chat template changes earlier turns when others follow, so each answer is an example "
             f"with all that was said before it: {len(fitted.data.rows)} rows, {len(fitted.examples)} examples"
         )
+    elif fitted.answers > len(fitted.examples):
+        console.say(f"{of}: of rows with several answers all are trained, {fitted.answers} answers in all")
     if names:
         console.say(f"{of}: left out, since the chat template does not show it: {', '.join(names)}")
