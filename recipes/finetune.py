@@ -114,7 +114,8 @@ def arguments(config: RunConfig) -> Any:
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
     from lowmem.data.fitting import fitting
-    from lowmem.data.load import ensure_chat_template, train_and_held_out
+    from lowmem.data.split import train_and_held_out
+    from lowmem.data.template import check_template
     from lowmem.training.trainer import LowMemSFTTrainer
 
     console.start("load")
@@ -124,8 +125,8 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     for part in parts:
         console.say(part.summary())
     model, tokenizer = _model(config)
-    if ensure_chat_template(tokenizer):
-        console.say("the tokenizer has no chat template: ChatML is used, and saved with it")
+    if any(part.conversational for part in parts):
+        check_template(model, tokenizer, console)
     train, held_out = (fitting(part, tokenizer, config.seq_len, console) for part in parts)
     console.say(f"one example, the loss counts what is in [[ ]]: {train.shown(tokenizer)}")
     args.packing_strategy = train.data.packing_strategy

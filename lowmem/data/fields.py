@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from lowmem.models import json_text
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
@@ -76,6 +77,6 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
+        return json_text.parse(value) if value.strip() else None
+    except ValueError as error:
         raise RowError(f"it is no JSON: {str(error)[:100]}") from error

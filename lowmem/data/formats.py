@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem.data.fields import EMPTY, Fields, RowError
+from lowmem.data.folders import listed
 from lowmem.data.messages import Message, read_messages, read_tools, trained
 from lowmem.errors import UserError, nearest
 
@@ -94,7 +95,8 @@ def detect_format(row: Mapping[str, Any], source: str = "the data") -> Format:
     if null:
         raise UserError(f"{source} ({null[0][0].name}): {_null(null[0][1])}")
     shapes = "; ".join(f"{f.name}: {f.example}" for f in _FORMATS)
-    raise UserError(f"{source} has the fields {', '.join(row) or '(none)'}, which fit no format ({shapes})")
+    have = listed([key[:40] for key in row], 8) or "(none)"
+    raise UserError(f"{source} has the fields {have}, which fit no format: rename columns ({shapes})")
 
 
 def _null(key: str) -> str:
@@ -239,13 +241,13 @@ _FORMATS = (
     Format(
         "sharegpt",
         ("conversations",),
-        "conversations [{from, value}] or [{role, content}]",
+        "conversations [{from, value}]",
         _single(_conversation("conversations")),
     ),
     Format(
         "prompt_completion",
         ("prompt", "completion"),
-        "prompt, completion (texts or messages)",
+        "prompt, completion",
         _single(_pair),
     ),
     Format("alpaca", ("instruction",), "instruction, input, output", _single(_alpaca)),
