@@ -79,6 +79,14 @@ class Chat:
         rendered = self._render(messages, self._tools, tokenize=True, return_dict=True, ask=ask)
         return list(rendered["input_ids"])
 
+    def text(self, stop: int, *, ask: bool = False) -> str:
+        """The text of the messages before `stop`; `ask` ends it where the next answer begins.
+
+        Raises:
+            UserError: the template refuses them.
+        """
+        return str(self._render(self._messages[:stop], self._tools, tokenize=False, ask=ask))
+
     def left_out(self, stop: int, answers: Collection[int]) -> list[str]:
         """Names of parts of the messages before `stop` that the template does not show.
 

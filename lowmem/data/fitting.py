@@ -127,6 +127,6 @@ def _say(data: Data, fitted: Fitted, names: tuple[str, ...], seq_len: int, conso
             f"with all that was said before it: {len(fitted.data.rows)} rows, {len(fitted.examples)} examples"
         )
     elif fitted.answers > len(fitted.examples):
-        console.say(f"{of}: of rows with several answers all are trained, {fitted.answers} answers in all")
+        console.say(f"{of}: {fitted.answers} answers are trained on, several in a row")
     if names:
         console.say(f"{of}: left out, since the chat template does not show it: {', '.join(names)}")

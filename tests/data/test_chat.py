@@ -56,6 +56,20 @@ def test_all_answers_of_a_conversation_in_one_example(tokenizer, template):
     assert "[[4" not in text.replace("[[4</s>", "")
 
 
+def test_a_token_over_the_end_of_a_turn_is_never_cut(tokenizer):
+    """Where tokens of two turns merge, an answer is not the beginning of the whole in tokens."""
+    merged = json.loads(tokenizer.backend_tokenizer.to_str())
+    merged["pre_tokenizer"] = {**merged["pre_tokenizer"], "use_regex": False}
+    merged["model"]["vocab"]["4u"] = 257
+    merged["model"]["merges"] = [["4", "u"]]
+    tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(merged))
+    bare = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    bare += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    first, second = shown(tokenizer, bare, [ASK, SAY, ASK, SAY])
+    assert first == "user:2+2?assistant:[[4]]"
+    assert second == "user:2+2?assistant:4user:2+2?assistant:[[4]]"
+
+
 def test_answers_switched_off_are_not_marked(tokenizer):
     bad = {"role": "assistant", "content": "5", "weight": 0}
     (text,) = shown(tokenizer, templates.PLAIN, [ASK, bad, ASK, SAY, ASK, bad, ASK, SAY])
@@ -117,9 +131,7 @@ def test_what_the_template_shows_is_not_named(tokenizer, tmp_path):
     heard = Heard()
     row = {"messages": with_text("Let me look."), "tools": [TOOL], "system": "Be brief."}
     fitted = fitting(load_data(file_of(tmp_path, [row])), tokenizer, 512, heard)
-    assert [text.partition("): ")[2] for text in heard.said] == [
-        "of rows with several answers all are trained, 2 answers in all"
-    ]
+    assert [text.partition("): ")[2] for text in heard.said] == ["2 answers are trained on, several in a row"]
     assert "ignored" not in fitted.summary()
 
 
