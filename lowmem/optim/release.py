@@ -102,7 +102,7 @@ class Release:
 
     def _projecting(self, p: nn.Parameter) -> Subspace | None:
         """The rule of a tensor of which the projected gradient suffices in this window."""
-        rule = self.optimizer.strategy.rules[self.optimizer.role(p)]
+        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
         if not isinstance(rule, Subspace) or not self.optimizer.state.get(p):
             return None
         return None if rule.refreshes(self.optimizer.hyper(p)) else rule

@@ -1,0 +1,124 @@
+"""Who is in an optimizer: the group, name, role and rule of each parameter, and what its step needs.
+
+A `Roster` is read off the parameter groups as they are now, and thrown away when they
+may have changed. A `Seat` is what does not change from step to step: rule, writer, and
+views of the state; it holds as long as the state's tensors are those it was made of, so
+that clearing, moving or replacing them from outside counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+
+from lowmem.errors import UserError
+from lowmem.optim.blocks import Blocks
+from lowmem.optim.contract import AnyRule, Held, Hyper, Rule, State, is_pointwise, scoped
+from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.roles import from_text
+from lowmem.optim.strategy import Strategy
+from lowmem.optim.writers import Writer, select
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter stands.
+
+    Args:
+        group: its parameter group; name: its name.
+        role: what it is; rule: the name of the rule that it follows unless a schedule says otherwise.
+    """
+
+    group: dict[str, Any]
+    name: str
+    role: str
+    rule: str
+
+
+def names_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
+    """The names of each group's parameters; those without are numbered over all groups."""
+    count = 0
+    for group in groups:
+        size = len(group["params"])
+        yield group.get("param_names") or [f"param.{count + i}" for i in range(size)]
+        count += size
+
+
+class Roster:
+    """All parameters of some groups, in order.
+
+    Args:
+        groups: parameter groups; strategy: whose rules they follow.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], strategy: Strategy) -> None:
+        self.schedule = strategy.schedule
+        self.places: dict[Tensor, Place] = {}
+        by_rule: dict[str, list[str]] = {}
+        for group, names in zip(groups, names_of(groups), strict=True):
+            roles = from_text(group["roles"])
+            for name, p in zip(names, group["params"], strict=True):
+                role = roles.get(name, group["role"])
+                rule = strategy.rule_name(role, p.shape)
+                self.places[p] = Place(group, name, role, rule)
+                by_rule.setdefault(rule, []).append(name)
+        self.names = {rule: tuple(names) for rule, names in by_rule.items()}
+
+    def __getitem__(self, p: Tensor) -> Place:
+        if p not in self.places:
+            raise UserError(
+                f"a tensor of shape {tuple(p.shape)} is in no group of this optimizer; add it first"
+            )
+        return self.places[p]
+
+    def rule_at(self, p: Tensor, step: int) -> str:
+        """The name of the rule that a parameter follows after so many completed steps."""
+        place = self[p]
+        names = self.names[place.rule]
+        return self.schedule.role(place.name, place.rule, names, step, place.group["seed"])
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What the step of one parameter needs and does not change.
+
+    Args:
+        rule_name: of `rule` in the strategy; writer: of weights of this dtype.
+        state: the rule's state and constants; extra: the writer's state.
+        held: all of the parameter's state tensors, by key.
+    """
+
+    rule_name: str
+    rule: AnyRule
+    writer: Writer
+    state: State
+    extra: State
+    held: Mapping[str, Tensor]
+
+    def fits(self, rule_name: str, held: Mapping[str, Tensor]) -> bool:
+        """Whether rule and state tensors are still those it was made of."""
+        same = rule_name == self.rule_name and held.keys() == self.held.keys()
+        return same and all(held[key] is tensor for key, tensor in self.held.items())
+
+    def step_(self, chunks: Chunks, weight: Tensor, g: Blocks, hp: Hyper) -> None:
+        """Take the step: update the state, write the weight."""
+        if is_pointwise(self.rule):
+            chunks.apply_(self.rule, self.writer, weight, g, self.state, self.extra, hp)
+            return
+        rule = cast("Rule", self.rule)
+        rule.prepare(g, self.state, hp)
+        direction = rule.update(g, self.state, hp)
+        chunks.write_(self.writer, weight, direction, self.extra, hp)
+        for key, value in direction.commit.items():
+            self.state[key].copy_(value)
+
+
+def seat(strategy: Strategy, rule_name: str, p: Tensor, held: Mapping[str, Tensor], constants: State) -> Seat:
+    """The seat of a parameter with this state."""
+    own = {key: tensor for key, tensor in held.items() if not key.startswith("writer.")}
+    writer = select(strategy.writer, p.dtype)
+    extra = scoped(held, "writer")
+    return Seat(rule_name, strategy.rules[rule_name], writer, Held(own | constants), extra, dict(held))
