@@ -66,7 +66,7 @@ def has_compiler() -> bool:
 
 
 def compiles(choice: str, params: Sequence[Tensor], steps: int | None) -> bool:
-    """Whether the step of these parameters is compiled; `choice` is auto, on or off, steps of the run (if known)."""
+    """Whether the step of these parameters is compiled, by choice (auto, on, off) and steps of the run."""
     if choice != "auto":
         return choice == "on"
     if not pays(sum(p.numel() for p in params), steps):
