@@ -54,13 +54,17 @@ def param_groups(
 
 
 def completed(
-    group: dict[str, Any], run: Mapping[str, Any], strategy: Strategy, model: nn.Module | None
+    group: dict[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    strategy: Strategy,
+    model: nn.Module | None,
 ) -> dict[str, Any]:
     """What a group needs beside what it has, to join a run.
 
     Args:
         group: as the caller gave it; parameters that can be read once only are made a list.
-        run: a group that is in the run already, or the defaults of one that begins.
+        groups: those that are in the run already; defaults: of a run that begins.
         strategy: of the run.
         model: where names and roles are found that the group does not say.
 
@@ -71,7 +75,10 @@ def completed(
     role, known = group.get("role", "matrix"), {*ROLES, *strategy.rules}
     if role not in known:
         raise UserError(f"unknown role {role!r} of a group; {nearest(str(role), known)}")
-    found = {key: run[key] for key in RUN}
+    run = groups[0] if groups else defaults
+    found = {key: run[key] for key in RUN} | {"since": run["step"]}
+    if groups and "lr" not in group and isinstance(defaults["lr"], Tensor):
+        found["lr"] = defaults["lr"].clone()  # schedulers write into a tensor: each group has its own
     if isinstance(group["params"], set):
         return found  # has no order, and is refused by torch
     if not isinstance(group["params"], Tensor | list | tuple):

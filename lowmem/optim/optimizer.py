@@ -26,7 +26,7 @@ from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.contract import Hyper, Lookup, State
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.engine.settings import neutral
+from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.groups import completed
 from lowmem.optim.saved import Loading
 from lowmem.optim.seats import Place, Roster, Seat, seat
@@ -94,6 +94,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "role": "matrix",
             "roles": "{}",
             "step": 0,
+            "since": 0,
             "previous_norm": -1.0,
             "seed": seed,
             "strategy": json.dumps(strategy.to_config(), sort_keys=True),
@@ -138,8 +139,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 raise KindError(f"a parameter group is a dict, got {type(param_group).__name__}")
             before = dict(param_group)
             try:
-                run = self.param_groups[0] if self.param_groups else self.defaults
-                param_group.update(completed(before, run, self.strategy, self.model))
+                param_group.update(
+                    completed(before, self.param_groups, self.defaults, self.strategy, self.model)
+                )
                 super().add_param_group(param_group)
             except Exception:
                 param_group.clear()
@@ -158,7 +160,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if self._working:
             yield
             return
-        with torch.no_grad(), neutral():
+        with torch.no_grad(), NEUTRAL.entered():
             self._working = True
             try:
                 yield
@@ -277,7 +279,12 @@ class LowMemOptimizer(torch.optim.Optimizer):
         query = Query(group["seed"], group["step"], len(self._evidence), self.chunks.compile)
         params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         owner = self.model if model is None else model
-        loss, evidence = self.strategy.source.backward(params, loss_fn, model=owner, query=query)
+        source, settings = self.strategy.source, Settings.now()
+        if source.needs_autograd:
+            loss, evidence = source.backward(params, loss_fn, model=owner, query=query)
+        else:
+            with NEUTRAL.entered():  # what is drawn is ours, the loss is the caller's
+                loss, evidence = source.backward(params, under(settings, loss_fn), model=owner, query=query)
         if evidence is not None:
             self._evidence.append(evidence)
         return loss
@@ -331,7 +338,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             self.register_load_state_dict_post_hook(loading.store, prepend=True),
         )
         try:
-            with neutral():
+            with NEUTRAL.entered():
                 super().load_state_dict(dict(state_dict))
         finally:
             for hook in hooks:

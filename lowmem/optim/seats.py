@@ -57,15 +57,15 @@ class Roster:
     def __init__(self, groups: Sequence[dict[str, Any]], strategy: Strategy) -> None:
         self.schedule = strategy.schedule
         self.places: dict[Tensor, Place] = {}
-        by_rule: dict[str, list[str]] = {}
+        self._since: dict[str, list[tuple[int, str]]] = {}
         for group, names in zip(groups, names_of(groups), strict=True):
             roles = from_text(group["roles"])
             for name, p in zip(names, group["params"], strict=True):
                 role = roles.get(name, group["role"])
                 rule = strategy.rule_name(role, p.shape)
                 self.places[p] = Place(group, name, role, rule)
-                by_rule.setdefault(rule, []).append(name)
-        self.names = {rule: tuple(names) for rule, names in by_rule.items()}
+                self._since.setdefault(rule, []).append((group["since"], name))
+        self._names: dict[tuple[str, int], tuple[str, ...]] = {}
 
     def __getitem__(self, p: Tensor) -> Place:
         if p not in self.places:
@@ -77,8 +77,15 @@ class Roster:
     def rule_at(self, p: Tensor, step: int) -> str:
         """The name of the rule that a parameter follows after so many completed steps."""
         place = self[p]
-        names = self.names[place.rule]
+        names = self._taking_part(place.rule, step)
         return self.schedule.role(place.name, place.rule, names, step, place.group["seed"])
+
+    def _taking_part(self, rule: str, step: int) -> tuple[str, ...]:
+        """The tensors of a rule that a schedule divides: those that join do so when roles next change."""
+        if (rule, step) not in self._names:
+            began = self.schedule.began(step)
+            self._names[rule, step] = tuple(name for since, name in self._since[rule] if since <= began)
+        return self._names[rule, step]
 
 
 @dataclass(frozen=True)

@@ -7,39 +7,67 @@ about the step: its bits depend on weights, gradients and options alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 KINDS = ("cpu", "cuda")
 """Devices whose autocast is looked at."""
 
 
-def settled() -> bool:
-    """Whether all settings are those torch starts with; cheap."""
-    return (
-        torch.get_default_dtype() is torch.float32
-        and not any(torch.is_autocast_enabled(kind) for kind in KINDS)
-        and torch.get_default_device().type == "cpu"
-    )
+@dataclass(frozen=True)
+class Settings:
+    """What a caller may have set.
 
+    Args:
+        dtype, device: the defaults of new tensors.
+        autocast: dtype of autocast on each of `KINDS`, None where it is off.
+    """
 
-@contextmanager
-def neutral() -> Iterator[None]:
-    """Compute under the settings torch starts with; the caller's are back afterwards."""
-    if settled():
-        yield
-        return
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        for kind in KINDS:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        torch.set_default_dtype(torch.float32)
-        try:
+    dtype: torch.dtype
+    device: torch.device
+    autocast: tuple[torch.dtype | None, ...]
+
+    @classmethod
+    def now(cls) -> Settings:
+        """Those of this moment; cheap."""
+        casts = (torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in KINDS)
+        return cls(torch.get_default_dtype(), torch.get_default_device(), tuple(casts))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Compute under these settings; those of before are back afterwards."""
+        before = Settings.now()
+        if before == self:
             yield
-        finally:
-            torch.set_default_dtype(dtype)
+            return
+        with ExitStack() as stack:
+            for kind, cast, was in zip(KINDS, self.autocast, before.autocast, strict=True):
+                if cast != was:
+                    stack.enter_context(torch.autocast(kind, dtype=cast or was, enabled=cast is not None))
+            if self.device != before.device:
+                stack.enter_context(torch.device(self.device))
+            torch.set_default_dtype(self.dtype)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(before.dtype)
+
+
+NEUTRAL = Settings(torch.float32, torch.device("cpu"), (None,) * len(KINDS))
+"""Those that torch starts with."""
+
+
+def under(settings: Settings, f: Callable[[], T]) -> Callable[[], T]:
+    """The function, called under these settings."""
+
+    def call() -> T:
+        with settings.entered():
+            return f()
+
+    return call
