@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -80,7 +80,7 @@ def find(model: nn.Module) -> dict[str, str]:
         elif isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             role = "convolution"
         for p in module.parameters(recurse=False):
-            if role and found.get(id(p)) != "embedding":
+            if role and p.dim() > 1 and found.get(id(p)) != "embedding":
                 found[id(p)] = role
     named = model.named_parameters(remove_duplicate=False)
     return {name: found[id(p)] for name, p in named if id(p) in found}
@@ -97,7 +97,16 @@ def _heads(module: nn.Module) -> Iterator[nn.Module]:
         yield head
 
 
-def is_stack(role: str, shape: Collection[int]) -> bool:
+def refined(role: str, shape: Sequence[int]) -> str:
+    """The role, where shape may tell better: what has one dimension is a vector.
+
+    >>> refined("head", (5,)), refined("head", (5, 3))
+    ('vector', 'head')
+    """
+    return "vector" if role in ROLES and len(shape) < 2 else role
+
+
+def is_stack(role: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is a stack of matrices (E, m, n)."""
     return role == "matrix" and len(shape) == 3
 

@@ -18,7 +18,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, Held, Hyper, Rule, State, is_pointwise, scoped
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.roles import from_text
+from lowmem.optim.roles import from_text, refined
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import Writer, select
 
@@ -61,7 +61,7 @@ class Roster:
         for group, names in zip(groups, names_of(groups), strict=True):
             roles = from_text(group["roles"])
             for name, p in zip(names, group["params"], strict=True):
-                role = roles.get(name, group["role"])
+                role = refined(roles.get(name, group["role"]), p.shape)
                 rule = strategy.rule_name(role, p.shape)
                 self.places[p] = Place(group, name, role, rule)
                 self._since.setdefault(rule, []).append((group["since"], name))

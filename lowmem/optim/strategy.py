@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem.optim.contract import AnyRule, State, is_pointwise, prefixed
-from lowmem.optim.roles import ROLES
+from lowmem.optim.roles import refined
 from lowmem.optim.schedules import Always, Schedule
 from lowmem.optim.source import Source
 from lowmem.optim.writers import select
@@ -61,8 +61,7 @@ class Strategy:
         A tensor below SMALL elements follows "small" where there is such a rule, unless its role has
         a rule of its own, or is a matrix that is projected: what is held of it is smaller still.
         """
-        if role in ROLES and len(shape) < 2:
-            role = "vector"
+        role = refined(role, shape)
         if role == "convolution":
             role = "matrix"
         name = role if role in self.rules else "other"

@@ -675,7 +675,7 @@ def test_a_checkpoint_knows_the_roles(caplog: pytest.LogCaptureFixture) -> None:
         assert roles == [place.role for place in optimizer.roster.places.values()]
         assert same(state_of(fresh), state_of(optimizer))
     bare = case.over([{"params": list(model.parameters()), "roles": "{}"}], model=None)
-    assert {place.role for place in bare.roster.places.values()} == {"matrix"}
+    assert {place.role for place in bare.roster.places.values()} == {"matrix", "vector"}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

@@ -118,7 +118,8 @@ def _parameters(model: nn.Module) -> Iterator[Parameter]:
     found = roles.find(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            yield Parameter(name, tuple(p.shape), p.dtype, found.get(name, "matrix"))
+            role = roles.refined(found.get(name, "matrix"), p.shape)
+            yield Parameter(name, tuple(p.shape), p.dtype, role)
 
 
 def _batch(run: Run) -> dict[str, Tensor]:
