@@ -28,7 +28,7 @@ FLOORS = {
         {"rules"},
         {"residuals", "projectors"},
         {"subspace"},
-        {"source", "schedules", "roles"},
+        {"source", "schedules", "roles", "stacks"},
         {"strategy"},
         {"groups", "seats"},
         {"saved"},

@@ -50,7 +50,7 @@ def state_bytes(
         124
     """
     x = torch.empty(shape, dtype=dtype, device="meta")
-    return _bytes(strategy.init(strategy.rule_name(role, shape), x).values())
+    return _bytes(strategy.init(strategy.rule_name(role, shape), x, role).values())
 
 
 def shared_bytes(strategy: Strategy, rule_names: Iterable[str] = ("matrix", "other")) -> int:
@@ -70,12 +70,13 @@ def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, se
     found = roles.find(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ordinary = {name: strategy.rule_name(found.get(name, "matrix"), p.shape) for name, p in trained.items()}
-    cache: dict[tuple[str, Shape, torch.dtype], int] = {}
+    cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
     total, rules = 0, strategy.rules_at(ordinary, step, seed)
     for name, p in trained.items():
-        key = (rules[name], tuple(p.shape), p.dtype)
+        role = found.get(name, "matrix")
+        key = (rules[name], role, tuple(p.shape), p.dtype)
         if key not in cache:
-            cache[key] = _bytes(strategy.init(rules[name], torch.empty_like(p, device="meta")).values())
+            cache[key] = _bytes(strategy.init(rules[name], torch.empty_like(p, device="meta"), role).values())
         total += cache[key]
     return total + shared_bytes(strategy, rules.values())
 
@@ -115,6 +116,8 @@ def measure_workspace(
     strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
 ) -> int:
     """`workspace_bytes` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+    if strategy.slices(strategy.rule_name(role, shape), role, shape):
+        shape = shape[1:]  # one matrix of the stack after the other
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
     gradient = _gradient(strategy, p)
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")

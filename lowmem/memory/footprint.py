@@ -64,7 +64,7 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
     best: list[int] = []
     for rules in _schedules(strategy, parameters):
-        sizes = [size for p in parameters for size in _state(strategy, rules[p.name], p.shape, p.dtype)]
+        sizes = [size for p in parameters for size in _state(strategy, rules[p.name], p)]
         sizes += _shared(strategy, frozenset(rules.values()))
         best = max(best, sizes, key=sum)
     grain = run.granularity
@@ -101,11 +101,11 @@ def _key(strategy: Strategy) -> tuple[Any, ...]:
 _SIZES: dict[tuple[Any, ...], list[int]] = {}
 
 
-def _state(strategy: Strategy, rule_name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
-    key = (*_key(strategy), rule_name, shape, dtype)
+def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
+    key = (*_key(strategy), rule_name, p.role, p.shape, p.dtype)
     if key not in _SIZES or not strategy.name:
-        x = torch.empty(shape, dtype=dtype, device="meta")
-        _SIZES[key] = [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x).values()]
+        x = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        _SIZES[key] = [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, p.role).values()]
     return _SIZES[key]
 
 

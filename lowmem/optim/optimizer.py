@@ -29,7 +29,7 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.groups import completed
 from lowmem.optim.saved import Loading
-from lowmem.optim.seats import Place, Roster, Seat, seat
+from lowmem.optim.seats import Part, Place, Roster, Seat, seat
 from lowmem.optim.source import Named, Query
 from lowmem.optim.strategy import Strategy
 
@@ -188,21 +188,22 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """The name of the rule that the next step of a parameter follows."""
         return self.roster.rule_at(p, self.place(p).group["step"])
 
-    def hyper(self, p: Tensor, first: bool = False) -> Hyper:
-        """What a rule may know of the next step of a parameter."""
+    def hyper(self, p: Tensor, part: Part | None = None, first: bool = False) -> Hyper:
+        """What a rule may know of the next step of a parameter, or of a part of it."""
         place = self.place(p)
-        group = place.group
+        group, name = place.group, part.name if part else place.name
+        weight = part.of(p.detach()) if part else p.detach()
         beta1, beta2 = group["betas"]
         return Hyper(
             step=int(group["step"]),
-            name=place.name,
+            name=name,
             seed=int(group["seed"]),
             lr=float(group["lr"]),
             betas=(float(beta1), float(beta2)),
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
-            weight=Dense(p.detach()),
-            shape=tuple(p.shape),
+            weight=Dense(weight),
+            shape=tuple(weight.shape),
             advance=self.chunks.advance_,
             first=first,
             constant=self._lookup,
@@ -223,8 +224,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if known and known.fits(rule_name, held):
             return known, False
         if fresh := not held:
-            held.update(self.strategy.init(rule_name, p))
-        self._seats[p] = seat(self.strategy, rule_name, p, held, self.constants(rule_name, p))
+            held.update(self.strategy.init(rule_name, p, self.place(p).role))
+        constants = self.constants(rule_name, p)
+        self._seats[p] = seat(self.strategy, self.place(p), rule_name, p, held, constants)
         return self._seats[p], fresh
 
     def _switch(self, step: int) -> None:
@@ -265,7 +267,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if not p.numel():
             return
         seat, fresh = self.ready(p)
-        seat.step_(self.chunks, p.detach(), g, self.hyper(p, fresh))
+        for part in seat.parts:
+            part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
     def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
         """Evaluate the loss and leave what the step needs.

@@ -84,13 +84,16 @@ class Loading:
     def _holds(self, roster: Roster) -> bool:
         """Whether a parameter that trains has state in its ordinary role."""
         trained = [(p, place) for p, place in roster.places.items() if p.requires_grad and p.numel()]
-        return any(self.strategy.init(place.rule, torch.empty_like(p, device="meta")) for p, place in trained)
+        return any(
+            self.strategy.init(place.rule, torch.empty_like(p, device="meta"), place.role)
+            for p, place in trained
+        )
 
     def _exact(self, roster: Roster, p: Tensor, given: Mapping[str, Tensor]) -> State:
         """A copy of a parameter's state, in the order and with the strides that kernels were given."""
         place = roster[p]
         rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
-        needed = self.strategy.init(rule_name, torch.empty_like(p, device="meta"))
+        needed = self.strategy.init(rule_name, torch.empty_like(p, device="meta"), place.role)
         check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
         return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
 

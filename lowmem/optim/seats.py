@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from lowmem.errors import UserError
+from lowmem.optim import stacks
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, Held, Hyper, Rule, State, is_pointwise, scoped
 from lowmem.optim.engine.chunks import Chunks
@@ -93,25 +94,46 @@ class Seat:
     """What the step of one parameter needs and does not change.
 
     Args:
-        rule_name: of `rule` in the strategy; writer: of weights of this dtype.
-        state: the rule's state and constants; extra: the writer's state.
-        held: all of the parameter's state tensors, by key.
+        rule_name: of the rule it follows now; held: all of its state tensors, by key.
+        parts: what is stepped, one after the other: the parameter, or each matrix of a stack.
     """
 
     rule_name: str
-    rule: AnyRule
-    writer: Writer
-    state: State
-    extra: State
     held: Mapping[str, Tensor]
+    parts: tuple[Part, ...]
 
     def fits(self, rule_name: str, held: Mapping[str, Tensor]) -> bool:
         """Whether rule and state tensors are still those it was made of."""
         same = rule_name == self.rule_name and held.keys() == self.held.keys()
         return same and all(held[key] is tensor for key, tensor in self.held.items())
 
-    def step_(self, chunks: Chunks, weight: Tensor, g: Blocks, hp: Hyper) -> None:
-        """Take the step: update the state, write the weight."""
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor that a rule steps as one.
+
+    Args:
+        name: of its random streams and refreshes; index: of the matrix in a stack, None for all of it.
+        rule: what is done; writer: of weights of this dtype.
+        state: the rule's state and constants; extra: the writer's state.
+    """
+
+    name: str
+    index: int | None
+    rule: AnyRule
+    writer: Writer
+    state: State
+    extra: State
+
+    def of(self, p: Tensor) -> Tensor:
+        """A view of what is stepped of a parameter."""
+        return p if self.index is None else p[self.index]
+
+    def step_(self, chunks: Chunks, p: Tensor, g: Blocks, hp: Hyper) -> None:
+        """Take its step of a whole parameter's: update the state, write the weight."""
+        weight = self.of(p)
+        if self.index is not None:
+            g = stacks.gradient(g, tuple(p.shape), self.index)
         if is_pointwise(self.rule):
             chunks.apply_(self.rule, self.writer, weight, g, self.state, self.extra, hp)
             return
@@ -123,9 +145,21 @@ class Seat:
             self.state[key].copy_(value)
 
 
-def seat(strategy: Strategy, rule_name: str, p: Tensor, held: Mapping[str, Tensor], constants: State) -> Seat:
+def seat(
+    strategy: Strategy, place: Place, rule_name: str, p: Tensor, held: Mapping[str, Tensor], constants: State
+) -> Seat:
     """The seat of a parameter with this state."""
+    rule, writer = strategy.rules[rule_name], select(strategy.writer, p.dtype)
     own = {key: tensor for key, tensor in held.items() if not key.startswith("writer.")}
-    writer = select(strategy.writer, p.dtype)
     extra = scoped(held, "writer")
-    return Seat(rule_name, strategy.rules[rule_name], writer, Held(own | constants), extra, dict(held))
+    if not strategy.slices(rule_name, place.role, p.shape):
+        whole = Part(place.name, None, rule, writer, Held(own | constants), extra)
+        return Seat(rule_name, dict(held), (whole,))
+    parts = (
+        Part(
+            f"{place.name}.{i}", i, rule, writer,
+            Held(stacks.state(own, i) | constants), stacks.flat(extra, i, len(p)),
+        )
+        for i in range(len(p))
+    )  # fmt: skip
+    return Seat(rule_name, dict(held), tuple(parts))

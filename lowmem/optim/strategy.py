@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lowmem.optim import stacks
 from lowmem.optim.contract import AnyRule, State, is_pointwise, prefixed
-from lowmem.optim.roles import refined
+from lowmem.optim.roles import is_stack, refined
 from lowmem.optim.schedules import Always, Schedule
 from lowmem.optim.source import Source
 from lowmem.optim.writers import select
@@ -79,6 +80,12 @@ class Strategy:
         switched = self.schedule.role
         return {name: switched(name, rule, names[rule], step, seed) for name, rule in ordinary.items()}
 
-    def init(self, rule_name: str, x: Tensor) -> State:
-        """Fresh state of a weight like x that follows this rule: the rule's and the writer's."""
-        return self.rules[rule_name].init(x) | prefixed("writer", select(self.writer, x.dtype).init(x))
+    def slices(self, rule_name: str, role: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor is a stack of matrices that are stepped one by one."""
+        return is_stack(role, shape) and not is_pointwise(self.rules[rule_name])
+
+    def init(self, rule_name: str, x: Tensor, role: str = "matrix") -> State:
+        """Fresh state of a weight like x of this role that follows this rule: the rule's and the writer's."""
+        rule = self.rules[rule_name]
+        state = stacks.init(rule, x) if self.slices(rule_name, role, x.shape) else rule.init(x)
+        return state | prefixed("writer", select(self.writer, x.dtype).init(x))

@@ -14,7 +14,7 @@ from lowmem.memory.trace.tracker import Tracker
 from lowmem.optim.engine import cutting
 from lowmem.optim.groups import param_groups
 
-SHAPES = [(64, 256), (256, 64), (96, 96), (61, 131), (4096,), (7, 3, 5), (1, 1)]
+SHAPES = [(64, 256), (256, 64), (96, 96), (61, 131), (4096,), (7, 3, 5, 1), (1, 1)]
 
 
 def ceil(a: int, b: int) -> int:
