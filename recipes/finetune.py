@@ -111,7 +111,9 @@ def arguments(config: RunConfig) -> Any:
 
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
-    from lowmem.data.load import ensure_chat_template, fitting, render_example, train_and_held_out
+    from lowmem.data.load import fitting, render_example
+    from lowmem.data.split import train_and_held_out
+    from lowmem.data.template import check_template
     from lowmem.training.callbacks import Peak, Report
     from lowmem.training.trainer import LowMemSFTTrainer
 
@@ -122,8 +124,8 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     console.say(train.summary())
     console.say(held_out.summary())
     model, tokenizer = _model(config)
-    if ensure_chat_template(tokenizer):
-        console.say("the tokenizer has no chat template: ChatML is used, and saved with it")
+    if train.conversational or held_out.conversational:
+        check_template(model, tokenizer, console)
     train, held_out = (fitting(part, tokenizer, config.seq_len, console) for part in (train, held_out))
     console.say(f"one example, the loss counts what is in [[ ]]: {render_example(train.rows[0], tokenizer)}")
     args.packing_strategy = train.packing_strategy

@@ -112,6 +112,18 @@ def test_leaves_everything_and_prints_nothing(config, capfd, tmp_path):
     json.dumps(result)
 
 
+def test_plain_text_is_trained_without_a_chat_template(config, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"word {i} " * 9}) + "\n" for i in range(20))
+    )
+    heard = Heard()
+    result = recipe.finetune(change(config, data=str(tmp_path / "texts.jsonl"), steps=2, warmup=0), heard)
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert "chat_template" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert not any("template" in text for text in heard.said)
+    assert result["samples"][0].keys() == {"prompt", "before", "after"}
+
+
 def test_reported_state_bytes_are_exact(config):
     result = recipe.finetune(config)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.output_dir)

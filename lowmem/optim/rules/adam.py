@@ -28,7 +28,7 @@ from lowmem.optim.contract import (
 )
 
 LARGEST = 1e36
-"""Second moments end here: room is left for scales that are rounded up and for bias corrections."""
+"""Rotated second moments end here: room is left for scales that are rounded up and for bias corrections."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ class Adam:
         old2 = self.exp_avg_sq.decode(part(s, "exp_avg_sq"), s)
         # addcmul rounds once where a product and a sum round twice; so does torch.lerp, hence torchao
         m = hp.keep(torch.addcmul(old1, g - old1, rate1), old1)
-        # the square of a large gradient overflows: state must stay finite
-        v = hp.keep(torch.addcmul(old2, g * g - old2, rate2).clamp(max=LARGEST), old2)
+        v = hp.keep(torch.addcmul(old2, g * g - old2, rate2), old2)
         root = v.sqrt()
         d = (m * correction1) / (root * correction2 + eps)
         new = self._join(self.exp_avg.encode(m, hp, s), self.exp_avg_sq.encode(v, hp, s, root))
