@@ -126,7 +126,7 @@ def converted_smollm2(cache_dir: str | Path | None = None) -> Path:
             _move(whole, target)
         _sweep(root, target.name)
     except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
-        if not ran_out_of_room(error):
+        if not isinstance(error, OSError) and not ran_out_of_room(error):
             raise
         line = getattr(error, "strerror", None) or first_line(error)
         raise UserError(

@@ -175,7 +175,7 @@ class WholeCheckpoints:
         try:
             yield self._staging / target.name
         except Exception as error:
-            if not ran_out_of_room(error):
+            if not isinstance(error, OSError) and not ran_out_of_room(error):
                 raise
             raise UserError(_no_room(target, error)) from error
         finally:

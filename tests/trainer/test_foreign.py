@@ -139,3 +139,11 @@ def test_a_manifest_of_another_format_is_not_read(run: Path, form: object) -> No
     found, skipped = checkpoint.newest(run)
     assert found is None
     assert len(skipped) == 1
+
+
+def test_checkpoints_without_an_optimizer_keep_their_limit(run: Path) -> None:
+    values = RUN | {"max_steps": 8, "save_only_model": True, "save_total_limit": 2}
+    trainer(run, **values).train()
+    assert {p.name for p in run.iterdir()} == {"checkpoint-6", "checkpoint-8", output.CONFIG}
+    with pytest.raises(CheckpointError, match=r"saved without optimizer\.pt"):
+        trainer(run, **values).train(resume_from_checkpoint=True)
