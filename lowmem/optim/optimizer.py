@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_fit, check_hyper, check_saved, has_compiler, lost, pays
+from lowmem.optim.checks import check_asked, check_fit, check_hyper, check_saved, has_compiler, lost, pays
 from lowmem.optim.contract import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.schedules import Always
@@ -285,7 +285,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = self.backward(closure) if not self.strategy.source.needs_autograd else closure()
         if not self._evidence and not self.strategy.source.needs_autograd:
-            self.init_state()  # torch's distributed checkpoint makes state by a step of nothing
+            check_asked(self.strategy.name, self.param_groups)
+            self.init_state()  # torch's distributed checkpoint makes state by a step of nothing, with lr 0
         for p, g in self.strategy.source.gradients(self.named_parameters(), self._evidence):
             self.step_param(p, g)
         self._evidence.clear()

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lowmem.errors import UserError, nearest
+from lowmem.errors import ConfigError, UserError, nearest
+from lowmem.optim.checks import idle
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Plain, Strategy
 
@@ -272,13 +273,15 @@ def optimizer(
         seed: of the run; compile: auto, on or off.
 
     Raises:
-        UserError: unknown strategy or option, or a number outside its range.
+        UserError: unknown strategy or option, a number outside its range, or one without effect.
 
     Example:
         >>> optimizer(nn.Linear(8, 8), "galore", lr=1e-4, rank=4).strategy.name
         'galore'
     """
     strategy = create(name, **options)
+    if problems := idle(name, strategy.rules.values(), betas=betas, eps=eps):
+        raise ConfigError(problems)
     groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names)
     return LowMemOptimizer(
         groups, strategy, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile,
