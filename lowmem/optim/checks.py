@@ -97,8 +97,9 @@ def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float)
         name: of the strategy; rules: all of its rules. One says in `uses` which numbers it reads.
         betas, eps: as given; the defaults are not asked for.
     """
-    used = {number for rule in rules for number in _used(rule)}
-    given = {"betas": tuple(betas) != BETAS, "eps": eps != EPS}
+    used = {number for rule in rules for number in used_by(rule)}
+    pair = isinstance(betas, (tuple, list))  # what is none is refused by `check_hyper`
+    given = {"betas": pair and tuple(betas) != BETAS, "eps": eps != EPS}
     return [
         f"{number}: no rule of {name} reads it, it would have no effect; leave it out"
         for number in given
@@ -106,12 +107,13 @@ def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float)
     ]
 
 
-def _used(rule: Any) -> Collection[str]:
+def used_by(rule: Any) -> Collection[str]:
+    """The numbers of a parameter group that a rule reads, of betas and eps."""
     declared: Collection[str] | None = getattr(rule, "uses", None)
     if declared is not None:
         return declared
     inner = getattr(rule, "inner", None)  # what a rule made of another reads is what that one does
-    return _used(inner) if inner is not None else ("betas", "eps")
+    return used_by(inner) if inner is not None else ("betas", "eps")
 
 
 def has_compiler() -> bool:
