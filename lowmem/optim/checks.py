@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowmem.errors import CheckpointError, UserError
@@ -50,15 +51,6 @@ def check_hyper(
         raise UserError("; ".join(bad))
 
 
-def check_asked(name: str, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse the step of a strategy without gradients whose loss nobody evaluated; with lr 0 it is none."""
-    if any(float(group["lr"]) for group in groups):
-        raise UserError(
-            f"{name} takes no gradients, and step() has nothing to go by: call optimizer.backward(loss_fn), "
-            "or step(loss_fn), where loss_fn gives the loss of the batch, in the place of loss.backward()"
-        )
-
-
 def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float) -> list[str]:
     """A sentence for each number that was set and that no rule of a strategy reads.
 
@@ -81,6 +73,27 @@ def _used(rule: Any) -> Collection[str]:
         return declared
     inner = getattr(rule, "inner", None)  # what a rule made of another reads is what that one does
     return _used(inner) if inner is not None else ("betas", "eps")
+
+
+def unfit(p: Tensor, g: Tensor | None) -> str:
+    """Why a gradient cannot be that of a parameter, and what to do; an empty string where it can.
+
+    Args:
+        p: the parameter; g: its gradient, None where it has no tensor.
+    """
+    if g is None:
+        return ""
+    if g.layout != torch.strided:
+        return "it is sparse; set sparse=False on its embedding"
+    if g.shape != p.shape:
+        return (
+            f"it has the shape {tuple(g.shape)}, the parameter {tuple(p.shape)}; give one like the parameter"
+        )
+    if not g.is_floating_point():
+        return f"it is of {g.dtype}; give one of real numbers, such as {p.dtype}"
+    return (
+        "" if g.device == p.device else f"it is on {g.device}; move it to {p.device}, where the parameter is"
+    )
 
 
 def has_compiler() -> bool:
