@@ -81,15 +81,6 @@ def check_gradient(name: str, p: Tensor, g: Tensor | None) -> None:
         raise UserError(f"gradient of {name!r}: {problem}")
 
 
-def check_asked(name: str, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse the step of a strategy without gradients whose loss nobody evaluated; with lr 0 it is none."""
-    if any(float(group["lr"]) for group in groups):
-        raise UserError(
-            f"{name} takes no gradients, and step() has nothing to go by: call optimizer.backward(loss_fn), "
-            "or step(loss_fn), where loss_fn gives the loss of the batch, in the place of loss.backward()"
-        )
-
-
 def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float) -> list[str]:
     """A sentence for each number that was set and that no rule of a strategy reads.
 

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from lowmem.errors import KindError, as_ours
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_asked, check_gradient, check_hyper, compiles
+from lowmem.optim.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.contract import Hyper, Lookup, State
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.groups import completed
 from lowmem.optim.saved import Loading
 from lowmem.optim.seats import Part, Place, Roster, Seat, seat
-from lowmem.optim.source import Named, Query
+from lowmem.optim.source import Named, Query, check_asked
 from lowmem.optim.strategy import Strategy
 
 Params = Iterable[Any]
