@@ -113,7 +113,7 @@ def _usage_or_fault(error: Exception) -> int:
     """2 for an error of typer's own parser, 1 for anything unforeseen."""
     message = getattr(error, "format_message", None)
     if message is None:
-        traceback.print_exc()
+        sys.stderr.write(render.clean(traceback.format_exc()))
         return 1
     context = getattr(error, "ctx", None)
     if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help already
