@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem import texts
+from lowmem.data.fields import RowError
 from lowmem.data.files import Row
-from lowmem.data.formats import Format, RowError, formats
+from lowmem.data.formats import Format, formats
 
 PAIRS = (
     ("question", "answer"),
