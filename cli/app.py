@@ -117,7 +117,7 @@ def _usage_or_fault(error: Exception) -> int:
         return 2
     message = getattr(error, "format_message", None)
     if message is None:
-        traceback.print_exc()
+        sys.stderr.write(render.clean(traceback.format_exc()))
         return 1
     context = getattr(error, "ctx", None)
     if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help already

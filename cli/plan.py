@@ -31,10 +31,12 @@ def command(
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="SIZE", help="Memory that may be taken, as in 23.5GiB.")
     ] = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per row.")] = 2048,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward pass.")] = 1,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, max=2**24, help="Tokens per row.")] = 2048,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=2**20, help="Rows per forward pass.")
+    ] = 1,
     accumulation: Annotated[
-        int, typer.Option("--accumulation", min=1, help="Forward passes per optimizer step.")
+        int, typer.Option("--accumulation", min=1, max=2**20, help="Forward passes per optimizer step.")
     ] = 1,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Dtype of the weights.")
@@ -58,7 +60,9 @@ def command(
     gradient_release: Annotated[
         bool, typer.Option("--gradient-release", help="Step each tensor inside backward.")
     ] = False,
-    lora_rank: Annotated[int, typer.Option("--lora-rank", min=0, help="Train adapters of this rank.")] = 0,
+    lora_rank: Annotated[
+        int, typer.Option("--lora-rank", min=0, max=2**16, help="Train adapters of this rank.")
+    ] = 0,
     adapter_dtype: Annotated[
         str, typer.Option("--adapter-dtype", metavar="DTYPE", help="Dtype of the adapters.")
     ] = "float32",

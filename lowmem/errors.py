@@ -67,10 +67,11 @@ def as_ours() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     r"""What another package's error says, in one line; its class where it says nothing.
 
-    >>> first_line(OSError("disk full\nat 3")), first_line(KeyError())
-    ('disk full', 'KeyError')
+    >>> first_line(OSError("disk full\nat 3")), first_line(KeyError()), first_line(ValueError("of size:\n 3"))
+    ('disk full', 'KeyError', 'of size: 3')
     """
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    line, *rest = str(error).strip().splitlines() or [""]
+    return (f"{line} {rest[0].strip()}" if rest and line.endswith(":") else line) or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem.errors import UserError, nearest
+from lowmem.errors import UserError, first_line, nearest
 from lowmem.models import hub
+from lowmem.texts import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,12 @@ Source = Literal["yaml", "path", "hub"]
 
 _TOWERS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "speech_config")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 10_000),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), 2**16),
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner", "vocab_size"), 2**24),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 2**31),
+}  # field -> what is far beyond the largest models
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -142,9 +148,32 @@ def build_config(fields: Mapping[str, Any], name: str = "this model") -> Pretrai
     model_type = str(fields.get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         raise UserError(_unknown_type(fields, model_type, name))
-    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(fields))
-    check_supported(config, name)
+    _check_sizes(fields, name)
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(fields))
+        check_supported(config, name)
+    except UserError:
+        raise
+    except Exception as error:  # each architecture checks its fields in its own way, or trips over them
+        raise UserError(f"{name}: its config.json does not describe a model: {first_line(error)}") from error
     return config
+
+
+def _check_sizes(fields: Mapping[str, Any], name: str) -> None:
+    """Refuse sizes that no model has, before somebody counts to them.
+
+    Raises:
+        UserError: a size that is no whole number, below 1, or far beyond the largest models.
+    """
+    for key, most in _SIZES.items():
+        size = fields.get(key)
+        if size is None or isinstance(size, list):  # some architectures have one for each layer
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
+            shown = str(size)[:40] if not isinstance(size, str) else repr(size[:40])
+            raise UserError(
+                f"{name}: its config.json says {key} {shown}; it must be a number from 1 to {most:,}"
+            )
 
 
 def check_supported(config: PretrainedConfig, name: str = "this model") -> None:
@@ -190,11 +219,24 @@ def skeleton(
 
     config = entry_or_config.config() if isinstance(entry_or_config, ModelEntry) else entry_or_config
     check_supported(config)
-    with _without_storage(device, mode):
-        # dtype at construction: Module.to() swaps tensors, which fake tensors do not survive
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=to_dtype(dtype), attn_implementation=attention
-        )
+    weights = to_dtype(dtype)
+    try:
+        with _without_storage(device, mode):
+            # dtype at construction: Module.to() swaps tensors, which fake tensors do not survive
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=weights, attn_implementation=attention
+            )
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        kind = config.model_type
+        raise UserError(f"no {kind} model can be built of this configuration: {first_line(e)}") from e
     return model
 
 
@@ -248,11 +290,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         adapter = " (it holds a peft adapter: give its base model)" if _is_adapter(folder) else ""
         raise UserError(f"{folder} has no config.json{adapter}: give a folder made by save_pretrained")
-    try:
-        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    return fields
+    return read_json(file)
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -11,7 +11,6 @@ numbers.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import UserError, nearest
+from lowmem.texts import parse_json
 
 MIB, GIB = 1 << 20, 1 << 30
 UNITS = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6, "TiB": 1 << 40}
@@ -93,12 +93,12 @@ def calibrations(path: Path | None = None) -> Mapping[str, Mapping[str, int]]:
     if not file.is_file():
         return {}
     try:
-        found: Mapping[str, Mapping[str, int]] = json.loads(file.read_text(encoding="utf-8"))
+        found: Mapping[str, Mapping[str, int]] = parse_json(file.read_text(encoding="utf-8"))
         return {
             name: {key: int(values[key]) for key in ("usable", "context", "workspace")}
             for name, values in found.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it and run `lowmem calibrate` again") from error
 
 
@@ -190,6 +190,10 @@ def _parse(text: str) -> tuple[int, tuple[str, ...]]:
     if match is None:
         raise UserError(f"budget {text!r} is no size: write a number and a unit, as in 23.5GiB")
     number, word = float(match[1]), match[2]
+    if number >= 2**60:
+        raise UserError(
+            f"budget {text[:40]}: no machine has so much; write a number and a unit, as in 23.5GiB"
+        )
     units = {key.lower(): key for key in UNITS} | {"g": "GiB", "m": "MiB", "gib": "GiB"}
     if not word:
         unit = "B" if number > 4096 else "GiB"
