@@ -202,7 +202,8 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     peak = combine(found, held)
     levers = advice.levers(config, run, held) if advise else ()
     check = _cross_check(config, run, held, peak)
-    why = [*advice.sentences(peak, levers, run), *_agreement(check)]
+    spared = advice.roles(strategy, found.parameters) if advise else []
+    why = [*advice.sentences(peak, levers, run), *spared, *_agreement(check)]
     verdict = (
         None
         if limit is None

@@ -261,10 +261,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
             with self._at_work():
                 self.step_param(p, g)
             return
-        check_gradient(self.place(p).name, p, g if isinstance(g, Tensor) else getattr(g, "tensor", None))
-        g = Dense(g) if isinstance(g, Tensor) else g
         if not p.numel():
             return
+        check_gradient(self.place(p).name, p, g if isinstance(g, Tensor) else getattr(g, "tensor", None))
+        g = Dense(g) if isinstance(g, Tensor) else g
         seat, fresh = self.ready(p)
         for part in seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))

@@ -145,7 +145,8 @@ def test_a_kernel_of_one_dimension_is_one_matrix() -> None:
     flat.grad = conv.weight.grad.flatten(1)
     optimizer.step()
     other.step()
-    assert torch.equal(conv.weight.detach().flatten(1), flat.detach())
+    # the product is added at once to a matrix, by blocks to a kernel: the last bit may differ
+    torch.testing.assert_close(conv.weight.detach().flatten(1), flat.detach(), rtol=1e-6, atol=1e-8)
     planned = lowmem.state_bytes(optimizer.strategy, (8, 6, 3), role="convolution")
     assert planned == sum(t.nbytes for t in optimizer.state[conv.weight].values())
 
