@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
 from lowmem.errors import UserError, nearest
+from lowmem.memory.gpus import Budget
 from lowmem.memory.model import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.memory.run import Run
 from lowmem.optim.strategy import Strategy
@@ -22,7 +23,14 @@ CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "device": ("cuda", "cpu"),
     "compile": ("auto", "on", "off"),
 }
-LEAST = {"batch_size": 1, "seq_len": 2, "accumulation": 1, "lora_rank": 0}
+LEAST = {
+    "compute_capability": 3.0,
+    "workspace": 0,
+    "batch_size": 1,
+    "seq_len": 2,
+    "accumulation": 1,
+    "lora_rank": 0,
+}
 
 
 def model_config(model: Any) -> tuple[str, Any]:
@@ -62,13 +70,20 @@ def make_run(options: Mapping[str, Any]) -> Run:
     return run
 
 
+def on_card(run: Run, limit: Budget) -> Run:
+    """The run on the card of a budget, as far as it does not say otherwise."""
+    capability = limit.capability if run.compute_capability is None else run.compute_capability
+    workspace = limit.workspace if run.workspace is None else run.workspace
+    return replace(run, compute_capability=capability, workspace=workspace)
+
+
 def _check(run: Run) -> None:
     for name, allowed in CHOICES.items():
         value = getattr(run, name)
         if value not in allowed:
             raise UserError(f"{name} {value!r} is not allowed; {nearest(str(value), map(str, allowed))}")
     for name, least in LEAST.items():
-        if getattr(run, name) < least:
+        if getattr(run, name) is not None and getattr(run, name) < least:
             raise UserError(f"{name} must be at least {least}, got {getattr(run, name)}")
     if run.quantize and not run.lora_rank:
         raise UserError("quantize keeps the base weights frozen: give lora_rank as well")

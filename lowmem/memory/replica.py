@@ -82,13 +82,17 @@ def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
     lengths = [run.seq_len] * run.batch_size if run.rows == "packed" else []
     if lengths:  # TRL lays the rows of a batch end to end
         run = replace(run, batch_size=1, seq_len=run.tokens, longest=run.longest or run.seq_len)
-    real = kernels.semantics(run.device, lengths=lengths, chunked=run.loss == "chunked")
+    real = kernels.semantics(
+        run.device, lengths=lengths, chunked=run.loss == "chunked", capability=run.compute_capability
+    )
     with warnings.catch_warnings(), real, FakeTensorMode() as mode:
         warnings.simplefilter("ignore")
         model = trainable.build(config, run, mode)
         batch = _batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
         tracker.register(batch.values(), "activations")
+        library = torch.empty(run.library, dtype=torch.uint8)  # cuBLAS keeps it from its first product on
+        tracker.register([library], "workspace")
         try:
             if source is None:
                 releases = _step(model, batch, run, tracker)
@@ -167,7 +171,8 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
         p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             _on_gradient(name, run, tracker, releases, last)
         )
-    with tracker, phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing):
+    hooks = phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing)
+    with tracker, kernels.scratch(run.device), hooks:
         for micro in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
             last[0] = micro == min(run.accumulation, 2) - 1
             tracker.enter("forward")
@@ -211,7 +216,7 @@ def _probe(
     pay = run.device == "cuda" or pays(count, run.steps)
     compiled = run.compile == "on" or (run.compile == "auto" and pay)
     noise = kernels.fused_noise() if compiled else nullcontext()
-    with noise, tracker, phase_hooks(model, tracker, checkpointing=False):
+    with noise, tracker, kernels.scratch(run.device), phase_hooks(model, tracker, checkpointing=False):
         source.backward(params, loss_fn, model=model, query=Query(0, 0))
         tracker.enter("optimizer step", "workspace")
     return []

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lowmem.memory import gpus
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -19,6 +21,8 @@ class Run:
     loss    "plain": the Trainer's own, logits for every token; "labels": logits for `label_tokens` positions
             only (all of them if None); "chunked": TRL's, never the whole logits
     compile "auto" as the optimizer decides, for a run of `steps` steps if known; "on"; "off"
+    compute_capability  of the card, as in 7.5; it decides which attention kernels exist. None: 8.0 or more
+    workspace  bytes that cuBLAS takes inside the allocator; None: what it takes at that capability
     """
 
     batch_size: int = 1
@@ -41,11 +45,25 @@ class Run:
     compile: str = "auto"
     steps: int | None = None
     device: str = "cuda"
+    compute_capability: float | None = None
+    workspace: int | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens of one micro-batch."""
         return self.batch_size * self.seq_len
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the card has neither flash attention nor bf16 arithmetic: it is older than sm_80."""
+        return self.device == "cuda" and self.compute_capability is not None and self.compute_capability < 8
+
+    @property
+    def library(self) -> int:
+        """Bytes of cuBLAS inside the allocator, from its first product on."""
+        if self.device != "cuda":
+            return 0
+        return gpus.library(self.compute_capability) if self.workspace is None else self.workspace
 
     @property
     def granularity(self) -> int:

@@ -56,21 +56,16 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
     return model.train()
 
 
-def attention_name(config: Any, run: Run) -> str:
-    """The attention implementation to ask transformers for."""
+def attention_name(config: Any, run: Run) -> str | None:
+    """The attention implementation to ask transformers for; None for its own choice: sdpa where it exists."""
     softcapped = getattr(config, "attn_logit_softcapping", None) is not None
-    if run.attention == "eager" or (softcapped and run.attention == "sdpa"):
-        return "eager"  # no fused kernel of torch takes a soft cap
-    # of packed rows it is decided once the model is there
-    return kernels.FUSED if run.device == "cuda" and run.rows != "packed" else "sdpa"
+    return "eager" if run.attention == "eager" or softcapped else None  # no fused kernel takes a soft cap
 
 
 def _attend_as_packed(model: Any, run: Run) -> None:
     """Choose the attention that training would choose for packed rows."""
     if attention.applies(model) and attention.reaches(model, run.longest or run.seq_len):
         model.set_attn_implementation(kernels.EXAMPLES)
-    elif run.device == "cuda" and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(kernels.FUSED)
 
 
 def adapt(model: nn.Module, run: Run) -> nn.Module:

@@ -25,6 +25,11 @@ def warnings(config: Any, run: Run, name: str) -> tuple[str, ...]:
         found.append(
             f"{name} soft-caps its attention scores, which no fused kernel of torch does: eager is planned"
         )
+    if run.is_old and (run.dtype == "bfloat16" or run.autocast):
+        found.append(
+            f"a card of compute capability {run.compute_capability} has no bf16 arithmetic: it is emulated, "
+            "slowly, and no fused attention takes it; use --dtype float16 or float32"
+        )
     return tuple(found)
 
 
@@ -33,7 +38,7 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
     import torch
     import transformers
 
-    kernels = "the kernels of torch on a CPU" if run.device == "cpu" else "fused attention kernels of CUDA"
+    kernels = "the kernels of torch on a CPU" if run.device == "cpu" else _cuda_attention(run)
     attention = "eager attention (scores are materialised)" if run.attention == "eager" else kernels
     losses = {
         "plain": "the model's own loss: logits for every token (`lowmem finetune` makes them at labels only)",
@@ -51,7 +56,7 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
         losses[run.loss],
         rows[run.rows],
         "the peak of a step from the second on; a refresh of the basis is included",
-        "sizes are binary (GiB = 2^30 bytes); kernels' inner scratch is not counted",
+        "sizes are binary (GiB = 2^30 bytes); kernels' inner scratch is counted of softmax and cuBLAS alone",
     ]
     if run.lora_rank:
         found.append(
@@ -63,6 +68,15 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
             "reserved and device are simulations of the caching allocator, not yet measured on a GPU"
         )
     return (*found, *(limit.notes if limit else ()))
+
+
+def _cuda_attention(run: Run) -> str:
+    if not run.is_old:
+        return "fused attention kernels of CUDA (flash: compute capability 8.0 or more)"
+    return (
+        f"attention at compute capability {run.compute_capability}: no flash; memory-efficient in fp16 and "
+        "fp32 where each query head has its own keys, math elsewhere"
+    )
 
 
 FLAGS = {"gradient_checkpointing", "gradient_release", "autocast"}

@@ -179,10 +179,15 @@ def test_chunked_loss_never_holds_the_logits():
 def test_nothing_is_left_behind(monkeypatch):
     import transformers.masking_utils as masking
 
-    before = (masking.find_packed_sequence_indices, torch.nn.functional.dropout)
+    names = ("dropout", "softmax", "scaled_dot_product_attention")
+
+    def patched() -> tuple[object, ...]:
+        return (masking.find_packed_sequence_indices, *(getattr(torch.nn.functional, n) for n in names))
+
+    before = patched()
     trace(FAMILIES["gpt2"](), Run(batch_size=1, seq_len=16))
-    assert (masking.find_packed_sequence_indices, torch.nn.functional.dropout) == before
-    assert "lowmem_fused" not in transformers_attention()
+    assert patched() == before
+    assert "lowmem_examples" not in transformers_attention()
 
 
 def transformers_attention() -> list[str]:
