@@ -14,24 +14,6 @@ from lowmem.memory.model import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.memory.run import Run
 from lowmem.optim.strategy import Strategy
 
-CHOICES: Mapping[str, tuple[str | None, ...]] = {
-    "attention": ("sdpa", "eager"),
-    "rows": ("full", "padded", "packed"),
-    "loss": ("plain", "labels", "chunked"),
-    "adapter_dtype": ("float32", "bfloat16", "float16"),
-    "quantize": (None, "nf4"),
-    "device": ("cuda", "cpu"),
-    "compile": ("auto", "on", "off"),
-}
-LEAST = {
-    "compute_capability": 3.0,
-    "workspace": 0,
-    "batch_size": 1,
-    "seq_len": 2,
-    "accumulation": 1,
-    "lora_rank": 0,
-}
-
 
 def model_config(model: Any) -> tuple[str, Any]:
     """Name and transformers configuration of a name, folder, Hub id, entry, configuration or module.
@@ -78,15 +60,21 @@ def on_card(run: Run, limit: Budget) -> Run:
 
 
 def _check(run: Run) -> None:
-    for name, allowed in CHOICES.items():
-        value = getattr(run, name)
-        if value not in allowed:
-            raise UserError(f"{name} {value!r} is not allowed; {nearest(str(value), map(str, allowed))}")
-    for name, least in LEAST.items():
-        if getattr(run, name) is not None and getattr(run, name) < least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(run, name)}")
+    for f in fields(run):
+        value, allowed, least = getattr(run, f.name), f.metadata["choices"], f.metadata["least"]
+        if value is None:
+            continue
+        if allowed and value not in allowed:
+            raise UserError(f"{f.name} {value!r} is not allowed; {nearest(str(value), allowed)}")
+        if least is not None and value < least:
+            raise UserError(f"{f.name} must be at least {least}, got {value}")
     if run.quantize and not run.lora_rank:
         raise UserError("quantize keeps the base weights frozen: give lora_rank as well")
+    if not run.quantize and (run.kbit_prepare or not run.double_quant):
+        given = "kbit_prepare" if run.kbit_prepare else "double_quant"
+        raise UserError(f"{given} is about 4-bit weights: give quantize='nf4' as well")
+    if run.keep_output and run.loss != "plain":
+        raise UserError(f"keep_output keeps the logits of the plain loss; loss {run.loss!r} hands none over")
     if run.autocast and run.dtype == "float16":
         raise UserError("autocast with float16 weights is not planned: use bfloat16 or float32 weights")
     if run.gradient_release and run.max_grad_norm > 0:

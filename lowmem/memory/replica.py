@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -138,16 +139,16 @@ def _batch(run: Run) -> dict[str, Tensor]:
     return batch
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Any:
+    """The model's output with its loss: what else it holds dies with it, unless the loop keeps it."""
     amp = torch.autocast("cpu", torch.bfloat16) if run.autocast else nullcontext()
     with amp:
         if run.loss == "labels":
-            return _label_loss(model, batch, run)
+            return SimpleNamespace(loss=_label_loss(model, batch, run))
         extra: dict[str, Any] = {"fused_lm_head": True}
         if run.loss == "plain":
             extra = {"num_items_in_batch": torch.ones((), dtype=torch.long)}
-        loss: Tensor = model(**batch, use_cache=False, **extra).loss
-    return loss
+        return model(**batch, use_cache=False, **extra)
 
 
 def _label_loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
@@ -176,9 +177,12 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
         for micro in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
             last[0] = micro == min(run.accumulation, 2) - 1
             tracker.enter("forward")
-            loss = _loss(model, batch, run)
+            output = _loss(model, batch, run)
+            loss = output.loss
+            if not run.keep_output:
+                del output
             tracker.enter("loss backward", "logits")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             del loss
         if not run.gradient_release:
             if run.max_grad_norm > 0:
@@ -210,7 +214,8 @@ def _probe(
 
     def loss_fn() -> Tensor:
         tracker.enter("forward")
-        return _loss(model, batch, run)
+        loss: Tensor = _loss(model, batch, run).loss
+        return loss
 
     count = sum(p.numel() for _, p in params)
     pay = run.device == "cuda" or pays(count, run.steps)

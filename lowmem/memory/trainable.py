@@ -1,8 +1,7 @@
 """A model as it will be trained, built without weights under a fake-tensor mode.
 
-Full fine-tuning, LoRA by peft's own code, and 4-bit bases by a stand-in for the quantized linear layer (the
-real one cannot be constructed on fake tensors): it holds packed codes and constants, and rebuilds the
-weight in forward and again in backward.
+Full fine-tuning, LoRA by peft's own code, and 4-bit bases by a stand-in for the quantized linear layer; see
+`quantized`.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.errors import UserError
-from lowmem.memory import attention, kernels
+from lowmem.memory import attention, kernels, quantized
 from lowmem.memory.model import skeleton
-from lowmem.memory.run import DTYPES, Run
-
-NF4_BLOCK, NF4_OUTER = 64, 256
+from lowmem.memory.quantized import Linear4bit
+from lowmem.memory.run import Run
 
 
 def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
@@ -46,7 +44,9 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
 
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     if run.quantize is not None:
-        quantize(base)
+        quantized.quantize(base, double=run.double_quant)
+    if run.kbit_prepare:
+        quantized.prepare_for_kbit_training(base)
     model = adapt(base, run) if run.lora_rank else base
     if run.gradient_checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -76,11 +76,11 @@ def adapt(model: nn.Module, run: Run) -> nn.Module:
     lora = LoraConfig(
         r=run.lora_rank, lora_alpha=run.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
     )
+    if run.quantize:
+        lora._register_custom_module(quantized.adapter_layers())
     with _conversion_on_fake_tensors():
-        adapted: nn.Module = get_peft_model(
-            model, lora, autocast_adapter_dtype=run.adapter_dtype == "float32"
-        )
-        dtype = DTYPES[run.adapter_dtype]
+        dtype = run.adapter
+        adapted: nn.Module = get_peft_model(model, lora, autocast_adapter_dtype=dtype == torch.float32)
         for module in adapted.modules():
             for name, p in module.named_parameters(recurse=False):
                 if p.requires_grad and p.dtype != dtype:
@@ -106,55 +106,6 @@ def _conversion_on_fake_tensors() -> Iterator[None]:
 
     with patch.object(nn.Module, "_apply", apply):
         yield
-
-
-class _Dequantized(torch.autograd.Function):
-    """x W' with W rebuilt from 4 bits, in forward and again in backward; nothing but codes is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.shape = shape
-        return x @ x.new_empty(shape).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ grad.new_empty(ctx.shape), None, None
-
-
-class Linear4bit(nn.Linear):
-    """Stands for a linear layer whose (n, m) weight is held in NF4 with doubly quantized constants.
-
-    Bytes: n m / 2 codes, one byte per block of 64, and one fp32 per 256 blocks.
-    """
-
-    def __init__(self, base: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        size = base.weight.numel()
-        self.compute_dtype = base.weight.dtype
-        self.weight = nn.Parameter(torch.empty((size + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-        self.bias = base.bias
-        blocks = -(-size // NF4_BLOCK)
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8))
-        self.register_buffer("absmax_outer", torch.empty(-(-blocks // NF4_OUTER), dtype=torch.float32))
-        self.register_buffer("codes", torch.empty(16 + 256, dtype=torch.float32))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """One dequantized weight lives for the length of the product."""
-        amp = torch.is_autocast_enabled("cpu")
-        x = input.to(torch.get_autocast_dtype("cpu") if amp else self.compute_dtype)
-        shape = (self.out_features, self.in_features)
-        out: Tensor = _Dequantized.apply(x, self.weight, shape)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias
-
-
-def quantize(model: Any) -> None:
-    """Replace every linear layer but the head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child is not head:
-                setattr(module, name, Linear4bit(child))
 
 
 def count_parameters(model: nn.Module) -> int:

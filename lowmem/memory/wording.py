@@ -60,8 +60,13 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
     ]
     if run.lora_rank:
         found.append(
-            f"LoRA of rank {run.lora_rank} on {run.lora_targets}, adapters in {run.adapter_dtype}, no dropout"
-            + (", NF4 base with doubly quantized constants" if run.quantize else "")
+            f"LoRA of rank {run.lora_rank} on {run.lora_targets} in {str(run.adapter)[6:]}, no dropout"
+            + (
+                f", NF4 base with {'doubly' if run.double_quant else 'singly'} quantized weights"
+                if run.quantize
+                else ""
+            )
+            + (", embeddings, head and norms in fp32" if run.kbit_prepare else "")
         )
     if run.device == "cuda":
         found.append(
