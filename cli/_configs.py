@@ -29,9 +29,9 @@ def find(name_or_path: str) -> Path:
 
 def problems(values: Mapping[str, Any]) -> list[str]:
     """Problems that need the registries: the model, the data format, the strategy and its options."""
-    from lowmem.memory.model import resolve
-    from lowmem.training.data import check_name
-    from lowmem.training.formats import named
+    from lowmem.data.formats import named
+    from lowmem.data.load import check_name
+    from lowmem.models.entries import resolve
 
     found = []
     look_ups = (("model", resolve), ("data", check_name), ("eval_data", check_name), ("data_format", named))
@@ -45,7 +45,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
-    from lowmem.memory.model import to_dtype
+    from lowmem.models.entries import to_dtype
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.writers import select
     from lowmem.strategies import create, parse_options

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lowmem.training.console import Console
+from lowmem.console import Console
 
 from . import render
 

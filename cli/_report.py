@@ -16,13 +16,13 @@ def renderables(report: Any) -> list[Any]:
     """Verdict, then the tables and points of every section that is not folded away on the page.
 
     Args:
-        report: from `lowmem.memory.report.build`.
+        report: from `lowmem.report.build`.
     """
     return [Text(report.verdict, style=f"bold {_TONES[report.tone]}"), *_sections(report)]
 
 
 def _sections(report: Any) -> Iterator[Any]:
-    from lowmem.memory.page import Percent, Right, Size, written
+    from lowmem.report.page import Percent, Right, Size, written
 
     numeric = (Size, Percent, Right, int, type(None))
     for section in report.sections:

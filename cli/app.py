@@ -125,7 +125,7 @@ def _usage_or_fault(error: Exception) -> int:
 @contextmanager
 def _quiet_packages() -> Iterator[None]:
     """Show lowmem's own warnings as one line each; hide other packages' warnings and logs below error."""
-    from lowmem.training.quiet import LOGGERS
+    from lowmem.models.quiet import LOGGERS
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         render.warning(str(message))

@@ -8,7 +8,7 @@ from .app import Json
 
 def command(as_json: Json = False) -> None:
     """Measure this GPU once (context, library workspaces), so that plan need not assume them."""
-    from lowmem.memory.calibrate import calibrate, save
+    from lowmem.memory.device.calibrate import calibrate, save
 
     measured = calibrate()
     path = save(measured)

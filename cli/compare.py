@@ -106,6 +106,6 @@ def _seeds(text: str) -> list[int]:
 
 
 def _tables(found: dict[str, Any]) -> list[Any]:
-    from lowmem.memory import report
+    from lowmem import report
 
     return renderables(report.build(found))

@@ -8,7 +8,7 @@ from .app import Json
 
 def command(as_json: Json = False) -> None:
     """List the cards that `lowmem plan --gpu` knows, and which of them were measured here."""
-    from lowmem.memory.gpus import available_gpus
+    from lowmem.memory.device.gpus import available_gpus
 
     document = [{**card.to_dict(), "capacity": card.capacity} for card in available_gpus().values()]
     rows = [

@@ -8,7 +8,7 @@ from .app import Json
 
 def command(as_json: Json = False) -> None:
     """List the models that `--model` knows by name; a folder or a Hub id works too."""
-    from lowmem.memory.model import available_models
+    from lowmem.models.entries import available_models
 
     document = [
         {"name": entry.name, "hub_id": entry.hub_id, "parameters": entry.parameters}

@@ -60,7 +60,7 @@ def command(
     solutions = _solve(planned, unknown)
     planned = _with_solutions(planned, unknown, solutions)
     if html:
-        from lowmem.memory import report
+        from lowmem import report
 
         render.say(f"report written to {report.write(planned.report_data(), html)}")
     if emit:
@@ -156,6 +156,6 @@ def _cells(row: StrategyPlan, judged: bool) -> list[Any]:
 
 
 def _size(size: int | None) -> str:
-    from lowmem.memory.units import format_bytes
+    from lowmem.report.units import format_bytes
 
     return format_bytes(size)

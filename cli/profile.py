@@ -53,7 +53,7 @@ def command(
         if target and not Path(target).expanduser().parent.is_dir():
             raise UserError(f"cannot write {target}: the folder {Path(target).parent} does not exist")
     recipe = importlib.import_module("lowmem.recipes.measure")
-    from lowmem.memory import report
+    from lowmem import report
 
     from ._progress import Bars
 
@@ -72,7 +72,7 @@ def command(
 
 def _limit(gpu: str | None, budget: str | None) -> int | None:
     """Bytes the run has to fit into, or None."""
-    from lowmem.memory import gpus
+    from lowmem.memory.device import gpus
 
     if gpu is not None and budget is not None:
         raise UserError("gpu and budget: give one of the two")

@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lowmem.memory.document import plain
+from lowmem.report.document import plain
 
 _stdout: TextIO | None = None  # the stream reserved for results while a command runs
 

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config import RunConfig, build, dump, load, read
+from lowmem.console import Console
 from lowmem.errors import ConfigError, UserError
 from lowmem.training.comparison import document, outcome_of
-from lowmem.training.console import Console
 from lowmem.training.contenders import Contender, contenders
 
 POINTS = 10  # evaluations during a run, beside those before and after
@@ -218,7 +218,7 @@ def _outcome(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _publish(found: Mapping[str, Any], folder: Path) -> None:
-    from lowmem.memory import report
+    from lowmem import report
 
     _save(folder / "comparison.json", found)
     report.write(found, folder / "comparison.html")

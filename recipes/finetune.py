@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config import RunConfig, dump, load
+from lowmem.console import Console
 from lowmem.errors import UserError
-from lowmem.training.console import Console
 
 
 def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
         UserError: whatever the user can mend, said before anything is written.
         KeyboardInterrupt: Ctrl-C; during training its checkpoint is saved first.
     """
+    from lowmem.models.quiet import quiet
     from lowmem.training.output import claim
-    from lowmem.training.quiet import quiet
 
     console = progress or Console()
     folder = config.output_path
@@ -113,7 +113,7 @@ def arguments(config: RunConfig) -> Any:
 
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
-    from lowmem.training.data import ensure_chat_template, fitting, render_example, train_and_held_out
+    from lowmem.data.load import ensure_chat_template, fitting, render_example, train_and_held_out
     from lowmem.training.trainer import LowMemSFTTrainer
 
     console.start("load")
@@ -145,7 +145,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
     """Model and tokenizer, the frozen weights quantised where the configuration says so."""
-    from lowmem.training.models import load_model
+    from lowmem.models.loading import load_model
 
     if not config.quantize:
         return load_model(config.model, config.dtype)
@@ -218,8 +218,8 @@ def _open(config: RunConfig, folder: Path) -> None:
 
 def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console) -> dict[str, Any]:
     """Train under the profiler; Ctrl-C leaves a checkpoint."""
+    from lowmem.memory.measure.profile import Profiler
     from lowmem.memory.predict import of_run
-    from lowmem.memory.profile import Profiler
     from lowmem.training.callbacks import Peak
     from lowmem.training.evaluation import HeldOut
 
@@ -256,7 +256,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
 
 def _profile(profiler: Any, console: Console) -> dict[str, Any] | None:
     """The profile as plain values; None where no step was left to measure."""
-    from lowmem.memory.document import plain
+    from lowmem.report.document import plain
 
     try:
         found: dict[str, Any] = plain(profiler.result().to_dict())
@@ -311,8 +311,8 @@ def _write(
     console: Console,
 ) -> None:
     """Model, tokenizer, picture and reports: made beside, then moved together."""
-    from lowmem.memory import report
-    from lowmem.memory.document import plain
+    from lowmem import report
+    from lowmem.report.document import plain
     from lowmem.training.output import results
     from lowmem.training.plot import loss_curve
 

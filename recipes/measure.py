@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config import RunConfig
-from lowmem.training.console import Console
+from lowmem.console import Console
 
 SETTINGS = (
     *("batch_size", "seq_len", "accumulation", "dtype", "packing", "lora_rank", "quantize"),
@@ -46,9 +46,9 @@ def measure(
     Raises:
         UserError: whatever the user can mend; also when memory runs out, with the table and what to change.
     """
+    from lowmem.memory.measure.profile import Profiler
     from lowmem.memory.predict import of_run
-    from lowmem.memory.profile import Profiler
-    from lowmem.training.quiet import quiet
+    from lowmem.models.quiet import quiet
 
     finetune = importlib.import_module("lowmem.recipes.finetune")
     console, steps = progress or Console(), config.steps or 3

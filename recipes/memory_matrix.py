@@ -171,7 +171,7 @@ def fitcheck_says(cell: Cell) -> int | None:
         return None
     if cell.strategy not in ("adamw", "adamw_8bit") or cell.release or cell.family == "gpt-2":
         return None
-    from lowmem.memory.model import parameter_count, skeleton
+    from lowmem.models.entries import parameter_count, skeleton
 
     _, fields = FAMILIES[cell.family]
     config = config_of(cell.family)

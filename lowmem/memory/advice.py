@@ -13,12 +13,12 @@ from typing import Any
 
 from lowmem.memory import closed_form
 from lowmem.memory.events import Peak, combine
-from lowmem.memory.extrapolate import extrapolated
 from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import as_peak
-from lowmem.memory.units import format_bytes
+from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.optim.strategy import Strategy
+from lowmem.report.units import format_bytes
 
 SMALL = 0.005  # of the peak: less than this is no gain
 

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lowmem.memory.trace import Tracker, storages
+from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
+from lowmem.optim.contract import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
-from lowmem.optim.rule import stagger
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
 from lowmem.strategies import create

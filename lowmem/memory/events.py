@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowmem.memory.extrapolate import kind
 from lowmem.memory.footprint import Footprint
-from lowmem.memory.replica import Trace
-from lowmem.memory.trace import CATEGORIES, Moment
+from lowmem.memory.trace.extrapolate import kind
+from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.tracker import CATEGORIES, Moment
 
 STEP, RELEASE = "optimizer step", "release step"
 

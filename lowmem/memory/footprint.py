@@ -18,10 +18,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory import count
-from lowmem.memory.replica import Parameter
 from lowmem.memory.run import Run
+from lowmem.memory.trace.replica import Parameter
 from lowmem.optim.checks import pays
-from lowmem.optim.chunks import Chunks
+from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.source import Source
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import directions

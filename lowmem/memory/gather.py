@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from lowmem.errors import UserError, nearest
-from lowmem.memory.gpus import Budget
-from lowmem.memory.model import ModelEntry, check_supported, resolve, to_dtype
+from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
+from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.optim.strategy import Strategy
 
 

@@ -9,8 +9,8 @@ from lowmem.memory import advice
 from lowmem.memory import plan as planning
 from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.gather import longest
-from lowmem.memory.sampling import timeline
 from lowmem.memory.surface import Surface
+from lowmem.memory.trace.sampling import timeline
 
 if TYPE_CHECKING:
     from lowmem.memory.plan import Plan, StrategyPlan

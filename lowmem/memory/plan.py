@@ -24,16 +24,16 @@ from typing import Any
 from lowmem.errors import UserError
 from lowmem.memory import advice, closed_form, gather, wording
 from lowmem.memory.advice import Lever
-from lowmem.memory.allocator import Verdict, simulate
+from lowmem.memory.device.allocator import Verdict, simulate
+from lowmem.memory.device.gpus import Budget
+from lowmem.memory.device.gpus import budget as parse_budget
+from lowmem.memory.device.gpus import gpu as find_gpu
 from lowmem.memory.events import Peak, combine
-from lowmem.memory.extrapolate import remembered
 from lowmem.memory.footprint import Footprint, evaluates, footprint
-from lowmem.memory.gpus import Budget
-from lowmem.memory.gpus import budget as parse_budget
-from lowmem.memory.gpus import gpu as find_gpu
-from lowmem.memory.replica import Trace
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
+from lowmem.memory.trace.extrapolate import remembered
+from lowmem.memory.trace.replica import Trace
 from lowmem.optim.strategy import Strategy
 
 AGREEMENT = 0.1  # percent by which the two methods may differ

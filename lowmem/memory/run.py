@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lowmem.memory import gpus
+from lowmem.memory.device import gpus
 
 if TYPE_CHECKING:
     import torch

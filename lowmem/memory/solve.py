@@ -12,8 +12,8 @@ from typing import Any
 from lowmem.errors import UserError, nearest
 from lowmem.memory import gather
 from lowmem.memory import plan as planning
+from lowmem.memory.device.gpus import Budget
 from lowmem.memory.footprint import evaluates, footprint
-from lowmem.memory.gpus import Budget
 from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
 from lowmem.optim.strategy import Strategy

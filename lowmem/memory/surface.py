@@ -16,11 +16,11 @@ import torch
 
 from lowmem.memory import closed_form
 from lowmem.memory.events import RELEASE, STEP, Peak, combine
-from lowmem.memory.extrapolate import extrapolated
 from lowmem.memory.footprint import Footprint
-from lowmem.memory.replica import Trace
 from lowmem.memory.run import Run
-from lowmem.memory.trace import Moment
+from lowmem.memory.trace.extrapolate import extrapolated
+from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.tracker import Moment
 from lowmem.optim.source import Source
 
 SAMPLES = ((1, 256), (2, 256), (1, 640), (3, 512), (1, 1280), (2, 1024), (5, 1024))

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from lowmem.memory.device.gpus import Budget
 from lowmem.memory.gather import longest
-from lowmem.memory.gpus import Budget
 from lowmem.memory.run import Run
 from lowmem.optim.strategy import Strategy
 

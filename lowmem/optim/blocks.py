@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lowmem.optim.rule import Pointwise
+    from lowmem.optim.contract import Pointwise
 
 BLOCK = 1 << 20
 """Elements of a row block, at most (one row at least)."""

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.cutting import walk
-from lowmem.optim.rule import Hyper, State
+from lowmem.optim.contract import Hyper, State
+from lowmem.optim.engine.cutting import walk
 
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max / 2  # means of columns may be rounded up

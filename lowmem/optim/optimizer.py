@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.checks import check_fit, check_hyper, check_saved, has_compiler, lost, pays
-from lowmem.optim.chunks import Chunks
-from lowmem.optim.rule import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
-from lowmem.optim.schedule import Always
+from lowmem.optim.contract import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
+from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.schedules import Always
 from lowmem.optim.source import Named, Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import Writer, select

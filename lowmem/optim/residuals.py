@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.rule import State
+from lowmem.optim.contract import State
 
 
 class Residual(Protocol):

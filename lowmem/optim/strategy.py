@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.optim.rule import AnyRule, State, is_pointwise, prefixed
-from lowmem.optim.schedule import Always, Schedule
+from lowmem.optim.contract import AnyRule, State, is_pointwise, prefixed
+from lowmem.optim.schedules import Always, Schedule
 from lowmem.optim.source import Source
 from lowmem.optim.writers import select
 

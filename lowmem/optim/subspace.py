@@ -24,10 +24,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
-from lowmem.optim.chunks import all_finite
-from lowmem.optim.projectors import Projector, Refreshed
-from lowmem.optim.residuals import Drop, Residual
-from lowmem.optim.rule import (
+from lowmem.optim.contract import (
     AnyRule,
     Change,
     Hyper,
@@ -39,6 +36,9 @@ from lowmem.optim.rule import (
     prefixed,
     scoped,
 )
+from lowmem.optim.engine.chunks import all_finite
+from lowmem.optim.projectors import Projector, Refreshed
+from lowmem.optim.residuals import Drop, Residual
 
 ON_REFRESH = ("keep", "reset", "rotate")
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim import noise
-from lowmem.optim.rule import ChunkHyper, State
+from lowmem.optim.contract import ChunkHyper, State
+from lowmem.optim.engine import noise
 
 HALF = (torch.bfloat16, torch.float16)
 

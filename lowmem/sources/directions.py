@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.optim import noise
-from lowmem.optim.cutting import pad, read_flat, write_flat
-from lowmem.optim.kernels import Kernel, compiled
+from lowmem.optim.engine import noise
+from lowmem.optim.engine.cutting import pad, read_flat, write_flat
+from lowmem.optim.engine.kernels import Kernel, compiled
 from lowmem.optim.writers import HALF
 
 log = logging.getLogger(__name__)

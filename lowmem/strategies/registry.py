@@ -121,9 +121,9 @@ def available() -> dict[str, Entry]:
         >>> "galore" in available()
         True
     """
-    package = importlib.import_module("lowmem.strategies")
+    package = importlib.import_module("lowmem.strategies.methods")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"lowmem.strategies.{module.name}")
+        importlib.import_module(f"lowmem.strategies.methods.{module.name}")
     return dict(sorted(_ENTRIES.items()))
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lowmem.memory import device
-from lowmem.training.console import Console
+from lowmem.console import Console
+from lowmem.memory.device import readings as device
 
 
 class Interruption(TrainerCallback):

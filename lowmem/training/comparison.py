@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem.config import RunConfig
-from lowmem.memory.document import plain
+from lowmem.report.document import plain
 from lowmem.training.contenders import Contender
 
 Outcome = Mapping[str, Any]
@@ -25,8 +25,8 @@ def document(jobs: Sequence[Job], tokens: int | None = None, command: str = "") 
     Returns:
         {"kind", "model", "run", "runs", "front", "assumptions", "command"}.
     """
-    from lowmem.memory.compare_report import best
-    from lowmem.memory.plan_report import labels
+    from lowmem.report.compare import best
+    from lowmem.report.plan import labels
 
     tried: dict[Contender, list[tuple[int, Outcome]]] = {}
     for contender, config, outcome in jobs:

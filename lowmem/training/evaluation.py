@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lowmem.training.console import Console
-from lowmem.training.loss import IGNORE
+from lowmem.console import Console
+from lowmem.models.loss import IGNORE
 
 
 def held_out_loss(trainer: Any, console: Console | None = None) -> float:

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from lowmem.errors import ConfigError, UserError
-from lowmem.memory.attention import applies, attend_by_example
+from lowmem.models.attention import applies, attend_by_example
+from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import LowMemArguments, LowMemFields
 from lowmem.training.callbacks import Interruption
 from lowmem.training.factory import hf_optimizer, make_optimizer
-from lowmem.training.loss import label_loss, pays, supports
 from lowmem.training.saving import WholeCheckpoints
 
 if TYPE_CHECKING:

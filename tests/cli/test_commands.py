@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import lowmem
 import lowmem.cli as cli
-from lowmem.memory.model import available_models
+from lowmem.models.entries import available_models
 
 runner = CliRunner()
 

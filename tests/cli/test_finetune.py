@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import lowmem.cli as cli
 from lowmem.config import build, load
-from lowmem.training.models import package_folder
+from lowmem.models.loading import package_folder
 
 runner = CliRunner()
 LEFT = {

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from lowmem.config import RunConfig, load
+from lowmem.console import Console
 from lowmem.errors import ConfigError, UserError
 from lowmem.training.comparison import document, outcome_of
-from lowmem.training.console import Console
 from lowmem.training.contenders import Contender, contenders
 
 recipe = importlib.import_module("lowmem.recipes.compare")

@@ -2,9 +2,9 @@
 
 import pytest
 
+from lowmem.data.examples import ensure_chat_template, render_example
+from lowmem.data.load import load_data
 from lowmem.errors import UserError
-from lowmem.training.data import load_data
-from lowmem.training.examples import ensure_chat_template, render_example
 
 CHAT = {
     "prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Where is Kenya?"}],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.training.data import load_data, splits
+from lowmem.data.load import load_data, splits
 
 ROOT = Path(str(resources.files("lowmem.configs"))) / "data"
 FILES = ("train", "validation", "heldout", "heldout_reserved")

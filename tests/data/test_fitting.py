@@ -6,10 +6,10 @@ import json
 import pytest
 
 from lowmem.config import RunConfig
+from lowmem.console import Console
+from lowmem.data.examples import answer_fits, render_example
+from lowmem.data.load import ensure_chat_template, fitting, load_data
 from lowmem.errors import UserError
-from lowmem.training.console import Console
-from lowmem.training.data import ensure_chat_template, fitting, load_data
-from lowmem.training.examples import answer_fits, render_example
 
 recipe = importlib.import_module("lowmem.recipes.finetune")
 LONG = "Why? " * 60
@@ -58,7 +58,7 @@ def config(tokenizer, tmp_path):
 def prepared(config, **values):
     values = RunConfig(**{**vars(config), **values})
     heard = Heard()
-    with importlib.import_module("lowmem.training.quiet").quiet():
+    with importlib.import_module("lowmem.models.quiet").quiet():
         return recipe.prepare(values, recipe.arguments(values), heard), heard.said
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from lowmem.data.formats import detect_format, formats, named
+from lowmem.data.load import to_prompt_completion
 from lowmem.errors import UserError
-from lowmem.training.data import to_prompt_completion
-from lowmem.training.formats import detect_format, formats, named
 
 ASK = {"role": "user", "content": "Where is Kenya?"}
 SAY = {"role": "assistant", "content": "In Africa."}

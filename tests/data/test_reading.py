@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from lowmem.data.load import load_data, load_rows, splits, train_and_held_out
+from lowmem.data.readers import SECTION
 from lowmem.errors import UserError
-from lowmem.memory import hub
-from lowmem.training.data import load_data, load_rows, splits, train_and_held_out
-from lowmem.training.readers import SECTION
+from lowmem.models import hub
 
 ROWS = [{"question": f"What is {i}, or “{i}”?", "answer": f"A number,\nnamely {i}."} for i in range(5)]
 

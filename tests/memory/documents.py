@@ -143,7 +143,7 @@ def profile_document(name: str = "galore", scale: float = 0.02, error: float = 0
         {"kind": k, "bytes": {c: v // 4 for c, v in measured["at_peak"].items()}} for k in kinds
     ]
     measured["beside"] = {"resident_peak": int(measured["peak"]["allocated"] * 1.1), "unattributed": None}
-    from lowmem.memory.profile_report import errors
+    from lowmem.report.profile import errors
 
     return {
         "kind": "profile",

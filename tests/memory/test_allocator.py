@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.memory.allocator import MIB, Allocator, OutOfMemoryError, simulate
+from lowmem.memory.device.allocator import MIB, Allocator, OutOfMemoryError, simulate
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.memory import attention
+from lowmem.models import attention
 from tests.memory import families
 
 LENGTHS = [5, 12, 1, 30]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowmem.errors import UserError
-from lowmem.memory import gpus
-from lowmem.memory.calibrate import Calibration, calibrate, card_name, save
+from lowmem.memory.device import gpus
+from lowmem.memory.device.calibrate import Calibration, calibrate, card_name, save
 
 
 def card(name: str, context: int = 300 << 20) -> Calibration:

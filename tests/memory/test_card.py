@@ -9,11 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.memory import kernels
-from lowmem.memory.gpus import MIB, budget, gpu
+from lowmem.memory.device.gpus import MIB, budget, gpu
 from lowmem.memory.plan import plan
-from lowmem.memory.replica import trace
 from lowmem.memory.run import Run
+from lowmem.memory.trace import kernels
+from lowmem.memory.trace.replica import trace
 from tests.memory.families import FAMILIES
 
 FLASH, EFFICIENT = "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"

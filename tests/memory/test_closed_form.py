@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lowmem.memory import closed_form
-from lowmem.memory.extrapolate import shallow
-from lowmem.memory.model import resolve
-from lowmem.memory.replica import trace
 from lowmem.memory.run import Run
+from lowmem.memory.trace.extrapolate import shallow
+from lowmem.memory.trace.replica import trace
+from lowmem.models.entries import resolve
 
 MODELS = ["llama-7b", "llama-3-8b", "qwen2.5-7b", "qwen3-0.6b", "gemma-2b", "smollm2-135m"]
 RUNS = {

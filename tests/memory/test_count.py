@@ -10,8 +10,8 @@ from torch import nn
 
 import lowmem
 from lowmem.memory.count import model_state_bytes, shared_bytes, state_bytes, workspace_bytes
-from lowmem.memory.trace import Tracker
-from lowmem.optim import cutting
+from lowmem.memory.trace.tracker import Tracker
+from lowmem.optim.engine import cutting
 
 SHAPES = [(64, 256), (256, 64), (96, 96), (61, 131), (4096,), (7, 3, 5), (1, 1)]
 
@@ -79,7 +79,7 @@ def test_blocks_count_the_active_ones() -> None:
 def test_first_and_last_blocks_stand_for_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On meta only the first blocks and the last are walked: as many bytes as for all of them."""
     from lowmem.memory import count
-    from lowmem.optim import chunks
+    from lowmem.optim.engine import chunks
 
     shape = (2500, 1024)
     short = workspace_bytes(lowmem.create(name), shape, torch.bfloat16)

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lowmem.errors import UserError
-from lowmem.memory import gpus
-from lowmem.memory.gpus import GIB, MIB, budget, gpu
+from lowmem.memory.device import gpus
+from lowmem.memory.device.gpus import GIB, MIB, budget, gpu
 
 
 @pytest.fixture(autouse=True)

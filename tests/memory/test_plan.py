@@ -13,12 +13,12 @@ from lowmem import config as run_configs
 from lowmem import create
 from lowmem.errors import UserError
 from lowmem.memory import emit, solve
-from lowmem.memory.extrapolate import extrapolated, remembered
-from lowmem.memory.gpus import GIB, budget
-from lowmem.memory.model import resolve
+from lowmem.memory.device.gpus import GIB, budget
 from lowmem.memory.plan import plan
 from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
+from lowmem.memory.trace.extrapolate import extrapolated, remembered
+from lowmem.models.entries import resolve
 from lowmem.strategies import available, optimizer
 from tests.memory.families import FAMILIES, batch, loss, model
 

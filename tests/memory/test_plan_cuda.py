@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.memory.model import resolve
+from lowmem.models.entries import resolve
 from lowmem.optim.release import release
 from lowmem.strategies import optimizer
 

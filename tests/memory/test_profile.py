@@ -13,10 +13,10 @@ from torch.nn.modules import module as global_hooks
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.memory import watch
-from lowmem.memory.profile import Profiler, profile
-from lowmem.memory.profile_report import errors
+from lowmem.memory.measure import watch
+from lowmem.memory.measure.profile import Profiler, profile
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.report.profile import errors
 
 VOCAB = 131
 WITH_GRADIENTS = [name for name in lowmem.available() if lowmem.create(name).source.needs_autograd]

@@ -12,10 +12,10 @@ from torch import nn
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.memory import quantized
-from lowmem.memory.replica import phase_hooks, trace
 from lowmem.memory.run import Run
-from lowmem.memory.trace import Tracker
+from lowmem.memory.trace import quantized
+from lowmem.memory.trace.replica import phase_hooks, trace
+from lowmem.memory.trace.tracker import Tracker
 from tests.memory.families import BASE, FAMILIES, batch, loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -15,8 +15,9 @@ import pytest
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.memory import bars, curves, maps, page, report, svg
-from lowmem.memory.units import format_bytes, format_ticks, nice_range
+from lowmem.report import bars, curves, maps, page, svg
+from lowmem.report import pages as report
+from lowmem.report.units import format_bytes, format_ticks, nice_range
 from tests.memory import documents
 
 MANY = [f"strategy_{i}" for i in range(20)]

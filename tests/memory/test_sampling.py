@@ -6,9 +6,9 @@ import itertools
 
 import torch
 
-from lowmem.memory import timeline
-from lowmem.memory.sampling import timeline as sampled
-from lowmem.memory.trace import Tracker
+from lowmem.memory.trace.sampling import timeline as sampled
+from lowmem.memory.trace.tracker import Tracker
+from lowmem.report import timeline
 
 
 def stream(*phases: tuple[str, int]) -> Tracker:

@@ -7,10 +7,10 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from lowmem.errors import UserError
-from lowmem.memory.attention import attend_by_example
-from lowmem.memory.replica import phase_hooks, trace
 from lowmem.memory.run import Run
-from lowmem.memory.trace import Tracker
+from lowmem.memory.trace.replica import phase_hooks, trace
+from lowmem.memory.trace.tracker import Tracker
+from lowmem.models.attention import attend_by_example
 from tests.memory.families import FAMILIES, batch, loss, model
 
 RUN = Run(batch_size=2, seq_len=48, dtype="float32", device="cpu", max_grad_norm=0.0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lowmem.errors import UserError
-from lowmem.memory import hub
-from lowmem.memory.model import (
+from lowmem.models import hub
+from lowmem.models.entries import (
     available_models,
     build_config,
     parameter_count,

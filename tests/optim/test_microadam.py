@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
-from lowmem.optim.chunks import Chunks
-from lowmem.optim.rule import Hyper, Reset
+from lowmem.optim.contract import Hyper, Reset
+from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.rules.microadam import BLOCK, MicroAdam, packed, unpacked
 
 

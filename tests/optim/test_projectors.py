@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.chunks import Chunks
 from lowmem.optim.codecs import codec
+from lowmem.optim.contract import AnyRule, Hyper, State
+from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.projectors import Projector
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dense import PROJ_TYPES, Find, Frame, Orthonormal, power_iteration, random, svd
 from lowmem.optim.residuals import Drop, Stateless
-from lowmem.optim.rule import AnyRule, Hyper, State
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
 from lowmem.optim.rules.sgd import SGD

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-noise = pytest.importorskip("lowmem.optim.noise")
+noise = pytest.importorskip("lowmem.optim.engine.noise")
 writers = pytest.importorskip("lowmem.optim.writers")
-rule = pytest.importorskip("lowmem.optim.rule")
+rule = pytest.importorskip("lowmem.optim.contract")
 
 HALF = [torch.bfloat16, torch.float16]
 BF16_ULP_AT_ONE = 2.0**-7

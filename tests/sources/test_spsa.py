@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.memory.trace import Tracker
+from lowmem.memory.trace.tracker import Tracker
 from lowmem.optim.source import Query
 from lowmem.sources.directions import Direction
 from lowmem.sources.spsa import SPSA, Slope

@@ -17,11 +17,11 @@ from tiny_folder import make_model, make_rows
 
 import lowmem
 from lowmem.config import RunConfig, load
+from lowmem.console import Console
 from lowmem.errors import CheckpointError, UserError
 from lowmem.memory.count import model_state_bytes
 from lowmem.strategies import create
 from lowmem.training import checkpoint
-from lowmem.training.console import Console
 
 recipe = importlib.import_module("lowmem.recipes.finetune")
 

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from transformers.utils import logging as hf
 
-from lowmem.training.quiet import LOGGERS, quiet
+from lowmem.models.quiet import LOGGERS, quiet
 
 
 def switches():

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.rule import Hyper, State
+from lowmem.optim.contract import Hyper, State
 
 
 @dataclass(frozen=True)

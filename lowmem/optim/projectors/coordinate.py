@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim import noise
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
+from lowmem.optim.contract import Hyper, State
+from lowmem.optim.engine import noise
 from lowmem.optim.projectors import Refreshed
 from lowmem.optim.projectors.dense import check_gap
-from lowmem.optim.rule import Hyper, State
 
 GROUP = 256
 """Elements of a group of `Elements`; an index within it is one byte."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, matrix_shape
+from lowmem.optim.contract import Hyper, State
 from lowmem.optim.projectors import Refreshed
-from lowmem.optim.rule import Hyper, State
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 

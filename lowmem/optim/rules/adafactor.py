@@ -30,9 +30,9 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense, Direction
 from lowmem.optim.codecs import codec
-from lowmem.optim.cutting import walk
+from lowmem.optim.contract import Change, Hyper, Reset, State, part, prefixed, reset_
+from lowmem.optim.engine.cutting import walk
 from lowmem.optim.factored import Factored, RowCol
-from lowmem.optim.rule import Change, Hyper, Reset, State, part, prefixed, reset_
 from lowmem.optim.rules.moments import Momentum, Square
 
 

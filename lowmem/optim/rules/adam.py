@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK
 from lowmem.optim.codecs import Codec, Dense, codec
-from lowmem.optim.rule import (
+from lowmem.optim.contract import (
     AnyRule,
     Change,
     ChunkHyper,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.rule import Change, ChunkHyper, Hyper, Reset, State, reset_
+from lowmem.optim.contract import Change, ChunkHyper, Hyper, Reset, State, reset_
 
 BLOCK = 4096
 """Elements from which the largest are taken; indices fit in 16 bits."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.codecs import Codec
+from lowmem.optim.contract import Change, ChunkHyper, Hyper, State, at_hand, part, prefixed
 from lowmem.optim.factored import TINY
-from lowmem.optim.rule import Change, ChunkHyper, Hyper, State, at_hand, part, prefixed
 
 
 def _under(scope: str, numbers: Mapping[str, int]) -> Mapping[str, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.optim.rule import Change, ChunkHyper, Hyper, State
+from lowmem.optim.contract import Change, ChunkHyper, Hyper, State
 
 
 @dataclass(frozen=True)

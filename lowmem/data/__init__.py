@@ -1,0 +1,1 @@
+"""Data: files to rows, rows to conversations, conversations to tokens and masks."""

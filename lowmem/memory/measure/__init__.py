@@ -1,0 +1,1 @@
+"""A real run, watched: measured beside predicted."""

@@ -1,0 +1,48 @@
+"""The profiler on a Hugging Face Trainer: steps are told by a callback that is there for one run only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowmem.memory.measure.profile import Profiler
+
+
+@contextmanager
+def attached(profiler: Profiler, trainer: Any) -> Iterator[None]:
+    """Add the callback, and take it off whatever happens; an error inside a step reaches the profiler."""
+    opened = ExitStack()  # the step that runs, if one does
+    callback = _callback(profiler, opened)
+    trainer.add_callback(callback)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())  # first: a step ends before another callback evaluates or saves
+    try:
+        with opened:
+            yield
+    finally:
+        trainer.remove_callback(callback)
+
+
+def _callback(profiler: Profiler, opened: ExitStack) -> Any:
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        """Opens a step of the profiler when the Trainer begins one, and closes it at its end."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """A run shorter than the step to track is tracked at its last step."""
+            profiler.at = max(1, min(profiler.at, state.max_steps - state.global_step))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Begin a step: its micro-batches are fetched, nothing is computed yet."""
+            optimizer = kwargs["optimizer"]
+            inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+            opened.enter_context(profiler.step(kwargs["model"], inner))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """End it, before anything is logged, evaluated or saved."""
+            opened.close()
+
+    return Steps()

