@@ -61,8 +61,9 @@ def command(
     planned = _with_solutions(planned, unknown, solutions)
     if html:
         from lowmem import report
+        from lowmem.memory.pictures import report_data
 
-        render.say(f"report written to {report.write(planned.report_data(), html)}")
+        render.say(f"report written to {report.write(report_data(planned), html)}")
     if emit:
         _emit(model, planned, emit)
     document = planned.to_dict()

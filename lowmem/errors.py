@@ -57,3 +57,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(names)}"
+
+
+def ran_out_of_room(error: BaseException) -> bool:
+    """Whether a failed save is the disk's fault; torch reports a full disk as RuntimeError."""
+    text = str(error).lower()
+    marks = (
+        "no space left",
+        "inline_container",
+        "write failed",
+        "i/o error",
+        "pytorchstreamwriter",
+        "quota exceeded",
+    )
+    return isinstance(error, OSError) or any(mark in text for mark in marks)

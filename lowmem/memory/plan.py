@@ -2,7 +2,7 @@
 
     plan(model, strategy, ...) -> Plan      one model, one run, one or many strategies
     Plan.to_dict()                          exactly the keys of `lowmem plan --json`
-    Plan.report_data()                      the same, and what the pictures need, in the shapes `report` names
+    pictures.report_data(plan)              the same, and what the pictures need, in the shapes `report` names
     solve.largest("seq_len", ...)           the longest sequence, or the largest batch, that fits a budget
 
 How: the real model takes one real training step without weights (`replica`), which gives the live bytes
@@ -128,12 +128,6 @@ class Plan:
             "budget_bytes": None if self.budget is None else self.budget.usable,
             "plans": [p.to_dict() for p in self.plans],
         }
-
-    def report_data(self) -> dict[str, Any]:
-        """The document with what `report` draws besides."""
-        from lowmem.memory import pictures
-
-        return pictures.report_data(self)
 
 
 def plan(

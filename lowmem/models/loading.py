@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import UserError, first_line
+from lowmem.errors import UserError, first_line, ran_out_of_room
 from lowmem.models import hub
 from lowmem.models.entries import ModelEntry, resolve, to_dtype
 from lowmem.models.gguf import unpack
 from lowmem.models.quiet import quiet
-from lowmem.training import checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +124,7 @@ def converted_smollm2(cache_dir: str | Path | None = None) -> Path:
             _move(whole, target)
         _sweep(root, target.name)
     except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
-        if not checkpoint.ran_out_of_room(error):
+        if not ran_out_of_room(error):
             raise
         line = getattr(error, "strerror", None) or first_line(error)
         raise UserError(

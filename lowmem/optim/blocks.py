@@ -17,13 +17,10 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lowmem.optim.contract import Pointwise
 
 BLOCK = 1 << 20
 """Elements of a row block, at most (one row at least)."""
@@ -201,4 +198,4 @@ class Direction:
     decay: Tensor | None = None
     ok: Tensor | None = None
     commit: dict[str, Tensor] = field(default_factory=dict)
-    then: tuple[Pointwise, dict[str, Tensor]] | None = None
+    then: tuple[Any, dict[str, Tensor]] | None = None  # a Pointwise of `contract`, which stands above

@@ -180,20 +180,6 @@ def rotate(output_dir: Path, keep: int | None, protect: Iterable[Path] = ()) -> 
     shutil.rmtree(staging(output_dir), ignore_errors=True)
 
 
-def ran_out_of_room(error: BaseException) -> bool:
-    """Whether a failed save is the disk's fault; torch reports a full disk as RuntimeError."""
-    text = str(error).lower()
-    marks = (
-        "no space left",
-        "inline_container",
-        "write failed",
-        "i/o error",
-        "pytorchstreamwriter",
-        "quota exceeded",
-    )
-    return isinstance(error, OSError) or any(mark in text for mark in marks)
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return read

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lowmem.errors import CheckpointError, UserError, first_line
+from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.training import checkpoint
 
 CONFIG = "config.yaml"
@@ -128,7 +128,7 @@ def results(folder: Path) -> Iterator[Path]:
             path.chmod(0o644)  # safetensors writes 0600: a shared folder could not be read
             os.replace(path, folder / path.name)
     except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
-        if not checkpoint.ran_out_of_room(error):
+        if not ran_out_of_room(error):
             raise
         raise UserError(
             f"could not write the results to {folder}: {first_line(error)}; make room, then --resume"

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.errors import CheckpointError, UserError, first_line
+from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.training import checkpoint
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class WholeCheckpoints:
         try:
             yield self._staging / target.name
         except Exception as error:
-            if not checkpoint.ran_out_of_room(error):
+            if not ran_out_of_room(error):
                 raise
             raise UserError(_no_room(target, error)) from error
         finally:

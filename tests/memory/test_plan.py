@@ -14,6 +14,7 @@ from lowmem import create
 from lowmem.errors import UserError
 from lowmem.memory import emit, solve
 from lowmem.memory.device.gpus import GIB, budget
+from lowmem.memory.pictures import report_data
 from lowmem.memory.plan import plan
 from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
@@ -201,7 +202,7 @@ def test_what_finetune_does_not_do_is_not_emitted():
 
 
 def test_report_data_has_every_picture():
-    data = plan(FAMILIES["llama"](), "adamw,galore", budget="1GiB", **SMALL).report_data()
+    data = report_data(plan(FAMILIES["llama"](), "adamw,galore", budget="1GiB", **SMALL))
     json.dumps(data)
     assert data["waterfall"][0]["lever"] == "plain AdamW"
     assert all(row["peak"] > 0 for row in data["waterfall"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem import errors
 from lowmem.errors import CheckpointError
 from lowmem.training import checkpoint
 
@@ -141,9 +142,9 @@ def test_manifest_lists_every_file_with_size(tmp_path):
 
 
 def test_a_full_disk_is_recognised_however_it_is_reported():
-    assert checkpoint.ran_out_of_room(OSError(28, "No space left on device"))
-    assert checkpoint.ran_out_of_room(
+    assert errors.ran_out_of_room(OSError(28, "No space left on device"))
+    assert errors.ran_out_of_room(
         RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter")
     )
-    assert checkpoint.ran_out_of_room(Exception("Disk quota exceeded (os error 122)"))
-    assert not checkpoint.ran_out_of_room(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert errors.ran_out_of_room(Exception("Disk quota exceeded (os error 122)"))
+    assert not errors.ran_out_of_room(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -6,8 +6,8 @@ products in forward and in the thread of backward, flash attention, cross entrop
     context    = used on the device - used by others before - held by torch's allocator
     workspace  = still allocated when every tensor is gone (cuBLAS, one for each handle and stream)
 
-The numbers go to the file that `lowmem.memory.device.gpus` reads, under the card's name there; `plan` then calls its
-device figure calibrated.
+The numbers go to the file that `lowmem.memory.device.gpus` reads, under the card's name there; `plan` then
+calls its device figure calibrated.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,41 +17,39 @@ from lowmem.memory.measure.measured import measure
 from lowmem.report.bars import CATEGORIES, words
 from lowmem.report.units import format_bytes
 
-if TYPE_CHECKING:
-    from lowmem.memory.measure.profile import Profile, Profiler
-
 
 def explain(
-    profiler: Profiler,
-    running: watch.Watch | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    document: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    step: int,
+    folder: Path | None,
     error: BaseException,
 ) -> UserError:
     """Write the report beside the run's results and make the error that names it.
 
     Args:
-        profiler: whose run failed.
-        running: the watch, if the step was tracked.
-        model: the model in training.
-        optimizer: its optimizer.
+        document: the profile of the run that failed, as a document.
+        measured: the entry of its last step, from `held`.
+        step: which step failed, from 1.
+        folder: where to leave the report; None leaves none.
         error: what the allocator said.
     """
-    if running is not None:
-        running.tracker.stop()
-        measured = measure(running, optimizer)
-    else:
-        measured = held(model, optimizer)
-    profile = profiler._profile(measured, out_of_memory=True)
-    where = _write(profiler, profile, measured)
+    where = _write(document, measured, folder)
     rows = ", ".join(f"{words(k)} {format_bytes(v)}" for k, v in measured["at_peak"].items() if v)
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    tips = " ".join(profile.to_dict()["advice"])
-    return UserError(f"out of memory in step {profiler._count}: {first} Held: {rows}. {tips}{where}")
+    tips = " ".join(document["advice"])
+    return UserError(f"out of memory in step {step}: {first} Held: {rows}. {tips}{where}")
 
 
-def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An entry with the plan's keys from what can still be told apart in a step that was not tracked."""
+def held(running: watch.Watch | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An entry with the plan's keys: the tracked step so far, or what can still be told apart without one."""
+    if running is None:
+        return _untracked(model, optimizer)
+    running.tracker.stop()
+    return measure(running, optimizer)
+
+
+def _untracked(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     device = next(model.parameters()).device.type
     tracker = watch.Watch(model, optimizer)
     tracker._register()
@@ -78,15 +77,14 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     }
 
 
-def _write(profiler: Profiler, profile: Profile, measured: Mapping[str, Any]) -> str:
-    if profiler.folder is None:
+def _write(document: Mapping[str, Any], measured: Mapping[str, Any], folder: Path | None) -> str:
+    if folder is None:
         return ""
     from lowmem import report
 
-    profiler.folder.mkdir(parents=True, exist_ok=True)
-    data = profile.to_dict()
-    (profiler.folder / "out_of_memory.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    page = report.write(data, profiler.folder / "out_of_memory.html")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "out_of_memory.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    page = report.write(document, folder / "out_of_memory.html")
     if measured["beside"].get("allocator_peak") is not None:
-        device_memory.dump(profiler.folder / "out_of_memory.pickle")
+        device_memory.dump(folder / "out_of_memory.pickle")
     return f" The table is in {page}."

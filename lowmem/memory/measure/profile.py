@@ -1,8 +1,8 @@
 """Measured memory in the plan's own words: the same rows, so that the two subtract.
 
-One step of a run (the third by default: optimizer state exists by then) happens under the storage
-tracker of `lowmem.memory.trace.tracker`. Every live byte belongs to one category, and the peak is one instant:
-its categories sum to it. Every other step costs nothing but a host-side reading at its end: no hook, no
+One step of a run (the third by default: optimizer state exists by then) happens under the storage tracker
+of `lowmem.memory.trace`. Every live byte belongs to one category, and the peak is one instant: its
+categories sum to it. Every other step costs nothing but a host-side reading at its end: no hook, no
 dispatch mode and no device synchronisation is left behind.
 
 Three ways to the same numbers:
@@ -99,9 +99,9 @@ class Profiler:
     """Measures one step of a run and reads the rest of it in passing.
 
     Args:
-        predicted: the plan's entry for this run (one of `plan(...).report_data()["plans"]`), or a function
-            that makes it after the run, (measured entry, strategy) -> (entry or None, notes), such as
-            `predict.of_run(config)`; or None.
+        predicted: the plan's entry for this run (one of `report_data(plan(...))["plans"]` in
+            `lowmem.memory.pictures`), or a function that makes it after the run,
+            (measured entry, strategy) -> (entry or None, notes), such as `predict.of_run(config)`; or None.
         name: the model's name.
         run: settings to show in the report.
         at: which step of this process to track, from 1; in a shorter run the last one.
@@ -243,9 +243,11 @@ class Profiler:
     def _failed(self, error: BaseException, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if not device_memory.is_out_of_memory(error):
             return
-        from lowmem.memory.measure.out_of_memory import explain
+        from lowmem.memory.measure.out_of_memory import explain, held
 
-        raise explain(self, self._watch, model, optimizer, error) from error
+        measured = held(self._watch, model, optimizer)
+        document = self._profile(measured, out_of_memory=True).to_dict()
+        raise explain(document, measured, self._count, self.folder, error) from error
 
 
 def _verdict(measured: Mapping[str, Any], budget: int | None) -> dict[str, Any]:

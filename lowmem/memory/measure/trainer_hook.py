@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from lowmem.memory.measure.profile import Profiler
+from torch import nn
+from torch.optim import Optimizer
+
+
+class Profiler(Protocol):
+    """What is told of each step: `lowmem.memory.measure.profile.Profiler`."""
+
+    at: int
+
+    def step(self, model: nn.Module, optimizer: Optimizer) -> AbstractContextManager[None]: ...
 
 
 @contextmanager
