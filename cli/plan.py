@@ -54,7 +54,10 @@ def command(
     unknown = _unknown(solve, gpu, budget)
     for target in (html, emit):
         _check_folder(target)
-    planned = planning.plan(model, optim, options=optim_args or None, budget=budget, gpu=gpu, **flags)
+    from ._progress import Bars
+
+    with Bars():  # an architecture that takes long says so
+        planned = planning.plan(model, optim, options=optim_args or None, budget=budget, gpu=gpu, **flags)
     for text in (*planned.warnings, *_notes(planned)):
         render.warning(text)
     solutions = _solve(planned, unknown)

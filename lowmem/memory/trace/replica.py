@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowmem.errors import UserError
 from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, trainable
+from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.optim.checks import pays
 from lowmem.optim.source import Query, Source
@@ -88,23 +88,18 @@ def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
     )
     with warnings.catch_warnings(), real, FakeTensorMode() as mode:
         warnings.simplefilter("ignore")
-        model = trainable.build(config, run, mode)
+        with refusing(config, "it cannot be built without weights"):
+            model = trainable.build(config, run, mode)
         batch = _batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
         tracker.register(batch.values(), "activations")
         library = torch.empty(run.library, dtype=torch.uint8)  # cuBLAS keeps it from its first product on
         tracker.register([library], "workspace")
-        try:
+        with refusing(config, "its training step does not run without data"), Patience(model).watching():
             if source is None:
                 releases = _step(model, batch, run, tracker)
             else:
                 releases = _probe(model, batch, run, tracker, source)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-            kind = getattr(config, "model_type", type(config).__name__)
-            raise UserError(
-                f"cannot plan {kind!r}: its training step does not run without data ({_first_line(error)}); "
-                "measure it with `lowmem profile` instead"
-            ) from error
         parameters = tuple(_parameters(model))
         total = trainable.count_parameters(model)
         tracker.stop()
@@ -113,10 +108,6 @@ def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
         name: Moment("release step", m.bytes, m.at) for (_, name), m in zip(releases, found, strict=True)
     }
     return Trace(tracker.moments(), named, parameters, total, trainable.depth(config), tracker)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _parameters(model: nn.Module) -> Iterator[Parameter]:

@@ -127,9 +127,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     config: Any = model.config
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth(config)]
     if not found:
-        raise UserError(
-            f"cannot plan {config.model_type!r}: its decoder layers were not found in the module tree"
-        )
+        raise UserError("its decoder layers were not found in the module tree")
     return list(found[0])
 
 
