@@ -75,7 +75,8 @@ def supports(config: Any, run: Run) -> bool:
     biased = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
     plain = (run.loss, run.rows, run.lora_rank, run.quantize) == ("plain", "full", 0, None)
     return (
-        config.model_type in SUPPORTED
+        not hasattr(config, "skeleton")  # a model object need not be what its configuration says
+        and config.model_type in SUPPORTED
         and plain
         and not biased
         and (run.attention != "eager" or _every_head_its_own(config))

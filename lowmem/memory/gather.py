@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from lowmem.errors import UserError, nearest
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
+from lowmem.memory.trace.given import Given
 from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.optim.strategy import Strategy
 
@@ -24,14 +26,46 @@ def model_config(model: Any) -> tuple[str, Any]:
     if isinstance(model, (str, ModelEntry)) or hasattr(model, "__fspath__"):
         entry = model if isinstance(model, ModelEntry) else resolve(str(model))
         return entry.name, entry.config()
+    if isinstance(model, nn.Module):
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     config: Any = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     if not hasattr(config, "num_hidden_layers") and not hasattr(config, "model_type"):
         raise UserError(
             f"cannot plan {type(model).__name__}: give a model name, a folder, a Hub id, a transformers "
             "configuration or a transformers model"
         )
-    check_supported(config)
-    return str(getattr(config, "name_or_path", "") or config.model_type), config
+    name = str(getattr(config, "name_or_path", "") or config.model_type)
+    if not isinstance(model, nn.Module):
+        check_supported(config)
+        return name, config
+    shape = copy.copy(config)
+    shape.quantization_config = None  # its weights are what they are
+    check_supported(shape)
+    return name, Given(model)
+
+
+def as_it_is(given: Given, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run with a model object, whose own are not for the run to say.
+
+    Raises:
+        UserError: an option that would make another model of it.
+    """
+    own = given.options()
+    asked = {name: value for name, value in options.items() if value is not None}
+    for name in ("lora_rank", "lora_targets", "adapter_dtype", "quantize", "kbit_prepare", "double_quant"):
+        if asked.get(name):
+            raise UserError(
+                f"{name}: a model object is planned as it is; adapt or quantise it before, or give its name"
+            )
+    for name in ("dtype", "attention"):
+        value = str(asked.get(name, own[name]))
+        if value.removeprefix("torch.") != own[name]:
+            raise UserError(
+                f"{name} {value!r}: a model object is planned as it is, and this one has {own[name]!r}"
+            )
+    recompute = bool(asked.get("gradient_checkpointing")) or own["gradient_checkpointing"]
+    return {**asked, **own, "gradient_checkpointing": recompute}
 
 
 def make_run(options: Mapping[str, Any]) -> Run:

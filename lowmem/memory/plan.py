@@ -33,6 +33,7 @@ from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
 from lowmem.memory.trace.extrapolate import remembered
+from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import Trace
 from lowmem.optim.strategy import Strategy
 
@@ -164,6 +165,8 @@ def plan(
         raise UserError("budget and gpu: give one of the two")
     name, config = gather.model_config(model)
     made = gather.strategies(strategy, options)
+    if isinstance(config, Given):
+        run_options = gather.as_it_is(config, run_options)
     run = gather.make_run(run_options)
     limit = find_gpu(gpu) if gpu is not None else None
     if budget is not None:

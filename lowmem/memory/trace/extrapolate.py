@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowmem.memory.run import Run
+from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import Parameter, Trace, trace
 from lowmem.memory.trace.tracker import Moment
 from lowmem.models.entries import parameter_count, skeleton
@@ -52,6 +53,8 @@ def extrapolated(config: Any, run: Run, source: Source | None = None) -> Trace:
         run: the options.
         source: as in `trace`.
     """
+    if isinstance(config, Given):
+        return remembered(config, run, source)
     depth, repeat = int(config.num_hidden_layers), period(config)
     low = repeat * -(-3 // repeat)  # a first, a last and a middle layer
     high = low + repeat

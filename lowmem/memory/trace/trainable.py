@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.errors import UserError
 from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, quantized
+from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.quantized import Linear4bit
 from lowmem.models import attention
 from lowmem.models.entries import skeleton
@@ -35,26 +36,53 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
     Raises:
         UserError: an architecture that cannot be planned, or options that exclude each other.
     """
+    if isinstance(config, Given):
+        return _as_it_is(config, run)
     config = copy.deepcopy(config)
     config.use_cache = False
     base: Any = skeleton(config, run.dtype, "fake", attention=attention_name(config, run), mode=mode)
     if run.rows == "packed":
         _attend_as_packed(base, run)
     if run.loss == "chunked":
-        from trl.trainer.utils import add_fused_lm_head
-
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        _chunk_loss(base)
     if run.quantize is not None:
         quantized.quantize(base, double=run.double_quant)
     if run.kbit_prepare:
         quantized.prepare_for_kbit_training(base)
     model = adapt(base, run) if run.lora_rank else base
     if run.gradient_checkpointing:
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable()
+        _recompute(base)
         if run.lora_rank:
             base.enable_input_require_grads()
     return model.train()
+
+
+def _as_it_is(given: Given, run: Run) -> nn.Module:
+    model = given.fake()
+    base = attention.base(model)
+    if base.config._attn_implementation != "eager":
+        base.set_attn_implementation("sdpa")
+    if run.rows == "packed":
+        _attend_as_packed(base, run)
+    if run.loss == "chunked":
+        _chunk_loss(base)
+    if run.gradient_checkpointing and not given.options()["gradient_checkpointing"]:
+        _recompute(base)
+        if base is not model:
+            base.enable_input_require_grads()
+    trained: nn.Module = model.train()
+    return trained
+
+
+def _recompute(model: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def _chunk_loss(model: Any) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
 
 
 def attention_name(config: Any, run: Run) -> str | None:
@@ -123,12 +151,15 @@ def depth(config: Any) -> int:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, in order: the module list as long as the model is deep."""
+    """The decoder's layers, in order: the module list as long as the model is deep, or the longest."""
     config: Any = model.config
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth(config)]
-    if not found:
+    lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    found = [m for m in lists if len(m) == depth(config)]
+    if not lists:
         raise UserError("its decoder layers were not found in the module tree")
-    return list(found[0])
+    if found:
+        return list(found[0])
+    return list(max(lists, key=lambda layers: len(layers)))  # one that was cut is shorter than it says
 
 
 def backbone(model: nn.Module) -> nn.Module:
