@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -130,23 +131,41 @@ def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Stra
 
     if isinstance(asked, Strategy):
         return [asked]
-    names = asked.split(",") if isinstance(asked, str) else list(asked)
-    wanted: Iterable[Any] = [n.strip() if isinstance(n, str) else n for n in names]
-    if list(wanted) == ["all"]:
-        wanted = list(available())
+    wanted = named(asked) if isinstance(asked, str) else [one for part in asked for one in named(part)]
+    if [name for name, _ in wanted] == ["all"]:
+        wanted = [(name, None) for name in available()]
     found = []
-    several = len(list(wanted)) > 1
-    for one in wanted:
-        if isinstance(one, Strategy):
-            found.append(one)
-        elif options and several:
-            raise UserError(
-                f"options {options!r} belong to one strategy: name one, not {', '.join(map(str, wanted))}"
-            )
+    for name, own in wanted:
+        if isinstance(name, Strategy):
+            found.append(name)
+        elif options and len(wanted) > 1:
+            several = ", ".join(str(one) for one, _ in wanted)
+            raise UserError(f"options {options!r} belong to one strategy: name one, not {several}")
+        elif options and own:
+            raise UserError(f"options of {name} are given twice: {own!r} and {options!r}; give them once")
         else:
-            found.append(create(one, **parse_options(one, options)))
+            found.append(create(name, **parse_options(name, options or own)))
     if not found:
         raise UserError("no strategy to plan: name one, several with commas, or all")
+    return found
+
+
+def named(asked: Any) -> list[tuple[Any, str | None]]:
+    """Strategies and their options in "adamw,galore(rank=64,states=int8)"; an object stands for itself.
+
+    >>> named("adamw, galore(rank=64,scale=1)")
+    [('adamw', None), ('galore', 'rank=64,scale=1')]
+    """
+    if not isinstance(asked, str):
+        return [(asked, None)]
+    found = []
+    for part in re.split(r",(?![^(]*\))", asked):
+        name, bracket, inside = part.strip().partition("(")
+        if bool(bracket) != inside.endswith(")"):
+            raise UserError(
+                f"optim {part.strip()!r}: a bracket is missing; write galore(rank=64,states=int8)"
+            )
+        found.append((name.strip(), inside[:-1] or None))
     return found
 
 

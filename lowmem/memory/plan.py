@@ -102,7 +102,8 @@ class Plan:
 
     Args:
         model: name and counts. run: every option of the trace. budget: None where none was given.
-        plans: one for each strategy. warnings, assumptions: sentences. command: that gives this plan again.
+        plans: one for each strategy. warnings, assumptions: sentences.
+        command: that gives this plan again; None for a model or strategy without a name.
         config: of the model. made: the strategies, in the order of `plans`.
     """
 
@@ -112,7 +113,7 @@ class Plan:
     plans: tuple[StrategyPlan, ...]
     warnings: tuple[str, ...]
     assumptions: tuple[str, ...]
-    command: str
+    command: str | None
     config: Any = field(repr=False)
     made: tuple[Strategy, ...] = field(repr=False, default=())
 
@@ -178,7 +179,7 @@ def plan(
     plans = tuple(rows[i] for i in order)
     return Plan(
         info, run, limit, plans, wording.warnings(config, run, name), wording.assumptions(run, limit),
-        wording.command(model if isinstance(model, str) else name, asked, made, budget, gpu), config,
+        wording.command(model, asked, made, budget, gpu), config,
         tuple(made[i] for i in order),
     )  # fmt: skip
 

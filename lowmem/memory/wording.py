@@ -84,21 +84,33 @@ def _cuda_attention(run: Run) -> str:
     )
 
 
-FLAGS = {"gradient_checkpointing", "gradient_release", "autocast"}
-HIDDEN = {"max_grad_norm", "lora_targets", "longest"}
+def command(
+    model: Any, run: Run, made: Sequence[Strategy], budget: str | int | None, gpu: str | None
+) -> str | None:
+    """The `lowmem plan` command that gives this plan again.
 
-
-def command(model: str, run: Run, made: Sequence[Strategy], budget: str | int | None, gpu: str | None) -> str:
-    """The `lowmem plan` command that gives this plan again."""
-    words = ["lowmem", "plan", "--model", model, "--optim", ",".join(s.name or "custom" for s in made)]
-    if len(made) == 1 and made[0].options:
-        words += ["--optim-args", ",".join(f"{k}={v}" for k, v in made[0].options.items())]
+    None where there is none: a configuration or model object, or a strategy composed in Python, has no name.
+    """
+    if not (isinstance(model, str) or hasattr(model, "__fspath__")) or not all(s.name for s in made):
+        return None
+    words = ["lowmem", "plan", "--model", str(model), "--optim", ",".join(map(_named, made))]
     default = Run()
     for name in run.__dataclass_fields__:
         value = getattr(run, name)
-        if name in HIDDEN or (value == getattr(default, name) and name not in ("batch_size", "seq_len")):
+        if value == getattr(default, name):
             continue
-        flag = f"--{name.replace('_', '-')}"
-        words += [flag] if name in FLAGS else [flag, str(value)]
+        flag = name.replace("_", "-")
+        words += (
+            [f"--{flag}" if value else f"--no-{flag}"]
+            if isinstance(value, bool)
+            else [f"--{flag}", str(value)]
+        )
     words += ["--gpu", gpu] if gpu else ["--budget", str(budget)] if budget else []
     return shlex.join(words)
+
+
+def _named(strategy: Strategy) -> str:
+    """A strategy with every option, as `--optim` takes it."""
+    options = {**strategy.options, "writer": strategy.writer}
+    words = (str(v).lower() if isinstance(v, bool) else str(v) for v in options.values())
+    return f"{strategy.name}({','.join(f'{k}={word}' for k, word in zip(options, words, strict=True))})"

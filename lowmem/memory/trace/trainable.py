@@ -157,9 +157,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     found = [m for m in lists if len(m) == depth(config)]
     if not lists:
         raise UserError("its decoder layers were not found in the module tree")
-    if found:
-        return list(found[0])
-    return list(max(lists, key=lambda layers: len(layers)))  # one that was cut is shorter than it says
+    deepest: Any = max(found or lists, key=len)  # a model that was cut is shorter than it says
+    return list(deepest)
 
 
 def backbone(model: nn.Module) -> nn.Module:
