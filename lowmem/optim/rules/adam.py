@@ -27,8 +27,11 @@ from lowmem.optim.contract import (
     reset_,
 )
 
+LEAST_EPS = 1e-18
+"""A smaller eps counts as this: 0 / 0 is no step, and squares of smaller gradients have no fp32."""
+
 LARGEST = 1e36
-"""Second moments end here: room is left for scales that are rounded up and for bias corrections."""
+"""Rotated second moments end here: room is left for scales that are rounded up and for bias corrections."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Adam:
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """1 - beta1, 1 - beta2, eps, and what the bias corrections multiply by; betas in double precision."""
         beta1, beta2 = hp.betas
-        rates = (1.0 - beta1, 1.0 - beta2, hp.eps)
+        rates = (1.0 - beta1, 1.0 - beta2, max(hp.eps, LEAST_EPS))
         if (t := at_hand(s["age"])) is not None:  # the same for nearly all tensors, and cached
             bias = (1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5) if t else (math.inf, math.inf)
             return hp.vector(*rates, *bias, dtype=torch.float32)
@@ -115,8 +118,7 @@ class Adam:
         old2 = self.exp_avg_sq.decode(part(s, "exp_avg_sq"), s)
         # addcmul rounds once where a product and a sum round twice; so does torch.lerp, hence torchao
         m = hp.keep(torch.addcmul(old1, g - old1, rate1), old1)
-        # the square of a large gradient overflows: state must stay finite
-        v = hp.keep(torch.addcmul(old2, g * g - old2, rate2).clamp(max=LARGEST), old2)
+        v = hp.keep(torch.addcmul(old2, g * g - old2, rate2), old2)
         root = v.sqrt()
         d = (m * correction1) / (root * correction2 + eps)
         new = self._join(self.exp_avg.encode(m, hp, s), self.exp_avg_sq.encode(v, hp, s, root))
