@@ -36,9 +36,10 @@ FLOORS = {
         {"release"},
     ],
     "memory": [
+        {"device"},
         {"run"},
         {"trace", "closed_form"},
-        {"device", "count", "gather"},
+        {"count", "gather"},
         {"footprint"},
         {"events"},
         {"surface", "wording"},

@@ -43,6 +43,7 @@ _SIZES = {
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 """Mixtures whose experts are (E, m, n) tensors, one product for each stack: counted and stepped as such."""
 
+_CAUSAL = ("gpt_neox", "gpt_neox_japanese", "trocr")  # whatever their is_decoder says
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -183,7 +184,7 @@ def check_supported(config: PretrainedConfig, name: str = "this model") -> None:
     """Refuse what lowmem neither plans nor trains.
 
     Raises:
-        UserError: another mixture of experts, a vision or audio tower, no causal head, quantized weights.
+        UserError: another mixture of experts, a tower, an encoder, no causal head, quantized weights.
     """
     reason = _refusal(config)
     if reason:
@@ -316,7 +317,8 @@ def _refusal(config: PretrainedConfig) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     tower = next((key for key in _TOWERS if getattr(config, key, None) is not None), None)
-    experts = max((_number(getattr(config, key, None)) for key in _EXPERTS), default=0)
+    dense = getattr(config, "is_moe", None) is False
+    experts = 0 if dense else max(_number(getattr(config, key, None)) for key in _EXPERTS)
     if tower:
         return f"has a tower beside its language model ({tower})"
     mixed = experts > 1 or "moe" in config.model_type or hasattr(config, "ffn_config")
@@ -324,6 +326,11 @@ def _refusal(config: PretrainedConfig) -> str | None:
         return f"is a mixture of {experts if experts > 1 else 'several'} experts"
     if getattr(config, "is_encoder_decoder", False):
         return "is an encoder-decoder"
+    if config.get_text_config() is not config:
+        return "is a language model inside a larger one (text_config)"
+    both_ways = getattr(config, "is_decoder", None) is False and config.model_type not in _CAUSAL
+    if both_ways or getattr(config, "causal", None) is False:
+        return "reads in both directions (is_decoder is false in its configuration)"
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "has no causal language model head in transformers"
     quantization = getattr(config, "quantization_config", None)
