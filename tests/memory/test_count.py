@@ -102,8 +102,7 @@ def test_workspace_on_meta_is_workspace_on_cpu(name: str, refresh: bool) -> None
     optimizer.param_groups[0]["step"] = 0 if refresh else 5
     tracker = Tracker()
     tracker.register([p, g, *optimizer.state[p].values()], "weights")
-    for table in optimizer._shared.values():
-        tracker.register(table.values(), "weights")
+    tracker.register(optimizer._constants.values(), "weights")
     for constant in optimizer._lookup._made.values():
         tracker.register([constant], "weights")
     before = tracker.live
