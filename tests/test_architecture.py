@@ -20,7 +20,7 @@ FREE = {"errors", "config", "configs", "console"}  # may be imported by all
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"checks", "engine.noise", "engine.cutting", "state"},
+        {"checks", "dynamic", "engine.noise", "engine.cutting", "state"},
         {"blocks"},
         {"hyper"},
         {"contract"},
@@ -31,8 +31,10 @@ FLOORS = {
         {"rules"},
         {"residuals", "projectors"},
         {"subspace"},
-        {"source", "schedules"},
+        {"source", "schedules", "roles", "stacks"},
         {"strategy"},
+        {"groups", "seats"},
+        {"saved"},
         {"optimizer"},
         {"release"},
     ],

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from lowmem.errors import UserError
+from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import build_strategy
 
@@ -49,7 +50,7 @@ def make_optimizer(
         compile: auto, on or off.
         steps: of the run, where that is known; a few do not pay for compiling.
     """
-    groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
+    groups = param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
     return LowMemOptimizer(
         groups,
         strategy,
@@ -60,6 +61,7 @@ def make_optimizer(
         seed=seed,
         compile=compile,
         steps=steps,
+        model=model,
     )
 
 
@@ -116,3 +118,14 @@ def hf_optimizer(
         raise UserError(f"{name} evaluates the loss instead of differentiating it; use lowmem.LowMemTrainer")
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     return Factory, {"strategy": name, "options": options, "writer": writer, "compile": compile, **settings}
+
+
+def refuse_foreign(kwargs: dict[str, Any]) -> None:
+    """An optimizer beside args.optim would silently win."""
+    given = [key for key in ("optimizer_cls_and_kwargs",) if kwargs.get(key) is not None]
+    if (kwargs.get("optimizers") or (None, None))[0] is not None:
+        given.append("optimizers")
+    if given:
+        raise UserError(
+            f"{given[0]}: args.optim names the strategy here; pass your optimizer to the stock Trainer"
+        )

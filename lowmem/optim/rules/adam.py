@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.contract import AnyRule, Rotation
-from lowmem.optim.elementwise import LARGEST, Beside, Elementwise, Moment, Moments, coded
+from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
 from lowmem.optim.hyper import Hyper
+
+LARGEST = 1e36
+"""Rotated second moments end here: room is left for scales that are rounded up and for bias corrections."""
 
 
 @dataclass(frozen=True)
