@@ -36,7 +36,7 @@ NOISY = coded(Momentum(0.9), "bf16")
 class Whole(Chunks):
     """Cuts nothing: a chunk has as many rows as its tensor."""
 
-    def spans(self, rule: Any, count: int) -> Iterator[tuple[int, int, int]]:
+    def spans(self, rule: Any, count: int, most: int = 0) -> Iterator[tuple[int, int, int]]:
         yield 0, count, count
 
 

@@ -92,7 +92,8 @@ class Chunks:
             ok.
         """
         flat = low.view(-1)
-        cuts = list(walk(self.spans(rule, flat.numel()), low.device))
+        aged = "age" in s and s["age"].dim() > 0  # numbers for each element are five more temporaries
+        cuts = list(walk(self.spans(rule, flat.numel(), LADDER[1 if aged else 0]), low.device))
         guard: Guard = "given"
         if ok is None and len(cuts) == 1:  # the kernel that steps finds out on the way
             guard, ok = "found", torch.empty((), dtype=torch.bool, device=low.device)
@@ -121,11 +122,11 @@ class Chunks:
         for start, length, size in walk(self.spans(rule, p.numel()), p.device):
             run.step_weight(p, direction.blocks.chunk(start, start + length), start, size)
 
-    def spans(self, rule: Pointwise | None, count: int) -> tuple[Span, ...]:
-        """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
+    def spans(self, rule: Pointwise | None, count: int, most: int = LADDER[0]) -> tuple[Span, ...]:
+        """Ladder sizes where kernels are compiled; otherwise at most `most` elements, padded to the grain."""
         if self.compile and (rule is None or rule.compilable):
             return cutting.compiled_spans(count)
-        return cutting.eager_spans(count, rule.chunk if rule else LADDER[0], rule.grain if rule else 1)
+        return cutting.eager_spans(count, min(most, rule.chunk) if rule else most, rule.grain if rule else 1)
 
     def kernel(
         self,
