@@ -51,12 +51,31 @@ def check_hyper(numbers: Mapping[str, Any]) -> None:
         raise UserError("; ".join(bad))
 
 
-def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
-    """Refuse a gradient that is not one number for each of the parameter's."""
+def unfit(p: Tensor, g: Tensor | None) -> str:
+    """Why a gradient cannot be that of a parameter, and what to do; an empty string where it can.
+
+    Args:
+        p: the parameter; g: its gradient, None where it has no tensor.
+    """
+    if g is None:
+        return ""
     if g.layout != torch.strided:
-        raise UserError(f"sparse gradient for {name!r}: set sparse=False on its embedding")
+        return "it is sparse; set sparse=False on its embedding"
     if g.shape != p.shape:
-        raise UserError(f"gradient of {name!r} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
+        return (
+            f"it has the shape {tuple(g.shape)}, the parameter {tuple(p.shape)}; give one like the parameter"
+        )
+    if not g.is_floating_point():
+        return f"it is of {g.dtype}; give one of real numbers, such as {p.dtype}"
+    return (
+        "" if g.device == p.device else f"it is on {g.device}; move it to {p.device}, where the parameter is"
+    )
+
+
+def check_gradient(name: str, p: Tensor, g: Tensor | None) -> None:
+    """Refuse a gradient that is not one number for each of the parameter's."""
+    if problem := unfit(p, g):
+        raise UserError(f"gradient of {name!r}: {problem}")
 
 
 def has_compiler() -> bool:

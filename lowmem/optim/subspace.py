@@ -28,16 +28,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
-from lowmem.optim.contract import (
-    AnyRule,
-    Commit,
-    Projector,
-    Residual,
-    Rule,
-    Split,
-    Unrelated,
-    is_pointwise,
-)
+from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, Unrelated, is_pointwise
 from lowmem.optim.engine.chunks import all_finite
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.residuals import Drop
