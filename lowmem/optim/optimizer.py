@@ -30,7 +30,7 @@ from lowmem.optim.groups import completed
 from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.saved import Loading
 from lowmem.optim.seats import Part, Place, Roster, Seat, seat
-from lowmem.optim.source import Named, Query
+from lowmem.optim.source import Named, Query, check_asked
 from lowmem.optim.state import State, made
 from lowmem.optim.strategy import Strategy
 
@@ -260,10 +260,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
             with self._at_work():
                 self.step_param(p, g)
             return
-        g = Dense(g) if isinstance(g, Tensor) else g
-        check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
         if not p.numel():
             return
+        g = Dense(g) if isinstance(g, Tensor) else g
+        check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
         seat, fresh = self.ready(p)
         if self.strategy.rules[seat.rule_name].idle:
             return
@@ -305,7 +305,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     check_gradient(name, p, p.grad)  # before any tensor is stepped
             if not self._evidence and not source.needs_autograd:
-                self.init_state()  # torch's distributed checkpoint makes state by a step of nothing
+                check_asked(self.strategy.name, self.param_groups)
+                self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
             for p, g in source.gradients(self.named_parameters(), self._evidence):
                 self.step_param(p, g)
         self._evidence.clear()
