@@ -262,8 +262,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
             return
         if not p.numel():
             return
-        check_gradient(self.place(p).name, p, g if isinstance(g, Tensor) else getattr(g, "tensor", None))
         g = Dense(g) if isinstance(g, Tensor) else g
+        check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
         seat, fresh = self.ready(p)
         if self.strategy.rules[seat.rule_name].idle:
             return

@@ -650,6 +650,10 @@ def differentiated(params: list[nn.Parameter]) -> Tensor:
 def test_a_checkpoint_with_names_where_there_are_none(
     case: Case, named: tuple[bool, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
+    if lowmem.create(case.name, **{k: v for k, v in case.options.items() if k != "writer"}).schedule.moves(
+        "matrix"
+    ):
+        pytest.skip("which tensors hold state goes by their names")
     model, twin = net(case), net(case)
     first, second = (
         case.over(pairs(m) if has else m.parameters()) for m, has in zip((model, twin), named, strict=True)
