@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.memory.trace.tracker import Tracker, storages
+from lowmem.optim import roles
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
@@ -42,21 +43,26 @@ def state_bytes(
     Args:
         strategy: from `create`.
         shape: of the weight; dtype: of the weight.
-        role: matrix or other; refined by the shape as the optimizer does.
+        role: what the weight is (`lowmem.optim.roles.ROLES`), or "other".
 
     Example:
         >>> state_bytes(create("adamw"), (3, 5))
         124
     """
     x = torch.empty(shape, dtype=dtype, device="meta")
-    return _bytes(strategy.init(strategy.refine(role, shape), x).values())
+    return _bytes(strategy.init(strategy.rule_name(role, shape), x, role).values())
 
 
-def shared_bytes(strategy: Strategy, used: Iterable[tuple[str, Shape]]) -> int:
-    """Bytes of the constants that an optimizer holds once, for tensors of these roles and shapes."""
-    device = torch.device("meta")
-    constants = {c.name: c for role, shape in used for c in strategy.rules[role].constants(shape).values()}
-    return _bytes(constant.make(device) for constant in constants.values())
+def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> list[int]:
+    """Bytes of each constant that an optimizer holds once for all tensors.
+
+    Args:
+        strategy: from `create`; used: name of the rule, role and shape of each tensor.
+    """
+    device, found = torch.device("meta"), {}
+    for rule_name, role, shape in sorted(set(used)):
+        found.update({c.name: c for c in strategy.constants(rule_name, shape, role).values()})
+    return [constant.make(device).untyped_storage().nbytes() for constant in found.values()]
 
 
 def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0) -> int:
@@ -66,18 +72,18 @@ def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, se
         strategy: from `create`; model: on any device, meta too.
         step: for schedules that change which tensors hold state; seed: of the run.
     """
-    cache: dict[tuple[str, Shape, torch.dtype], int] = {}
-    total, used = 0, set[tuple[str, Shape]]()
-    for group in strategy.param_groups(model):
-        names = tuple(name for name, _ in group["params"])
-        for name, p in group["params"]:
-            role = strategy.schedule.role(name, group["role"], names, step, seed)
-            key = (role, tuple(p.shape), p.dtype)
-            if key not in cache:
-                cache[key] = _bytes(strategy.init(role, torch.empty_like(p, device="meta")).values())
-            total += cache[key]
-            used.add((role, tuple(p.shape)))
-    return total + shared_bytes(strategy, used)
+    found = roles.find(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ordinary = {name: strategy.rule_name(found.get(name, "matrix"), p.shape) for name, p in trained.items()}
+    cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
+    total, rules = 0, strategy.rules_at(ordinary, step, seed)
+    for name, p in trained.items():
+        role = found.get(name, "matrix")
+        key = (rules[name], role, tuple(p.shape), p.dtype)
+        if key not in cache:
+            cache[key] = _bytes(strategy.init(rules[name], torch.empty_like(p, device="meta"), role).values())
+        total += cache[key]
+    return total + sum(shared_sizes(strategy, [(rule, role, shape) for rule, role, shape, _ in cache]))
 
 
 def workspace_bytes(
@@ -115,16 +121,17 @@ def measure_workspace(
     strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
 ) -> int:
     """`workspace_bytes` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+    if strategy.slices(strategy.rule_name(role, shape), role, shape):
+        shape = shape[1:]  # one matrix of the stack after the other
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
     gradient = _gradient(strategy, p)
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
     optimizer.init_state()
-    group, held = optimizer.place(p)[0], optimizer.state[p]
-    rule = strategy.rules[optimizer.role(p)]
-    group["step"] = 0 if refresh else _between(rule.period)
+    group, held = optimizer.place(p).group, optimizer.state[p]
+    group["step"] = 0 if refresh else _between(strategy.rules[optimizer.rule_name(p)].period)
     tracker = Tracker()
     tracker.register([p, *held.values(), *([gradient] if isinstance(gradient, Tensor) else [])], "weights")
-    tracker.register(optimizer.constants(rule, p).values(), "weights")
+    tracker.register(optimizer.constants(p).values(), "weights")
     before = tracker.live
     with tracker:
         tracker.enter("step", "workspace")
@@ -147,16 +154,15 @@ def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:
 
 def _between(gap: int) -> int:
     """A step on which the tensor "w" is not refreshed, where there is one."""
-    if not gap:
-        return FAR
-    offset = stagger("w", gap)
-    return next((step for step in range(FAR, FAR + 2) if (step + offset) % gap), FAR)
+    offset = stagger("w", gap) if gap else 0
+    return next((step for step in range(FAR, FAR + 2) if gap and (step + offset) % gap), FAR)
 
 
 def workspace_table(strategy: Strategy, model: nn.Module, *, refresh: bool) -> Mapping[str, int]:
     """Workspace of each trainable parameter of a model, by name."""
+    found = roles.find(model)
     return {
-        name: workspace_bytes(strategy, tuple(p.shape), p.dtype, group["role"], refresh)
-        for group in strategy.param_groups(model)
-        for name, p in group["params"]
+        name: workspace_bytes(strategy, tuple(p.shape), p.dtype, found.get(name, "matrix"), refresh)
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }

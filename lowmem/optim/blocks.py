@@ -127,8 +127,8 @@ class Dense(Blocks):
         return self.tensor.view(-1) if self.tensor.is_contiguous() else None
 
     def rows(self, i: int, j: int) -> Tensor:
-        """Rows i..j in fp32, cast and scaled block by block."""
-        rows = self._matrix[i:j].float()
+        """Rows i..j in fp32, cast and scaled block by block; contiguous: any layout gives the same bits."""
+        rows = self._matrix[i:j].float().contiguous()
         return rows if self.factor is None else rows * self.factor
 
     def chunk(self, start: int, stop: int) -> Tensor:

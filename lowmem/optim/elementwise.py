@@ -39,16 +39,13 @@ from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.state import Constants, State, part, prefixed
 
-LARGEST = 1e36
-"""Unsigned moments end here: room is left for scales that are rounded up and for bias corrections."""
-
 
 @dataclass(frozen=True)
 class Moment:
     """What is held of one moment.
 
     Args:
-        signed: whether it has a sign; one without is never negative, and ends at 1e36.
+        signed: whether it has a sign; one without is never negative.
         states: the least precision that the rule works with (a slow average in 8 bits stands still);
             "" for any. A finer one may be asked for.
         each: elements that share a number. Above 1 the moment is held in fp32, and comes as
@@ -291,10 +288,9 @@ class Coded(Pointwise):
         """The moments as they will be held: none is infinite, and none moves by what is not finite."""
         moved = self.rule.move(g, old, x)
         for name, moment, _ in self._pairs():
-            value = moved[name]
-            if not moment.signed:  # the square of a large gradient overflows: state must stay finite
-                value = value.clamp(max=LARGEST)
-            moved[name] = hp.keep(value, old[name]) if moment.each == 1 else value.where(hp.ok, old[name])
+            # what blocks share counts an element that is not finite as zero
+            guard = hp.keep if moment.each == 1 else hp.keep_whole
+            moved[name] = guard(moved[name], old[name])
         return Moments(moved)
 
     def _held(self, new: Moments, s: State, hp: ChunkHyper) -> State:

@@ -82,7 +82,10 @@ class HeldMoment(Blocks):
         """
         m, n = self.shape
         there, known = index.clamp(min=0), index >= 0
-        whole = self.chunk(0, m * n).clone().view(m, n)
+        whole = torch.empty(m, n, device=self.device)
+        for start in walk(range(0, m * n, BLOCK), self.device):
+            stop = min(m * n, start + BLOCK)
+            whole.view(-1)[start:stop] = self.chunk(start, stop)
 
         def moved(old: Tensor, start: int, stop: int) -> Tensor:
             i, j = start // n, -(-stop // n)

@@ -135,6 +135,10 @@ class ChunkHyper:
         """New where the gradient was finite, old elsewhere (in fp32, before encoding)."""
         return torch.where(self.finite, new, old)
 
+    def keep_whole(self, new: Tensor, old: Tensor) -> Tensor:
+        """New where the tensor's step is taken, whatever some elements are."""
+        return torch.where(self.ok, new, old)
+
     def noise(self, use: str) -> Tensor:
         """32 random bits for each element, from the stream of this use."""
         return noise.bits(self.position, self.keys[self.streams.index(use)])

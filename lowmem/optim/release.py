@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Projected
-from lowmem.optim.contract import Rule, is_pointwise
+from lowmem.optim.contract import AnyRule, Rule
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Strategy
 
@@ -89,8 +89,11 @@ class Release:
     def _on_gradient(self, p: nn.Parameter) -> None:
         if p.grad is None:
             return
-        rule = self._projecting(p)
-        if rule is not None and (not self.sync or p in self._low):
+        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
+        if rule.idle:
+            p.grad = None
+            return
+        if (not self.sync or p in self._low) and self._projecting(p, rule):
             self._accumulate(p, p.grad, rule)
             p.grad = None
         if not self.sync:
@@ -100,17 +103,17 @@ class Release:
             self.optimizer.step_param(p, gradient)
             p.grad = None
 
-    def _projecting(self, p: nn.Parameter) -> Rule | None:
-        """The rule of a tensor of which the projected gradient suffices in this window."""
-        rule = self.optimizer.strategy.rules[self.optimizer.role(p)]
-        if is_pointwise(rule) or not rule.keeps_sum or not self.optimizer.state.get(p):
-            return None
-        refreshes = rule.period > 0 and self.optimizer.hyper(p).due(rule.period)
-        return None if refreshes else cast("Rule", rule)
+    def _projecting(self, p: nn.Parameter, rule: AnyRule) -> bool:
+        """Whether the projected gradient of a tensor suffices in this window."""
+        if not rule.keeps_sum or not self.optimizer.state.get(p):
+            return False
+        # of a stack, some matrices may be refreshed and others not
+        whole = len(self.optimizer.ready(p)[0].parts) == 1
+        return whole and not (rule.period and self.optimizer.hyper(p).due(rule.period))
 
-    def _accumulate(self, p: nn.Parameter, g: Tensor, rule: Rule) -> None:
-        seat = self.optimizer.ready(p)[0]
-        low = rule.project(Dense(g), seat.state, self.optimizer.hyper(p))
+    def _accumulate(self, p: nn.Parameter, g: Tensor, rule: AnyRule) -> None:
+        state = self.optimizer.ready(p)[0].parts[0].state
+        low = cast("Rule", rule).project(Dense(g), state, self.optimizer.hyper(p))
         if p in self._low:
             self._low[p].add_(low)
         else:

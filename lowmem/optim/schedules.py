@@ -32,6 +32,14 @@ class Schedule:
         """Whether roles may change at this step."""
         return False
 
+    def moves(self, role: str) -> bool:
+        """Whether tensors of an ordinary role are divided, so that their state is made anew at a switch."""
+        return False
+
+    def began(self, step: int) -> int:
+        """The step at which the roles of this one were given out; who joins later takes part in the next."""
+        return step
+
 
 @dataclass(frozen=True)
 class Always(Schedule):
@@ -76,6 +84,14 @@ class RandomBlocks(Schedule):
     def switches(self, step: int) -> bool:
         """At every change of the active set."""
         return step % self.gap == 0
+
+    def moves(self, role: str) -> bool:
+        """Matrices alone."""
+        return role == "matrix"
+
+    def began(self, step: int) -> int:
+        """The last change of the active set."""
+        return step - step % self.gap
 
 
 ORDERS = ("random", "ascending", "descending")
@@ -124,6 +140,14 @@ class Layers(Schedule):
     def switches(self, step: int) -> bool:
         """At every change of the layer."""
         return step % self.gap == 0
+
+    def moves(self, role: str) -> bool:
+        """All tensors: those without a layer rest."""
+        return True
+
+    def began(self, step: int) -> int:
+        """The last change of the layer."""
+        return step - step % self.gap
 
 
 def _layer(name: str) -> int | None:

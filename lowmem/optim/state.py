@@ -34,9 +34,15 @@ Constants = Mapping[str, Constant]
 """Constants by the key under which a state shows them."""
 
 
-def made(constants: Constants, device: torch.device) -> State:
-    """Constants, on a device."""
-    return {key: constant.make(device) for key, constant in constants.items()}
+def made(
+    constants: Constants, device: torch.device, held: dict[tuple[str, torch.device], Tensor] | None = None
+) -> State:
+    """Constants on a device: those that are `held` already, by name and device, or new ones, then held."""
+    held = {} if held is None else held
+    for constant in constants.values():
+        if (constant.name, device) not in held:
+            held[constant.name, device] = constant.make(device)
+    return {key: held[constant.name, device] for key, constant in constants.items()}
 
 
 class Held(State):

@@ -28,17 +28,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
-from lowmem.optim.contract import (
-    SCRATCH,
-    AnyRule,
-    Commit,
-    Projector,
-    Residual,
-    Rule,
-    Split,
-    Unrelated,
-    is_pointwise,
-)
+from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, Unrelated, is_pointwise
 from lowmem.optim.engine.chunks import all_finite
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.residuals import Drop
@@ -128,9 +118,9 @@ class Subspace(Rule):
         return not (self.residual.reads_rest or self.projector.follows) and self.period != 1
 
     def scratch(self, shape: tuple[int, int]) -> int:
-        """R, and R once more where it is looked at after the step."""
-        r, n = self.projector.low_shape(shape)
-        return SCRATCH + (8 if self._looks(shape) else 4) * r * n
+        """R, R once more where it is looked at after the step, and what the inner rule takes."""
+        low = self.projector.low_shape(shape)
+        return self.inner.scratch(low) + (8 if self._looks(shape) else 4) * low[0] * low[1]
 
     def _absorbs(self, shape: tuple[int, int]) -> bool:
         # at full rank the rest is rounding noise, and its sign would be a full step

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from lowmem.errors import ConfigError, UserError, nearest
+from lowmem.optim.checks import idle
 
 if TYPE_CHECKING:
     from lowmem.optim.strategy import Strategy
@@ -61,6 +62,14 @@ class LowMemFields:
     compile: str = field(
         default="auto",
         metadata={"help": "Compile the optimizer step; auto: where it pays.", "choices": list(COMPILE)},
+    )
+
+    nonfinite_limit: int = field(
+        default=5,
+        metadata={"help": "End when the loss is not finite for so many steps in a row; 0: never."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the losses before instead of one that is not finite."}
     )
 
     def __post_init__(self) -> None:
@@ -136,12 +145,16 @@ def check(args: Any) -> list[str]:
         for name, allowed in (("clip", CLIP), ("compile", COMPILE), ("writer", WRITERS))
         if getattr(args, name) not in allowed
     ]
+    if args.nonfinite_limit < 0:
+        problems.append(f"nonfinite_limit: {args.nonfinite_limit} steps; use 1 or more, or 0 for never")
     problems += _engines(args)
     try:
         writer = args.writer if args.writer in WRITERS else "auto"
         strategy = build_strategy(args.optim, args.optim_args, writer)
     except UserError as error:
         return [f"optim: {error}", *problems]
+    betas = (args.adam_beta1, args.adam_beta2)
+    problems += idle(args.optim, strategy.rules.values(), betas=betas, eps=args.adam_epsilon)
     return problems + (_released(args, strategy) if strategy.source.needs_autograd else _gradient_free(args))
 
 
@@ -230,9 +243,13 @@ def _sft_config() -> type[Any]:
         """Arguments for `LowMemSFTTrainer`.
 
         As TRL has it, activation checkpointing is on by default, but for
-        strategies that take no backward pass.
+        strategies that take no backward pass. Unlike TRL it leaves the load balancing loss
+        of a mixture of experts to the model, as transformers does, until a coefficient is given.
         """
 
+        router_aux_loss_coef: float | None = field(
+            default=0.0, metadata={"help": "Weight of the load balancing loss of a mixture of experts."}
+        )
         gradient_checkpointing: bool | None = field(
             default=None, metadata={"help": "Old name of activation_checkpointing."}
         )

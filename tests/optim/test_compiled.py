@@ -16,6 +16,7 @@ from torch._inductor.exc import CppCompileError, InductorError
 
 import lowmem
 from lowmem.optim.blocks import Dense
+from lowmem.optim.codecs import codec
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.kernels import _Compiled, _forget_instructions, compiled
@@ -35,7 +36,7 @@ NOISY = coded(Momentum(0.9), "bf16")
 class Whole(Chunks):
     """Cuts nothing: a chunk has as many rows as its tensor."""
 
-    def spans(self, rule: Any, count: int) -> Iterator[tuple[int, int, int]]:
+    def spans(self, rule: Any, count: int, most: int = 0) -> Iterator[tuple[int, int, int]]:
         yield 0, count, count
 
 
@@ -92,6 +93,31 @@ def test_a_direct_call_is_the_eager_step_for_any_number_of_rows(
             for kernel in fast._kernels.values():
                 forbid_torch_compile(kernel)
     assert [len(kernel._graphs) for kernel in fast._kernels.values()] == [1, 1]  # 1 row has its own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", ["int8", "companded8"])
+def test_second_moments_above_zero_have_the_eager_codes(states: str) -> None:
+    held_by = codec(states, signed=False, stream="m")
+    sizes = torch.logspace(-30, 12, 64).view(64, 1)
+    x = normal(64, 4 * ROW).square() * sizes[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    x = x.t().contiguous().view(-1, held_by.grain)  # every size in every block
+    x[:, ::5] = 0.0
+    tables = held_by.shared(x)
+
+    def encode(values: Tensor, codes: Tensor, scale: Tensor, *constants: Tensor) -> None:
+        held = held_by.encode(values, None, dict(zip(tables, constants, strict=True)))  # type: ignore[arg-type]
+        codes.copy_(held["codes"])
+        scale.copy_(held["scale"])
+
+    left = []
+    for run in (compiled(encode), encode):
+        held = {key: value.view(x.shape[0], -1) for key, value in held_by.init(x).items()}
+        run(x, held["codes"], held["scale"], *tables.values())
+        left.append(held)
+    assert torch.equal(left[0]["codes"], left[1]["codes"])
+    assert torch.equal(left[0]["scale"], left[1]["scale"])
+    assert torch.equal(left[0]["codes"] > 0, x > 0.0)
 
 
 def add(w: Tensor, g: Tensor) -> None:

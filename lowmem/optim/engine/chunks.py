@@ -10,7 +10,8 @@ Everything that protects a step is here and in the kernels, and nothing waits fo
 device. Where nobody judges the tensor as a whole, an element of the gradient that is
 not finite leaves its weight and carries its moments over. Where a 0-D flag `ok`
 judges it (a rule that reduces over the tensor, a projected gradient), a step that is
-not ok leaves all of it. Both are counted.
+not ok leaves all of it. Both are counted, and so is an fp16 weight that would not be
+finite, which stays.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Chunks:
             hp: of this step.
         """
         _age(s, 1)
-        run = _Run(self, rule, writer, s, extra, hp, rates(hp), self.true(p.device), "elements")
+        speeds = rates(hp, dtype=_precision(p))
+        run = _Run(self, rule, writer, s, extra, hp, speeds, self.true(p.device), "elements")
         for start, length, size in walk(self.spans(rule, p.numel()), p.device):
             run.step_weight(p, g.chunk(start, start + length), start, size)
 
@@ -92,7 +94,8 @@ class Chunks:
             ok.
         """
         flat = low.view(-1)
-        cuts = list(walk(self.spans(rule, flat.numel()), low.device))
+        aged = "age" in s and s["age"].dim() > 0  # numbers for each element are five more temporaries
+        cuts = list(walk(self.spans(rule, flat.numel(), LADDER[1 if aged else 0]), low.device))
         guard: Guard = "given"
         if ok is None and len(cuts) == 1:  # the kernel that steps finds out on the way
             guard, ok = "found", torch.empty((), dtype=torch.bool, device=low.device)
@@ -117,15 +120,16 @@ class Chunks:
             return
         rule, s = direction.then or (None, {})
         guard: Guard = "elements" if direction.ok is None else "given"
-        run = _Run(self, rule, writer, s, extra, hp, rates(hp, direction), ok, guard)
+        speeds = rates(hp, direction, _precision(p))
+        run = _Run(self, rule, writer, s, extra, hp, speeds, ok, guard)
         for start, length, size in walk(self.spans(rule, p.numel()), p.device):
             run.step_weight(p, direction.blocks.chunk(start, start + length), start, size)
 
-    def spans(self, rule: Pointwise | None, count: int) -> tuple[Span, ...]:
-        """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
+    def spans(self, rule: Pointwise | None, count: int, most: int = LADDER[0]) -> tuple[Span, ...]:
+        """Ladder sizes where kernels are compiled; otherwise at most `most` elements, padded to the grain."""
         if self.compile and (rule is None or rule.compilable):
             return cutting.compiled_spans(count)
-        return cutting.eager_spans(count, rule.chunk if rule else LADDER[0], rule.grain if rule else 1)
+        return cutting.eager_spans(count, min(most, rule.chunk) if rule else most, rule.grain if rule else 1)
 
     def kernel(
         self,
@@ -191,15 +195,20 @@ def all_finite(x: Tensor, hp: Hyper) -> Tensor:
     return hp.total(most - least, "max") <= LARGEST  # false for NaN and Inf
 
 
-def rates(hp: Hyper, direction: Direction | None = None) -> Tensor:
-    """lr and decay as (2,) fp32 on the device; a direction may bring its own."""
+def _precision(p: Tensor) -> torch.dtype:
+    """What a weight's step is computed in."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def rates(hp: Hyper, direction: Direction | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """lr and decay as (2,) on the device; a direction may bring its own."""
     scale = 1.0 if direction is None else direction.scale
-    group = hp.vector(hp.lr * scale, hp.decay, dtype=torch.float32)
+    group = hp.vector(hp.lr * scale, hp.decay, dtype=dtype)
     if direction is None or (direction.lr is None and direction.decay is None):
         return group
     lr = group[0] if direction.lr is None else direction.lr * scale
     decay = group[1] if direction.decay is None else direction.decay
-    return torch.stack((lr.float(), decay.float()))
+    return torch.stack((lr.to(dtype), decay.to(dtype)))
 
 
 def _age(s: State, steps: int | Tensor) -> None:

@@ -21,6 +21,8 @@ from lowmem.optim.hyper import ChunkHyper
 from lowmem.optim.writers import Writer
 
 LARGEST = torch.finfo(torch.float32).max
+ROOT = 1e18
+"""Gradient elements beyond it count as this: rules square them, and average what they have squared."""
 
 Kernel = Callable[..., None]
 
@@ -57,7 +59,7 @@ def body(
                 state["age"].sub_((~ok).to(torch.int32))  # it has moved already
         # one comparison for NaN, Inf and a step that is not ok
         finite = gradient.abs() <= torch.where(ok, LARGEST, -1.0)
-        gradient = torch.where(finite, gradient, 0.0)
+        gradient = torch.where(finite, gradient.clamp(-ROOT, ROOT) if rule else gradient, 0.0)
         position = start if start is None else row + start + column
         seen = w.float() if rule and rule.reads_weight else None
         hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, position, words, streams, seen)
@@ -66,11 +68,16 @@ def body(
         if writer is None:
             g.copy_(direction)
         else:
+            weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
+            if w.dtype == torch.float16:  # others end where no weight is
+                fits = weight.abs() <= torch.finfo(torch.float16).max
+                weight = torch.where(fits, weight, w)
+                kept = {name: torch.where(fits, value, extra[name]) for name, value in kept.items()}
+                finite = finite & fits
             # floats, row by row: a sum of booleans or over all at once is what would take the longest here
             bad = torch.where(finite, 0.0, 1.0).sum(-1).sum()
             # a step that is refused as a whole is counted as a whole, and by another
             skipped.add_((bad if guard == "elements" else torch.where(ok, bad, 0.0)).to(torch.int64))
-            weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
             w.copy_(weight)
             for name, value in kept.items():
                 extra[name].copy_(value)

@@ -98,7 +98,7 @@ class Online(Projector):
         basis, g = s["basis"], split.g
         # in units of the largest number that R has, so that no square overflows
         top, ok = largest(split.low)
-        low = split.low / top
+        low = split.low.div_(top)  # the weight is written: nobody looks at R again
         pulled = self.frame.across(low, g).div_(top)  # G Y, as (s, r)
         norm = _square(g, top)
         pulled = torch.where(ok & (norm > 0.0), pulled / norm, 0.0)
