@@ -13,6 +13,7 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
 from lowmem.optim.hyper import Hyper
+from lowmem.optim.rules.adam import LEAST_EPS
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,13 @@ class AdEMAMix(Elementwise):
         share = min(1.0, t / self.warmup) if self.warmup else 1.0
         beta3 = self.beta3 if share == 1.0 else _between(beta1, self.beta3, share)
         rates = (1.0 - beta1, 1.0 - beta2, 1.0 - beta3)
-        return *rates, hp.eps, share * self.alpha, 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
+        return (
+            *rates,
+            max(hp.eps, LEAST_EPS),
+            share * self.alpha,
+            1.0 / (1.0 - beta1**t),
+            (1.0 - beta2**t) ** -0.5,
+        )
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """Three averages."""
@@ -130,7 +137,7 @@ class Adan(Elementwise):
         beta1, beta2, mixed = *hp.betas, self.beta_diff
         before = 0.0 if t == 1 else 1.0
         corrections = (1.0 / (1.0 - beta1**t), mixed / (1.0 - mixed**t), (1.0 - beta2**t) ** -0.5)
-        return 1.0 - beta1, 1.0 - mixed, 1.0 - beta2, mixed, before, hp.eps, *corrections
+        return 1.0 - beta1, 1.0 - mixed, 1.0 - beta2, mixed, before, max(hp.eps, LEAST_EPS), *corrections
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """Three averages, and the gradient for the next step."""
@@ -177,7 +184,7 @@ class DiffGrad(Elementwise):
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """1 - beta1, 1 - beta2, eps, and both corrections in one factor."""
         beta1, beta2 = hp.betas
-        return 1.0 - beta1, 1.0 - beta2, hp.eps, (1.0 - beta2**t) ** 0.5 / (1.0 - beta1**t)
+        return 1.0 - beta1, 1.0 - beta2, max(hp.eps, LEAST_EPS), (1.0 - beta2**t) ** 0.5 / (1.0 - beta1**t)
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """Adam's averages, and the gradient for the next step."""

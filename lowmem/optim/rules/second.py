@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.adam import LEAST_EPS, Adam
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class AdaBelief(Elementwise):
             if not plain:
                 ratio = (known - 4.0) / (most - 4.0) * (known - 2.0) / known * most / (most - 2.0)
                 first *= ((1.0 - beta2**t) * ratio) ** 0.5
-        return 1.0 - beta1, 1.0 - beta2, hp.eps, first, root, plain
+        return 1.0 - beta1, 1.0 - beta2, max(hp.eps, LEAST_EPS), first, root, plain
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """The average, then the spread around the new one."""
@@ -119,7 +119,13 @@ class LaProp(Elementwise):
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """1 - beta1, 1 - beta2, eps and both corrections."""
         beta1, beta2 = hp.betas
-        return 1.0 - beta1, 1.0 - beta2, hp.eps, 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
+        return (
+            1.0 - beta1,
+            1.0 - beta2,
+            max(hp.eps, LEAST_EPS),
+            1.0 / (1.0 - beta1**t),
+            (1.0 - beta2**t) ** -0.5,
+        )
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """The second moment, then the average of what it normalises."""
@@ -166,7 +172,7 @@ class NAdam(Adam):
         now, done = _schedule(beta1, self.momentum_decay, t)
         ahead = _mu(beta1, self.momentum_decay, t + 1)
         factors = ((1.0 - now) / (1.0 - done), ahead / (1.0 - done * ahead))
-        return 1.0 - beta1, 1.0 - beta2, hp.eps, *factors, (1.0 - beta2**t) ** -0.5
+        return 1.0 - beta1, 1.0 - beta2, max(hp.eps, LEAST_EPS), *factors, (1.0 - beta2**t) ** -0.5
 
     def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
         """The quotient."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
 from lowmem.optim.hyper import Hyper
+from lowmem.optim.rules.adam import LEAST_EPS
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Ano(Elementwise):
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """1 - beta1, beta2, 1 - beta2, eps, and what the root is multiplied by."""
         beta1, beta2 = hp.betas
-        return 1.0 - beta1, beta2, 1.0 - beta2, hp.eps, (1.0 - beta2**t) ** -0.5
+        return 1.0 - beta1, beta2, 1.0 - beta2, max(hp.eps, LEAST_EPS), (1.0 - beta2**t) ** -0.5
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """Both; the second falls where a gradient is small, and below 0 for no beta2 of at least a half."""
