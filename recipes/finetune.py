@@ -114,6 +114,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     from lowmem.data.load import fitting, render_example
     from lowmem.data.split import train_and_held_out
     from lowmem.data.template import check_template
+    from lowmem.models.adapters import published_name
     from lowmem.training.callbacks import Peak, Report
     from lowmem.training.trainer import LowMemSFTTrainer
 
@@ -140,6 +141,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     )
     _replace_printers(trainer)
     trainer.tell, trainer.origin = console.say, _origin(config)
+    trainer.base = published_name(config.model)
     trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
     console.finish()
     return trainer

@@ -246,7 +246,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a local model."""
     file = folder / "config.json"
     if not file.is_file():
-        adapter = " (it holds a peft adapter: give its base model)" if _is_adapter(folder) else ""
+        adapter = " (it holds an adapter: `lowmem merge` makes a model of it)" if _is_adapter(folder) else ""
         raise UserError(f"{folder} has no config.json{adapter}: give a folder made by save_pretrained")
     try:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
