@@ -162,3 +162,33 @@ def test_a_base_is_named_as_others_can_load_it(adapter: Path, tmp_path: Path) ->
     assert not [f for f in (tmp_path / "run").rglob("*.md") if before in f.read_text()]
     with pytest.raises(UserError, match="holds no adapter"):
         base_of(tmp_path)
+
+
+def test_export_writes_an_adapter_with_its_base(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    import gguf
+
+    def embedding_and_down(model: Path) -> Any:
+        file = tmp_path / f"{model.name}.gguf"
+        told = json.loads(run("export", "--model", model, "--gguf", file, "--type", "f32", "--json").stdout)
+        assert told["bytes"] == file.stat().st_size
+        return {t.name: t.data.copy() for t in gguf.GGUFReader(file).tensors}
+
+    merged = tmp_path / "merged"
+    run("merge", adapter, merged)
+    base, ours, twice = map(embedding_and_down, (tiny_model, adapter, merged))
+    assert (ours["token_embd.weight"] == base["token_embd.weight"]).all()
+    assert (ours["blk.0.ffn_down.weight"] != base["blk.0.ffn_down.weight"]).any()
+    assert ours["blk.0.ffn_down.weight"] == pytest.approx(twice["blk.0.ffn_down.weight"], rel=0.01, abs=1e-2)
+
+
+def test_export_says_the_command_where_it_does_not_know(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    fields = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**fields, "attention_bias": True}))
+    said = run("export", "--model", other, "--gguf", tmp_path / "a.gguf", code=2).stderr
+    command = f"llama.cpp/convert_hf_to_gguf.py {other} --outfile {tmp_path / 'a.gguf'} --outtype bf16"
+    assert command in said.replace("\n", "")
+    assert not (tmp_path / "a.gguf").exists()

