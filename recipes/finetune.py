@@ -4,8 +4,8 @@
 
 Copy it (`lowmem cp finetune my.py`) and change what you like. It prints nothing: it reports to a
 `Console` and returns a plain dictionary. In `config.output_dir` it leaves the model (safetensors) and
-tokenizer, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`, and checkpoints
-that `resume` goes on from.
+tokenizer, a model card, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`, and
+checkpoints that `resume` goes on from.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
             measured = _train(config, trainer, start, console)
             after = _measure(trainer, config.prompt, console, "after")
             result = _result(config, trainer, measured, before, after, start)
-            _write(folder, trainer, result, measured["profile"], console)
+            _write(config, trainer, result, measured["profile"], console)
     return result
 
 
@@ -298,21 +298,25 @@ def _result(
 
 
 def _write(
-    folder: Path, trainer: Any, result: dict[str, Any], profile: dict[str, Any] | None, console: Console
+    config: RunConfig, trainer: Any, result: dict[str, Any], profile: dict[str, Any] | None, console: Console
 ) -> None:
-    """Model, tokenizer, picture and reports: made beside, and there when all of them are."""
+    """Model, tokenizer, card, picture and reports: made beside, and there when all of them are."""
     from lowmem import report
     from lowmem.report.document import plain
+    from lowmem.training.card import card
     from lowmem.training.output import earlier_report, results
     from lowmem.training.plot import loss_curve
 
     console.start("write")
+    folder = config.output_path
     history = [{"step": 0, "eval_loss": result["loss"]["before"]}, *trainer.state.log_history]
     history.append({"step": result["steps"], "eval_loss": result["loss"]["after"]})
     profile = profile or earlier_report(folder, result["steps"])  # a finished run has no step left to measure
     of_results = {key: result[key] for key in ("strategy", "steps", "nonfinite_weights")}
     with results(folder, of_results) as made:
         trainer.save_model(str(made))
+        text = card(config, result, profile, trainer.base)
+        (made / "README.md").write_text(text, encoding="utf-8")
         loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")
         of_run = plain({"result": result, "log": trainer.state.log_history})
         text = json.dumps({**(profile or {}), **of_run}, indent=1, allow_nan=False)
