@@ -181,7 +181,6 @@ app = typer.Typer(
     cls=Guarded,
     help="Fine-tune language models in less memory, and know beforehand how much it takes.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
