@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.data.fields import RowError
 from lowmem.data.files import Row
-from lowmem.data.formats import Format, RowError, formats
+from lowmem.data.formats import Format, formats
 from lowmem.models import json_text
 
 PAIRS = (

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowmem.errors import CheckpointError, UserError
@@ -45,6 +46,27 @@ def check_hyper(
         bad.append(f"compile must be auto, on or off, got {compile!r}")
     if bad:
         raise UserError("; ".join(bad))
+
+
+def unfit(p: Tensor, g: Tensor | None) -> str:
+    """Why a gradient cannot be that of a parameter, and what to do; an empty string where it can.
+
+    Args:
+        p: the parameter; g: its gradient, None where it has no tensor.
+    """
+    if g is None:
+        return ""
+    if g.layout != torch.strided:
+        return "it is sparse; set sparse=False on its embedding"
+    if g.shape != p.shape:
+        return (
+            f"it has the shape {tuple(g.shape)}, the parameter {tuple(p.shape)}; give one like the parameter"
+        )
+    if not g.is_floating_point():
+        return f"it is of {g.dtype}; give one of real numbers, such as {p.dtype}"
+    return (
+        "" if g.device == p.device else f"it is on {g.device}; move it to {p.device}, where the parameter is"
+    )
 
 
 def has_compiler() -> bool:

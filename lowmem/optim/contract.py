@@ -211,7 +211,7 @@ class ChunkHyper:
 
     Args:
         scalars: 1-D fp32, what `Pointwise.scalars` gave.
-        lr, decay: 0-D fp32.
+        lr, decay: 0-D, fp32 or the weight's float64.
         ok: 0-D bool; False where no part of the tensor's step is taken, and its state must stay.
         finite: bool, per element: False where the step must not be taken.
         position: (rows, width) int32 global element indices.

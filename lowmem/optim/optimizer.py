@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_fit, check_hyper, check_saved, has_compiler, lost, pays
+from lowmem.optim.checks import check_fit, check_hyper, check_saved, has_compiler, lost, pays, unfit
 from lowmem.optim.contract import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.schedules import Always
@@ -48,14 +48,14 @@ class _Seat:
 class LowMemOptimizer(torch.optim.Optimizer):
     """Takes the steps of a strategy.
 
-        W <- (1 - lr weight_decay) W - lr D
+        W <- (1 - lr weight_decay) W - lr D    (float64 weights in float64)
 
     Args:
         params: parameters, (name, parameter) pairs, or groups; a group may have "role".
         strategy: what to do, from `lowmem.create`.
         lr: learning rate, at least 0.
         betas: of the moments, each in [0, 1).
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; 0 is safe: what has no moments is not stepped.
         weight_decay: decoupled, at least 0.
         seed: names every random stream of the run.
         compile: auto, on or off; compiled and eager steps differ in the last bit, so
@@ -234,6 +234,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Args:
             p: the parameter.
             g: its gradient, a tensor like p or Blocks.
+
+        Raises:
+            UserError: a gradient of another shape or device, sparse, or not of real numbers.
         """
         if torch.is_grad_enabled():  # a decorator would switch at every call, also inside of `step`
             with torch.no_grad():
@@ -241,11 +244,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
             return
         if not p.numel():
             return
-        if isinstance(g, Tensor):
-            if g.is_sparse:
-                name = self.place(p)[1]
-                raise UserError(f"sparse gradient for {name!r}: set sparse=False on its embedding")
-            g = Dense(g)
+        if problem := unfit(p, g if isinstance(g, Tensor) else getattr(g, "tensor", None)):
+            raise UserError(f"gradient of {self.place(p)[1]!r}: {problem}")
+        g = Dense(g) if isinstance(g, Tensor) else g
         seat, fresh = self.ready(p)
         weight, rule = p.detach(), seat.rule
         hp = self.hyper(p, fresh, weight)
@@ -299,7 +300,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def nonfinite(self) -> int:
-        """Elements that were not stepped because their gradient was not finite. Reads from the device."""
+        """Elements whose gradient or new fp16 weight was not finite: not stepped. Reads from the device."""
         return self.chunks.skipped()
 
     def state_bytes(self) -> int:

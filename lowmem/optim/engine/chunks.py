@@ -7,7 +7,8 @@ first; the last piece is padded, so results do not depend on the cutting. The
 length of a row is static: for a dynamic one, codecs fall back to scalar code.
 
 Everything that protects a step is here and in the kernels. A gradient element that
-is not finite leaves its weight and carries its moments over; it is counted. A
+is not finite leaves its weight and carries its moments over; it is counted, and so is
+an fp16 weight that would not be finite, which stays. A
 `Direction` that is not ok leaves its tensor. Nothing waits for a device.
 """
 
@@ -61,7 +62,7 @@ class Chunks:
         keep_heap()
 
     def skipped(self) -> int:
-        """Elements whose gradient was not finite, so far. Reads from the device."""
+        """Elements that were not stepped, so far. Reads from the device."""
         self._settle()
         return sum(int(count) for count in self._skipped.values())
 
@@ -101,7 +102,7 @@ class Chunks:
         """
         ok = self.true(p.device)
         self._age(s, ok)
-        run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp))
+        run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, dtype=_precision(p)))
         for start, length, size in walk(self.spans(rule, p.numel()), p):
             run.weight_chunk(p, g.chunk(start, start + length), start, size)
 
@@ -136,7 +137,7 @@ class Chunks:
             self._add_product_(p, direction.pair, -hp.lr * direction.scale, ok, hp)
             return
         rule, s = direction.then or (None, {})
-        run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, direction))
+        run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, direction, _precision(p)))
         for start, length, size in walk(self.spans(rule, p.numel()), p):
             run.weight_chunk(p, direction.blocks.chunk(start, start + length), start, size)
 
@@ -196,15 +197,20 @@ def all_finite(x: Tensor, hp: Hyper) -> Tensor:
     return hp.total(most - least, "max") <= LARGEST  # false for NaN and Inf
 
 
-def rates(hp: Hyper, direction: Direction | None = None) -> Tensor:
-    """lr and decay as (2,) fp32 on the device; a direction may bring its own."""
+def _precision(p: Tensor) -> torch.dtype:
+    """What a weight's step is computed in."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def rates(hp: Hyper, direction: Direction | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """lr and decay as (2,) on the device; a direction may bring its own."""
     scale = 1.0 if direction is None else direction.scale
-    group = hp.vector(hp.lr * scale, hp.decay, dtype=torch.float32)
+    group = hp.vector(hp.lr * scale, hp.decay, dtype=dtype)
     if direction is None or (direction.lr is None and direction.decay is None):
         return group
     lr = group[0] if direction.lr is None else direction.lr * scale
     decay = group[1] if direction.decay is None else direction.decay
-    return torch.stack((lr.float(), decay.float()))
+    return torch.stack((lr.to(dtype), decay.to(dtype)))
 
 
 class _Run:

@@ -27,6 +27,9 @@ from lowmem.optim.contract import (
     reset_,
 )
 
+LEAST_EPS = 1e-18
+"""A smaller eps counts as this: 0 / 0 is no step, and squares of smaller gradients have no fp32."""
+
 LARGEST = 1e36
 """Rotated second moments end here: room is left for scales that are rounded up and for bias corrections."""
 
@@ -101,7 +104,7 @@ class Adam:
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """1 - beta1, 1 - beta2, eps, and what the bias corrections multiply by; betas in double precision."""
         beta1, beta2 = hp.betas
-        rates = (1.0 - beta1, 1.0 - beta2, hp.eps)
+        rates = (1.0 - beta1, 1.0 - beta2, max(hp.eps, LEAST_EPS))
         if (t := at_hand(s["age"])) is not None:  # the same for nearly all tensors, and cached
             bias = (1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5) if t else (math.inf, math.inf)
             return hp.vector(*rates, *bias, dtype=torch.float32)
