@@ -47,7 +47,7 @@ def command(
     if name not in known:
         raise UserError(f"no recipe or config {name!r}; {nearest(name, known)}")
     if dest is None:
-        raise UserError(f"where to? lowmem cp {name} DEST, a file or a folder")
+        raise UserError(f"missing argument DEST: lowmem cp {name} DEST, a file or a folder")
     source = known[name]
     target = dest / source.name if dest.is_dir() else dest
     if target.exists() and not overwrite:

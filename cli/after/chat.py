@@ -10,6 +10,7 @@ import typer
 from lowmem.errors import UserError
 
 from .. import render
+from ..app import Json
 from ._model import Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded
 
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer"
@@ -24,6 +25,7 @@ def command(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Talk to a model; each line from the keyboard (or from a pipe) is one message."""
     from lowmem.models.talk import Sampling, answer
@@ -44,14 +46,15 @@ def command(
 
             def tell(text: str, heard: list[str] = said) -> None:
                 heard.append(text)
-                render.stream(text)
+                render.stream("" if as_json else text)
 
             try:
                 answer(tuned, tokenizer, messages, tell, sampling)
             except KeyboardInterrupt:
                 render.say("(stopped)")
-            render.stream("\n")
+            render.stream("" if as_json else "\n")
             messages.append({"role": "assistant", "content": "".join(said)})
+    render.emit({"model": model, "messages": messages}, None, as_json)
 
 
 def _read() -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem.console import Console
 from lowmem.data.examples import Example, Tokens, tokenized
@@ -87,6 +87,37 @@ def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, consol
     fitted = Fitted(rows, tuple(examples), answers, beyond, apart)
     _say(data, fitted, tuple(names), seq_len, console)
     return fitted
+
+
+def asked_within(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, console: Console) -> Data:
+    """The rows of other tasks whose prompt leaves room for an answer within `seq_len` tokens.
+
+    Args:
+        data: rows with a `prompt`; tokenizer, seq_len, console: as for `fitting`.
+
+    Raises:
+        UserError: no row is left.
+    """
+    kept = [i for i, row in enumerate(data.rows) if _asked(row["prompt"], tokenizer) < seq_len]
+    count, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
+    if not kept:
+        raise UserError(f"{of}: all {count} prompts fill seq_len {seq_len}: raise seq_len")
+    if count:
+        console.say(
+            f"{of}: {count} of {len(data.rows)} prompts fill seq_len {seq_len}, left out: raise seq_len"
+        )
+    return data.only(kept, too_long=count)
+
+
+def _asked(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a prompt."""
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    try:
+        rendered: Any = tokenizer.apply_chat_template(prompt, return_dict=True, add_generation_prompt=True)
+    except Exception as error:  # a template raises whatever its author chose
+        raise UserError(f"the chat template cannot render a prompt: {error}") from error
+    return len(rendered["input_ids"])
 
 
 def _tokenized(data: Data, tokenizer: PreTrainedTokenizerBase, console: Console) -> Iterator[list[Tokens]]:

@@ -8,6 +8,7 @@ for its author. A base or data on this machine is told by its last name, not by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lowmem.config import RunConfig
 from lowmem.report.units import format_bytes
 
 _SETTINGS = (
+    *("task", "beta", "reward"),
     *("optim", "optim_args", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulation"),
     *("seq_len", "packing", "dtype", "lora_rank", "quantize", "gradient_checkpointing"),
     *("gradient_release", "seed"),
@@ -39,7 +41,7 @@ def card(
         _front(config, origin),
         f"# {name}\n",
         f"{_last(origin)}, fine-tuned with lowmem: {_method(config)}, {result['steps']} steps.\n",
-        _losses(result),
+        _held_out(result),
         _section(
             "Data", [f"- {kind.replace('_', ' ')}: {_local(text, config)}" for kind, text in _data(result)]
         ),
@@ -72,10 +74,10 @@ def _section(title: str, lines: Iterable[str]) -> str:
     return f"## {title}\n\n{body}\n" if body else ""
 
 
-def _losses(result: Mapping[str, Any]) -> str:
-    loss = result["loss"]
-    rows = [f"| {when} | {loss[when]:.4f} |" for when in ("before", "after") if loss.get(when) is not None]
-    return "\n".join(["| | held-out loss |", "|---|---|", *rows, ""]) if rows else ""
+def _held_out(result: Mapping[str, Any]) -> str:
+    before, after = (result["held_out"][when] for when in ("before", "after"))
+    rows = [f"| {name} | {before.get(name, math.nan):.4f} | {value:.4f} |" for name, value in after.items()]
+    return "\n".join(["| held-out | before | after |", "|---|---|---|", *rows, ""]) if rows else ""
 
 
 def _data(result: Mapping[str, Any]) -> list[tuple[str, str]]:

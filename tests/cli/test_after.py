@@ -111,6 +111,8 @@ def test_chat_remembers_until_reset(adapter: Path, tmp_path: Path) -> None:
     assert first == again
     assert first != second
     assert run("chat", *flags, given="hi\n/exit\nhi\n").stdout.count("\n") == 1
+    told = json.loads(run("chat", *flags, "--json", given="hi\n").stdout)["messages"]
+    assert told == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first}]
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_cp_lists_what_can_be_copied() -> None:
     assert listed["finetune"]["kind"] == "recipe"
     assert listed["demo"]["kind"] == "config"
     assert all(entry["about"] for entry in listed.values())
-    assert "where to? lowmem cp finetune DEST" in refused("cp", "finetune")
+    assert "missing argument DEST: lowmem cp finetune DEST" in refused("cp", "finetune")
 
 
 def test_env_tells_versions_and_devices() -> None:

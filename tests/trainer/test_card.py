@@ -13,7 +13,7 @@ from lowmem.training.card import card
 
 RESULT: dict[str, Any] = {
     "steps": 12,
-    "loss": {"before": 3.25, "after": 1.5},
+    "held_out": {"before": {"loss": 3.25}, "after": {"loss": 1.5}},
     "data": {"train": "owner/rows (train): 90 rows", "held_out": "owner/rows (held out): 10 rows"},
     "state_bytes": 3 << 20,
     "peak_bytes": 5 << 30,
@@ -40,8 +40,7 @@ def test_what_was_trained_on_what_in_how_much_memory() -> None:
         "tags": ["lowmem", "galore"],
     }
     for line in (
-        "| before | 3.2500 |",
-        "| after | 1.5000 |",
+        "| loss | 3.2500 | 1.5000 |",
         "- held out: owner/rows (held out): 10 rows",
         "| optim_args | rank=8 |",
         "| lr | 0.0003 |",
