@@ -40,9 +40,10 @@ def command(
             render.say(f"write {gguf}")
             writing.write(whole, tokenizer, gguf, kind, Path(model).resolve().name)
     except writing.NotKnownError as error:
-        first = f"lowmem merge {model} merged && " if adapter else ""
-        typed = first + writing.command("merged" if adapter else locate(model), gguf, kind)
-        raise UserError(f"{model}: {error}; llama.cpp converts it: {typed}") from error
+        merge = [f"lowmem merge {model} merged"] if adapter else []
+        for typed in [*merge, *writing.commands("merged" if adapter else locate(model), gguf, kind)]:
+            render.say(typed)
+        raise UserError(f"{model}: {error}; llama.cpp converts it, by the commands above") from error
     size = gguf.stat().st_size
     document = {"model": model, "file": gguf, "type": kind, "bytes": size}
     render.emit(document, f"wrote {gguf} ({render.size(size)}); run it: llama-cli -m {gguf}", as_json)

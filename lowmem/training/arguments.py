@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from lowmem.errors import ConfigError, UserError, nearest
+from lowmem.optim.checks import idle
 
 if TYPE_CHECKING:
     from lowmem.optim.strategy import Strategy
@@ -155,6 +156,8 @@ def check(args: Any) -> list[str]:
         strategy = build_strategy(args.optim, args.optim_args, writer)
     except UserError as error:
         return [f"optim: {error}", *problems]
+    betas = (args.adam_beta1, args.adam_beta2)
+    problems += idle(args.optim, strategy.rules.values(), betas=betas, eps=args.adam_epsilon)
     return problems + (_released(args, strategy) if strategy.source.needs_autograd else _gradient_free(args))
 
 
@@ -277,9 +280,16 @@ class TrlFields(LowMemFields):
 
 @dataclass
 class SFTFields(TrlFields):
-    """What supervised fine-tuning has besides."""
+    """What supervised fine-tuning has besides.
+
+    Unlike TRL it leaves the load balancing loss of a mixture of experts to the model, as transformers
+    does, until a coefficient is given.
+    """
 
     first_order = False
+    router_aux_loss_coef: float | None = field(
+        default=0.0, metadata={"help": "Weight of the load balancing loss of a mixture of experts."}
+    )
     label_loss: bool = field(
         default=True,
         metadata={"help": "Make logits at label positions only, where those are few; TRL's tiles elsewhere."},

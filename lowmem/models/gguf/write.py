@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,12 +109,14 @@ def check_config(config: Any) -> None:
             raise NotKnownError(f"{what} is not known here")
 
 
-def command(folder: str, file: Path, kind: str) -> str:
-    """What to type to let llama.cpp convert a folder."""
-    clone = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
-    needs = "pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt"
-    convert = f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {file} --outtype {kind}"
-    return f"{clone} && {needs} && {convert}"
+def commands(folder: str, file: Path, kind: str) -> list[str]:
+    """What to type, line by line, to let llama.cpp convert a folder."""
+    return [
+        "git clone --depth 1 https://github.com/ggml-org/llama.cpp",
+        "pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt",
+        f"python llama.cpp/convert_hf_to_gguf.py {shlex.quote(folder)} --outfile {shlex.quote(str(file))} "
+        f"--outtype {kind}",
+    ]
 
 
 def _numbers(config: Any) -> dict[str, Any]:
