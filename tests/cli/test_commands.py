@@ -213,3 +213,56 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert 20 * 2**30 < cards["rtx4090"]["capacity"] < cards["rtx4090"]["usable"] < 24 * 2**30
     assert not any(card["calibrated"] for card in cards.values())
     assert "rtx4090" in runner.invoke(cli.app, ["gpus"]).stdout
+
+
+def test_cp_lists_what_can_be_copied() -> None:
+    listed = {entry["name"]: entry for entry in document("cp")}
+    assert listed["finetune"]["kind"] == "recipe"
+    assert listed["demo"]["kind"] == "config"
+    assert all(entry["about"] for entry in listed.values())
+    assert "missing argument DEST: lowmem cp finetune DEST" in refused("cp", "finetune")
+
+
+def test_env_tells_versions_and_devices() -> None:
+    from importlib.metadata import version
+
+    import torch
+
+    told = document("env")
+    assert told["packages"]["torch"] == version("torch")
+    assert told["packages"]["lowmem"] == lowmem.__version__
+    assert len(told["devices"]) == torch.cuda.device_count()
+    assert told["memory_bytes"] > 2**30
+    assert version("transformers") in runner.invoke(cli.app, ["env"]).stdout
+
+
+def test_env_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    told = document("env")
+    assert told["variables"]["HF_HUB_OFFLINE"] == "1"
+    assert "hf_secret" not in json.dumps(told)
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "lowmem", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"lowmem {lowmem.__version__}")
+    wrong = subprocess.run([sys.executable, "-m", "lowmem", "palm"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("lowmem ge", "generate"),
+        ("lowmem cp fine", "finetune"),
+        ("lowmem finetune --model smollm2-1", "smollm2-135m"),
+        ("lowmem finetune --optim galo", "galore"),
+        ("lowmem finetune --dtype bfl", "bfloat16"),
+        ("lowmem finetune --gradient-ch", "--gradient-checkpointing"),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: str) -> None:
+    words = {"_LOWMEM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = runner.invoke(cli.app, [], env=words, prog_name="lowmem")
+    assert offered in done.stdout.split(), done.output

@@ -17,12 +17,18 @@ LEAST = {"model": "gpt2", "optim": "adamw"}
 ROOT = Path(__file__).resolve().parents[2]
 # A value other than the default for every field.
 OTHER: dict[str, Any] = {
+    "task": "grpo",
+    "beta": 0.25,
+    "reward": "my_rewards:exact",
+    "num_generations": 3,
+    "max_completion": 9,
     "model": "./my model",
     "dtype": "float32",
     "lora_rank": 8,
     "quantize": "nf4",
     "data": "rows: all.jsonl",
     "data_format": "text",
+    "columns": "prompt=question,answer=solution",
     "eval_data": "held # out.jsonl",
     "eval_rows": 7,
     "seq_len": 33,

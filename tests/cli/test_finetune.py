@@ -19,6 +19,7 @@ from lowmem.models.loading import package_folder
 
 runner = CliRunner()
 LEFT = {
+    "README.md",
     "chat_template.jinja",
     "checkpoint-2",
     "checkpoint-4",
