@@ -90,12 +90,6 @@ class RunConfig:
         "auto is global, previous with gradient_release, none without gradients",
         choices=("auto", "none", "global", "tensor", "previous"),
     )
-    writer: str = _knob(
-        "auto",
-        "Optimizer",
-        "how new weights are rounded; auto is nearest for float32, stochastic for 16 bits",
-        choices=("auto", "nearest", "stochastic", "kahan", "split"),
-    )
     compile: str = _knob(
         "auto", "Optimizer", "compile the step; auto where it pays", choices=("auto", "on", "off")
     )
@@ -345,6 +339,5 @@ def _combinations(v: Mapping[str, Any]) -> list[str]:
             not v["gradient_release"] and v["clip"] in ("tensor", "previous"),
             f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
         ),
-        (v["dtype"] == "float32" and v["writer"] == "split", "writer: split is for 16-bit weights"),
     ]
     return [text for broken, text in rules if broken]

@@ -96,20 +96,10 @@ def _schedules(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[
         }
 
 
-def _key(strategy: Strategy) -> tuple[Any, ...]:
-    config = strategy.to_config()
-    return config["name"], tuple(config["options"].items()), strategy.writer
-
-
-_SIZES: dict[tuple[Any, ...], list[int]] = {}
-
-
+@functools.lru_cache(maxsize=4096)
 def _state(strategy: Strategy, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
-    key = (*_key(strategy), role, shape, dtype)
-    if key not in _SIZES or not strategy.name:
-        x = torch.empty(shape, dtype=dtype, device="meta")
-        _SIZES[key] = [t.untyped_storage().nbytes() for t in strategy.init(role, x).values()]
-    return _SIZES[key]
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return [t.untyped_storage().nbytes() for t in strategy.init(role, x).values()]
 
 
 def _shared(strategy: Strategy, roles: frozenset[str]) -> list[int]:
@@ -119,36 +109,24 @@ def _shared(strategy: Strategy, roles: frozenset[str]) -> list[int]:
 
 def _scratch(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> int:
     role = "other" if p.outside else "matrix"
-    if not compiled:
-        if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
-            return _drawn_scratch(*_key(strategy), p.shape, p.dtype, role)
-        return count.workspace_bytes(strategy, p.shape, p.dtype, role, True)
-    return _compiled_scratch(
-        strategy.name, tuple(strategy.options.items()), strategy.writer, p.shape, p.dtype, role
-    )
+    if compiled:
+        return _compiled_scratch(strategy, p.shape, p.dtype, role)
+    if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
+        return _drawn_scratch(strategy, p.shape, p.dtype, role)
+    return count.workspace_bytes(strategy, p.shape, p.dtype, role, True)
 
 
 @functools.lru_cache(maxsize=4096)
-def _drawn_scratch(
-    name: str, options: tuple[Any, ...], writer: str, shape: tuple[int, ...], dtype: torch.dtype, role: str
-) -> int:
-    from lowmem.strategies import create
-
+def _drawn_scratch(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> int:
     with FakeTensorMode():
-        strategy = create(name, writer=writer, **dict(options))
         return count.measure_workspace(strategy, shape, dtype, role, True, "cpu")
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled_scratch(
-    name: str, options: tuple[Any, ...], writer: str, shape: tuple[int, ...], dtype: torch.dtype, role: str
-) -> int:
-    from lowmem.strategies import create
-
+def _compiled_scratch(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> int:
     drawn = patch.object(directions, "_kernel", lambda *args: lambda *tensors: None)
     with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn:
-        uncached = create(name, writer=writer, **dict(options))
-        return count.measure_workspace(uncached, shape, dtype, role, True)
+        return count.measure_workspace(strategy, shape, dtype, role, True)
 
 
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:

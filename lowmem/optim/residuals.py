@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.errors import UserError, nearest
+from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import State
+from lowmem.optim.contract import AnyRule, State
+from lowmem.optim.rules.sgd import SGD
 
 
 class Residual(Protocol):
@@ -35,6 +36,13 @@ class Residual(Protocol):
 
     def absorb(self, s: State, rest: Blocks) -> Blocks | None:
         """The step that the rest takes, or None."""
+
+    def aside(self) -> AnyRule:
+        """The rule of a tensor of which nothing is seen, because a schedule has put it aside.
+
+        Raises:
+            UserError: there is none.
+        """
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ class Drop:
     def absorb(self, s: State, rest: Blocks) -> Blocks | None:
         """No step."""
         return None
+
+    def aside(self) -> AnyRule:
+        """There is no rule that takes no step."""
+        raise UserError("schedule=blocks steps what it puts aside: choose residual=sign or residual=sgd")
 
 
 @dataclass(frozen=True)
@@ -85,20 +97,6 @@ class Stateless:
 
         return rest.map(step)
 
-
-RESIDUALS = ("drop", "sign", "sgd")
-
-
-def residual(word: str, scale: float = 1.0) -> Residual:
-    """The residual named by one word: drop, sign or sgd.
-
-    Args:
-        word: its name.
-        scale: of the learning rate of sign and sgd.
-
-    Raises:
-        UserError: unknown word.
-    """
-    if word not in RESIDUALS:
-        raise UserError(f"unknown residual {word!r}; {nearest(word, RESIDUALS)}")
-    return Drop() if word == "drop" else Stateless(word == "sign", scale)
+    def aside(self) -> AnyRule:
+        """The same step, of the whole gradient."""
+        return SGD(self.scale, sign=self.sign)

@@ -69,13 +69,19 @@ class Subspace:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        problems = []
         if self.on_refresh not in ON_REFRESH:
-            raise UserError(f"unknown on_refresh {self.on_refresh!r}; {nearest(self.on_refresh, ON_REFRESH)}")
+            problems.append(f"unknown on_refresh {self.on_refresh!r}; {nearest(self.on_refresh, ON_REFRESH)}")
         if not self.scale > 0.0:
-            raise UserError(f"scale must be above 0, got {self.scale}")
+            problems.append(f"scale must be above 0, got {self.scale}")
         if self.on_refresh == "rotate" and not self.projector.rotates:
-            raise UserError("on_refresh='rotate' needs a dense basis; take on_refresh='reset'")
-        self.inner.check_rebase(self.on_refresh)
+            problems.append("on_refresh='rotate' needs a dense basis; take on_refresh='reset'")
+        try:
+            self.inner.check_rebase(self.on_refresh)
+        except UserError as error:
+            problems.append(str(error))
+        if problems:
+            raise UserError("; ".join(problems))
 
     def _low(self, x: Tensor) -> Tensor:
         return torch.empty(self.projector.low_shape(matrix_shape(x.shape)), device="meta")

@@ -37,8 +37,8 @@ class WholeCheckpoints:
         config = self._strategy.to_config()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
-        options = config["options"] | {"writer": config["writer"]}
-        return {"strategy": config["name"], "options": options, "parameters": shapes}
+        name = config["name"] or config["parts"]
+        return {"strategy": name, "options": config["options"], "parameters": shapes}
 
     def resume_path(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to resume from, whole and of this run, or None where none is wanted.

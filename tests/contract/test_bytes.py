@@ -28,7 +28,7 @@ def on_one(case: Case, shape: tuple[int, ...], role: str, dtype: torch.dtype) ->
     return lowmem.LowMemOptimizer([group], case.create(), lr=1e-3), p
 
 
-@pytest.mark.composed
+@pytest.mark.changed
 def test_planned_bytes_are_held_bytes(case: Case, dtype: torch.dtype) -> None:
     for shape, role in [*((s, "matrix") for s in SHAPES), *((s, "other") for s in VECTORS)]:
         optimizer, p = on_one(case, shape, role, dtype)
@@ -42,7 +42,7 @@ def test_planned_bytes_are_held_bytes(case: Case, dtype: torch.dtype) -> None:
         assert lowmem.state_bytes(case.create(), shape, dtype, role) == held(optimizer), shape
 
 
-@pytest.mark.composed
+@pytest.mark.changed
 def test_planned_bytes_of_a_model_are_held_bytes(case: Case, dtype: torch.dtype) -> None:
     whole = runs.record(case, dtype)
     with torch.device("meta"):
@@ -54,7 +54,7 @@ def test_planned_bytes_of_a_model_are_held_bytes(case: Case, dtype: torch.dtype)
     assert planned >= whole.bytes_held  # the rest are constants that all tensors share
 
 
-@pytest.mark.composed
+@pytest.mark.changed
 def test_keys_shapes_and_dtypes_never_change(case: Case, dtype: torch.dtype) -> None:
     whole = runs.record(case, dtype)
     if case.create().schedule.switches(runs.GAP):

@@ -34,7 +34,7 @@ def all_finite(optimizer: object, model: zoo.Zoo) -> bool:
     return all(torch.isfinite(v).all() for v in [*floating, *model.parameters()])
 
 
-@pytest.mark.composed
+@pytest.mark.changed
 def test_bad_elements_keep_their_weight_and_are_counted(case: Case, dtype: torch.dtype) -> None:
     for at in (0, 2):
         check_bad_elements(case, dtype, at)
