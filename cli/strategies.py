@@ -97,7 +97,7 @@ def _rows(options: Iterable[dict[str, Any]]) -> list[tuple[Any, ...]]:
         (
             o["name"],
             " | ".join(map(str, o["choices"])) if o["choices"] else o["type"],
-            o["default"],
+            "as states" if o["default"] == "" else o["default"],
             o["help"],
         )
         for o in options

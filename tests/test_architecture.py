@@ -25,6 +25,7 @@ FLOORS = {
         {"contract"},
         {"codecs", "factored", "writers"},
         {"engine"},
+        {"elementwise"},
         {"rules"},
         {"residuals", "projectors"},
         {"subspace"},

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.engine import noise
+from lowmem.optim.engine.cutting import LADDER
 
 State = dict[str, Tensor]
 
@@ -111,6 +112,18 @@ class Rotate:
     matrix: Tensor
     axis: int
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """C x along the axis."""
+        return self.along(self.matrix, x)
+
+    def squares(self, x: Tensor) -> Tensor:
+        """(C o C) x along the axis: what becomes of variances of independent coordinates."""
+        return self.along(self.matrix.square(), x)
+
+    def along(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """A matrix applied to the axis of the basis."""
+        return matrix @ x if self.axis == 0 else x @ matrix.t()
+
 
 Change = Keep | Reset | Rotate
 
@@ -120,6 +133,7 @@ class Lookup:
 
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], Tensor] = {}
+        self.tables: dict[Hashable, Any] = {}
 
     def __call__(
         self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device, times: int = 1
@@ -216,6 +230,7 @@ class ChunkHyper:
         finite: bool, per element: False where the step must not be taken.
         position: (rows, width) int32 global element indices.
         keys: (streams, 2) int32; `streams` names its rows.
+        weight: the chunk's weight before the step, fp32, for a rule that reads it.
     """
 
     scalars: Tensor
@@ -226,6 +241,7 @@ class ChunkHyper:
     position: Tensor
     keys: Tensor
     streams: tuple[str, ...]
+    weight: Tensor | None = None
 
     def keep(self, new: Tensor, old: Tensor) -> Tensor:
         """New where the gradient was finite, old elsewhere (in fp32, before encoding)."""
@@ -236,8 +252,7 @@ class ChunkHyper:
         return noise.bits(self.position, self.keys[self.streams.index(use)])
 
 
-@runtime_checkable
-class Pointwise(Protocol):
+class Pointwise:
     """A rule that treats each block of `grain` elements alone.
 
     Attributes:
@@ -246,30 +261,57 @@ class Pointwise(Protocol):
         fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
-
-    A rule may also have `chunk`, the most elements (a multiple of `grain`) that an eager
-    step should see at once: its own scratch decides when a chunk leaves the cache.
+        reads_weight: `ChunkHyper.weight` must be there, so that the rule cannot step inside another.
+        chunk: the most elements (a multiple of `grain`) that an eager step should see at once:
+            its own scratch decides when a chunk leaves the cache.
     """
 
     @property
-    def grain(self) -> int: ...
+    def grain(self) -> int:
+        """Any number of elements."""
+        return 1
+
     @property
-    def per(self) -> Mapping[str, int]: ...
+    def per(self) -> Mapping[str, int]:
+        """Nothing is cut."""
+        return {}
+
     @property
-    def fill(self) -> Mapping[str, int]: ...
+    def fill(self) -> Mapping[str, int]:
+        """Zero is zero."""
+        return {}
+
     @property
-    def streams(self) -> tuple[str, ...]: ...
+    def streams(self) -> tuple[str, ...]:
+        """Nothing is drawn."""
+        return ()
+
     @property
-    def compilable(self) -> bool: ...
+    def compilable(self) -> bool:
+        """Most rules fuse."""
+        return True
+
+    @property
+    def reads_weight(self) -> bool:
+        """Most rules do not."""
+        return False
+
+    @property
+    def chunk(self) -> int:
+        """As many as fit the cache with a few temporaries."""
+        return LADDER[0]
 
     def init(self, x: Tensor) -> State:
-        """Fresh state for a tensor like x."""
+        """Fresh state for a tensor like x; nothing."""
+        return {}
 
     def shared(self, x: Tensor) -> State:
-        """Constants that one optimizer holds once for each key."""
+        """Constants that one optimizer holds once for each key; none."""
+        return {}
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
-        """The fp32 numbers that the step needs, 1-D, once for each tensor."""
+        """The fp32 numbers that the step needs, 1-D, once for each tensor; none."""
+        return hp.vector(0.0, dtype=torch.float32)
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk.
@@ -277,9 +319,7 @@ class Pointwise(Protocol):
         A chunk is (rows, width), a row being one block of `grain` elements or, where that is 1, any
         number of them. A state tensor of one dimension comes as (rows, width / per), another as it is.
         """
-
-    def moments(self, s: State) -> State:
-        """Decoded moments, flat fp32, for modifiers."""
+        raise NotImplementedError(f"{type(self).__name__} takes no step")
 
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
         """Carry the state of a projected (r, n) or (m, r) matrix over a basis change."""
@@ -316,7 +356,7 @@ AnyRule = Pointwise | Rule
 
 def is_pointwise(rule: AnyRule) -> TypeGuard[Pointwise]:
     """Which of the two kinds a rule is."""
-    return hasattr(rule, "grain")
+    return isinstance(rule, Pointwise)
 
 
 def apply_in_place(state: State, new: State) -> None:

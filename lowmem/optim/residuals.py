@@ -18,6 +18,7 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, State
+from lowmem.optim.elementwise import coded
 from lowmem.optim.rules.sgd import SGD
 
 
@@ -99,4 +100,4 @@ class Stateless:
 
     def aside(self) -> AnyRule:
         """The same step, of the whole gradient."""
-        return SGD(self.scale, sign=self.sign)
+        return coded(SGD(self.scale, sign=self.sign))

@@ -161,11 +161,13 @@ def _restored(rules: Any, source: Any, writer: Any, schedule: Any, config: Mappi
 def text_of(value: Any) -> str:
     """A frozen part as text, the same in every process: what differs from its defaults.
 
-    >>> text_of(Stochastic(streams=("weight", "more")))
-    "Stochastic(streams=('weight', 'more'))"
+    >>> text_of(Stochastic())
+    'Stochastic()'
     """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {text_of(value[key])}" for key in sorted(value)) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(text_of(one) for one in value) + ")"
     if callable(value) and hasattr(value, "__qualname__"):
         return str(value.__qualname__)
     if not is_dataclass(value) or isinstance(value, type):

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lowmem.errors import UserError
-from lowmem.optim.codecs import codec
+from lowmem.optim.codecs import STATES, codec
 from lowmem.optim.contract import AnyRule, is_pointwise
+from lowmem.optim.elementwise import Elementwise, coded
 from lowmem.optim.strategy import Plain, Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.strategies.method import AXES, NONE, ROLES, Method
@@ -145,16 +146,22 @@ class Composition:
     def _states(self, role: str = "") -> States:
         """Precision of the moments of a role's rule."""
         own = self.frame(f"{role}_states") if role else ""
-        word = str(own or self.frame("states"))
-        if own or (role and self.words[role]):
+        word, seat = str(own or self.frame("states")), self.seat("rule")
+        moments = moments_of(seat.part) if seat else {}
+        told = {name: self.frame(f"{name}_states") for name in moments}
+        if own or (role and self.words[role]) or not any(told.values()):
             return word
-        seat = self.seat("rule")
-        each = {m: self.frame(f"{m}_states") or word for m in (moments_of(seat.part) if seat else ())}
-        return each if set(each.values()) - {word} else word
+        least = {
+            name: "fp32" if moment.each > 1 else moment.states or word for name, moment in moments.items()
+        }
+        return {name: one or min(word, least[name], key=STATES.index) for name, one in told.items()}
 
     def _rule(self, name: str, states: States, *, inside: bool = False) -> AnyRule | None:
         """The rule at a seat, inside the modifiers of its role."""
-        rule: AnyRule | None = self.make(name, states=states, inside=inside)
+        made = self.make(name, states=states, inside=inside)
+        if isinstance(made, Elementwise):
+            made = self.attempt(functools.partial(coded, made, states))
+        rule: AnyRule | None = made
         own = self.frame(f"{name}_modifiers") if name in ROLES else ""
         for word in modifiers("modifiers", own or self.method.word("modifiers", self.given), []):
             modifier = self.make(word)

@@ -11,8 +11,8 @@ lowmem lie in `axes` and `methods`; those of another package are found by an ent
 point in the group "lowmem.strategies" that names their module.
 
 Some parameters the composition fills in itself, where a factory has them:
-`states` (a rule: precision of its moments, a word or a mapping from moment to word)
-and `inside` (a rule: whether it steps in a subspace).
+`states` (of a rule that is not `Elementwise`: precision of its moments) and `inside`
+(of a rule: whether it steps in a subspace).
 """
 
 from __future__ import annotations

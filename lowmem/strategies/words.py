@@ -15,6 +15,7 @@ from typing import Any
 
 from lowmem.errors import nearest
 from lowmem.optim.codecs import STATES
+from lowmem.optim.elementwise import Elementwise, Moment
 from lowmem.optim.subspace import ON_REFRESH
 from lowmem.strategies.method import AXES, NONE, ROLES, Method
 from lowmem.strategies.options import Limits, Option
@@ -154,9 +155,12 @@ def _states(name: str, default: str, help: str) -> Option:
 
 
 @functools.lru_cache(maxsize=256)
-def moments_of(part: Part) -> tuple[str, ...]:
+def moments_of(part: Part) -> Mapping[str, Moment]:
     """The moments of a rule that may have a precision each; none where it holds them in its own way."""
-    return ()
+    if part.told:
+        return {}
+    rule = part.make({name: option.default for name, option in part.options.items()})
+    return rule.moments if isinstance(rule, Elementwise) else {}
 
 
 def holds_moments(part: Part) -> bool:

@@ -65,7 +65,7 @@ def test_parts_of_every_axis() -> None:
         kind: list(parts(kind)) for kind in KINDS
     }
     text = runner.invoke(cli.app, ["strategies", "--parts"], env={"COLUMNS": "300"}).stdout
-    assert all(one["name"] in text and one["summary"] in text for found in listed.values() for one in found)
+    assert all(one["name"] in text for found in listed.values() for one in found)
     assert "leave galore or --parts out" in refused("strategies", "galore", "--parts")
 
 

@@ -110,7 +110,8 @@ def changed() -> list[Case]:
     found = []
     for name, entry in lowmem.available().items():
         for key, option in entry.options.items():
-            found += [case(name, **{key: value}) for value in others(option) if key not in entry.axes]
+            if key not in entry.axes and not key.endswith("_states"):
+                found += [case(name, **{key: value}) for value in others(option)]
     return found
 
 

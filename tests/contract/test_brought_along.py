@@ -20,15 +20,17 @@ from dataclasses import dataclass
 
 import lowmem.strategies as strategies
 from lowmem.optim.projectors.coordinate import Columns
-from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.elementwise import Elementwise
 
 
 @dataclass(frozen=True)
-class Halved(SGD):
+class Halved(Elementwise):
     """Half of the gradient."""
 
-    def step(self, g, s, hp):
-        return 0.5 * g, {}
+    ages, uses = False, frozenset()
+
+    def direction(self, g, m, old, x):
+        return 0.5 * g
 
 
 @strategies.part("rule")

@@ -13,7 +13,9 @@ import torch
 
 import lowmem
 from lowmem.errors import UserError
+from lowmem.optim.elementwise import coded
 from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.microadam import MicroAdam
 from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import Kahan
@@ -76,8 +78,7 @@ def test_a_strategy_comes_back_from_its_options(composition: Case) -> None:
 
 
 def by_hand(scale: float = 1.0) -> Strategy:
-    rule = SGD(scale)
-    return Strategy(rules={"matrix": rule, "other": Adam()}, source=Backprop())
+    return Strategy(rules={"matrix": coded(SGD(scale)), "other": coded(Adam())}, source=Backprop())
 
 
 def test_a_strategy_without_a_name_is_its_own_key() -> None:
@@ -98,7 +99,7 @@ def test_a_strategy_that_was_changed_loses_its_name() -> None:
 
 
 def test_equal_rules_are_one_object() -> None:
-    strategy = Strategy(rules={"matrix": Adam(), "other": Adam()}, source=Backprop())
+    strategy = Strategy(rules={"matrix": MicroAdam(), "other": MicroAdam()}, source=Backprop())
     assert strategy.rules["matrix"] is strategy.rules["other"]
 
 
@@ -239,9 +240,9 @@ def test_roles_take_rules_precision_and_options_of_their_own() -> None:
     made = lowmem.create(
         "galore", embedding="adafactor", embedding_beta1=0.5, head_states="int8", vector="sgd"
     )
-    assert made.rules["vector"] == SGD()
-    assert made.rules["head"] == Adam.of("int8")
-    assert made.rules["other"] == Adam()
+    assert made.rules["vector"] == coded(SGD())
+    assert made.rules["head"] == coded(Adam(), "int8")
+    assert made.rules["other"] == coded(Adam())
     assert made.rules["embedding"] != lowmem.create("galore", embedding="adafactor").rules["embedding"]
     assert lowmem.create("galore", **made.options) == made
 
@@ -286,3 +287,11 @@ def test_a_part_must_say_what_it_is() -> None:
         part("rule")(telling)
     with pytest.raises(ValueError, match="'adam' is registered twice"):
         part("rule", "adam")(twice)
+
+
+def test_a_moment_may_have_a_precision_of_its_own() -> None:
+    made = lowmem.create("adamw", states="int8", exp_avg_sq_states="bf16")
+    assert made.rules["matrix"] == coded(Adam(), {"exp_avg": "int8", "exp_avg_sq": "bf16"})
+    assert made.rules["small"] == coded(Adam(), {"exp_avg": "fp32", "exp_avg_sq": "bf16"})
+    assert lowmem.create("adamw", **made.options) == made
+    assert "rule=adafactor holds no exp_avg" in said("adafactor", exp_avg_states="bf16")

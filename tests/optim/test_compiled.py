@@ -16,8 +16,8 @@ from torch._inductor.exc import CppCompileError, InductorError
 
 import lowmem
 from lowmem.optim.blocks import Dense
-from lowmem.optim.codecs import codec
 from lowmem.optim.contract import Hyper
+from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.kernels import _Compiled, _forget_instructions, compiled
 from lowmem.optim.engine.layout import ROW
@@ -27,8 +27,8 @@ from lowmem.strategies import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
 
-CODES = Momentum(codec("int8", signed=True, stream="momentum"), 0.9)
-NOISY = Momentum(codec("bf16", signed=True, stream="momentum"), 0.9)
+CODES = coded(Momentum(0.9), "int8")
+NOISY = coded(Momentum(0.9), "bf16")
 
 
 class Whole(Chunks):
@@ -80,7 +80,7 @@ def forbid_torch_compile(kernel: Any) -> None:
         (NOISY, "stochastic", torch.bfloat16, 0.0),
         (CODES, "", torch.float32, 0.0),
         # addcmul rounds once in torch and twice in generated code, for numbers of order 1
-        (Adam(), "nearest", torch.float32, 2.0**-21),
+        (coded(Adam()), "nearest", torch.float32, 2.0**-21),
     ],
     ids=["codes", "noise", "projected", "adam"],
 )

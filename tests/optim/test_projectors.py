@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.codecs import codec
 from lowmem.optim.contract import AnyRule, Hyper, State
+from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.projectors import Projector
 from lowmem.optim.projectors.coordinate import Columns, Elements
@@ -134,7 +134,7 @@ def test_descent_in_the_subspace_and_descent_of_the_rest_are_descent(
     projector: Projector, shape: tuple[int, int]
 ) -> None:
     """Over three refreshes: down, up, residual and side must all fit together."""
-    weights, _ = follow(Subspace(projector, SGD(), Stateless(sign=False)), shape)
+    weights, _ = follow(Subspace(projector, coded(SGD()), Stateless(sign=False)), shape)
     expected = weights[0] - 0.1 * sum(normal(*shape, seed=t + 1) for t in range(7))
     torch.testing.assert_close(weights[-1], expected, rtol=0, atol=2e-6)
 
@@ -143,8 +143,10 @@ def test_descent_in_the_subspace_and_descent_of_the_rest_are_descent(
 class Average(Momentum):
     """m <- m + (1 - beta)(g - m), d = m."""
 
-    def init(self, x: Tensor) -> State:
-        return super().init(x) | {"rate": torch.ones((), device=x.device)}
+    given: ClassVar[tuple[str, ...]] = ()
+
+    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
+        return 1.0 - self.beta, 1.0
 
 
 FIXED: dict[str, Projector] = {
@@ -161,7 +163,7 @@ def test_momentum_of_what_a_fixed_subspace_sees_and_descent_of_the_rest(
     name: str, shape: tuple[int, int]
 ) -> None:
     """At full rank it is momentum of everything."""
-    projector, average = FIXED[name], Average(codec("fp32", signed=True, stream="momentum"), 0.9)
+    projector, average = FIXED[name], coded(Average(0.9))
     weights, state = follow(Subspace(projector, average, Stateless(sign=False)), shape)
     view = {key.removeprefix("projector."): v for key, v in state.items() if key.startswith("projector.")}
     w, m = weights[0], torch.zeros(shape)
@@ -187,7 +189,9 @@ def in_order(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor,
 def test_order_and_signs_of_a_basis_do_not_matter_to_moments_that_rotate(shape: tuple[int, int]) -> None:
     def apart(on_refresh: str) -> float:
         ends = [
-            follow(Subspace(Orthonormal(Frame(3), find, GAP), Adam(), Drop(), on_refresh), shape, lr=0.01)[0]
+            follow(
+                Subspace(Orthonormal(Frame(3), find, GAP), coded(Adam()), Drop(), on_refresh), shape, lr=0.01
+            )[0]
             for find in (in_order, shuffled)
         ]
         return float((ends[0][-1] - ends[1][-1]).abs().max())

@@ -159,7 +159,7 @@ class Chunks:
         """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
         if self.compile and (rule is None or rule.compilable):
             return cutting.compiled_spans(count)
-        return cutting.eager_spans(count, getattr(rule, "chunk", LADDER[0]), rule.grain if rule else 1)
+        return cutting.eager_spans(count, rule.chunk if rule else LADDER[0], rule.grain if rule else 1)
 
     def kernel(
         self,

@@ -57,7 +57,8 @@ def body(
         finite = gradient.abs() <= torch.where(ok, LARGEST, -1.0)
         gradient = torch.where(finite, gradient, 0.0)
         position = row + start + column if streams else start
-        hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, position, words, streams)
+        seen = w.float() if rule and rule.reads_weight else None
+        hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, position, words, streams, seen)
         direction, new = rule.step(gradient, state, hp) if rule else (gradient, {})
         direction = torch.where(finite, direction, 0.0)
         if writer is None:

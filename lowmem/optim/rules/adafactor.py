@@ -23,14 +23,16 @@ the weight's size is allocated. Three things are decided here:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense, Direction
-from lowmem.optim.codecs import codec
 from lowmem.optim.contract import Change, Hyper, Reset, State, part, prefixed, reset_
+from lowmem.optim.elementwise import Coded, coded
+from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.factored import Factored, RowCol
 from lowmem.optim.rules.moments import Momentum, Square
@@ -65,8 +67,8 @@ class Adafactor:
         {'square.row': (3,), 'square.col': (5,), 'age': ()}
     """
 
-    square: Square
-    momentum: Momentum | None = None
+    square: Coded
+    momentum: Coded | None = None
     factored: Factored = field(default_factory=RowCol)
     clip_threshold: float = 1.0
     scale_parameter: bool = False
@@ -99,8 +101,8 @@ class Adafactor:
         }
         if any(bad.values()):
             raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
-        square = Square(codec(states, signed=False, stream="square"), decay_rate, eps1)
-        momentum = Momentum(codec(states, signed=True, stream="momentum"), beta1) if beta1 else None
+        square = coded(Square(decay_rate, eps1), states)
+        momentum = coded(Momentum(beta1), states) if beta1 else None
         return cls(
             square, momentum, RowCol(floor), clip_threshold, scale_parameter, eps2, relative_step, warmup
         )
@@ -135,10 +137,11 @@ class Adafactor:
     def _matrix(self, g: Blocks, s: State, hp: Hyper) -> tuple[Blocks, Tensor]:
         """U of a matrix, row block by row block; two passes over G, and one when U is read."""
         held = part(s, "square")
-        new = self.factored.reduce(g, self.square.eps, hp)
+        rule = cast("Square", self.square.rule)
+        new = self.factored.reduce(g, rule.eps, hp)
         ok = self.factored.sound(new, hp)
         s["age"].add_(ok)
-        self.factored.average_(held, new, self.square.rate(s, hp), ok)
+        self.factored.average_(held, new, numbers_of(rule, s["age"], hp)[0], ok)
         p, q = self.factored.roots(held, hp)
         norms = torch.empty_like(p)
         for i, j in walk(g.ranges(), p):

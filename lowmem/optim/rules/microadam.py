@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.contract import Change, ChunkHyper, Hyper, Reset, State, reset_
+from lowmem.optim.contract import Change, ChunkHyper, Hyper, Pointwise, Reset, State, reset_
 
 BLOCK = 4096
 """Elements from which the largest are taken; indices fit in 16 bits."""
@@ -39,7 +39,7 @@ SMALLEST = 1e-37
 
 
 @dataclass(frozen=True)
-class MicroAdam:
+class MicroAdam(Pointwise):
     """Adam's moments computed anew from the last few sparse gradients.
 
     Bytes for d elements, b = ceil(d / 4096) blocks, k = ceil(4096 density) entries of each:
@@ -65,7 +65,6 @@ class MicroAdam:
     density: float = 0.01
     bucket: int = BLOCK
     grain: int = BLOCK
-    streams: tuple[str, ...] = ()
     compilable: bool = False  # selecting and scattering do not fuse
     chunk: int = 1 << 18  # its scratch is eight times the chunk: larger ones leave the cache
 
@@ -83,11 +82,6 @@ class MicroAdam:
         return {"index": BLOCK, "value": BLOCK, "error.codes": BLOCK, "error.range": BLOCK}
 
     @property
-    def fill(self) -> Mapping[str, int]:
-        """Chunks are whole blocks: no entry is ever padded."""
-        return {}
-
-    @property
     def kept(self) -> int:
         """Elements selected in a block."""
         return math.ceil(self.density * BLOCK)
@@ -103,10 +97,6 @@ class MicroAdam:
             "error.range": torch.zeros(buckets, dtype=torch.bfloat16, device=x.device),
             "age": torch.zeros((), dtype=torch.int32, device=x.device),
         }
-
-    def shared(self, x: Tensor) -> State:
-        """Nothing."""
-        return {}
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """Both betas, (1 - beta) / (1 - beta^t) for each, eps; betas in double precision."""
@@ -153,10 +143,6 @@ class MicroAdam:
             m.scatter_add_(1, at, first[:, row])
             v.scatter_add_(1, at, second[:, row])
         return m.div_(v.sqrt_().add_((eps / unit).clamp(min=SMALLEST)))
-
-    def moments(self, s: State) -> State:
-        """None: they exist only while a step is taken."""
-        return {}
 
     def check_rebase(self, kind: str) -> None:
         """Positions and what is owed belong to one basis: all that can be done is to forget them."""

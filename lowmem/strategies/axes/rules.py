@@ -1,11 +1,15 @@
-"""How a step is made of a gradient."""
+"""How a step is made of a gradient.
+
+A rule that a paper writes element by element is given as it is; the composition holds its moments
+as `states` says. One that needs the whole tensor takes `states` itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 from lowmem.optim.contract import AnyRule
+from lowmem.optim.elementwise import Elementwise
 from lowmem.optim.rules.adafactor import Adafactor
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.microadam import MicroAdam
@@ -13,24 +17,21 @@ from lowmem.optim.rules.sgd import SGD
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
 
-States = str | Mapping[str, str]
-"""Precision of moments: one word for all, or a word for each."""
-
 
 @part("rule")
-def adam(*, states: States) -> AnyRule:
+def adam() -> Elementwise:
     """Adam: two moments with bias correction."""
-    return Adam.of(str(states))
+    return Adam()
 
 
 @part("rule")
-def sgd() -> AnyRule:
+def sgd() -> Elementwise:
     """The gradient itself; no state."""
     return SGD()
 
 
 @part("rule")
-def signsgd() -> AnyRule:
+def signsgd() -> Elementwise:
     """The sign of the gradient; no state."""
     return SGD(sign=True)
 
@@ -38,7 +39,7 @@ def signsgd() -> AnyRule:
 @part("rule")
 def adafactor(
     *,
-    states: States,
+    states: str,
     inside: bool,
     scale_parameter: bool = False,
     relative_step: bool = False,
@@ -62,7 +63,7 @@ def adafactor(
         eps2: Least rms of a weight that scale_parameter counts.
     """
     return Adafactor.of(
-        str(states),
+        states,
         scale_parameter=scale_parameter,
         relative_step=relative_step,
         warmup=warmup,
