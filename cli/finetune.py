@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lowmem.config import RunConfig, default_output, from_flags, read
+from lowmem.errors import UserError
 
 from . import render
 from ._configs import find, problems, shipped
@@ -34,6 +35,11 @@ def command(
     with Bars() as progress:
         result = recipe.finetune(run, progress=progress)
     render.emit(result, None if as_json else _tables(result, run), as_json)
+    if ruined := result.get("nonfinite_weights"):
+        raise UserError(
+            f"the model in {result['output_dir']} is ruined: {len(ruined)} tensors hold numbers that are not "
+            f"finite (first {ruined[0]}); lower lr and start afresh"
+        )
 
 
 def _base(given: dict[str, Any], config: str | None) -> dict[str, Any]:
@@ -74,10 +80,12 @@ def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None
         f"{render.size(count)} with {dtype} moments ({state / count - 1:+.0%})"
         for dtype, count in result["adamw_state_bytes"].items()
     ]
+    ruined = result["nonfinite_weights"]
     return [
         ("held-out loss", _before_after(loss["before"], loss["after"])),
         ("training", f"{steps} step{'s' * (steps != 1)} in {render.seconds(result['seconds'])}"),
         ("not stepped", f"{skipped:,} elements had a gradient that is not finite" if skipped else None),
+        ("ruined", f"{len(ruined)} weight tensors hold numbers that are not finite" if ruined else None),
         ("optimizer state", f"{render.size(state)} ({state:,} bytes)"),
         ("AdamW would hold", "\n".join(against)),
         ("peak memory", render.size(result["peak_bytes"]) if result["peak_bytes"] else None),

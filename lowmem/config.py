@@ -55,9 +55,7 @@ class RunConfig:
     """
 
     model: str = _knob(MISSING, "Model", "name (see `lowmem models`), local path or Hub id")
-    dtype: str = _knob(
-        "bfloat16", "Model", "dtype of the weights", choices=("bfloat16", "float16", "float32")
-    )
+    dtype: str = _knob("bfloat16", "Model", "of the weights", choices=("bfloat16", "float16", "float32"))
     lora_rank: int | None = _knob(None, "Model", "train LoRA adapters of this rank only", least=1)
     quantize: str | None = _knob(
         None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)
@@ -104,6 +102,7 @@ class RunConfig:
     batch_size: int = _knob(1, "Run", "rows per forward pass", least=1)
     accumulation: int = _knob(1, "Run", "forward passes per optimizer step", least=1)
     seed: int = _knob(0, "Run", "seed of everything random", least=0, below=2**32)
+    nonfinite_limit: int = _knob(5, "Run", "end after so many losses that are not finite; 0 never", least=0)
     threads: int | None = _knob(None, "Run", "CPU threads; torch decides when not given", least=1)
 
     output_dir: str | None = _knob(None, "Output", "folder to write; outputs/MODEL-OPTIM when not given")

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import RunConfig, dump, load
+from lowmem.config import RunConfig, dump
 from lowmem.console import Console
 from lowmem.errors import UserError
 
@@ -39,27 +38,25 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
         KeyboardInterrupt: Ctrl-C; during training its checkpoint is saved first.
     """
     from lowmem.models.quiet import quiet
-    from lowmem.training.output import claim
+    from lowmem.training.output import begin, check_model_stays, claim
 
     console = progress or Console()
     folder = config.output_path
     with quiet(), _threads(config.threads), _closing(console):
         args = arguments(config)
-        start, notes = claim(folder, resume=config.resume, overwrite=config.overwrite)
-        _keep_own_model(config, folder)
-        for note in [*notes, *_changed(config, folder)]:
-            console.say(note)
-        with _no_empty_folder(folder):
+        check_model_stays(folder, config.model, config.overwrite)
+        with claim(folder, resume=config.resume, overwrite=config.overwrite) as (start, notes):
+            for note in notes:
+                console.say(note)
             trainer = prepare(config, args, console)
-            trainer.resume_path(
-                str(start) if start else None
-            )  # refuses another run's before anything is done
+            trainer.resume_path(str(start) if start else None)  # refuses another run's before it is touched
             before = _measure(trainer, config.prompt, console, "before")
-            _open(config, folder)
-        measured = _train(config, trainer, start, console)
-        after = _measure(trainer, config.prompt, console, "after")
-        result = _result(config, trainer, measured, before, after, start)
-        _write(folder, trainer, result, measured["profile"], (before["loss"], after["loss"]), console)
+            resolved = dataclasses.replace(config, output_dir=str(folder), resume=False, overwrite=False)
+            begin(folder, dump(resolved), overwrite=config.overwrite)
+            measured = _train(config, trainer, start, console)
+            after = _measure(trainer, config.prompt, console, "after")
+            result = _result(config, trainer, measured, before, after, start)
+            _write(folder, trainer, result, measured["profile"], console)
     return result
 
 
@@ -98,6 +95,7 @@ def arguments(config: RunConfig) -> Any:
         max_length=config.seq_len,
         packing=config.packing,
         seed=config.seed,
+        nonfinite_limit=config.nonfinite_limit,
         logging_steps=config.logging_steps,
         save_strategy="steps",
         save_steps=config.save_steps,
@@ -112,7 +110,10 @@ def arguments(config: RunConfig) -> Any:
 
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
-    from lowmem.data.load import ensure_chat_template, fitting, render_example, train_and_held_out
+    from lowmem.data.load import fitting, render_example
+    from lowmem.data.split import train_and_held_out
+    from lowmem.data.template import check_template
+    from lowmem.training.callbacks import Peak, Report
     from lowmem.training.trainer import LowMemSFTTrainer
 
     console.start("load")
@@ -122,8 +123,8 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     console.say(train.summary())
     console.say(held_out.summary())
     model, tokenizer = _model(config)
-    if ensure_chat_template(tokenizer):
-        console.say("the tokenizer has no chat template: ChatML is used, and saved with it")
+    if train.conversational or held_out.conversational:
+        check_template(model, tokenizer, console)
     train, held_out = (fitting(part, tokenizer, config.seq_len, console) for part in (train, held_out))
     console.say(f"one example, the loss counts what is in [[ ]]: {render_example(train.rows[0], tokenizer)}")
     args.packing_strategy = train.packing_strategy
@@ -134,12 +135,21 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
         eval_dataset=held_out.dataset(),
         processing_class=tokenizer,
         peft_config=_adapters(config),
-        callbacks=_callbacks(console),
+        callbacks=[Report(console), Peak()],
     )
     _replace_printers(trainer)
+    trainer.tell, trainer.origin = console.say, _origin(config)
     trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
     console.finish()
     return trainer
+
+
+def _origin(config: RunConfig) -> dict[str, Any]:
+    """What decides which rows a checkpoint has seen, and over which frozen weights."""
+    from lowmem.training.settings import place
+
+    places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
+    return places | {name: getattr(config, name) for name in ("data_format", "eval_rows", "quantize")}
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
@@ -178,12 +188,6 @@ def _adapters(config: RunConfig) -> Any:
     )
 
 
-def _callbacks(console: Console) -> list[Any]:
-    from lowmem.training.callbacks import Peak, Report
-
-    return [Report(console), Peak()]
-
-
 def _replace_printers(trainer: Any) -> None:
     """Take off the callbacks that print to stdout and draw bars; `Report` does it instead."""
     from transformers import PrinterCallback, ProgressCallback
@@ -200,19 +204,6 @@ def _measure(trainer: Any, prompts: Sequence[str], console: Console, when: str) 
     loss = held_out_loss(trainer, console)
     console.finish()
     return {"loss": loss, "answers": answers(trainer.model, trainer.processing_class, prompts)}
-
-
-def _open(config: RunConfig, folder: Path) -> None:
-    """The first write: clear what is replaced, say what this run is."""
-    from lowmem.training.output import CONFIG, clear
-
-    if config.overwrite:
-        clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = dataclasses.replace(config, output_dir=str(folder), resume=False, overwrite=False)
-    beside = folder / f".{CONFIG}"
-    beside.write_text(dump(resolved), encoding="utf-8")
-    os.replace(beside, folder / CONFIG)
 
 
 def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console) -> dict[str, Any]:
@@ -278,6 +269,7 @@ def _result(
     """Everything worth knowing about the run, as plain values."""
     from lowmem.memory.count import model_state_bytes
     from lowmem.strategies import create
+    from lowmem.training.saving import nonfinite_weights
 
     answered = zip(config.prompt, before["answers"], after["answers"], strict=True)
     adamw = {
@@ -294,6 +286,7 @@ def _result(
         "seconds": measured["seconds"],
         "state_bytes": trainer.lowmem_optimizer.state_bytes(),
         "nonfinite_elements": trainer.lowmem_optimizer.nonfinite(),
+        "nonfinite_weights": nonfinite_weights(trainer.model),
         "adamw_state_bytes": adamw,
         "peak_bytes": measured["peak"],
         "samples": [{"prompt": p, "before": b, "after": a} for p, b, a in answered],
@@ -302,23 +295,20 @@ def _result(
 
 
 def _write(
-    folder: Path,
-    trainer: Any,
-    result: dict[str, Any],
-    profile: dict[str, Any] | None,
-    losses: tuple[float, float],
-    console: Console,
+    folder: Path, trainer: Any, result: dict[str, Any], profile: dict[str, Any] | None, console: Console
 ) -> None:
-    """Model, tokenizer, picture and reports: made beside, then moved together."""
+    """Model, tokenizer, picture and reports: made beside, and there when all of them are."""
     from lowmem import report
     from lowmem.report.document import plain
-    from lowmem.training.output import results
+    from lowmem.training.output import earlier_report, results
     from lowmem.training.plot import loss_curve
 
     console.start("write")
-    history = [{"step": 0, "eval_loss": losses[0]}, *trainer.state.log_history]
-    history.append({"step": trainer.state.global_step, "eval_loss": losses[1]})
-    with results(folder) as made:
+    history = [{"step": 0, "eval_loss": result["loss"]["before"]}, *trainer.state.log_history]
+    history.append({"step": result["steps"], "eval_loss": result["loss"]["after"]})
+    profile = profile or earlier_report(folder, result["steps"])  # a finished run has no step left to measure
+    of_results = {key: result[key] for key in ("strategy", "steps", "nonfinite_weights")}
+    with results(folder, of_results) as made:
         trainer.save_model(str(made))
         loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")
         of_run = plain({"result": result, "log": trainer.state.log_history})
@@ -327,34 +317,6 @@ def _write(
         if profile is not None:
             report.write(profile, made / "memory_report.html")
     console.finish()
-
-
-def _changed(config: RunConfig, folder: Path) -> Iterator[str]:
-    """Settings that differ from the run that is resumed: allowed, but no longer the same run."""
-    if not config.resume or not (folder / "config.yaml").is_file():
-        return
-    earlier = load(folder / "config.yaml")
-    for field in dataclasses.fields(config):
-        old, new = getattr(earlier, field.name), getattr(config, field.name)
-        if old != new and field.name not in (
-            "resume",
-            "overwrite",
-            "output_dir",
-            "prompt",
-            "report",
-            "threads",
-        ):
-            yield f"resuming with another {field.name}: {old!r} -> {new!r}"
-
-
-def _keep_own_model(config: RunConfig, folder: Path) -> None:
-    """Overwriting a folder must not delete the model that is read from it."""
-    if config.overwrite and Path(config.model).exists() and folder.resolve() in (
-        Path(config.model).resolve(), *Path(config.model).resolve().parents
-    ):  # fmt: skip
-        raise UserError(
-            f"output_dir: it holds the model that is trained, {config.model}; name another folder"
-        )
 
 
 @contextmanager
@@ -377,18 +339,6 @@ def _closing(console: Console) -> Iterator[None]:
         yield
     finally:
         console.finish()
-
-
-@contextmanager
-def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """Take away a folder that a trainer made before an error."""
-    existed = folder.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
 
 
 if __name__ == "__main__":

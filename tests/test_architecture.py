@@ -20,7 +20,7 @@ FREE = {"errors", "config", "configs", "console"}  # may be imported by all
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"checks", "engine.noise", "engine.cutting"},
+        {"checks", "dynamic", "engine.noise", "engine.cutting"},
         {"blocks"},
         {"contract"},
         {"codecs", "factored", "writers"},

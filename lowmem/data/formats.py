@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.data.folders import listed
 from lowmem.errors import UserError, nearest
 
 Row = dict[str, Any]
@@ -143,7 +144,8 @@ def detect_format(row: Mapping[str, Any], source: str = "the data") -> Format:
     if null:
         raise UserError(f"{source} ({null[0][0].name}): {_null(null[0][1])}")
     shapes = "; ".join(f"{f.name}: {f.example}" for f in _FORMATS)
-    raise UserError(f"{source} has the fields {', '.join(row) or '(none)'}, which fit no format ({shapes})")
+    have = listed([key[:40] for key in row], 8) or "(none)"
+    raise UserError(f"{source} has the fields {have}, which fit no format: rename columns ({shapes})")
 
 
 def _null(key: str) -> str:
@@ -263,10 +265,10 @@ _FORMATS = (
     Format(
         "sharegpt",
         ("conversations",),
-        "conversations [{from, value}] or [{role, content}]",
+        "conversations [{from, value}]",
         _conversation("conversations"),
     ),
-    Format("prompt_completion", ("prompt", "completion"), "prompt, completion (texts or messages)", _pair),
+    Format("prompt_completion", ("prompt", "completion"), "prompt, completion", _pair),
     Format("alpaca", ("instruction",), "instruction, input, output", _alpaca),
     Format("question_answer", ("question", "answer"), "question, answer", _question),
     Format("text", ("text",), "text", _plain),

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowmem.data.readers import Place, Row
+from lowmem.data.files import COMPRESSED, Place, Row
 from lowmem.errors import UserError, first_line
 from lowmem.models import hub
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", *COMPRESSED)
 
 
 def looks_like_hub(name: str) -> bool:

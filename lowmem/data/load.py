@@ -6,13 +6,15 @@
 
 The shape of the rows is recognised (`formats`) and returned, so that the caller can say it
 aloud; every row is checked before training starts, and an error names its place. Nothing
-is left out in silence: rows without an answer are skipped and counted, fields that no part
-of a row is made from are named, and rows whose answers `seq_len` would cut off are counted.
+is left out in silence: rows without an answer are skipped and counted, files that are not
+read and fields that no part of a row is made from are named, and rows whose answers `seq_len`
+would cut off are counted.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -22,9 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.console import Console
 from lowmem.data import hub as hub_data
+from lowmem.data.columns import Columns, understood
 from lowmem.data.examples import Example, answer_fits, ensure_chat_template, render_example
+from lowmem.data.files import Place
+from lowmem.data.folders import listed
 from lowmem.data.formats import Fields, Format, Row, RowError, detect_format, formats, named
-from lowmem.data.readers import Place, files_of, read_path, split_of
+from lowmem.data.readers import held, look, read_path
 from lowmem.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ __all__ = [
     "Example",
     "detect_format",
     "ensure_chat_template",
+    "files_by_split",
     "fitting",
     "formats",
     "load_data",
@@ -44,7 +50,6 @@ __all__ = [
     "render_example",
     "splits",
     "to_prompt_completion",
-    "train_and_held_out",
 ]
 
 DEMO = ("factbook",)
@@ -63,6 +68,9 @@ class Data:
         skipped: rows left out because their text or answer is empty.
         ignored: fields of the raw rows that hold something and are not used.
         too_long: rows left out because their answer lies beyond `seq_len` tokens (see `fitting`).
+        places: where each row stands; rows of one record have one place. () where nobody knows.
+        files: of a folder, the names of those read and the records in each.
+        notes: what else should be known about the choice of the rows, a few words each.
     """
 
     name: str
@@ -73,6 +81,9 @@ class Data:
     skipped: int = 0
     ignored: tuple[str, ...] = ()
     too_long: int = 0
+    places: tuple[Place, ...] = ()
+    files: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def conversational(self) -> bool:
@@ -95,7 +106,9 @@ class Data:
         skipped = f"; {self.skipped} without an answer skipped" if self.skipped else ""
         long = f"; {self.too_long} with the answer beyond seq_len left out" if self.too_long else ""
         ignored = f"; ignored fields: {', '.join(self.ignored)}" if self.ignored else ""
-        rows = f"{len(self.rows)} rows, {how} {self.format}{chat}{skipped}{long}{ignored}"
+        read = listed([f"{name} ({count})" for name, count in self.files])
+        more = "".join(f"; {note}" for note in ([f"files: {read}"] if read else []) + list(self.notes))
+        rows = f"{len(self.rows)} rows, {how} {self.format}{chat}{skipped}{long}{ignored}{more}"
         return f"{self.name} ({self.split}): {rows}"
 
     def dataset(self) -> Dataset:
@@ -107,9 +120,14 @@ class Data:
     def first(self, count: int, seed: int | None = None) -> Data:
         """At most `count` rows: the first ones, or with a seed a random choice in order."""
         if seed is None or count >= len(self.rows):
-            return replace(self, rows=self.rows[:count])
-        chosen = sorted(random.Random(seed).sample(range(len(self.rows)), count))
-        return replace(self, rows=tuple(self.rows[i] for i in chosen))
+            return self.only(range(min(count, len(self.rows))))
+        return self.only(sorted(random.Random(seed).sample(range(len(self.rows)), count)))
+
+    def only(self, indices: Iterable[int], **changes: Any) -> Data:
+        """The rows of these indices, each with its place, and other values changed."""
+        chosen = list(indices)
+        places = tuple(self.places[i] for i in chosen) if self.places else ()
+        return replace(self, rows=tuple(self.rows[i] for i in chosen), places=places, **changes)
 
 
 def load_data(
@@ -132,21 +150,36 @@ def load_data(
     """
     chosen = named(data_format) if data_format else None
     rows: list[Row] = []
+    places: list[Place] = []
     skipped, ignored = 0, dict[str, None]()
+    names = dict[str, str]()
     for place, raw in islice(load_rows(name_or_path, split), limit):
-        chosen = chosen or detect_format(raw, str(place))
-        converted, unread = _convert(chosen, raw, place)
+        columns = _columns(raw, place, chosen)
+        chosen = chosen or detect_format(columns.row, str(place))
+        converted, unread = _convert(chosen, columns, place)
+        names |= columns.called
         if converted:
             ignored |= dict.fromkeys(unread)
         skipped += not converted
         rows += converted
+        places += [place] * len(converted)
         if converted and type(converted[0].get("prompt")) is not type(rows[0].get("prompt")):
             raise UserError(f"{place}: prompts are text in some rows and messages in others; use one of them")
     if not rows or not chosen:
         empty = f"all {skipped} rows are empty" if skipped else "it holds no rows"
         raise UserError(f"{name_or_path} ({split}) has nothing to train on: {empty}")
-    recognised = data_format is None
-    return Data(str(name_or_path), split, chosen.name, recognised, tuple(rows), skipped, tuple(ignored))
+    return Data(
+        str(name_or_path),
+        split,
+        chosen.name,
+        data_format is None,
+        tuple(rows),
+        skipped,
+        tuple(ignored),
+        places=tuple(places),
+        files=_files_read(name_or_path, places),
+        notes=(*_other_names(names), *(_not_read(name_or_path) if split == "train" else ())),
+    )
 
 
 def load_rows(name_or_path: str, split: str = "train") -> Iterator[tuple[Place, Row]]:
@@ -171,7 +204,7 @@ def check_name(name_or_path: str) -> None:
     """
     path = _path(name_or_path)
     if path is not None:
-        files_of(path, None)
+        look(path)
     elif not hub_data.looks_like_hub(name_or_path):
         kind = "file or folder" if Path(name_or_path).suffix or "/" in name_or_path else "data"
         raise UserError(
@@ -181,48 +214,20 @@ def check_name(name_or_path: str) -> None:
 
 
 def splits(name_or_path: str) -> tuple[str, ...]:
-    """Splits that a path has: those that a folder's files are named after, else `train`.
+    """Splits that a path has: those that files, folders above them or keys are named after, else `train`.
 
     >>> splits("factbook")
     ('heldout', 'heldout_reserved', 'train', 'validation')
     """
+    return tuple(sorted(files_by_split(name_or_path)))
+
+
+def files_by_split(name_or_path: str) -> dict[str, tuple[str, ...]]:
+    """The same, with the names of the files; on the Hub there are none to name."""
     path = _path(name_or_path)
-    if path is None or not path.is_dir():
-        return ("train",)
-    return tuple(sorted({split_of(file) for file in files_of(path, None)}))
-
-
-def train_and_held_out(
-    data: str,
-    held_out: str | None = None,
-    *,
-    data_format: str | None = None,
-    rows: int = 80,
-    seed: int = 0,
-) -> tuple[Data, Data]:
-    """Rows to train on, and rows to evaluate on that are not among them.
-
-    The held-out rows are those of `held_out`; else those of the data's own held-out, validation or test
-    split; else a random tenth of the data (at most `rows`), taken out of training.
-
-    Args:
-        data: as for `load_data`.
-        held_out: other data to evaluate on.
-        data_format: of both.
-        rows: most rows to evaluate on.
-        seed: of the choice.
-
-    Raises:
-        UserError: as `load_data`; or a single row, which cannot be split.
-    """
-    train = load_data(data, data_format=data_format)
-    if held_out is not None:
-        split = _held_out_split(held_out) or "train"
-        return train, load_data(held_out, data_format=data_format, split=split).first(rows, seed)
-    own = _held_out_split(data)
-    if own is not None:
-        return train, load_data(data, data_format=data_format, split=own).first(rows, seed)
-    return _take_out(train, rows, seed)
+    if path is None:
+        return {"train": ()}
+    return {split: tuple(file.name for file in files) for split, files in held(path).splits.items()}
 
 
 def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, console: Console) -> Data:
@@ -239,7 +244,7 @@ def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, consol
     Raises:
         UserError: no row is left, or the chat template refuses one.
     """
-    kept = tuple(row for row in data.rows if answer_fits(row, tokenizer, seq_len))
+    kept = [i for i, row in enumerate(data.rows) if answer_fits(row, tokenizer, seq_len)]
     count, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
     if not kept:
         raise UserError(
@@ -248,7 +253,7 @@ def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, consol
     if count:
         rows = f"{count} of {len(data.rows)} rows have"
         console.say(f"{of}: {rows} no answer left within seq_len {seq_len} and are left out: raise seq_len")
-    return replace(data, rows=kept, too_long=count)
+    return data.only(kept, too_long=count)
 
 
 def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None) -> list[Row]:
@@ -261,17 +266,61 @@ def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None)
         >>> to_prompt_completion({"question": "2 + 2?", "answer": "4"})[0]["completion"]
         [{'role': 'assistant', 'content': '4'}]
     """
-    chosen = named(data_format) if data_format else detect_format(row)
-    return _convert(chosen, row, Place("the data", "row", 1))[0]
+    place = Place("the data", "row", 1)
+    chosen = named(data_format) if data_format else None
+    columns = _columns(row, place, chosen)
+    chosen = chosen or detect_format(columns.row)
+    return _convert(chosen, columns, place)[0]
 
 
-def _convert(chosen: Format, raw: Mapping[str, Any], place: Place) -> tuple[list[Row], list[str]]:
-    """Rows for TRL, and the raw row's fields that they are not made from."""
-    fields = Fields(raw)
+def _columns(raw: Mapping[str, Any], place: Place, chosen: Format | None) -> Columns:
     try:
-        return chosen.convert(fields), fields.unread()
+        return understood(raw, chosen)
     except RowError as error:
-        raise UserError(f"{place} ({chosen.name}): {error}") from error
+        raise UserError(f"{place}: {error}") from error
+
+
+def _convert(chosen: Format, columns: Columns, place: Place) -> tuple[list[Row], list[str]]:
+    """Rows for TRL, and what of the raw row they are not made from."""
+    fields = Fields(columns.row)
+    try:
+        converted = chosen.convert(fields)
+    except RowError as error:
+        read = ", ".join((chosen.name, *_other_names(columns.called)))
+        raise UserError(f"{place} ({read}): {error}") from error
+    for text in _texts(converted):
+        if (at := _half_character(text)) is not None:
+            around = text[max(0, at - 20) : at + 20]
+            raise UserError(f"{place}: {around!r} holds half a character (a lone surrogate): take it out")
+    return converted, [*map(columns.original, fields.unread()), *columns.left]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, names of fields among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _half_character(text: str) -> int | None:
+    """Where a text holds half of a pair of UTF-16, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _other_names(names: Mapping[str, str]) -> tuple[str, ...]:
+    """A note about columns that are read under another name than their own."""
+    other = [f"{old} as {new}" for new, old in names.items() if old.strip().lower() != new]
+    return (f"read {', '.join(other)}",) if other else ()
 
 
 def _path(name_or_path: str) -> Path | None:
@@ -283,19 +332,17 @@ def _path(name_or_path: str) -> Path | None:
     return path if path.exists() else None
 
 
-def _held_out_split(name_or_path: str) -> str | None:
-    """The split to evaluate on, if the data has one."""
-    return next((s for s in ("heldout", "validation", "test") if s in splits(name_or_path)), None)
+def _files_read(name_or_path: str, places: Iterable[Place]) -> tuple[tuple[str, int], ...]:
+    """The files of a folder that were read, and the records of each."""
+    path = _path(name_or_path)
+    if path is None or not path.is_dir():
+        return ()
+    counts = Counter(place.source for place in dict.fromkeys(places))
+    return tuple((source.removeprefix(f"{path}/"), count) for source, count in counts.items())
 
 
-def _take_out(data: Data, rows: int, seed: int) -> tuple[Data, Data]:
-    """Part a data set at random, without overlap."""
-    count = min(rows, max(1, len(data.rows) // 10))
-    if len(data.rows) < 2:
-        raise UserError(f"{data.name} has one row: give at least two, or held-out rows with --eval-data")
-    chosen = set(random.Random(seed).sample(range(len(data.rows)), count))
-    parts: Iterable[list[Row]] = (
-        [row for i, row in enumerate(data.rows) if (i in chosen) == wanted] for wanted in (False, True)
-    )
-    kept, held = (replace(data, rows=tuple(part), skipped=0) for part in parts)
-    return replace(kept, skipped=data.skipped), replace(held, split="held out")
+def _not_read(name_or_path: str) -> tuple[str, ...]:
+    """A note about what a folder holds beside its splits."""
+    path = _path(name_or_path)
+    left = held(path).left_out if path is not None else ()
+    return (f"not read: {listed(left)}",) if left else ()

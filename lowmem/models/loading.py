@@ -186,7 +186,26 @@ def _load(place: str, name: str, options: dict[str, Any]) -> tuple[PreTrainedMod
             f"{name}: {count} tensors are not among the weights (first {first}) and would start at random; "
             f"give the weights of a causal language model"
         )
+    check_vocabulary(model, tokenizer, name)
     return model, tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Compare the tokens that a tokenizer can make with the rows that the embedding has for them.
+
+    Raises:
+        UserError: there are tokens without a row: looking one up would fail in the middle of a run.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
+    beyond = sorted((at, token) for token, at in tokenizer.get_vocab().items() if at >= rows)
+    if beyond:
+        first, token = beyond[0]
+        enlarge = f"model.resize_token_embeddings({beyond[-1][0] + 1})"
+        raise UserError(
+            f"{name}: the tokenizer has {len(beyond)} tokens beyond the {rows} rows of the embedding (token "
+            f"{first} is {token[:40]!r}): call {enlarge} and save the model anew, or use its own tokenizer"
+        )
 
 
 def _tokenizer(place: str) -> Any:

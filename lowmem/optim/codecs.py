@@ -13,12 +13,16 @@ never changes dtype silently.
 
 Moments are never silently held in the weight's dtype: an average with
 beta2 = 0.999 in bf16, rounded to nearest, does not move at all.
+
+Two things hold for every codec. Of a moment without a sign, nothing that was not
+zero decodes to zero: a second moment that is lost beside a first one that is not
+makes the next step m / eps, thousands of times the learning rate. It is held by
+the smallest code instead, which makes the step too small. And nothing that was
+finite decodes to infinity.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,9 +32,14 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.contract import ChunkHyper, State
+from lowmem.optim.dynamic import dynamic_tables
 from lowmem.optim.engine import noise
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
+TINY = torch.finfo(torch.float32).tiny
+
+LEAST_ROOT, LARGEST_ROOT = 2.0**-55, (2.0 - 2.0**-7) * 2.0**63
+"""Scales of roots that bf16 has, and fp32 their squares: of one 255th of the least, and of the largest."""
 
 STATES = ("fp32", "bf16", "int8", "int4", "companded8")
 
@@ -72,10 +81,12 @@ class Dense:
         dtype: torch.float32 or torch.bfloat16; bf16 is rounded at random, since
             rounding to nearest stops slow averages (see the module's docstring).
         stream: name of the random stream of the rounding.
+        signed: whether the moment has a sign; without one, rounding stops above zero.
     """
 
     dtype: torch.dtype = torch.float32
     stream: str = "moment"
+    signed: bool = True
     grain: int = 1
 
     @property
@@ -111,6 +122,10 @@ class Dense:
         """A cast, at random for bf16."""
         if self.dtype == torch.float32:
             return {"": value}
+        if self.signed:
+            value = value.clamp(-BF16_MAX, BF16_MAX)
+        else:
+            value = torch.where(value > 0.0, value.clamp(TINY, BF16_MAX), 0.0)
         return {"": noise.round_stochastic(value, self.dtype, hp.noise(self.stream))}
 
 
@@ -121,9 +136,10 @@ class Blockwise:
     x -> scale = max |x| over the block, code = nearest entry of the map to x / scale.
 
     Bytes for d elements: d + 4 ceil(d / 256) with 8 bits, ceil(d / 2) + 4 ceil(d / 128)
-    with 4 bits. The 4-bit map of unsigned moments has no zero, so that a small
-    second moment cannot blow up the step (arXiv 2309.01507). 8-bit codes are
-    those of torchao, bit for bit.
+    with 4 bits. Without a sign, only zero takes the code of zero in 8 bits: what the nearest
+    entry would make zero takes the entry above it, 3.25e-7. The 4-bit map has no zero
+    there, to the same end (arXiv 2309.01507). All other 8-bit codes are those of torchao,
+    bit for bit.
 
     Args:
         bits: 8 or 4.
@@ -177,11 +193,14 @@ class Blockwise:
     def encode(
         self, value: Tensor, hp: ChunkHyper, constants: Mapping[str, Tensor], root: Tensor | None = None
     ) -> State:
-        """The code of the nearest entry; halfway goes up."""
+        """The code of the nearest entry; halfway goes up, and so does all that is above a map's zero."""
         blocks = _blocks(value, self.grain)
         scale = blocks.abs().amax(-1).clamp(min=1e-12)
         y = (blocks / scale.unsqueeze(-1)).flatten(-2)
         thresholds = constants[f"{self._name}.thresholds"]
+        if self.bits == 8 and not self.signed:
+            # asked of the value: the quotient of two numbers 38 decades apart is 0
+            y = torch.where(value > 0.0, torch.maximum(y, thresholds[0]), 0.0)
         if self.bits == 8:
             below = constants[f"{self._name}.below"][(y.view(torch.int32) >> 16) & 0xFFFF].int()
             codes = below + (y >= thresholds[below]).int()
@@ -198,7 +217,7 @@ class Companded:
     """8 bits after a curve that spreads small values (FlashOptim, arXiv 2602.23349).
 
     signed: z = 2y / (1 + |y|), code = round(127 z), y = z / (2 - |z|), with y = x / scale, scale = max |x|;
-    unsigned: code = round(255 sqrt(x) / scale), scale = max sqrt(x).
+    unsigned: code = round(255 sqrt(x) / scale), at least 1 where x > 0, scale = max sqrt(x).
 
     Bytes for d elements: d + 2 ceil(d / 32). No table, exact zero, no tail that
     collapses. The scale is bf16 where the paper has fp16: moments below 6e-5 have no
@@ -237,8 +256,8 @@ class Companded:
         """The inverse of the curve, times the scale: with c = 127 z, z / (2 - |z|) is c / (254 - |c|)."""
         scale = s["scale"].float().unsqueeze(-1)
         codes = _blocks(s["codes"].float(), self.grain)
-        if self.signed:
-            return (codes * scale / (254.0 - codes.abs())).flatten(-2)
+        if self.signed:  # in this order: 127 scales may have no fp32
+            return (codes / (254.0 - codes.abs()) * scale).flatten(-2)
         root = codes * (scale * (1.0 / 255.0))
         return (root * root).flatten(-2)
 
@@ -247,74 +266,27 @@ class Companded:
     ) -> State:
         """The curve at x / scale, 254 x / (scale + |x|); unsigned moments are held by their root."""
         if not self.signed:
-            value = value.sqrt() if root is None else root
+            return self._encode_root(_blocks(value.sqrt() if root is None else root, self.grain))
         blocks = _blocks(value, self.grain)
-        top = (blocks.abs() if self.signed else blocks).amax(-1)
-        scale = top.clamp(max=BF16_MAX).to(torch.bfloat16)
+        scale = blocks.abs().amax(-1).clamp(max=BF16_MAX).to(torch.bfloat16)
         # a block of zeros has scale 0: its codes are 0 / tiny, not 0 / 0
-        held = scale.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-        if self.signed:
-            codes = (blocks / (blocks.abs() + held) * 254.0).round()
-            return {"codes": codes.to(torch.int8).flatten(-2), "scale": scale}
+        held = scale.float().clamp(min=4.0 * TINY).unsqueeze(-1) * 0.5
+        half = blocks * 0.5  # the sum of two halves is finite
+        codes = (half / (half.abs() + held) * 254.0).round()
+        return {"codes": codes.to(torch.int8).flatten(-2), "scale": scale}
+
+    @staticmethod
+    def _encode_root(blocks: Tensor) -> State:
+        scale = blocks.amax(-1).clamp(LEAST_ROOT, LARGEST_ROOT).to(torch.bfloat16)
         # the scale may be rounded down: the largest root is then more than 255 of them
-        codes = (blocks * (255.0 / held)).round().clamp(max=255.0)
+        codes = (blocks * (255.0 / scale.float().unsqueeze(-1))).round().clamp(1.0, 255.0)
+        codes = torch.where(blocks > 0.0, codes, 0.0)
         return {"codes": codes.to(torch.uint8).flatten(-2), "scale": scale}
 
 
 def _blocks(x: Tensor, grain: int) -> Tensor:
     """The last dimension cut into blocks, (..., k, grain)."""
     return x.view(*x.shape[:-1], -1, grain)
-
-
-def dynamic_map(bits: int, signed: bool) -> Tensor:
-    """The sorted entries of the dynamic map in [-1, 1], or the linear 4-bit map k / 16.
-
-    One decade of the exponent after the other, each with half the linear
-    entries of the one above; 0 and 1 are added.
-    """
-    if bits == 4 and not signed:
-        return torch.arange(1, 17) / 16.0
-    decades = bits - 1
-    values = [0.0, 1.0]
-    for i in range(decades):
-        cells = 2 ** (i + bits - 1 - decades) if signed else 2 ** (i + bits - decades)
-        edges = torch.linspace(0.1, 1.0, cells + 1)
-        middles = (10.0 ** (i - decades + 1)) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += middles.tolist()
-        values += (-middles).tolist() if signed else []
-    return torch.tensor(sorted(values))
-
-
-def _thresholds(table: Tensor) -> Tensor:
-    """The least fp32 y that rounds to entry k + 1 or above: y - map[k] >= (map[k+1] - map[k]) / 2."""
-    low, high = table[:-1], table[1:]
-    half = (high - low) * 0.5
-    y = low + half
-    for direction in (-math.inf, math.inf):
-        for _ in range(4):
-            moved = torch.nextafter(y, torch.tensor(direction))
-            keep = (moved - low >= half) if direction < 0 else (y - low < half)
-            y = torch.where(keep, moved, y)
-    return y
-
-
-@functools.cache
-def dynamic_tables(bits: int, signed: bool, device: torch.device) -> Mapping[str, Tensor]:
-    """The map, its rounding thresholds, and for 8 bits a start for the search.
-
-    `below[h]` counts the thresholds under every fp32 whose upper 16 bits are h;
-    at most one more lies among them, so one comparison finishes the search. Every
-    optimizer on a device uses the same tensors.
-    """
-    table = dynamic_map(bits, signed)
-    edges = _thresholds(table)
-    tables = {"map": table, "thresholds": torch.cat([edges, torch.tensor([math.inf])])}
-    if bits == 8:
-        words = torch.arange(1 << 16, dtype=torch.int32) << 16
-        least = torch.where(words < 0, words | 0xFFFF, words).view(torch.float32)
-        count = torch.searchsorted(edges, least.nan_to_num(nan=0.0), right=True)
-        tables["below"] = count.clamp(max=255).to(torch.int16)
-    return {key: table.to(device) for key, table in tables.items()}
 
 
 def codec(states: str, *, signed: bool, stream: str) -> Codec:
@@ -335,7 +307,7 @@ def codec(states: str, *, signed: bool, stream: str) -> Codec:
     if states not in STATES:
         raise UserError(f"unknown states {states!r}; {nearest(states, STATES)}")
     if states in ("fp32", "bf16"):
-        return Dense(torch.float32 if states == "fp32" else torch.bfloat16, stream)
+        return Dense(stream=stream) if states == "fp32" else Dense(torch.bfloat16, stream, signed)
     if states == "companded8":
         return Companded(signed)
     return Blockwise(8 if states == "int8" else 4, signed)

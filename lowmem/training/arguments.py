@@ -55,6 +55,14 @@ class LowMemFields:
         metadata={"help": "Compile the optimizer step; auto: where it pays.", "choices": list(COMPILE)},
     )
 
+    nonfinite_limit: int = field(
+        default=5,
+        metadata={"help": "End when the loss is not finite for so many steps in a row; 0: never."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the losses before instead of one that is not finite."}
+    )
+
     def __post_init__(self) -> None:
         """Check what lowmem added, then let the stock arguments check the rest."""
         self._default_checkpointing()
@@ -124,6 +132,8 @@ def check(args: Any) -> list[str]:
         for name, allowed in (("clip", CLIP), ("compile", COMPILE))
         if getattr(args, name) not in allowed
     ]
+    if args.nonfinite_limit < 0:
+        problems.append(f"nonfinite_limit: {args.nonfinite_limit} steps; use 1 or more, or 0 for never")
     problems += _engines(args)
     try:
         strategy = build_strategy(args.optim, args.optim_args)

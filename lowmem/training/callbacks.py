@@ -1,7 +1,8 @@
-"""What a trainer does at the Trainer's own events: interruption and progress.
+"""What a trainer does at the Trainer's own events: interruption, divergence and progress.
 
 Ctrl-C during training finishes the step, saves a checkpoint and stops; a second
 Ctrl-C stops at once. The stock Trainer loses everything since its last save.
+A loss that stays away from the numbers ends the run: no later step would bring it back.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowmem.console import Console
+from lowmem.errors import UserError
 from lowmem.memory.device import readings as device
+from lowmem.training.checkpoint import newest
 
 
 class Interruption(TrainerCallback):
@@ -54,6 +60,55 @@ class Interruption(TrainerCallback):
         if self.asked:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+
+class Divergence(TrainerCallback):
+    """Ends a run whose loss has not been finite for some steps in a row.
+
+    Args:
+        limit: how many steps; 0 never ends it.
+
+    Attributes:
+        since: the first of those steps, None where the last step's loss was finite.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a run."""
+        self.since: int | None = None
+        self._finite: Tensor | None = None
+
+    def see(self, loss: Tensor) -> Tensor:
+        """Take note of one micro-batch's loss, and give it back."""
+        finite = torch.isfinite(loss.detach()).all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        return loss
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step; this waits for it, where the stock Trainer would to filter its log.
+
+        Raises:
+            UserError: there were too many, with the checkpoint to go back to.
+        """
+        finite, self._finite = self._finite is None or bool(self._finite), None
+        if finite:
+            self.since = None
+            return
+        self.since = state.global_step if self.since is None else self.since
+        if self.limit and state.global_step - self.since + 1 >= self.limit:
+            found, _ = newest(Path(str(args.output_dir)))
+            before = (
+                f"{found} is the last checkpoint before it" if found else "no checkpoint was saved before it"
+            )
+            raise UserError(
+                f"the loss is not finite since step {self.since}, {self.limit} steps in a row; {before}: "
+                "lower lr or look at the data of that step, then resume; nonfinite_limit=0 would go on"
+            )
 
 
 class Report(TrainerCallback):

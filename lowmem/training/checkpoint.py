@@ -13,92 +13,26 @@ names those it skipped, and refuses a checkpoint of another strategy or model.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import CheckpointError
+from lowmem.models.sealed import about, broken, discard, files, ours
+from lowmem.training.lock import BusyError, held
+from lowmem.training.staging import fresh, recover
 
-MANIFEST = "manifest.json"
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
 """Without these a resumed run would be another run; several processes write rng_state_0.pth and so on."""
 
 
-def staging(output_dir: Path) -> Path:
-    """Folder in which checkpoints of `output_dir` are written before they count."""
-    return output_dir / ".staging"
-
-
-def seal(folder: Path, about: Mapping[str, Any]) -> None:
-    """Sync every file of `folder` to disk, then write the manifest, last.
-
-    Args:
-        folder: a staged checkpoint, complete but for the manifest.
-        about: what it belongs to (plain values), compared by `check_origin`.
-    """
-    files = _files(folder)
-    for name in files:
-        _sync(folder / name)
-    listing = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in files
-    }
-    text = json.dumps({"format": 1, "files": listing, "about": dict(about)}, indent=1, sort_keys=True)
-    unsealed = folder / (MANIFEST + ".part")
-    unsealed.write_text(text, encoding="utf-8")
-    _sync(unsealed)
-    os.rename(unsealed, folder / MANIFEST)
-    for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        _sync(directory)
-
-
-def publish(staged: Path, target: Path) -> None:
-    """Make a sealed folder visible as `target`; a damaged or older one of that name gives way.
-
-    The order leaves a sealed folder behind at every moment: `recover` finishes an
-    interrupted call.
-    """
-    replaced = staged.with_name("replaced-" + staged.name)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(staged, target)
-    _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def recover(output_dir: Path) -> None:
-    """Finish or discard what an interrupted save left in the staging folder."""
-    folder = staging(output_dir)
-    for staged in sorted(folder.glob("checkpoint-*")):
-        target = output_dir / staged.name
-        if damage(staged) is None and damage(target) is not None:
-            publish(staged, target)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def damage(folder: Path) -> str | None:
     """Say what keeps a checkpoint from being resumed, None when it is whole."""
-    if not folder.is_dir():
-        return "it does not exist"
-    try:
-        listing = _manifest(folder)["files"]
-        for name, expected in listing.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
-            if _digest(path) != expected["sha256"]:
-                return f"{name} is not what was written"
-    except FileNotFoundError:
-        return "it has no manifest.json: its save was cut off, or lowmem did not write it"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it cannot be read ({error})"
+    if (reason := broken(folder)) is not None:
+        return reason
+    listing = files(folder)
     single = {"rng_state.pth"} if "rng_state_0.pth" in listing else set()
     absent = [name for name in REQUIRED if name not in {*listing, *single}]
     return f"it was saved without {', '.join(absent)}" if absent else None
@@ -109,10 +43,15 @@ def is_checkpoint_name(path: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", path.name) is not None
 
 
+def step(folder: Path) -> int:
+    """Steps that the checkpoint of this name has taken."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-N, highest N first, whole or not."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and is_checkpoint_name(p)]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step, reverse=True)
 
 
 def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -121,22 +60,47 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     Args:
         output_dir: the run's folder; what an interrupted save left there is settled first.
     """
-    recover(output_dir)
+    _settle(output_dir)
     skipped: list[str] = []
     for folder in checkpoints(output_dir):
-        reason = damage(folder)
+        reason = "it is a symbolic link" if folder.is_symlink() else damage(folder)
         if reason is None:
             return folder, skipped
         skipped.append(f"skipped {folder.name}: {reason}")
     return None, skipped
 
 
-def check_origin(folder: Path, about: Mapping[str, Any]) -> None:
+def _settle(output_dir: Path) -> None:
+    """Finish what an interrupted run left there, unless a run is under way."""
+    if not output_dir.is_dir():
+        return
+    try:
+        with held(output_dir):
+            recover(output_dir)
+    except (BusyError, PermissionError):
+        return
+
+
+def check_no_foreign(output_dir: Path, after: int) -> None:
+    """Refuse a folder in which a checkpoint that lowmem did not write lies ahead.
+
+    Args:
+        output_dir: where a run will save.
+        after: steps that the run has taken.
+    """
+    ahead = [folder for folder in checkpoints(output_dir) if step(folder) > after and not ours(folder)]
+    if ahead:
+        raise CheckpointError(
+            f"{ahead[-1]} was not written by lowmem and is in the way; move it away, or name another folder"
+        )
+
+
+def check_origin(folder: Path, ours: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is damaged or belongs to another strategy or model.
 
     Args:
         folder: the checkpoint.
-        about: what the present run is, as given to `seal`.
+        ours: what the present run is, as given to `seal`.
 
     Raises:
         CheckpointError: says the first difference and what to do.
@@ -146,20 +110,20 @@ def check_origin(folder: Path, about: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"cannot resume from {folder}: {reason}; name the run's folder to take the newest whole one"
         )
-    check_about(folder, about)
+    check_about(folder, ours)
 
 
-def check_about(folder: Path, about: Mapping[str, Any]) -> None:
+def check_about(folder: Path, ours: Mapping[str, Any]) -> None:
     """The half of `check_origin` for a checkpoint that is known to be whole."""
-    theirs = _manifest(folder)["about"]
+    theirs = about(folder)
     for key in ("strategy", "options", "parameters"):
-        _same(folder.name, key, theirs.get(key), about.get(key))
+        _same(folder.name, key, theirs.get(key), ours.get(key))
 
 
 def rotate(output_dir: Path, keep: int | None, protect: Iterable[Path] = ()) -> None:
     """Delete all but the `keep` newest whole checkpoints (None or 0: keep all).
 
-    A folder that does not verify is not counted and not touched: it may be another program's.
+    A folder that is not what was written is not counted and not touched: it may be another program's.
 
     Args:
         output_dir: the run's folder.
@@ -172,40 +136,17 @@ def rotate(output_dir: Path, keep: int | None, protect: Iterable[Path] = ()) -> 
     found = checkpoints(output_dir)
     if len(found) <= keep:  # nothing to delete, so nothing to read
         return
-    whole = [folder for folder in found if damage(folder) is None]
+    whole = [folder for folder in found if not folder.is_symlink() and broken(folder) is None]
     for folder in whole[keep:]:
-        if folder.resolve() not in spared:  # renamed first: half a deletion must not look like a checkpoint
-            staging(output_dir).mkdir(exist_ok=True)
-            os.rename(folder, staging(output_dir) / f"old-{folder.name}")
-    shutil.rmtree(staging(output_dir), ignore_errors=True)
+        if folder.resolve() not in spared:
+            remove(folder)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return read
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def _digest(path: Path) -> str:
-    """Hash of the whole file; the processor has instructions for sha256, so it is quicker than blake2b."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush one file or directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; it is renamed first, for half a deletion must not look like one."""
+    gone = fresh(folder.parent) / f"old-{folder.name}"
+    os.rename(folder, gone)
+    discard(gone.parent)
 
 
 def _same(name: str, key: str, theirs: Any, ours: Any) -> None:

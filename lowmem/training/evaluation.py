@@ -68,12 +68,12 @@ class HeldOut(TrainerCallback):
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
-    """Greedy answers to prompts in the model's chat template, generated side by side.
+    """Greedy answers to prompts, generated side by side.
 
     Args:
         model: its mode and its generation settings are left as they were.
-        tokenizer: with a chat template.
-        prompts: one user message each.
+        tokenizer: its chat template is used if there is one.
+        prompts: one user message each, or the beginning of a text.
         max_new_tokens: longest answer.
     """
     if not prompts:
@@ -87,14 +87,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
 
 
 def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    inputs = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts],
-        add_generation_prompt=True,
-        padding=True,
-        tokenizer_kwargs={"padding_side": "left"},  # what is generated follows the prompt without a gap
-        return_tensors="pt",
-        return_dict=True,
-    ).to(model.device)
+    inputs = _asked(tokenizer, prompts).to(model.device)
     # The model's own sampling settings are unset, or transformers warns that greedy search ignores them.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
     with torch.no_grad():
@@ -103,3 +96,18 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
         )
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
+
+
+def _asked(tokenizer: Any, prompts: Sequence[str]) -> Any:
+    """Prompts as the model was trained on them: as messages, or as plain text without a chat template."""
+    left = {"padding": True, "padding_side": "left"}  # what is generated follows the prompt without a gap
+    if not tokenizer.chat_template:
+        return tokenizer(list(prompts), return_tensors="pt", return_token_type_ids=False, **left)
+    return tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        padding=True,
+        tokenizer_kwargs={"padding_side": "left"},
+        return_tensors="pt",
+        return_dict=True,
+    )

@@ -114,3 +114,14 @@ def hf_optimizer(
         raise UserError(f"{name} evaluates the loss instead of differentiating it; use lowmem.LowMemTrainer")
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     return Factory, {"strategy": name, "options": options, "compile": compile, **settings}
+
+
+def refuse_foreign(kwargs: dict[str, Any]) -> None:
+    """An optimizer beside args.optim would silently win."""
+    given = [key for key in ("optimizer_cls_and_kwargs",) if kwargs.get(key) is not None]
+    if (kwargs.get("optimizers") or (None, None))[0] is not None:
+        given.append("optimizers")
+    if given:
+        raise UserError(
+            f"{given[0]}: args.optim names the strategy here; pass your optimizer to the stock Trainer"
+        )

@@ -9,36 +9,58 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
-from lowmem.training import checkpoint
+from lowmem.models import sealed
+from lowmem.training import checkpoint, settings
+from lowmem.training.callbacks import Divergence
+from lowmem.training.lock import held
+from lowmem.training.staging import publish, staging
 
 log = logging.getLogger(__name__)
 
 
 class WholeCheckpoints:
-    """Saving and resuming; mix in before a Hugging Face trainer."""
+    """Saving and resuming; mix in before a Hugging Face trainer.
+
+    Attributes:
+        origin: what else a checkpoint belongs to, such as model and data; another one is refused.
+        tell: receives what is worth knowing about a resumed run, one sentence at a time.
+    """
 
     args: Any
     model: Any
     state: Any
     accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    lowmem_optimizer: Any
+    origin: Mapping[str, Any] = {}
+    tell: Callable[[str], None] = log.warning
     _strategy: Any
     _staging: Path | None = None
+    _resumed: str | None = None
+    _changed: Mapping[str, str] = {}
+    _divergence: Divergence
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint of this run belongs to: strategy, options, and what is trained."""
+        """What a checkpoint of this run belongs to: strategy, options, what is trained, and how."""
         config = self._strategy.to_config()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
-        name = config["name"] or config["parts"]
-        return {"strategy": name, "options": config["options"], "parameters": shapes}
+        return {
+            "strategy": config["name"] or config["parts"],
+            "options": config["options"],
+            "parameters": shapes,
+            "settings": {**settings.of_arguments(self.args), **self.origin},
+        }
 
     def resume_path(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to resume from, whole and of this run, or None where none is wanted.
@@ -46,27 +68,64 @@ class WholeCheckpoints:
         Args:
             wanted: True for the newest in the output folder; a checkpoint; or the folder of a run.
 
+        What this run changes is told; asked again about the same one, it answers what it found.
+
         Raises:
-            CheckpointError: none is whole, or it belongs to another strategy or model.
+            CheckpointError: none is whole, it belongs to another strategy or model, or a setting
+                differs that cannot be changed on the way.
         """
         if not wanted:
-            return None
+            self._resumed, self._changed = None, {}
+        elif self._resumed is None or str(wanted) != self._resumed:
+            found = self._whole(wanted)
+            theirs, now = sealed.about(found)["settings"], self.about()["settings"]
+            done, planned = checkpoint.step(found), self._planned_steps()
+            self._changed = settings.changes(theirs, now, found.name, done, planned)
+            self._resumed = str(found)
+            for sentence in self._changed.values():
+                self.tell(sentence)
+        return self._resumed
+
+    def _whole(self, wanted: str | Literal[True]) -> Path:
+        """The checkpoint that is meant, every byte of it read."""
         if wanted is True or not checkpoint.is_checkpoint_name(Path(wanted)):
             folder = Path(self.args.output_dir if wanted is True else wanted)
             with self.accelerator.main_process_first():  # it settles what an interrupted save left
                 found, skipped = checkpoint.newest(folder)
             for sentence in skipped:
-                log.warning(sentence)
+                self.tell(sentence)
             if found is None:
                 raise CheckpointError("; ".join([f"no whole checkpoint in {folder}", *skipped]))
             checkpoint.check_about(found, self.about())  # every byte has just been read
         else:
             found = Path(wanted)
             checkpoint.check_origin(found, self.about())
-        return str(found)
+        return found
+
+    def _planned_steps(self) -> int:
+        """Steps of the whole run, as the Trainer will count them."""
+        trainer: Any = self
+        if trainer.args.max_steps > 0:
+            return int(trainer.args.max_steps)
+        with torch.random.fork_rng(devices=[]):  # a sampler may draw its seed
+            return int(trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1])
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Save, log and evaluate as this run says, not as the one that wrote the checkpoint."""
+        position: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)  # type: ignore[misc]
+        self.state.compute_steps(self.args, max_steps)
+        return position
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write beside, seal, rename, then delete what is too old; one process of several does."""
+        """Write beside, seal, rename, then delete what is too old; one process of several does.
+
+        A model that is ruined is not saved: it would push out the checkpoint to go back to.
+        """
+        ruined = "the weights are" if nonfinite_weights(self.model) else "the loss is"
+        lost = self._divergence.since is not None and self.args.world_size == 1  # all processes save, or none
+        if lost or ruined == "the weights are":
+            self.tell(f"checkpoint-{self.state.global_step} is not saved: {ruined} not finite")
+            return
         run_dir = Path(super()._get_output_dir(trial))  # type: ignore[misc]
         target = run_dir / f"checkpoint-{self.state.global_step}"
         with self._saving(run_dir, target) as staged:
@@ -74,12 +133,25 @@ class WholeCheckpoints:
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
             self._name_best(staged, target)
             if self.args.should_save:
-                checkpoint.seal(staged, self.about())
-                checkpoint.publish(staged, target)
+                sealed.seal(staged, self.about())
+                publish(staged, target)
                 best = self.state.best_model_checkpoint
                 spared = [target, *([Path(best)] if best else [])]
                 checkpoint.rotate(run_dir, self.args.save_total_limit, spared)
             self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _alone(self, resume: str | bool | None) -> Iterator[str | None]:
+        """Hold the output folder for this run, one process of several, and settle where it starts."""
+        folder = Path(self.args.output_dir)
+        with ExitStack() as stack:
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(folder))
+            start = self.resume_path(resume)
+            if self.args.should_save:
+                checkpoint.check_no_foreign(folder, after=checkpoint.step(Path(start)) if start else 0)
+            yield start
 
     def _get_output_dir(self, trial: Any) -> str:
         """The staging folder during a save, the run's folder otherwise."""
@@ -88,7 +160,7 @@ class WholeCheckpoints:
     @contextmanager
     def _saving(self, run_dir: Path, target: Path) -> Iterator[Path]:
         """Point the Trainer at the staging folder; a failed save leaves nothing and says why."""
-        self._staging = checkpoint.staging(run_dir)
+        self._staging = staging(run_dir)
         self._clear()
         self.accelerator.wait_for_everyone()
         try:
@@ -103,7 +175,7 @@ class WholeCheckpoints:
 
     def _clear(self) -> None:
         if self._staging and self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            sealed.discard(self._staging)
 
     def _name_best(self, staged: Path, target: Path) -> None:
         """The Trainer notes the best checkpoint by its path: make that the final one."""
@@ -114,13 +186,22 @@ class WholeCheckpoints:
                 state.save_to_json(str(staged / "trainer_state.json"))
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        """Load them; a file that cannot be read is the checkpoint's fault."""
+        """Load them, then put in what this run changes; an unreadable file is the checkpoint's fault."""
+        own = settings.Own.of(self.lowmem_optimizer, self.lr_scheduler)
         try:
             super()._load_optimizer_and_scheduler(folder)  # type: ignore[misc]
         except UserError:
             raise
         except Exception as error:
             raise CheckpointError(f"cannot resume from {folder}: {first_line(error)}") from error
+        own.restore_(self.lowmem_optimizer, self.lr_scheduler, self._changed)
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Names of the trainable tensors that hold a number that is not finite."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    bounds = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]  # NaN wins over both
+    return [name for (name, _), finite in zip(named, bounds, strict=True) if not finite]
 
 
 def _no_room(target: Path, error: BaseException) -> str:

@@ -28,8 +28,8 @@ from lowmem.models.attention import applies, attend_by_example
 from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import LowMemArguments, LowMemFields
-from lowmem.training.callbacks import Interruption
-from lowmem.training.factory import hf_optimizer, make_optimizer
+from lowmem.training.callbacks import Divergence, Interruption
+from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign
 from lowmem.training.saving import WholeCheckpoints
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class LowMemMixin(WholeCheckpoints):
     optimizer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_foreign_optimizer(kwargs)
+        refuse_foreign(kwargs)
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, LowMemFields):
             kind, given = type(self).__name__, type(self.args).__name__
@@ -57,7 +57,9 @@ class LowMemMixin(WholeCheckpoints):
         self._projected_norm: float | None = None
         self._steps: int | None = None
         self._interruption = Interruption()
-        self.add_callback(self._interruption)  # type: ignore[attr-defined]
+        self._divergence = Divergence(self.args.nonfinite_limit)
+        for callback in (self._interruption, self._divergence):
+            self.add_callback(callback)  # type: ignore[attr-defined]
         problems = _engine_problems(self)
         if problems:
             raise ConfigError(problems)
@@ -94,11 +96,10 @@ class LowMemMixin(WholeCheckpoints):
         """Differentiate one micro-batch, or where the strategy takes no gradients, evaluate the window."""
         last = bool(self.accelerator.sync_gradients)
         if not self._strategy.source.needs_autograd:
-            return self._probe(model, inputs, num_items_in_batch, last)
+            return self._divergence.see(self._probe(model, inputs, num_items_in_batch, last))
         if self._release is not None:
             self._release.sync = last
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        return loss
+        return self._divergence.see(super().training_step(model, inputs, num_items_in_batch))  # type: ignore[misc]
 
     def _probe(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, last: bool
@@ -172,6 +173,12 @@ class LowMemMixin(WholeCheckpoints):
                 logs["nonfinite_elements"] = skipped
         super().log(logs, start_time)  # type: ignore[misc]
 
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Begin a new sum after each log; the Trainer subtracts it from itself, and NaN - NaN is not 0."""
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)  # type: ignore[misc]
+        if cast(Any, self)._globalstep_last_logged == self.state.global_step:
+            tr_loss.zero_()
+
     # ---- the run ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -182,18 +189,21 @@ class LowMemMixin(WholeCheckpoints):
             **kwargs: the Trainer's own.
 
         Raises:
-            CheckpointError: none is whole, or it belongs to another strategy or model.
+            CheckpointError: none is whole, it belongs to another strategy or model, or a setting
+                differs that cannot be changed on the way.
+            UserError: the loss was not finite for `nonfinite_limit` steps in a row.
             KeyboardInterrupt: after the step during which Ctrl-C was pressed, its checkpoint saved.
         """
-        resume = self.resume_path(resume_from_checkpoint)
         self._told_state, self._window = False, []
+        self._divergence.forget()
         try:
             # Several processes would notice the key press at different steps and wait for each other.
             listening = self._interruption.listening() if self.args.world_size == 1 else nullcontext()
-            with listening:
+            with self._alone(resume_from_checkpoint) as resume, listening:
                 result = super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
         finally:
             self._detach()
+            self._resumed = None  # the next run is checked anew
         if self._interruption.asked:
             raise KeyboardInterrupt(f"stopped after step {self.state.global_step}")
         return result
@@ -313,17 +323,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was)
-
-
-def _refuse_foreign_optimizer(kwargs: dict[str, Any]) -> None:
-    """An optimizer beside args.optim would silently win."""
-    given = [key for key in ("optimizer_cls_and_kwargs",) if kwargs.get(key) is not None]
-    if (kwargs.get("optimizers") or (None, None))[0] is not None:
-        given.append("optimizers")
-    if given:
-        raise UserError(
-            f"{given[0]}: args.optim names the strategy here; pass your optimizer to the stock Trainer"
-        )
 
 
 def _engine_problems(trainer: Any) -> list[str]:

@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "batch_size": 3,
     "accumulation": 4,
     "seed": 5,
+    "nonfinite_limit": 3,
     "threads": 2,
     "output_dir": "~/out, put",
     "resume": True,

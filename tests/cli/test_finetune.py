@@ -26,6 +26,7 @@ LEFT = {
     "config.yaml",
     "generation_config.json",
     "loss.png",
+    "manifest.json",
     "memory_report.html",
     "memory_report.json",
     "model.safetensors",
@@ -108,6 +109,31 @@ def test_resume_ends_where_the_uninterrupted_run_does(flags: list[str], tmp_path
     assert document["resumed_from"] == "checkpoint-2"
     assert document["loss"]["after"] == whole["loss"]["after"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_resume_with_other_settings_uses_them_or_refuses_them(flags: list[str], tmp_path: Path) -> None:
+    assert finetune(*flags).exit_code == 0
+    written = tmp_path / "out" / "config.yaml"
+    before = written.read_text(encoding="utf-8")
+    for values, words in (
+        ({"seed": "3"}, "seed: 0 -> 3"),
+        ({"seq_len": "64"}, "seq_len: 96 -> 64"),
+        ({"eval_rows": "5"}, "eval_rows: 4 -> 5"),
+        ({"lr": "1e-3"}, "checkpoint-4 is the last of 4 steps"),
+        ({"steps": "3"}, "checkpoint-4 has taken 4 already"),
+    ):
+        refused = finetune(*changed(flags, **values), "--resume")
+        assert refused.exit_code == 2, refused.output
+        (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+        assert words in error
+        assert written.read_text(encoding="utf-8") == before
+    done = finetune(*changed(flags, steps="6", lr="1e-3"), "--resume")
+    assert done.exit_code == 0, done.output
+    assert "resuming with another lr: 0.01 -> 0.001" in done.stderr
+    log = json.loads((tmp_path / "out" / "memory_report.json").read_text(encoding="utf-8"))["log"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates[4:] == pytest.approx([1e-3 * 2 / 6, 1e-3 / 6])
+    assert (load(written).lr, load(written).steps) == (1e-3, 6)
 
 
 def test_resume_finds_the_settings_of_the_default_folder(
@@ -296,3 +322,25 @@ def test_ctrl_c_leaves_a_checkpoint_and_exits_with_130(flags: list[str], tmp_pat
     done = finetune(*changed(flags, steps=str(steps + 1)), "--resume", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["resumed_from"] == left.name
+
+
+def test_a_ruined_run_ends_with_a_word(flags: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    ruined = changed(flags, model=str(folder), save_steps="1")
+    ended = finetune(*ruined, "--nonfinite-limit", "2")
+    assert ended.exit_code == 2, ended.output
+    assert "the loss is not finite since step 1, 2 steps in a row; no checkpoint was saved" in ended.stderr
+    done = finetune(*ruined, "--nonfinite-limit", "0", "--overwrite", "--json")
+    assert done.exit_code == 2, done.output
+    assert json.loads(done.stdout)["nonfinite_weights"] == ["model.norm.weight"]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "is ruined" in error
+    report = json.loads((tmp_path / "out" / "memory_report.json").read_text(encoding="utf-8"))
+    assert report["result"]["nonfinite_weights"] == ["model.norm.weight"]
+    assert [entry["loss"] for entry in report["log"] if "loss" in entry] == [None] * 4

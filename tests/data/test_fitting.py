@@ -45,7 +45,7 @@ def config(tokenizer, tmp_path):
     return RunConfig(
         model=str(tmp_path / "model"),
         data=write(tmp_path / "rows.jsonl", [question(i, i % 2 == 1) for i in range(36)]),
-        eval_data=write(tmp_path / "held.jsonl", [question(i, i == 0) for i in range(4)]),
+        eval_data=write(tmp_path / "held.jsonl", [question(100 + i, i == 0) for i in range(4)]),
         optim="adamw",
         dtype="float32",
         seq_len=128,
@@ -87,7 +87,7 @@ def test_rows_that_fit_are_all_trained_on(config):
 
 @pytest.mark.parametrize("which", ["data", "eval_data"])
 def test_nothing_left_is_an_error_before_anything_is_written(config, tmp_path, which):
-    file = write(tmp_path / "long.jsonl", [question(i, True) for i in range(5)])
+    file = write(tmp_path / "long.jsonl", [question(200 + i, True) for i in range(5)])
     with pytest.raises(UserError, match=r"none of the 5 rows .* within seq_len 128: raise seq_len") as caught:
         recipe.finetune(RunConfig(**{**vars(config), which: file}))
     assert "\n" not in str(caught.value)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lowmem.data.load import load_data, load_rows, splits, train_and_held_out
+from lowmem.data.load import load_data, load_rows
 from lowmem.data.readers import SECTION
 from lowmem.errors import UserError
 from lowmem.models import hub
@@ -196,19 +196,6 @@ def test_hub_rows_are_converted_like_others(monkeypatch):
     assert asked == [(("owner/set", "small"), {"split": "test"})]
 
 
-def test_folder_by_splits(tmp_path):
-    write(tmp_path, "train-00000-of-00002.jsonl", ROWS[:2])
-    write(tmp_path, "train-00001-of-00002.jsonl", ROWS[2:3])
-    write(tmp_path, "more.jsonl", ROWS[3:4])
-    write(tmp_path, "valid.jsonl", ROWS[4:])
-    (tmp_path / "README.md").write_text("about the data")
-    assert splits(str(tmp_path)) == ("train", "validation")
-    assert len(load_data(str(tmp_path)).rows) == 4
-    assert len(load_data(str(tmp_path), split="validation").rows) == 1
-    with pytest.raises(UserError, match="no split 'heldout'; it has train, validation"):
-        load_data(str(tmp_path), split="heldout")
-
-
 def test_folder_of_texts_and_empty_folder(tmp_path):
     with pytest.raises(UserError, match="holds no data"):
         load_data(str(tmp_path))
@@ -220,28 +207,3 @@ def test_folder_of_texts_and_empty_folder(tmp_path):
 def test_places(tmp_path):
     file = write(tmp_path, "rows.csv")
     assert [str(place) for place, _ in load_rows(str(file))][-1] == f"{file}, row 5"
-
-
-def test_held_out_rows_are_taken_out(tmp_path):
-    rows = [{"text": str(i)} for i in range(50)]
-    file = str(write(tmp_path, "rows.jsonl", rows))
-    train, held = train_and_held_out(file, rows=80)
-    names = [row["text"] for row in train.rows + held.rows]
-    assert (len(train.rows), len(held.rows)) == (45, 5)
-    assert sorted(names, key=int) == [row["text"] for row in rows]
-    assert train_and_held_out(file, rows=80) == (train, held)
-    assert train_and_held_out(file, rows=80, seed=1)[1] != held
-    assert len(train_and_held_out(file, rows=3)[1].rows) == 3
-
-
-def test_held_out_rows_of_their_own(tmp_path):
-    train_file, other = str(write(tmp_path, "a.jsonl")), str(write(tmp_path, "b.jsonl", ROWS[:2]))
-    train, held = train_and_held_out(train_file, other)
-    assert (len(train.rows), len(held.rows)) == (5, 2)
-    train, held = train_and_held_out("factbook", rows=80)
-    assert (len(train.rows), len(held.rows), held.split) == (1558, 80, "heldout")
-
-
-def test_one_row_cannot_be_split(tmp_path):
-    with pytest.raises(UserError, match="has one row"):
-        train_and_held_out(str(write(tmp_path, "a.jsonl", ROWS[:1])))

@@ -290,3 +290,16 @@ def test_looking_for_the_package_imports_nothing_heavy():
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_tokens_beyond_the_embedding_are_found_before_training(tiny, tmp_path):
+    folder = copy(tiny, tmp_path / "more", without=())
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|b|>"]})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"2 tokens beyond the 64 rows .*resize_token_embeddings\(66\)"):
+        load_model(str(folder))
+    model, _ = load_model(str(tiny))
+    model.resize_token_embeddings(66)
+    model.save_pretrained(folder)
+    assert load_model(str(folder))[0].get_input_embeddings().weight.shape[0] == 66

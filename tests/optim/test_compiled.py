@@ -16,6 +16,7 @@ from torch._inductor.exc import CppCompileError, InductorError
 
 import lowmem
 from lowmem.optim.blocks import Dense
+from lowmem.optim.codecs import codec
 from lowmem.optim.contract import Hyper
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
@@ -96,6 +97,31 @@ def test_a_direct_call_is_the_eager_step_for_any_number_of_rows(
             for kernel in fast._kernels.values():
                 forbid_torch_compile(kernel)
     assert [len(kernel._graphs) for kernel in fast._kernels.values()] == [1, 1]  # 1 row has its own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", ["int8", "companded8"])
+def test_second_moments_above_zero_have_the_eager_codes(states: str) -> None:
+    made = codec(states, signed=False, stream="m")
+    sizes = torch.logspace(-30, 12, 64).view(64, 1)
+    x = normal(64, 4 * ROW).square() * sizes[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    x = x.t().contiguous().view(-1, made.grain)  # every size in every block
+    x[:, ::5] = 0.0
+    tables = made.shared(x)
+
+    def encode(values: Tensor, codes: Tensor, scale: Tensor, *constants: Tensor) -> None:
+        held = made.encode(values, None, dict(zip(tables, constants, strict=True)))  # type: ignore[arg-type]
+        codes.copy_(held["codes"])
+        scale.copy_(held["scale"])
+
+    left = []
+    for run in (compiled(encode), encode):
+        held = {key: value.view(x.shape[0], -1) for key, value in made.init(x).items()}
+        run(x, held["codes"], held["scale"], *tables.values())
+        left.append(held)
+    assert torch.equal(left[0]["codes"], left[1]["codes"])
+    assert torch.equal(left[0]["scale"], left[1]["scale"])
+    assert torch.equal(left[0]["codes"] > 0, x > 0.0)
 
 
 def add(w: Tensor, g: Tensor) -> None:

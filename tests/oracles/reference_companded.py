@@ -4,6 +4,8 @@ Runs of 32 elements with one 16-bit scale, the absolute maximum: fp16 in the pap
 whose moments may be smaller than fp16's range.
     signed    y = x / scale,  z = 2 y / (1 + |y|),  code = round(127 z);   y = z / (2 - |z|)
     unsigned  y = sqrt(x) / scale of sqrt(x),       code = round(255 y);   x = (scale y)^2
+In lowmem an unsigned x > 0 has code 1 at least: in the paper's format a second moment may become zero
+beside a first one that does not, and the next step is then m / eps.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ def encode(x: Tensor, signed: bool, dtype: torch.dtype = torch.float16) -> tuple
     y = torch.where(scale[:, None] > 0, rows / scale[:, None].float(), 0.0)
     codes = (127 * 2 * y / (1 + y.abs())) if signed else 255 * y
     codes = codes.round().clamp(-127 if signed else 0, 127 if signed else 255)
+    codes = codes if signed else torch.where(rows > 0, codes.clamp(min=1), codes)
     return codes.view(-1)[: x.numel()].view(x.shape), scale
 
 

@@ -5,6 +5,10 @@ The map: for each decade 10^(i-6), i = 0..6, the midpoints of a uniform grid on
 Each run of 256 elements holds codes and one fp32 scale, its absolute maximum.
 A value goes to the nearer neighbour, the upper one on a tie. The order of a step:
 decode, fp32 moments, the update from the moments that are not yet encoded, encode.
+
+torchao makes zeros of second moments that are nearest to zero; its next step by a gradient of
+zero is then m / eps. lowmem holds them by the entry above zero, as bitsandbytes does in effect:
+`keep_above_zero` is the difference between the two formats, and the only one.
 """
 
 from __future__ import annotations
@@ -43,6 +47,16 @@ def encode(x: Tensor, table: Tensor, size: int = 256) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).view(-1)[: x.numel()].view(x.shape), scale
 
 
+def lost(x: Tensor, codes: Tensor) -> Tensor:
+    """What of an unsigned x is not zero and has the code of zero."""
+    return (x.view(codes.shape) > 0.0) & (codes == 0)
+
+
+def keep_above_zero(x: Tensor, codes: Tensor) -> Tensor:
+    """The codes with 1, the entry above zero, for what is lost."""
+    return torch.where(lost(x, codes), 1, codes).to(codes.dtype)
+
+
 def decode(codes: Tensor, scale: Tensor, table: Tensor, size: int = 256) -> Tensor:
     rows = blocks_of(table[codes.int()], size) * scale[:, None]
     return rows.view(-1)[: codes.numel()].view(codes.shape)
@@ -50,7 +64,11 @@ def decode(codes: Tensor, scale: Tensor, table: Tensor, size: int = 256) -> Tens
 
 @dataclass
 class AdamW8bit:
-    """One tensor under 8-bit AdamW; fp32 arithmetic in torchao's order of operations."""
+    """One tensor under 8-bit AdamW; fp32 arithmetic in torchao's order of operations.
+
+    With `keeps`, second moments above zero stay there. `lost` tells which elements ever had one that
+    torchao's format makes zero: from then on they, and no others, may differ between the two.
+    """
 
     w: Tensor
     lr: float = 1e-3
@@ -58,6 +76,7 @@ class AdamW8bit:
     eps: float = 1e-8
     weight_decay: float = 0.0
     block: int = 256
+    keeps: bool = False
     t: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -66,6 +85,7 @@ class AdamW8bit:
         scale = torch.zeros(-(-self.w.numel() // self.block))
         codes = torch.zeros(self.w.shape, dtype=torch.uint8)
         self.state = {"m": (codes, scale), "v": (codes.clone(), scale.clone())}
+        self.lost = torch.zeros(self.w.shape, dtype=torch.bool)
 
     def moment(self, key: str) -> Tensor:
         return decode(*self.state[key], self.maps[key], self.block)
@@ -78,7 +98,10 @@ class AdamW8bit:
         w = w - lr * self.weight_decay * w
         m = self.moment("m").lerp(g, 1 - b1)
         v = self.moment("v").lerp(g.square(), 1 - b2)
-        self.state = {"m": encode(m, self.maps["m"], self.block), "v": encode(v, self.maps["v"], self.block)}
+        codes, scale = encode(v, self.maps["v"], self.block)
+        self.lost |= lost(v, codes)
+        codes = keep_above_zero(v, codes) if self.keeps else codes
+        self.state = {"m": encode(m, self.maps["m"], self.block), "v": (codes, scale)}
         denominator = v.sqrt() / (1 - b2**t).sqrt() + self.eps
         self.w = (w - lr * (m / (1 - b1**t)) / denominator).to(self.w.dtype)
         return self.w

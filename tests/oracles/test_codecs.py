@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.oracles import reference_companded, reference_int8
 
 codecs = pytest.importorskip("lowmem.optim.codecs")
+dynamic = pytest.importorskip("lowmem.optim.dynamic")
 
 SIZES = [1, 2, 31, 32, 33, 127, 128, 255, 256, 257, 641, 5000]
 EIGHT_BIT = ["int8", "companded8"]
@@ -40,7 +41,7 @@ def sample(size: int, signed: bool, seed: int = 0) -> Tensor:
 def test_dynamic_maps_are_torchaos_and_the_papers(
     torchao_record: dict[str, Any], signed: bool, bits: int
 ) -> None:
-    table = codecs.dynamic_map(bits, signed)
+    table = dynamic.dynamic_map(bits, signed)
     if bits == 8:
         assert torch.equal(table, reference_int8.dynamic_map(signed))
         assert torch.equal(table, torchao_record["maps"][str(signed)])
@@ -57,7 +58,8 @@ def test_int8_codes_and_scales_are_the_references(size: int, signed: bool) -> No
     x = sample(size, signed)
     state, _ = held("int8", x, signed)
     codes, scale = reference_int8.encode(x, reference_int8.dynamic_map(signed))
-    assert torch.equal(state["codes"][:size], codes)
+    kept = codes if signed else reference_int8.keep_above_zero(x, codes)
+    assert torch.equal(state["codes"][:size], kept)
     assert torch.equal(state["scale"], scale)
 
 
@@ -70,7 +72,9 @@ def test_int8_finds_the_entry_next_to_every_threshold(signed: bool) -> None:
     x = torch.cat([torch.cat([part, torch.ones(1)]) for part in x.split(255)])  # every block has scale 1
     state, _ = held("int8", x, signed)
     codes, _ = reference_int8.encode(x, table)
-    assert torch.equal(state["codes"][: x.numel()], codes)
+    kept = codes if signed else reference_int8.keep_above_zero(x, codes)
+    assert torch.equal(state["codes"][: x.numel()], kept)
+    assert (kept != codes).sum() == (0 if signed else 1)  # just below the least threshold
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -93,11 +97,11 @@ def test_int4_keeps_its_error_bound_and_packs_two_codes_a_byte(size: int, signed
     x = sample(size, signed)
     state, back = held("int4", x, signed)
     scale = state["scale"].repeat_interleave(128)[:size]
-    gap = codecs.dynamic_map(4, signed).diff().max() / 2
+    gap = dynamic.dynamic_map(4, signed).diff().max() / 2
     # the signed map ends at -0.8875, the unsigned one at 1/16
     worst = max(float(gap), 0.1125 if signed else 0.0625)
     assert ((back - x).abs() <= scale * (worst + 1e-6)).all()
-    table = codecs.dynamic_map(4, signed)
+    table = dynamic.dynamic_map(4, signed)
     codes = torch.stack((state["codes"] >> 4, state["codes"] & 15), 1).view(-1)[:size].int()
     torch.testing.assert_close(table[codes] * scale, back, rtol=1e-6, atol=0.0)
     nearest = (x / scale).unsqueeze(1).sub(table).abs().amin(1)

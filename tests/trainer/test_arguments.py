@@ -35,7 +35,7 @@ def test_strategy_comes_from_name_and_typed_options():
         ({"optim": "galor"}, ["unknown strategy 'galor'", "did you mean 'galore'"]),
         ({"optim_args": "rnak=4"}, ["no option 'rnak'", "did you mean 'rank'"]),
         ({"optim_args": "rank"}, ["key=value"]),
-        ({"optim_args": "rank=many"}, ["rank is int", "'many'"]),
+        ({"optim_args": "rank=many"}, ["rank is a whole number", "'many'"]),
         ({"clip": "globl"}, ["clip", "did you mean 'global'"]),
         ({"compile": "maybe"}, ["compile", "'maybe'", "auto, off, on"]),
         ({"optim_args": "writer=kahn"}, ["writer", "did you mean 'kahan'"]),

@@ -8,14 +8,15 @@ import pytest
 
 from lowmem import errors
 from lowmem.errors import CheckpointError
-from lowmem.training import checkpoint
+from lowmem.models import sealed
+from lowmem.training import checkpoint, staging
 
 ABOUT = {"strategy": "galore", "options": {"rank": 4}, "parameters": {"a": "float32[2, 3]"}}
 
 
 def staged(output_dir: Path, step: int, *, without: tuple[str, ...] = ()) -> Path:
     """A checkpoint as the Trainer writes it, with stand-in contents."""
-    folder = checkpoint.staging(output_dir) / f"checkpoint-{step}"
+    folder = staging.staging(output_dir) / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name in (*checkpoint.REQUIRED, "model.safetensors"):
         if name not in without:
@@ -25,9 +26,9 @@ def staged(output_dir: Path, step: int, *, without: tuple[str, ...] = ()) -> Pat
 
 def write(output_dir: Path, step: int, **options: tuple[str, ...]) -> Path:
     folder = staged(output_dir, step, **options)
-    checkpoint.seal(folder, ABOUT)
+    sealed.seal(folder, ABOUT)
     target = output_dir / f"checkpoint-{step}"
-    checkpoint.publish(folder, target)
+    staging.publish(folder, target)
     return target
 
 
@@ -62,7 +63,7 @@ def test_large_file_is_checked_everywhere(tmp_path, place):
     folder = staged(tmp_path, 3)
     big = folder / "model.safetensors"
     big.write_bytes(bytes(3 << 20))
-    checkpoint.seal(folder, ABOUT)
+    sealed.seal(folder, ABOUT)
     assert checkpoint.damage(folder) is None
     with big.open("r+b") as stream:
         stream.seek(place)
@@ -82,7 +83,7 @@ def test_unsealed_and_unreadable_manifests(tmp_path):
     shutil.copytree(staged(tmp_path, 5), folder)
     assert "no manifest.json" in str(checkpoint.damage(folder))
     for text in ("", "[]", '{"files": 3}', '{"files": {"model.safetensors": {}}}'):
-        (folder / checkpoint.MANIFEST).write_text(text)
+        (folder / sealed.MANIFEST).write_text(text)
         assert "cannot be read" in str(checkpoint.damage(folder)), text
 
 
@@ -91,10 +92,10 @@ def test_every_moment_of_an_interrupted_save_leaves_a_whole_newest(tmp_path, mom
     """What a kill leaves at each step of a save is settled by the next start."""
     write(tmp_path, 8)
     target = tmp_path / "checkpoint-16"
-    target.mkdir()  # a damaged one that the new save replaces
+    (write(tmp_path, 16) / "optimizer.pt").unlink()  # a damaged one that the new save replaces
     folder = staged(tmp_path, 16)
     if moment != "staged":
-        checkpoint.seal(folder, ABOUT)
+        sealed.seal(folder, ABOUT)
     if moment == "aside":
         target.rename(folder.with_name("replaced-checkpoint-16"))
     if moment == "renamed":
@@ -103,7 +104,7 @@ def test_every_moment_of_an_interrupted_save_leaves_a_whole_newest(tmp_path, mom
     found, skipped = checkpoint.newest(tmp_path)
     assert found == (tmp_path / "checkpoint-8" if moment == "staged" else target)
     assert [s.split(":")[0] for s in skipped] == (["skipped checkpoint-16"] if moment == "staged" else [])
-    assert not checkpoint.staging(tmp_path).exists()
+    assert not staging.staging(tmp_path).exists()
 
 
 def test_origin_names_the_first_difference(tmp_path):
@@ -136,8 +137,8 @@ def test_rotation_never_counts_a_damaged_checkpoint_nor_deletes_it(tmp_path):
 
 def test_manifest_lists_every_file_with_size(tmp_path):
     folder = write(tmp_path, 4)
-    listing = json.loads((folder / checkpoint.MANIFEST).read_text())["files"]
-    on_disk = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != checkpoint.MANIFEST}
+    listing = json.loads((folder / sealed.MANIFEST).read_text())["files"]
+    on_disk = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != sealed.MANIFEST}
     assert {name: entry["bytes"] for name, entry in listing.items()} == on_disk
 
 

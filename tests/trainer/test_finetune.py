@@ -112,6 +112,18 @@ def test_leaves_everything_and_prints_nothing(config, capfd, tmp_path):
     json.dumps(result)
 
 
+def test_plain_text_is_trained_without_a_chat_template(config, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"word {i} " * 9}) + "\n" for i in range(20))
+    )
+    heard = Heard()
+    result = recipe.finetune(change(config, data=str(tmp_path / "texts.jsonl"), steps=2, warmup=0), heard)
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert "chat_template" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert not any("template" in text for text in heard.said)
+    assert result["samples"][0].keys() == {"prompt", "before", "after"}
+
+
 def test_reported_state_bytes_are_exact(config):
     result = recipe.finetune(config)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.output_dir)
@@ -256,11 +268,9 @@ def test_resume_says_what_it_skips_and_what_differs(config, tmp_path):
     (tmp_path / "out" / "checkpoint-4" / "scheduler.pt").unlink()
     heard = Heard()
     recipe.finetune(change(config, resume=True, lr=1e-3), heard)
-    assert heard.said[:3] == [
-        "skipped checkpoint-4: scheduler.pt is missing",
-        "resuming from checkpoint-3",
-        "resuming with another lr: 0.02 -> 0.001",
-    ]
+    assert heard.said[:2] == ["skipped checkpoint-4: scheduler.pt is missing", "resuming from checkpoint-3"]
+    assert "resuming with another lr: 0.02 -> 0.001" in heard.said
+    assert load(f"{config.output_dir}/config.yaml").lr == 1e-3
     for folder in (tmp_path / "out").glob("checkpoint-*"):
         (folder / "optimizer.pt").unlink()
     with pytest.raises(
@@ -270,14 +280,19 @@ def test_resume_says_what_it_skips_and_what_differs(config, tmp_path):
 
 
 def test_resuming_a_finished_run_writes_its_results_again(config):
-    """As after a kill between the last checkpoint and the last result."""
+    """As after a kill between the last checkpoint and the last result; no step is left to measure."""
     first = recipe.finetune(change(config, report=True))
+    reported = json.loads(Path(config.output_dir, "memory_report.json").read_text())
     Path(config.output_dir, "model.safetensors").rename(Path(config.output_dir, "kept"))
     again = recipe.finetune(change(config, report=True, resume=True))
     kept = Path(config.output_dir, "kept").read_bytes()
     assert Path(config.output_dir, "model.safetensors").read_bytes() == kept
     for key in ("loss", "steps", "state_bytes", "samples"):
         assert again[key] == first[key], key
+    kept = json.loads(Path(config.output_dir, "memory_report.json").read_text())
+    assert kept["measured"] == reported["measured"]
+    assert kept["log"][:-1] == reported["log"][:-1]  # the last entry is the time that the run took
+    assert Path(config.output_dir, "memory_report.html").is_file()
 
 
 def test_resuming_another_strategy_is_refused_and_changes_nothing(config):

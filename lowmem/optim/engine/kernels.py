@@ -20,6 +20,8 @@ from lowmem.optim.contract import ChunkHyper, Pointwise
 from lowmem.optim.writers import Writer
 
 LARGEST = torch.finfo(torch.float32).max
+ROOT = 1e18
+"""Gradient elements beyond it count as this: rules square them, and average what they have squared."""
 
 Kernel = Callable[..., None]
 
@@ -55,7 +57,7 @@ def body(
                 state["age"].sub_((~ok).to(torch.int32))  # it has moved already
         # one comparison for NaN, Inf and a step that is not ok
         finite = gradient.abs() <= torch.where(ok, LARGEST, -1.0)
-        gradient = torch.where(finite, gradient, 0.0)
+        gradient = torch.where(finite, gradient.clamp(-ROOT, ROOT) if rule else gradient, 0.0)
         position = row + start + column if streams else start
         seen = w.float() if rule and rule.reads_weight else None
         hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, position, words, streams, seen)

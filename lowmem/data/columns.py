@@ -1,0 +1,171 @@
+"""Columns as people name them, read as the fields that formats are made of.
+
+    Question, Answer                              capitals and blanks mean nothing
+    prompt and response, problem and solution ... are question and answer, unless another format fits
+    conversation, dialog, chat                    are messages where they hold some
+    {"role": [...], "content": [...]}, '[{...}]'  a struct of lists and a JSON text are messages, too
+    answers: {"text": [...]}, ["...", "..."]      the first of several right answers is the one
+
+Which names are read as which depends on the names of a row alone and is said once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.data.files import Row
+from lowmem.data.formats import Format, RowError, formats
+from lowmem.models import json_text
+
+PAIRS = (
+    ("question", "answer"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("input", "output"),
+    ("inputs", "targets"),
+)  # tried in this order, then each of the first with each of the second
+ASKED = ("question", "query", "prompt", "problem", "instruction", "input", "inputs", "user", "human")
+SAID = (
+    *("answer", "answers", "response", "output", "outputs", "solution", "completion", "reply"),
+    *("target", "targets", "assistant"),
+)
+MEANT = {
+    "question_answer": ("question", "answer"),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}  # format -> what the two are in it
+SYSTEMS = ("system_prompt", "system_message", "system_instruction")
+TALKS = ("conversation", "dialog", "dialogue", "chat", "turns")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A row in the names of formats.
+
+    Attributes:
+        row: its fields.
+        called: what each field was called that has another name now.
+        left: what else of it is not used, in words.
+    """
+
+    row: Row
+    called: Mapping[str, str]
+    left: tuple[str, ...] = ()
+
+    def original(self, name: str) -> str:
+        """What the file calls a field."""
+        return self.called.get(name, name)
+
+
+def understood(row: Mapping[str, Any], chosen: Format | None = None) -> Columns:
+    """Read a row's columns.
+
+    Args:
+        row: as it stands in the file.
+        chosen: the format to read it as; the one that fits where None.
+
+    Raises:
+        RowError: messages as text that is not JSON.
+
+    Example:
+        >>> understood({"Prompt": "Where?", "Response": "Here."}).row
+        {'question': 'Where?', 'answer': 'Here.'}
+    """
+    filled = tuple(key for key, value in row.items() if value is not None)
+    talks = tuple(_plain(key) for key in filled if _plain(key) in TALKS and _is_talk(row[key]))
+    called = dict(_names(tuple(row), filled, talks, chosen))
+    back = {old: new for new, old in called.items()}
+    found: Row = {}
+    for key, value in row.items():
+        name = back.get(key, key)
+        found[name] = value if found.get(name) is None else found[name]
+    for key in ("messages", "conversations", "prompt", "completion"):
+        if key in found:
+            found[key] = _messages(found[key], key)
+    left = _one_answer(found)
+    return Columns(found, {new: old for new, old in called.items() if new != old}, left)
+
+
+@functools.lru_cache(maxsize=256)
+def _names(
+    names: tuple[str, ...], filled: tuple[str, ...], talks: tuple[str, ...], chosen: Format | None
+) -> tuple[tuple[str, str], ...]:
+    """Pairs (new name, name in the file) for columns that are read under another name."""
+    plain: dict[str, list[str]] = {}
+    for name in names:
+        plain.setdefault(_plain(name), []).append(name)
+    called = {new: old[0] for new, old in plain.items() if len(old) == 1}  # one of two alike stays as it is
+    have = {new for new, old in called.items() if old in filled} | set(filled)
+    for new, old in _other_names(have, talks, chosen):
+        called[new] = called.pop(old, old)
+    return tuple(called.items())
+
+
+def _other_names(have: set[str], talks: tuple[str, ...], chosen: Format | None) -> list[tuple[str, str]]:
+    """What columns of these plain names stand for, as (name of a format's field, name)."""
+    renamed = [("system", name) for name in SYSTEMS if name in have and "system" not in have][:1]
+    fitting = [f.name for f in ([chosen] if chosen else formats().values()) if f.fits(have)]
+    if fitting and (fitting[0] != "alpaca" or have & {"output", "response"}):
+        return renamed
+    if talks and (chosen is None or chosen.name in ("messages", "sharegpt")):
+        return [*renamed, (chosen.fields[0] if chosen else "messages", talks[0])]
+    if chosen is not None and chosen.name not in MEANT:
+        return renamed
+    crossed = ((asked, said) for asked in ASKED for said in SAID)
+    for asked, said in (*PAIRS, *crossed):
+        if {asked, said} <= have:
+            usual = "alpaca" if asked == "instruction" else "question_answer"
+            new = MEANT[chosen.name if chosen else usual]
+            return [*renamed, *(pair for pair in zip(new, (asked, said), strict=True) if pair[0] != pair[1])]
+    return renamed
+
+
+def _plain(name: str) -> str:
+    """A name without what people vary.
+
+    >>> _plain(" System Prompt")
+    'system_prompt'
+    """
+    return "_".join(name.lower().replace("-", " ").replace("_", " ").split())
+
+
+def _is_talk(value: Any) -> bool:
+    """Whether a column holds messages, in whatever wrapping."""
+    try:
+        value = _messages(value, "messages")
+    except RowError:
+        return False
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and ("role" in first or "from" in first)
+
+
+def _messages(value: Any, key: str) -> Any:
+    """A list of messages out of a struct of lists or of JSON text; anything else as it is."""
+    if isinstance(value, str) and key in ("messages", "conversations") and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json_text.parse(value)
+        except ValueError as error:
+            raise RowError(f"field {key!r} is text, and no JSON: {error}") from error
+    parts = list(value.values()) if isinstance(value, Mapping) else []
+    if parts and all(isinstance(part, list) for part in parts) and len(set(map(len, parts))) == 1:
+        return [dict(zip(value, said, strict=True)) for said in zip(*parts, strict=True)]
+    return value
+
+
+def _one_answer(row: Row) -> tuple[str, ...]:
+    """Make one text of a row's answer: the first of several right ones, "" of none; say what is left out."""
+    if "question" not in row or "answer" not in row:
+        return ()
+    value = row["answer"]
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("text", "value", "answer") if key in value), value)
+    several = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    row["answer"] = (value[0] if value else "") if several else value
+    if isinstance(row["question"], list) and isinstance(row["answer"], str):
+        row["prompt"] = row.pop("question")
+        row["completion"] = [{"role": "assistant", "content": row.pop("answer")}]
+    return ("all answers but the first",) if several and len(set(value)) > 1 else ()

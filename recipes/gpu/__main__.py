@@ -1,0 +1,117 @@
+"""The command: each part in a process of its own, one document."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .part import Part
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = 160
+"""Seconds for the tests, inside the share of their part."""
+
+
+def find_packages() -> None:
+    """Let a plain checkout be imported as it would be installed."""
+    sys.path[0] = str(ROOT)
+    import lowmem
+
+    if not (Path(lowmem.__file__).parent / "recipes").exists():
+        lowmem.__path__.append(str(ROOT))
+
+
+def tests(part: Part) -> None:
+    """pytest -m cuda, and what it counted."""
+    where = ["tests/cuda"] if part.args.small else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-rfE", "-p", "no:cacheprovider", *where]
+    out = part.args.output.with_suffix(".tests.txt")
+    with out.open("w", encoding="utf-8") as log:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, timeout=TESTS, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    lines = out.read_text(encoding="utf-8").splitlines()
+    failed = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    part.row(exit_code=code, closing=lines[-1] if lines else "", failed=failed)
+
+
+def child(name: str, args: argparse.Namespace) -> None:
+    """Run one part in this process."""
+    room = {
+        file: importlib.import_module(f"lowmem.recipes.gpu.{file}")
+        for file in ("part", "memory", "steps", "train")
+    }
+    parts: dict[str, Callable[[Part], None]] = {
+        "tests": tests,
+        "calibrate": room["memory"].calibrate,
+        "steps": room["steps"].steps,
+        "plan": room["memory"].plan,
+        "train": room["train"].train,
+        "fit": room["memory"].fit,
+    }
+    part: Part = room["part"].Part(name, args)
+    part.write()
+    parts[name](part)
+    part.write()
+
+
+def parent(args: argparse.Namespace) -> int:
+    """Start the parts in turn; what one of them breaks is written down, and the next one starts."""
+    room = importlib.import_module("lowmem.recipes.gpu.part")
+    for name in args.parts:
+        command = [sys.executable, str(Path(__file__).parent), *sys.argv[1:], "--child", name]
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            done = subprocess.run(
+                command, timeout=room.SHARES[name] + 30, stderr=subprocess.PIPE, text=True, check=False
+            )
+            problem = done.stderr.splitlines()[-12:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            problem = [f"stopped after {room.SHARES[name] + 30} seconds"]
+        if problem:
+            found = room.read(args.output)["parts"].get(name) or {"rows": [], "left_out": []}
+            failed = room.Part(name, args, found=found)
+            failed.found["error"] = problem
+            failed.write()
+            print("\n".join(problem), file=sys.stderr, flush=True)
+    return 0
+
+
+def main() -> int:
+    """Parse, run."""
+    find_packages()
+    shares = importlib.import_module("lowmem.recipes.gpu.part").SHARES
+    parser = argparse.ArgumentParser(prog="gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="the JSON document")
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(","), default=list(shares), help=",".join(shares)
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", type=Path, help="folder or GGUF file of the demo's weights")
+    parser.add_argument("--small", action="store_true", help="small shapes, for a machine without a GPU")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = [name for name in args.parts if name not in shares]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}; the parts are {', '.join(shares)}")
+    args.output = args.output.resolve()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.child:
+        child(args.child, args)
+        return 0
+    return parent(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
