@@ -2,6 +2,7 @@
 
     LowMemError
       UserError            the user can mend it: one line saying what and how; the CLI exits with 2
+        KindError          something of a type that cannot stand there; also a TypeError
         ConfigError        every problem of a configuration at once
         CheckpointError    a damaged, partial or foreign checkpoint
 
@@ -11,7 +12,8 @@ A message says what was given, what is allowed and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LowMemError(Exception):
@@ -20,6 +22,10 @@ class LowMemError(Exception):
 
 class UserError(LowMemError, ValueError):
     """Something the user can mend."""
+
+
+class KindError(UserError, TypeError):
+    """Something of a type that cannot stand there."""
 
 
 class ConfigError(UserError):
@@ -36,6 +42,25 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be resumed from."""
+
+
+@contextmanager
+def as_ours() -> Iterator[None]:
+    """Raise what another package says of the user's arguments as errors of ours, which are its own kind too.
+
+    >>> with as_ours():
+    ...     int([])
+    Traceback (most recent call last):
+    lowmem.errors.KindError: int() argument must be a string, a bytes-like object or a real number, not 'list'
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except TypeError as error:
+        raise KindError(str(error)) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def first_line(error: BaseException) -> str:

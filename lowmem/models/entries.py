@@ -5,9 +5,9 @@ needs no network; a folder is read from its config.json; `owner/name` is asked o
 Hub. All three become the same `ModelEntry`, and `skeleton` builds the very module
 that training will use, on meta or as fake tensors: what is counted is what runs.
 
-Left out, with the reason said: mixture of experts (gradients are sparse over experts,
-none of the counting rules cover that yet), vision and audio towers, encoder-decoders,
-code that lives on the Hub, and weights that are already quantized.
+Left out, with the reason said: mixtures of experts but those whose experts are known to
+lie in stacks (`MIXTURES`), vision and audio towers, encoder-decoders, code that lives on
+the Hub, and weights that are already quantized.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ Source = Literal["yaml", "path", "hub"]
 
 _TOWERS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "speech_config")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+"""Mixtures whose experts are (E, m, n) tensors, one product for each stack: counted and stepped as such."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -151,13 +154,13 @@ def check_supported(config: PretrainedConfig, name: str = "this model") -> None:
     """Refuse what lowmem neither plans nor trains.
 
     Raises:
-        UserError: mixture of experts, a vision or audio tower, no causal head, quantized weights.
+        UserError: another mixture of experts, a vision or audio tower, no causal head, quantized weights.
     """
     reason = _refusal(config)
     if reason:
         raise UserError(
-            f"{name} ({config.model_type}) {reason}; lowmem plans and trains dense, text-only causal "
-            f"language models: `lowmem models` lists some"
+            f"{name} ({config.model_type}) {reason}; lowmem plans and trains text-only causal language "
+            f"models, dense ones and mixtures of the kinds {', '.join(MIXTURES)}: `lowmem models` lists some"
         )
 
 
@@ -278,7 +281,8 @@ def _refusal(config: PretrainedConfig) -> str | None:
     experts = max((_number(getattr(config, key, None)) for key in _EXPERTS), default=0)
     if tower:
         return f"has a tower beside its language model ({tower})"
-    if experts > 1 or "moe" in config.model_type or hasattr(config, "ffn_config"):
+    mixed = experts > 1 or "moe" in config.model_type or hasattr(config, "ffn_config")
+    if mixed and config.model_type not in MIXTURES:
         return f"is a mixture of {experts if experts > 1 else 'several'} experts"
     if getattr(config, "is_encoder_decoder", False):
         return "is an encoder-decoder"

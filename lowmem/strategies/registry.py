@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from lowmem.errors import UserError, nearest
+from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Plain, Strategy
 from lowmem.strategies.compose import compose, fixed, place
@@ -148,7 +149,7 @@ def parse_options(name: str, text: str | Mapping[str, Any] | None) -> dict[str, 
 
 
 def optimizer(
-    model: nn.Module,
+    params: nn.Module | Iterable[Any],
     strategy: str | Strategy,
     *,
     lr: float = 1e-3,
@@ -158,16 +159,18 @@ def optimizer(
     decay_names: Collection[str] | None = None,
     seed: int = 0,
     compile: str = "auto",
+    model: nn.Module | None = None,
     **options: Plain,
 ) -> LowMemOptimizer:
-    """An optimizer for a model's trainable parameters, with roles found in the model.
+    """An optimizer for the trainable parameters of a model, or for those that are given.
 
     Args:
-        model: any module; Hugging Face models say which weight is their head.
+        params: a model; or parameters, (name, parameter) pairs, or groups of either, as torch takes them.
         strategy: its name, or one that was made; options: of a named one.
         lr, betas, eps, weight_decay: as in AdamW.
-        decay_names: names of the parameters that decay; all, if None.
+        decay_names: names of a model's parameters that decay; all, if None.
         seed: of the run; compile: auto, on or off.
+        model: owner of the parameters, where those are given: names and roles are found in it.
 
     Raises:
         UserError: unknown strategy or option, or a number outside its range.
@@ -181,8 +184,13 @@ def optimizer(
             f"{', '.join(options)}: a strategy that was made has its options; give them to lowmem.create"
         )
     made = strategy if isinstance(strategy, Strategy) else create(strategy, **options)
-    groups = made.param_groups(model, weight_decay=weight_decay, decay_names=decay_names)
+    if isinstance(params, nn.Module):
+        model, params = params, param_groups(params, weight_decay=weight_decay, decay_names=decay_names)
+    elif decay_names is not None:
+        raise UserError(
+            "decay_names goes with a model; give parameters in groups with weight_decay of their own"
+        )
     return LowMemOptimizer(
-        groups, made, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile,
+        params, made, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile,
         model=model,
     )  # fmt: skip

@@ -227,9 +227,13 @@ def _sft_config() -> type[Any]:
         """Arguments for `LowMemSFTTrainer`.
 
         As TRL has it, activation checkpointing is on by default, but for
-        strategies that take no backward pass.
+        strategies that take no backward pass. Unlike TRL it leaves the load balancing loss
+        of a mixture of experts to the model, as transformers does, until a coefficient is given.
         """
 
+        router_aux_loss_coef: float | None = field(
+            default=0.0, metadata={"help": "Weight of the load balancing loss of a mixture of experts."}
+        )
         gradient_checkpointing: bool | None = field(
             default=None, metadata={"help": "Old name of activation_checkpointing."}
         )

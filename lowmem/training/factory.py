@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from lowmem.errors import UserError
+from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import build_strategy
 
@@ -49,7 +50,7 @@ def make_optimizer(
         compile: auto, on or off.
         steps: of the run, where that is known; a few do not pay for compiling.
     """
-    groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
+    groups = param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
     return LowMemOptimizer(
         groups,
         strategy,
@@ -60,6 +61,7 @@ def make_optimizer(
         seed=seed,
         compile=compile,
         steps=steps,
+        model=model,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -88,12 +89,21 @@ def parent(args: argparse.Namespace) -> int:
     return 0
 
 
+def page() -> str:
+    """The page of every document that is kept."""
+    from lowmem.report import gpu
+
+    kept = sorted((ROOT / "configs" / "measured").glob("gpu-*.json"))
+    return gpu.markdown([json.loads(file.read_text(encoding="utf-8")) for file in kept])
+
+
 def main() -> int:
     """Parse, run."""
     find_packages()
     shares = importlib.import_module("lowmem.recipes.gpu.part").SHARES
     parser = argparse.ArgumentParser(prog="gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="the JSON document")
+    parser.add_argument("--output", type=Path, help="the JSON document")
+    parser.add_argument("--page", type=Path, help="only write the page of all that configs/measured holds")
     parser.add_argument(
         "--parts", type=lambda text: text.split(","), default=list(shares), help=",".join(shares)
     )
@@ -105,6 +115,11 @@ def main() -> int:
     unknown = [name for name in args.parts if name not in shares]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; the parts are {', '.join(shares)}")
+    if args.page:
+        args.page.write_text(page(), encoding="utf-8")
+        return 0
+    if args.output is None:
+        parser.error("--output FILE is needed: where to write the JSON document")
     args.output = args.output.resolve()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.child:

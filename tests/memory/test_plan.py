@@ -250,4 +250,4 @@ def test_unknown_strategy_and_strange_models():
     import transformers
 
     with pytest.raises(UserError, match="experts"):
-        plan(transformers.MixtralConfig(num_hidden_layers=2), "adamw")
+        plan(transformers.PhimoeConfig(num_hidden_layers=2), "adamw")

@@ -201,7 +201,7 @@ def test_mixture_of_experts_is_refused_with_the_reason():
     import transformers
 
     with pytest.raises(UserError, match="experts"):
-        trace(transformers.MixtralConfig(num_hidden_layers=2), Run(batch_size=1, seq_len=16))
+        trace(transformers.PhimoeConfig(num_hidden_layers=2), Run(batch_size=1, seq_len=16))
 
 
 def test_tracker_counts_a_storage_once_and_frees_it():

@@ -113,8 +113,8 @@ def test_missing_tensors_are_not_filled_at_random(tiny, tmp_path):
 
 
 def test_refused_before_anything_is_fetched(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    with pytest.raises(UserError, match="mixture of 8 experts"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phimoe"}))
+    with pytest.raises(UserError, match="mixture of 16 experts"):
         load_model(str(tmp_path))
 
 

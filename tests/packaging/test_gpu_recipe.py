@@ -66,3 +66,26 @@ def test_a_part_that_is_none_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "unknown part 'speed'" in done.stderr
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_the_page_is_what_the_kept_documents_say(tmp_path: Path) -> None:
+    """When this fails, run `python recipes/gpu --page docs/gpu.md`."""
+    fresh = tmp_path / "gpu.md"
+    command = [sys.executable, str(ROOT / "recipes" / "gpu"), "--page", str(fresh)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8") == fresh.read_text(encoding="utf-8")
+
+
+def test_a_page_shows_each_part_and_lists_what_was_missed(document: dict) -> None:
+    from lowmem.report.gpu import markdown
+
+    document["parts"]["plan"]["rows"][0]["error_percent"] = {"allocated": 4.0}
+    text = markdown([document])
+    for told in (
+        "lowmem adamw_8bit",
+        "torch AdamW fused",
+        "miss: small galore, allocated +4.00 %",
+        "not run",
+    ):
+        assert told in text

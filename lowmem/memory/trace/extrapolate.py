@@ -120,6 +120,6 @@ def _deepen(parameters: tuple[Parameter, ...], depth: int, repeat: int) -> tuple
         elif int(match[0]) < repeat:
             numbers = range(int(match[0]), depth, repeat)
             found += [
-                Parameter(_LAYER.sub(str(i), p.name, count=1), p.shape, p.dtype, p.outside) for i in numbers
+                Parameter(_LAYER.sub(str(i), p.name, count=1), p.shape, p.dtype, p.role) for i in numbers
             ]
     return tuple(found)

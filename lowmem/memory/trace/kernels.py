@@ -8,6 +8,7 @@ tensors (fake CUDA tensors abort the process in backward on a build without CUDA
 * dropout is `native_dropout` (a byte per element), not a full-precision mask;
 * the search for packed sequences, which reads values, is answered "none": the real run finds none and skips
   the mask, while a trace would build it and save it in every layer;
+* products of experts, whose shape formula of torch knows bf16 alone, go by transformers' for the rest;
 * the tiles of TRL's chunked loss, which Triton kernels overwrite in place, allocate nothing.
 
 Everything is put back on exit. Nothing here knows a model.
@@ -98,6 +99,10 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return torch.native_dropout(input, p, training)[0]
 
 
+def _bf16(input: Tensor, weight: Tensor, offs: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16
+
+
 @contextmanager
 def fused_noise() -> Iterator[None]:
     """Displaced copies of zeroth-order sources are written by one compiled kernel, without scratch."""
@@ -141,8 +146,10 @@ def semantics(device: str, *, lengths: list[int], chunked: bool) -> Iterator[Non
         chunked: TRL's chunked loss is used.
     """
     masking = importlib.import_module("transformers.masking_utils")
+    experts = importlib.import_module("transformers.integrations.moe")
     with ExitStack() as stack:
         stack.enter_context(registered(device, lengths))
+        stack.enter_context(patch.object(experts, "_can_use_grouped_mm", _bf16))
         if not lengths:
             stack.enter_context(
                 patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None)

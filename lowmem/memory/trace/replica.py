@@ -31,19 +31,19 @@ from lowmem.errors import UserError
 from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, trainable
 from lowmem.memory.trace.tracker import Moment, Tracker
+from lowmem.optim import roles
 from lowmem.optim.checks import pays
 from lowmem.optim.source import Query, Source
-from lowmem.optim.strategy import outside_names
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trainable parameter as the optimizer will meet it; `outside`: an embedding or the head."""
+    """A trainable parameter as the optimizer will meet it; `role`: what it is, of `lowmem.optim.roles`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    outside: bool
+    role: str
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _parameters(model: nn.Module) -> Iterator[Parameter]:
-    outside = outside_names(model)
+    found = roles.find(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            yield Parameter(name, tuple(p.shape), p.dtype, name in outside)
+            role = roles.refined(found.get(name, "matrix"), p.shape)
+            yield Parameter(name, tuple(p.shape), p.dtype, role)
 
 
 def _batch(run: Run) -> dict[str, Tensor]:
