@@ -101,7 +101,7 @@ def test_scratch_stays_inside_the_bound(case: Case) -> None:
 
 
 def check_scratch(case: Case, shape: tuple[int, int]) -> None:
-    strategy = Case(case.name, tuple((k, 512 if k == "rank" else v) for k, v in case.options)).create()
+    strategy = Case(case.name, tuple((k, 0.25 if k == "rank" else v) for k, v in case.options)).create()
     low = low_elements(strategy, shape)
     rule = strategy.rules["matrix"]
     reads = getattr(getattr(rule, "residual", None), "reads_rest", False)

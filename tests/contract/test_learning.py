@@ -38,7 +38,7 @@ def first_move(case: Case, **hyper: object) -> dict[str, torch.Tensor]:
 
 
 def test_the_first_step_is_proportional_to_lr(case: Case) -> None:
-    one, two = first_move(case, lr=1e-3), first_move(case, lr=2e-3)
+    one, two = first_move(case, lr=0.1), first_move(case, lr=0.2)
     for name, move in one.items():
         assert move.abs().max() > 0, name
         torch.testing.assert_close(two[name], 2 * move, rtol=1e-3, atol=1e-6)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from lowmem.optim.projectors import Projector
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dense import Find, Frame, Orthonormal, power_iteration
 from lowmem.optim.projectors.dense import svd as exact
-from lowmem.strategies.options import Gap, Size
+from lowmem.strategies.options import Gap, Limits, Size
 from lowmem.strategies.parts import part
 
 Side = Literal["std", "reverse_std", "left", "right"]
@@ -54,7 +54,9 @@ def columns(*, rank: Size = 0.25, update_proj_gap: Gap = 200) -> Projector:
 
 
 @part("projector")
-def randk(*, rank: Size = 0.25, update_proj_gap: Gap = 200) -> Projector:
+def randk(
+    *, rank: Annotated[float, Limits(size=True, small=0.25)] = 0.25, update_proj_gap: Gap = 200
+) -> Projector:
     """A random subset of single elements.
 
     Args:
