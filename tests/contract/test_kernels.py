@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lowmem
 from tests.contract import cases, runs, zoo
 from tests.contract.cases import Case
 
@@ -30,7 +29,7 @@ def test_kernels_trace_into_one_graph(
 def test_so_do_those_of_each_codec_and_writer(
     name: str, changes: dict[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(cases.case(name, lowmem.available()[name], changes), dtype, monkeypatch)
+    check(cases.case(name, **changes), dtype, monkeypatch)
 
 
 def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
