@@ -14,7 +14,7 @@ that a codec may hold (`Moments.root`).
     class Lion(Elementwise):
         moments = {"exp_avg": Moment()}
         def numbers(self, t, hp): return hp.betas
-        def move(self, g, m, x): return {"exp_avg": m["exp_avg"].lerp(g, 1 - x.numbers[1])}
+        def move(self, g, m, x): return {"exp_avg": g.lerp(m["exp_avg"], x.numbers[1])}
         def direction(self, g, m, old, x): return g.lerp(old["exp_avg"], x.numbers[0]).sign()
 """
 
@@ -33,22 +33,11 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import BLOCK
 from lowmem.optim.codecs import STATES, Codec, codec
 from lowmem.optim.codecs import Dense as Uncoded
-from lowmem.optim.contract import (
-    Change,
-    ChunkHyper,
-    Hyper,
-    Keep,
-    Pointwise,
-    Rotate,
-    State,
-    part,
-    prefixed,
-    reset_,
-)
+from lowmem.optim.contract import Change, Permutation, Pointwise, Rotation
 from lowmem.optim.engine.ages import numbers_of
-
-LARGEST = 1e36
-"""Unsigned moments end here: room is left for scales that are rounded up and for bias corrections."""
+from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.state import Constants, State, part, prefixed
 
 
 @dataclass(frozen=True)
@@ -56,7 +45,7 @@ class Moment:
     """What is held of one moment.
 
     Args:
-        signed: whether it has a sign; one without is never negative, and ends at 1e36.
+        signed: whether it has a sign; one without is never negative.
         states: the least precision that the rule works with (a slow average in 8 bits stands still);
             "" for any. A finer one may be asked for.
         each: elements that share a number. Above 1 the moment is held in fp32, and comes as
@@ -139,7 +128,7 @@ class Elementwise:
         """Pure: the step, from the moments as they will be held and as they were."""
         raise NotImplementedError(f"{type(self).__name__} gives no direction")
 
-    def rotated(self, m: Mapping[str, Tensor], turn: Rotate, age: Tensor, hp: Hyper) -> dict[str, Tensor]:
+    def rotated(self, m: Mapping[str, Tensor], turn: Rotation, age: Tensor, hp: Hyper) -> dict[str, Tensor]:
         """The moments after a change of basis; by default C m, which is right for linear averages alone."""
         return {name: turn(m[name]) for name in self.moments}
 
@@ -215,6 +204,11 @@ class Coded(Pointwise):
             yield name, moment, held
 
     @property
+    def uses(self) -> frozenset[str]:
+        """Those of the rule."""
+        return self.rule.uses
+
+    @property
     def compilable(self) -> bool:
         """That of the rule."""
         return self.rule.compilable
@@ -262,34 +256,41 @@ class Coded(Pointwise):
             state["age"] = torch.zeros((), dtype=torch.int32, device=x.device)
         return state
 
-    def shared(self, x: Tensor) -> State:
+    def constants(self, shape: tuple[int, ...]) -> Constants:
         """The codecs' tables."""
-        return {key: table for held in self.codecs for key, table in held.shared(x).items()}
+        return {key: table for held in self.codecs for key, table in tables(held).items()}
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """The rule's numbers of this age, then what is given; fp32."""
-        numbers = numbers_of(self.rule, s.get("age"), hp)
+        numbers = numbers_of(self.rule, s.get("age") if self.rule.ages else None, hp)
         if not self.rule.given:
             return numbers
         return torch.cat((numbers, torch.stack([s[name].float() for name in self.rule.given])))
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Decode, move, guard, step, encode."""
-        x = Beside(hp.scalars.unbind(), hp.weight)
+        x = Beside(self._numbers(s, hp), hp.weight)
         old = Moments({name: held.decode(part(s, name), s) for name, _, held in self._pairs()})
         new = self._moved(g, old, x, hp)
         d = self.rule.direction(g, new, old, x)
         del old  # of a chunk's size, each
         return d, self._held(new, s, hp)
 
+    @staticmethod
+    def _numbers(s: State, hp: ChunkHyper) -> tuple[Tensor, ...]:
+        """The numbers as 0-D tensors; where columns have ages, for each element those of its column."""
+        if hp.scalars.dim() == 1:
+            return hp.scalars.unbind()
+        column = (hp.position // s["stride"]) % hp.scalars.shape[1]
+        return tuple(numbers[column] for numbers in hp.scalars.unbind())
+
     def _moved(self, g: Tensor, old: Moments, x: Beside, hp: ChunkHyper) -> Moments:
         """The moments as they will be held: none is infinite, and none moves by what is not finite."""
         moved = self.rule.move(g, old, x)
         for name, moment, _ in self._pairs():
-            value = moved[name]
-            if not moment.signed:  # the square of a large gradient overflows: state must stay finite
-                value = value.clamp(max=LARGEST)
-            moved[name] = hp.keep(value, old[name]) if moment.each == 1 else value.where(hp.ok, old[name])
+            # what blocks share counts an element that is not finite as zero
+            guard = hp.keep if moment.each == 1 else hp.keep_whole
+            moved[name] = guard(moved[name], old[name])
         return Moments(moved)
 
     def _held(self, new: Moments, s: State, hp: ChunkHyper) -> State:
@@ -298,12 +299,12 @@ class Coded(Pointwise):
             state |= prefixed(name, held.encode(new[name], hp, s, new.known_root(name)))
         return state
 
-    def moments(self, s: State) -> State:
-        """The moments, flat fp32."""
-        return {name: held.decode(part(s, name), s) for name, _, held in self._pairs()}
-
     def check_rebase(self, kind: str) -> None:
         """Rotating needs whole moments, and a rule that says how those without a sign turn."""
+        name = type(self.rule).__name__.lower()
+        shared = any(moment.each > 1 for moment in self.rule.moments.values())
+        if kind in ("permute", "rotate") and shared:
+            raise UserError(f"moments of {name} that elements share cannot rotate; take 'keep' or 'reset'")
         if kind != "rotate" or not self.rule.moments:
             return
         if any(held != Uncoded(stream=name) for name, _, held in self._pairs()):
@@ -311,23 +312,34 @@ class Coded(Pointwise):
                 "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
             )
         own = type(self.rule).rotated is not Elementwise.rotated
-        if not own and any(not moment.signed or moment.each > 1 for _, moment, _ in self._pairs()):
+        if not own and any(not moment.signed for moment in self.rule.moments.values()):
             raise UserError(
-                f"on_refresh='rotate' is not defined for the moments of {type(self.rule).__name__.lower()}; "
-                f"take 'keep' or 'reset'"
+                f"on_refresh='rotate' is not defined for the moments of {name}; take 'keep' or 'reset'"
             )
 
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Keep, reset, or rotate, strip by strip, so that what is made of a strip stays small."""
-        if isinstance(change, Keep):
-            return
-        if not isinstance(change, Rotate):
-            reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change)
-            return
-        axis = 1 - change.axis
+        """Forget, permute or rotate."""
+        if isinstance(change, Rotation):
+            self._rotate_(s, change, shape, hp)
+        elif isinstance(change, Permutation):
+            self._permute_(s, change, shape, hp)
+        else:
+            super().rebase_(s, change, shape, hp)
+
+    def _rotate_(self, s: State, turn: Rotation, shape: tuple[int, int], hp: Hyper) -> None:
+        """Strip by strip, so that what is made of a strip stays small."""
+        axis, age = 1 - turn.axis, s.get("age", turn.ok)
         width = max(1, BLOCK // shape[1 - axis])
         for start in range(0, shape[axis] if self.rule.moments else 0, width):
             length = min(width, shape[axis] - start)
             strip = {name: s[name].narrow(axis, start, length) for name in self.rule.moments}
-            for name, value in self.rule.rotated(strip, change, s["age"], hp).items():
+            for name, value in self.rule.rotated(strip, turn, age, hp).items():
                 strip[name].copy_(value)
+
+    def _permute_(self, s: State, change: Permutation, shape: tuple[int, int], hp: Hyper) -> None:
+        """Coordinates take their moments and their ages along; new ones begin at zero, with age 0."""
+        for name, _, held in self._pairs():
+            HeldMoment(held, part(s, name), s, shape, hp).permute_(change.index, change.axis, change.ok)
+        if "age" in s:
+            age = s["age"][change.index.clamp(min=0)]
+            s["age"].copy_(torch.where(change.index >= 0, age, 0))

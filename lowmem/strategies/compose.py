@@ -105,13 +105,15 @@ class Composition:
         return self.values.get(("", name), self.known.table[name][1].default)
 
     def values_of(self, seat: Seat) -> dict[str, Plain]:
-        """The options of a seat's part; a role whose rule is the ordinary one has its values unless told."""
-        base = self.seat("rule")
-        like = base.name if base and seat.name in ROLES and base.part == seat.part else seat.name
-        return {
-            name: self.values.get((seat.name, name), self.values.get((like, name), option.default))
-            for name, option in seat.part.options.items()
-        }
+        """The options of a seat's part; a role that shares a rule has its, where it is not told others."""
+        usual = [self.seat(name) for name in ("other", "rule")] if seat.name in ROLES else []
+        names = [seat.name, *(one.name for one in usual if one is not None and one.part == seat.part)]
+
+        def value(option: Option) -> Plain:
+            told = (self.values[name, option.name] for name in names if (name, option.name) in self.values)
+            return next(told, option.default)
+
+        return {key: value(option) for key, option in seat.part.options.items()}
 
     def make(self, name: str, **told: Any) -> Any:
         """The part on an axis or at a role, or None and one problem more."""
@@ -145,15 +147,13 @@ class Composition:
 
     def _states(self, role: str = "") -> States:
         """Precision of the moments of a role's rule."""
-        own = self.frame(f"{role}_states") if role else ""
-        word, seat = str(own or self.frame("states")), self.seat("rule")
-        moments = moments_of(seat.part) if seat else {}
+        own = (self.frame(f"{role}_states") or self.frame("other_states")) if role else ""
+        word, seat, base = str(own or self.frame("states")), self.seat(role or "rule"), self.seat("rule")
+        moments = moments_of(base.part) if base and seat and seat.part == base.part and not own else {}
         told = {name: self.frame(f"{name}_states") for name in moments}
-        if own or (role and self.words[role]) or not any(told.values()):
+        if not any(told.values()):
             return word
-        least = {
-            name: "fp32" if moment.each > 1 else moment.states or word for name, moment in moments.items()
-        }
+        least = {name: "fp32" if m.each > 1 else m.states or word for name, m in moments.items()}
         return {name: one or min(word, least[name], key=STATES.index) for name, one in told.items()}
 
     def _rule(self, name: str, states: States, *, inside: bool = False) -> AnyRule | None:
@@ -170,27 +170,42 @@ class Composition:
         return rule
 
     def _rules(self) -> dict[str, AnyRule] | None:
-        states = self._states()
-        plain, small = self._rule("rule", states), self._rule("rule", _unblocked(states))
-        if plain is None or small is None:
+        residual, plain = self.make("residual"), self._rule("rule", self._states())
+        usual = ("other", self._states("other")) if self._own("other") else ("rule", self._states())
+        other, small = self._rule(*usual), self._rule(usual[0], _unblocked(usual[1]))
+        if plain is None or other is None or small is None:
             return None
-        rules = {"matrix": plain, "other": plain}
-        if is_pointwise(plain) and small != plain:
+        matrix = plain if self.words["projector"] == NONE else self._subspace(residual)
+        rules = {"matrix": matrix or plain, "other": other}
+        if is_pointwise(other) and small != other and (other == plain or not is_pointwise(rules["matrix"])):
             rules["small"] = small
-        residual = self.make("residual")
-        if self.words["projector"] != NONE and (inside := self._subspace(states, residual)):
-            rules["matrix"] = inside
-        if self.words["schedule"] != "always" and residual and (aside := self.attempt(residual.aside)):
-            rules["inactive"] = aside
-        for role in ROLES:
+        if self.words["schedule"] != "always" and residual is not None:
+            rules |= self._aside(residual)
+        for role in ROLES[1:]:
             if self._own(role) and (rule := self._rule(role, self._states(role))):
                 rules[role] = rule
         return rules
 
-    def _subspace(self, states: States, residual: Any) -> Subspace | None:
-        projector, rule = self.make("projector"), self._rule("rule", states, inside=True)
+    def _aside(self, residual: Any) -> dict[str, AnyRule]:
+        """The rule of what the schedule puts aside."""
+        rule = residual.aside()
+        if rule is None:
+            self.problems.append(
+                f"residual={self.words['residual']} cannot step what schedule={self.words['schedule']} puts "
+                f"aside; take residual=drop, sign or sgd"
+            )
+        return {} if rule is None else {"inactive": rule}
+
+    def _subspace(self, residual: Any) -> Subspace | None:
+        projector, rule = self.make("projector"), self._rule("rule", self._states(), inside=True)
         if projector is None or rule is None or residual is None:
             return None
+        if not residual.lifts:
+            if self.given.get("scale", 1.0) != 1.0:
+                self.problems.append(
+                    f"residual={self.words['residual']} lifts nothing that scale is of; take residual_scale"
+                )
+            self.values["", "scale"] = 1.0
         refresh, scale = self.frame("on_refresh"), self.frame("scale")
         return self.attempt(lambda: Subspace(projector, rule, residual, refresh, scale))
 

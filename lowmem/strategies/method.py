@@ -4,7 +4,7 @@
 
 `projector`, `rule`, `residual`, `modifiers`, `schedule`, `source` and `writer` are the
 axes: which part is taken of each kind. `embedding`, `head` and `vector` are rules of
-their own for tensors of that role. All else is an option of a chosen part, or of the
+their own for tensors of that role, `other` for all three. All else is an option of a chosen part, or of the
 frame. A method says where it differs from `NEUTRAL`; a user may change everything.
 """
 
@@ -30,8 +30,8 @@ AXES = {
 }
 """The axes, and the choice on each that leaves an ordinary optimizer; a method always names its rule."""
 
-ROLES = ("embedding", "head", "vector")
-"""Tensors that may follow a rule of their own."""
+ROLES = ("other", "embedding", "head", "vector")
+"""Tensors that may follow a rule of their own; "other" is all that is not a matrix."""
 
 
 class Method:

@@ -104,7 +104,8 @@ def known(words: Words) -> Known:
     """The options that may be written beside these words."""
     seats = [Seat(axis, parts(axis)[word]) for axis, word in words.axes if word != NONE]
     seats += [Seat(word, parts("modifier")[word]) for word in words.modifiers]
-    of_roles = [Seat(role, parts("rule")[word or words["rule"]]) for role, word in words.roles]
+    usual = words["other"] or words["rule"]
+    of_roles = [Seat(role, parts("rule")[word or usual]) for role, word in words.roles]
     table: dict[str, tuple[Seat | None, Option]] = {o.name: (None, o) for o in _frame(words)}
     reserved = {*table, *FRAME}
     sharing: dict[str, list[Seat]] = {}

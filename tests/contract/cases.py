@@ -15,7 +15,7 @@ from typing import Any
 import lowmem
 from lowmem.errors import UserError
 from lowmem.strategies import parts
-from lowmem.strategies.method import AXES, ROLES
+from lowmem.strategies.method import AXES, ROLES, methods
 from lowmem.strategies.parts import KINDS
 from lowmem.strategies.registry import beside
 
@@ -23,11 +23,13 @@ GAP = 4
 CARRIER = "adamw"
 """The plainest method: parts are hung into it."""
 BESIDE: dict[str, dict[str, Any]] = {
-    "residual": {"projector": "columns"},
+    "residual": {"projector": "power"},
     "schedule": {"residual": "sign"},
     "source": {"rule": "sgd"},
 }
 """What stands beside a part of a kind that means nothing alone."""
+AXIS = {"modifier": "modifiers"}
+"""The axis of a kind that is not called like it."""
 DRAWS = 150
 
 
@@ -74,14 +76,19 @@ def case(name: str, **changes: Any) -> Case:
     return Case(name, tuple({**small, **changes}.items()), tuple(changes))
 
 
+def part_case(kind: str, name: str, **changes: Any) -> Case:
+    """A part in the plainest method."""
+    return case(CARRIER, **{**BESIDE.get(kind, {}), AXIS.get(kind, kind): name}, **changes)
+
+
+def chosen() -> list[tuple[str, str]]:
+    """Every part that is a choice: those that leave an ordinary optimizer are in every method."""
+    return [(kind, name) for kind in KINDS for name in parts(kind) if name not in AXES.values()]
+
+
 def part_cases() -> list[Case]:
     """Every part once, in the plainest method."""
-    found = []
-    for kind in KINDS:
-        axis = "modifiers" if kind == "modifier" else kind
-        names = [name for name in parts(kind) if name != AXES[axis]]
-        found += [case(CARRIER, **{**BESIDE.get(kind, {}), axis: name}) for name in names]
-    return found
+    return [part_case(kind, name) for kind, name in chosen()]
 
 
 def plain() -> list[Case]:
@@ -106,12 +113,21 @@ def others(option: Any) -> list[Any]:
 
 
 def changed() -> list[Case]:
-    """Every method with each option changed to each other word; not its axes, which the draw sees to."""
+    """Every option changed to each other word: those of a part in the plainest method, those of the frame
+    beside every rule and projector, and in every method those that its record sets.
+    """
     found = []
-    for name, entry in lowmem.available().items():
-        for key, option in entry.options.items():
-            if key not in entry.axes and not key.endswith("_states"):
-                found += [case(name, **{key: value}) for value in others(option)]
+    for kind, name in chosen():
+        table = beside(CARRIER, **{**BESIDE.get(kind, {}), AXIS.get(kind, kind): name})
+        prefix = name if kind == "modifier" else kind
+        own = [key if key in table else f"{prefix}_{key}" for key in parts(kind)[name].options]
+        own += {"rule": ["states"], "projector": ["on_refresh"]}.get(kind, [])
+        for key in (key for key in own if key in table):
+            found += [part_case(kind, name, **{key: value}) for value in others(table[key])]
+    for name, method in methods().items():
+        entry = lowmem.available()[name]
+        sets = [key for key in method.defaults if key in entry.options and key not in entry.axes]
+        found += [case(name, **{key: v}) for key in sets for v in others(entry.options[key])]
     return found
 
 

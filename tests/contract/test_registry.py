@@ -181,7 +181,9 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("galore", {"rule": "microadam"}, "not defined for a window of gradients; take"),
     ("galore", {"rank": 1.5}, "a whole number from 1 on, or a share between 0 and 1, got 1.5"),
     ("galore", {"rank": 4, "projector_rank": 8}, "rank and projector_rank are the same; give one of them"),
-    ("galore", {"schedule": "blocks", "residual": "drop"}, "choose residual=sign or residual=sgd"),
+    ("fira", {"schedule": "blocks"}, "cannot step what schedule=blocks puts aside; take residual=drop"),
+    ("apollo", {"scale": 0.5}, "lifts nothing that scale is of; take residual_scale"),
+    ("fira", {"projector": "columns"}, "the residual needs a projector with dense"),
     ("galore", {"modifiers": "nonesuch"}, "unknown modifiers 'nonesuch'; .*Known: "),
     ("galore", {"embedding_modifiers": "nonesuch"}, "unknown embedding_modifiers 'nonesuch'"),
     ("adafactor", {"warmup": 10}, "warmup=10 needs relative_step=true"),
@@ -213,7 +215,9 @@ def test_all_problems_are_told_at_once() -> None:
         "rule=adafactor",
     ):
         assert words in message, words
-    assert said("frugal", rank=0, on_refresh="rotate", states="int8").count(";") >= 3
+    both = said("galore", rank=0, on_refresh="rotate", states="int8")
+    assert "rank is a whole number" in both
+    assert "needs states='fp32'" in both
 
 
 def test_a_name_that_two_parts_share_is_written_with_its_axis() -> None:

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
-from lowmem.optim.contract import Hyper, Rotate
+from lowmem.optim.contract import Rotation
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded, pooled, spread
 from lowmem.optim.engine.ages import _table, numbers_of
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
 from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.state import made
 from lowmem.optim.writers import NEAREST
 
 
@@ -76,12 +78,12 @@ class Variance(Elementwise):
 
 
 def hyper(w: Tensor, chunks: Chunks, step: int = 0) -> Hyper:
-    return Hyper(step, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.0, Dense(w), tuple(w.shape), chunks.advance_)
+    return Hyper(step, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.0, Dense(w), chunks.advance_)
 
 
 def follow(rule: Any, shape: tuple[int, ...], gradients: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     chunks, w = Chunks(), torch.ones(shape)
-    state = rule.init(w) | rule.shared(w)
+    state = rule.init(w) | made(rule.constants(shape), w.device)
     for step, g in enumerate(gradients):
         chunks.apply_(rule, NEAREST, w, Dense(g), state, {}, hyper(w, chunks, step))
     return w, state
@@ -164,7 +166,12 @@ def test_a_linear_moment_turns_with_the_basis() -> None:
         state = {"momentum": m.clone(), "age": torch.tensor(3)}
         wide = torch.empty(shape)
         wide[:] = m
-        rule.rebase_({**state, "momentum": wide}, Rotate(c.new_ones(4, 4), axis), shape, hyper(m, Chunks()))
+        rule.rebase_(
+            {**state, "momentum": wide},
+            Rotation(torch.tensor(True), c.new_ones(4, 4), axis),
+            shape,
+            hyper(m, Chunks()),
+        )
         torch.testing.assert_close(wide, (m.sum(axis, keepdim=True)).expand(shape))
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.optim.contract import Hyper
+from lowmem.optim.hyper import Hyper
 
 ROWS = 1024
 """The table grows by so many ages."""

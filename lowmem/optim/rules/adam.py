@@ -9,8 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.optim.contract import Hyper, Rotate
-from lowmem.optim.elementwise import LARGEST, Beside, Elementwise, Moment, Moments
+from lowmem.optim.contract import Rotation
+from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
+from lowmem.optim.hyper import Hyper
+
+LARGEST = 1e36
+"""Rotated second moments end here: room is left for scales that are rounded up and for bias corrections."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Adam(Elementwise):
         _, _, eps, correction1, correction2 = x.numbers
         return (m["exp_avg"] * correction1) / (m.root("exp_avg_sq") * correction2 + eps)
 
-    def rotated(self, m: Mapping[str, Tensor], turn: Rotate, age: Tensor, hp: Hyper) -> dict[str, Tensor]:
+    def rotated(self, m: Mapping[str, Tensor], turn: Rotation, age: Tensor, hp: Hyper) -> dict[str, Tensor]:
         """The second moment is transported as a variance (arXiv 2410.16103), both without their bias.
 
         V <- |(C o C)(V - M^2) + (C M)^2|

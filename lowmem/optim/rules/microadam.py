@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.contract import Change, ChunkHyper, Hyper, Pointwise, Reset, State, reset_
+from lowmem.optim.contract import Pointwise
+from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.state import State
 
 BLOCK = 4096
 """Elements from which the largest are taken; indices fit in 16 bits."""
@@ -150,11 +152,6 @@ class MicroAdam(Pointwise):
             raise UserError(
                 f"on_refresh={kind!r} is not defined for a window of gradients; take on_refresh='reset'"
             )
-
-    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Forget everything."""
-        if isinstance(change, Reset):
-            reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change)
 
 
 def packed(rest: Tensor, bucket: int) -> tuple[Tensor, Tensor]:

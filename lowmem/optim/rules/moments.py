@@ -13,9 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowmem.optim.contract import Hyper
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
 from lowmem.optim.factored import TINY
+from lowmem.optim.hyper import Hyper
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ as `states` says. One that needs the whole tensor takes `states` itself.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import Elementwise
 from lowmem.optim.rules.adafactor import Adafactor
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.microadam import MicroAdam
+from lowmem.optim.rules.muon import Muon
 from lowmem.optim.rules.sgd import SGD
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
@@ -91,3 +92,23 @@ def microadam(
         bucket: Elements that share one 4-bit range; 64 is finer and costs 0.06 bytes per parameter.
     """
     return MicroAdam(window, density, bucket)
+
+
+@part("rule")
+def muon(
+    *,
+    states: str,
+    momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.95,
+    nesterov: bool = True,
+    iterations: Annotated[int, Limits(least=1)] = 5,
+    scaling: Literal["rms", "aspect"] = "rms",
+) -> AnyRule:
+    """Muon: momentum whose singular values are made equal.
+
+    Args:
+        momentum: Share of the old momentum.
+        nesterov: Look ahead by the fresh gradient.
+        iterations: Of Newton and Schulz.
+        scaling: Steps as long as AdamW's, or longer for tall matrices alone.
+    """
+    return Muon.of(states, momentum=momentum, nesterov=nesterov, iterations=iterations, scaling=scaling)
