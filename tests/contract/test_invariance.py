@@ -175,7 +175,6 @@ def refuse_accumulation(case: Case, model: nn.Module, count: int) -> None:
     pytest.skip("refuses accumulation under release, as it must")
 
 
-@pytest.mark.changed
 def test_accumulating_under_release_is_the_ordinary_step(case: Case, dtype: torch.dtype) -> None:
     """Each tensor keeps a projected sum, or its gradient where it refreshes in this window."""
     model, count = zoo.build(dtype), 3

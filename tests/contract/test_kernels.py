@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowmem.sources import directions
 from tests.contract import cases, runs, zoo
 from tests.contract.cases import Case
 
@@ -60,6 +61,7 @@ def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     assert kernels or not any(pays)
     monkeypatch.undo()
     torch._dynamo.reset()
+    directions._kernel.cache_clear()  # kept for the process: those made here run eagerly
     eager = zoo.build(dtype)
     plain = case.optimizer(eager, compile="off")
     for step in range(runs.GAP + 2):
