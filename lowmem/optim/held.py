@@ -74,6 +74,23 @@ class HeldMoment(Blocks):
             old = self.chunk(start, stop)
             self._store(start, torch.where(ok, f(old, start, stop), old))
 
+    def towards(self, g: Blocks, rate: float) -> Blocks:
+        """The average after g, old + rate (g - old), before it is encoded; the moment stays as it is."""
+
+        def rows(i: int, j: int) -> Tensor:
+            old = self.rows(i, j)
+            return old + rate * (g.rows(i, j) - old)
+
+        return Blocks(self.shape, rows, self.device)
+
+    def following(self, g: Blocks, rate: float, ok: Tensor) -> Callable[[], None]:
+        """What stores the average after g, where ok (0-D bool): the commit of a `Direction`."""
+
+        def moved(old: Tensor, start: int, stop: int) -> Tensor:
+            return old + rate * (g.chunk(start, stop).float() - old)
+
+        return lambda: self.move_(moved, ok)
+
     def permute_(self, index: Tensor, axis: int, ok: Tensor) -> None:
         """Let each row or column be the one that was at its index, or zero where that is -1.
 

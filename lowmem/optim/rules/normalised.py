@@ -1,0 +1,175 @@
+"""Rules that make a step of a gradient by dividing it by its own size, and hold nothing or a momentum.
+
+    SinkGD    rows and columns in turn, until all have size one
+    Scaled    rows, or columns, once; SCALE takes a momentum for the head alone
+
+What is divided is seen over its largest element, so that no square overflows or
+vanishes: the size of a gradient does not matter, however small. A row or column of
+zeros stays zero. A tensor in which one element is not finite takes no step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError
+from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.codecs import Codec, codec
+from lowmem.optim.contract import Rule
+from lowmem.optim.engine.cutting import walk
+from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.state import Constants, State, part, prefixed
+
+TINY = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float32).max
+
+
+def unit(g: Blocks, hp: Hyper) -> tuple[Blocks, Tensor]:
+    """The matrix over its largest element, and a 0-D bool: all of it is finite."""
+    top = torch.stack([g.rows(i, j).abs().amax() for i, j in walk(g.ranges(), g.device)]).amax()
+    top = hp.total(top, "max")
+    ok = top <= LARGEST
+    return g.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0)), ok
+
+
+def inverse(squares: Tensor, size: float) -> Tensor:
+    """What makes a row with this sum of squares `size` long; of zeros, 0."""
+    return torch.where(squares > 0.0, math.sqrt(size) * squares.clamp(min=TINY).rsqrt(), 0.0)
+
+
+def row_squares(rows: Tensor) -> Tensor:
+    """Sums of squares of rows; contiguous, so that any layout gives the same bits."""
+    return rows.contiguous().square().sum(1)
+
+
+@dataclass(frozen=True)
+class SinkGD(Rule):
+    """The gradient with rows and columns of one size, by Sinkhorn's iteration (arXiv 2502.06742).
+
+        iterations times:  rows of X <- sqrt(n) row / |row|,  columns of X <- sqrt(m) column / |column|
+        D = alpha X,  X = G at first
+
+    X = diag(a) G diag(b): only the two vectors are iterated, in iterations + 2 passes over G.
+    Afterwards columns have rms 1 exactly, rows nearly. Holds 0 bytes for an (m, n) weight;
+    the workspace is that of every step and 4 (m + 2 n) bytes. Without a momentum, a large batch matters.
+
+    Args:
+        iterations: at least 1.
+        alpha: rms of D, above 0.
+
+    Raises:
+        UserError: a number outside its range.
+
+    Example:
+        >>> SinkGD().init(torch.zeros(3, 5))
+        {}
+    """
+
+    iterations: int = 5
+    alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        bad = {
+            f"iterations must be at least 1, got {self.iterations}": self.iterations < 1,
+            f"alpha must be above 0, got {self.alpha}": not self.alpha > 0.0,
+        }
+        if any(bad.values()):
+            raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither."""
+        return frozenset()
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Find both vectors; the product with G is left to the write."""
+        x, ok = unit(g, hp)
+        m, n = g.shape
+        a, b = torch.zeros(m, device=g.device), torch.ones(n, device=g.device)
+        for _ in range(self.iterations):
+            columns = torch.zeros_like(b)
+            for i, j in walk(g.ranges(), g.device):
+                rows = x.rows(i, j) * b
+                a[i:j] = inverse(row_squares(rows), n)
+                columns += rows.mul_(a[i:j, None]).square_().sum(0)
+            b = b * inverse(hp.total(columns), m / hp.share)
+        blocks = Blocks(g.shape, lambda i, j: (x.rows(i, j) * b).mul_(a[i:j, None]), g.device)
+        return Direction(blocks, scale=self.alpha, ok=ok)
+
+
+@dataclass(frozen=True)
+class Scaled(Rule):
+    """The gradient, or a momentum, with rows or columns of rms 1 (SCALE, arXiv 2506.16659).
+
+        M <- M + (1 - momentum)(G - M)  (or M = G where momentum is 0)
+        D = each row of M (or column) over its rms
+
+    The paper divides by norms: its learning rates are sqrt(n) times larger. Bytes for an (m, n)
+    weight: none without a momentum, else what the codec takes, 4 m n in fp32.
+
+    Args:
+        held: codec of the momentum, None for no momentum.
+        momentum: share of the old momentum, in [0, 1); 0 for none.
+        columns: whether columns are scaled, as for embeddings, instead of rows.
+
+    Example:
+        >>> sorted(Scaled.of("int8", momentum=0.9).init(torch.zeros(3, 5)))
+        ['momentum.codes', 'momentum.scale']
+    """
+
+    held: Codec | None = None
+    momentum: float = 0.0
+    columns: bool = False
+    reads_later: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, states: str, *, momentum: float = 0.0, columns: bool = False) -> Scaled:
+        """The rule with its momentum, if there is one, held as `states` says.
+
+        Raises:
+            UserError: a momentum outside [0, 1).
+        """
+        if not 0.0 <= momentum < 1.0:
+            raise UserError(f"momentum must be in [0, 1), got {momentum}")
+        held = codec(states, signed=True, stream="momentum") if momentum else None
+        return cls(held, momentum, columns)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither."""
+        return frozenset()
+
+    def init(self, x: Tensor) -> State:
+        """A momentum of zero, or nothing."""
+        return prefixed("momentum", self.held.init(x)) if self.held else {}
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held) if self.held else {}
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Find the sizes; the division is left to the write."""
+        if self.held is None:
+            x, ok = unit(g, hp)
+            return Direction(self._divided(x, hp), ok=ok)
+        moment = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp)
+        x, ok = unit(moment.towards(g, 1.0 - self.momentum), hp)
+        commit = moment.following(g, 1.0 - self.momentum, ok)
+        return Direction(self._divided(x, hp), ok=ok, commit=commit)
+
+    def _divided(self, x: Blocks, hp: Hyper) -> Blocks:
+        """Rows, or columns, over their rms."""
+        m, n = x.shape
+        if not self.columns:
+            return x.map(lambda rows: rows * inverse(row_squares(rows), n)[:, None])
+        squares = torch.zeros(n, device=x.device)
+        for i, j in walk(x.ranges(), x.device):
+            squares += x.rows(i, j).square().sum(0)
+        q = inverse(hp.total(squares), m / hp.share)
+        return x.map(lambda rows: rows * q)

@@ -1,0 +1,86 @@
+"""Rules that need the whole tensor: its norms, or the sums of its rows and columns."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from lowmem.optim.contract import AnyRule
+from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI
+from lowmem.optim.rules.normalised import Scaled, SinkGD
+from lowmem.optim.rules.smmf import SMMF
+from lowmem.strategies.options import Limits
+from lowmem.strategies.parts import part
+
+
+@part("rule")
+def sgd_sai(*, states: str, momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.9) -> AnyRule:
+    """SGD-SaI: momentum, scaled by the signal-to-noise ratio of the first gradient.
+
+    Args:
+        momentum: Share of the old momentum.
+    """
+    return SGDSaI.of(states, momentum=momentum)
+
+
+@part("rule")
+def novograd(*, states: str, averaging: bool = False) -> AnyRule:
+    """NovoGrad: momentum of gradients over an average norm of their tensor.
+
+    Args:
+        averaging: Make the momentum an average instead of a sum.
+    """
+    return NovoGrad.of(states, averaging=averaging)
+
+
+@part("rule")
+def smmf(
+    *,
+    decay_rate: Annotated[float, Limits(below=0.0)] = -0.8,
+    growth_rate: Annotated[float, Limits(above=0.0, most=1.0)] = 0.999,
+) -> AnyRule:
+    """SMMF: both moments as outer products of two vectors, and one bit for a sign.
+
+    Args:
+        decay_rate: Exponent of t in the average of squares.
+        growth_rate: Factor of beta1 for each step; 1 keeps the momentum.
+    """
+    return SMMF(decay_rate, growth_rate)
+
+
+@part("rule")
+def sinkgd(
+    *,
+    iterations: Annotated[int, Limits(least=1)] = 5,
+    alpha: Annotated[float, Limits(above=0.0)] = 0.05,
+) -> AnyRule:
+    """SinkGD: the gradient with rows and columns of one size; no state.
+
+    Args:
+        iterations: Of Sinkhorn.
+        alpha: Rms of a step, in units of lr.
+    """
+    return SinkGD(iterations, alpha)
+
+
+@part("rule")
+def row_norm() -> AnyRule:
+    """The gradient with each row over its rms; no state."""
+    return Scaled()
+
+
+@part("rule")
+def column_norm() -> AnyRule:
+    """The gradient with each column over its rms; no state."""
+    return Scaled(columns=True)
+
+
+@part("rule")
+def row_norm_momentum(
+    *, states: str, momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.9
+) -> AnyRule:
+    """A momentum with each row over its rms.
+
+    Args:
+        momentum: Share of the old momentum; 0 holds none.
+    """
+    return Scaled.of(states, momentum=momentum)

@@ -1,0 +1,45 @@
+"""Steps of the gradient over its own size: nothing is held of a matrix."""
+
+from lowmem.strategies.method import Method, register
+
+register(
+    Method(
+        "sinkgd",
+        """The gradient with rows and columns of one size.
+
+            X = G;  5 times: rows of X to norm sqrt(n), columns to norm sqrt(m)
+            W <- (1 - lr wd) W - lr alpha X
+
+        Embeddings, head, norms and biases take Adam. Without a momentum the noise of a small
+        batch goes straight into the weights: accumulate.
+
+        Bytes for an (m, n) weight: 0.
+        """,
+        paper="2502.06742",
+        rule="sinkgd",
+        other="adam",
+    )
+)
+
+register(
+    Method(
+        "scale",
+        """The gradient with rows of one size, and a momentum for the head alone.
+
+            matrices:    D = rows of G over their rms
+            embeddings:  D = columns of G over their rms
+            head:        M <- M + (1 - momentum)(G - M),  D = rows of M over their rms
+
+        Norms and biases take Adam. Every element moves by about lr, five times as far as
+        with AdamW. A tied head is an embedding, and holds no momentum. The paper trains from
+        scratch; it publishes no values for fine-tuning.
+
+        Bytes for an (m, n) weight: 0; for the head 4 m n with fp32 states.
+        """,
+        paper="2506.16659",
+        rule="row_norm",
+        embedding="column_norm",
+        head="row_norm_momentum",
+        vector="adam",
+    )
+)
