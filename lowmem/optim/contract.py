@@ -279,6 +279,10 @@ class Projector:
         """Move the basis in place; with `say`, tell how as far as `changes` promises."""
         return Unrelated(torch.ones((), dtype=torch.bool, device=g.device))
 
+    def opened(self, s: State, hp: Hyper) -> State:
+        """What `down`, `up` and `pair` of one step read: what is held, unless it must be drawn or decoded."""
+        return s
+
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The projected gradient, fp32."""
         raise NotImplementedError
