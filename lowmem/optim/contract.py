@@ -9,8 +9,7 @@ There are two kinds of rule, because two things cannot be one:
   gradients as `Blocks`, keeps its state up to date itself, and returns a
   `Direction` that the frame writes.
 
-What a part needs or forbids is declared on it; nobody looks at its class or at the
-names of its options. A part holds nothing itself: its state is a flat dict.
+What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 """
 
 from __future__ import annotations
@@ -145,8 +144,7 @@ class Pointwise(AnyRule):
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
         reads_weight: `ChunkHyper.weight` must be there, so that the rule cannot step inside another.
-        chunk: the most elements (a multiple of `grain`) that an eager step should see at once:
-            its own scratch decides when a chunk leaves the cache.
+        chunk: the most elements (a multiple of `grain`) that should fit the cache in an eager step.
     """
 
     @property
@@ -275,6 +273,10 @@ class Projector:
         """Move the basis in place; with `say`, tell how as far as `changes` promises."""
         return Unrelated(torch.ones((), dtype=torch.bool, device=g.device))
 
+    def opened(self, s: State, hp: Hyper) -> State:
+        """What `down`, `up` and `pair` of one step read: what is held, unless it must be drawn or decoded."""
+        return s
+
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The projected gradient, fp32."""
         raise NotImplementedError
@@ -299,10 +301,8 @@ class Split:
     Args:
         g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N).
         low: R, the projected gradient; step: N, what the inner rule made of it.
-        scale: factor of the lifted step.
-        axis: of R that the basis spans, see `Projector.axis`.
-        ok: 0-D bool; False where no step is taken.
-        hp: of this step.
+        scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
+        ok: 0-D bool, False where no step is taken; hp: of this step.
     """
 
     g: Blocks

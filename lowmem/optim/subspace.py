@@ -183,11 +183,12 @@ class Subspace(Rule):
 
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """down(G) for accumulation over micro-batches; fp32."""
-        return self.projector.down(scoped(s, "projector"), g, hp)
+        return self.projector.down(self.projector.opened(scoped(s, "projector"), hp), g, hp)
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Project, step inside, lift, and add what the rest gives."""
-        basis, held = scoped(s, "projector"), scoped(s, "residual")
+        moving, held = scoped(s, "projector"), scoped(s, "residual")
+        basis = self.projector.opened(moving, hp)
         whole = g if isinstance(g, Projected) else self.residual.inject(held, g, hp)
         low = g.low if isinstance(g, Projected) else self.projector.down(basis, whole, hp)
         step = low.clone() if self._looks(g.shape) else low
@@ -196,7 +197,7 @@ class Subspace(Rule):
         absorbed, commit = self.residual.absorb(held, split) if self._absorbs(g.shape) else (None, None)
         commits = [inside.commit, commit]
         if self.projector.follows:
-            commits.append(lambda: apply_in_place(basis, self.projector.follow(basis, split)))
+            commits.append(lambda: apply_in_place(moving, self.projector.follow(moving, split)))
         if absorbed is None:
             blocks, pair, scale = split.lifted, self.projector.pair(basis, step, g.shape), split.scale
         else:

@@ -113,6 +113,11 @@ def unit(x: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(ok, x.div_(top), fallback), ok
 
 
+def energy(g: Blocks, top: Tensor) -> Tensor:
+    """|G / top|^2, 0-D fp32."""
+    return g.sum(lambda rows: torch.linalg.vector_norm(rows / top, dtype=torch.float64).square()).float()
+
+
 def orthonormal(x: Tensor) -> Tensor:
     """The QR factor of x with the sign of R's diagonal divided out: it follows x without flipping."""
     q, r = torch.linalg.qr(x)

@@ -24,7 +24,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import Change, Projector, Split, Unrelated
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, largest, power_iteration
+from lowmem.optim.projectors.dense import Frame, energy, largest, power_iteration
 from lowmem.optim.state import State
 
 
@@ -100,14 +100,9 @@ class Online(Projector):
         top, ok = largest(split.low)
         low = split.low.div_(top)  # the weight is written: nobody looks at R again
         pulled = self.frame.across(low, g).div_(top)  # G Y, as (s, r)
-        norm = _square(g, top)
+        norm = energy(g, top)
         pulled = torch.where(ok & (norm > 0.0), pulled / norm, 0.0)
         overlap = basis.t() @ basis
         slope = basis @ (basis.t() @ pulled) + pulled @ overlap - 2.0 * pulled
         slope = 2.0 * slope + 4.0 * self.penalty * (basis @ overlap - basis)
         return {"basis": torch.where(split.ok & ok, basis - self.rate * split.hp.lr * slope, basis)}
-
-
-def _square(g: Blocks, top: Tensor) -> Tensor:
-    """|G / top|^2."""
-    return g.sum(lambda rows: torch.linalg.vector_norm(rows / top, dtype=torch.float64).square()).float()

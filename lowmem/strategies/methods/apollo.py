@@ -11,7 +11,7 @@ register(
             W <- (1 - lr wd) W - lr residual_scale G phi,  growing by 1 % a step at most
 
         The sketch P is never held, and drawn again from its name in every step. Embeddings, head,
-        norms and biases take Adam. rank=1, per=tensor and residual_scale=128 are APOLLO-Mini.
+        norms and biases take Adam. See `apollo_mini` for one factor in all.
 
         Bytes for an (m, n) weight, l = max(m, n), fp32 states: 8 r l + 8.
         """,
@@ -19,5 +19,28 @@ register(
         projector="gaussian",
         rule="adam",
         residual="scaled_gradient",
+    )
+)
+
+register(
+    Method(
+        "apollo_mini",
+        """The gradient with one factor for all of it, from Adam's statistics of a single random row.
+
+            R = p'G with p drawn from a normal distribution,  N = Adam(R),  phi = |N| / |R|
+            W <- (1 - lr wd) W - lr residual_scale phi G,  growing by 1 % a step at most
+
+        The paper's scale is 128 under a root, hence 11.3137 here. The row p is never held. Embeddings,
+        head, norms and biases take Adam.
+
+        Bytes for an (m, n) weight, l = max(m, n), fp32 states: 8 l + 8.
+        """,
+        paper="2412.05270",
+        projector="gaussian",
+        rule="adam",
+        residual="scaled_gradient",
+        rank=1,
+        per="tensor",
+        residual_scale=11.3137,
     )
 )
