@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.optim.contract import AnyRule, Rotation
+from lowmem.optim.changes import Rotation
+from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
 from lowmem.optim.hyper import Hyper
 
