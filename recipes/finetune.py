@@ -111,24 +111,24 @@ def arguments(config: RunConfig) -> Any:
 
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
-    from lowmem.data.load import fitting, render_example
+    from lowmem.data.fitting import fitting
     from lowmem.data.split import train_and_held_out
     from lowmem.data.template import check_template
     from lowmem.training.callbacks import Peak, Report
     from lowmem.training.trainer import LowMemSFTTrainer
 
     console.start("load")
-    train, held_out = train_and_held_out(
+    parts = train_and_held_out(
         config.data, config.eval_data, data_format=config.data_format, rows=config.eval_rows, seed=config.seed
     )
-    console.say(train.summary())
-    console.say(held_out.summary())
+    for part in parts:
+        console.say(part.summary())
     model, tokenizer = _model(config)
-    if train.conversational or held_out.conversational:
+    if any(part.conversational for part in parts):
         check_template(model, tokenizer, console)
-    train, held_out = (fitting(part, tokenizer, config.seq_len, console) for part in (train, held_out))
-    console.say(f"one example, the loss counts what is in [[ ]]: {render_example(train.rows[0], tokenizer)}")
-    args.packing_strategy = train.packing_strategy
+    train, held_out = (fitting(part, tokenizer, config.seq_len, console) for part in parts)
+    console.say(f"one example, the loss counts what is in [[ ]]: {train.shown(tokenizer)}")
+    args.packing_strategy = train.data.packing_strategy
     trainer = LowMemSFTTrainer(
         model,
         args,

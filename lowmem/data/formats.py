@@ -3,78 +3,30 @@
 Each format turns a row into what TRL's SFTTrainer takes: `text` (loss on every token) or
 `prompt` and `completion` (loss on the completion). Questions, instructions and
 conversations become chat messages, so that the model's own chat template renders them.
-A conversation with several answers becomes one row per answer, each with what was said
-before it: every answer is trained on once, whatever the template can mark. A row notes
-which of its fields were read, so that the others can be named.
+A conversation is one row: the prompt runs up to the first answer that counts in the loss,
+the completion from there to the last one; of a completion the answers count, unless
+`train: False` stands in them. Rows that say which answer is good or bad are refused: half
+of them must not be learned. A row notes which of its fields were read, so that the others
+can be named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.data.fields import EMPTY, Fields, RowError
 from lowmem.data.folders import listed
+from lowmem.data.messages import Message, read_messages, read_tools, trained
 from lowmem.errors import UserError, nearest
 
 Row = dict[str, Any]
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-}
-
-
-class RowError(ValueError):
-    """What is wrong with one row; whoever knows its place turns it into a UserError."""
-
-
-class Fields(Mapping[str, Any]):
-    """A row that notes which of its fields are read.
-
-    Args:
-        row: the raw row.
-    """
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        self._row = row
-        self._read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self._read.add(key)
-        return self._row[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._row  # the inherited one would read the field
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._row)
-
-    def __len__(self) -> int:
-        return len(self._row)
-
-    def extra(self, *keys: str) -> str:
-        """The first of these fields that holds a text; "" without one, and then none counts as read."""
-        for key in keys:
-            value = self._row.get(key)
-            if isinstance(value, str) and value.strip():
-                self._read.add(key)
-                return value
-        return ""
-
-    def unread(self) -> list[str]:
-        """Fields that hold something and were not read."""
-        empty: tuple[Any, ...] = (None, "", [], {})
-        return [key for key, value in self._row.items() if key not in self._read and value not in empty]
-
+BETTER = ("chosen", "chosen_response", "chosen_messages", "preferred_output")
+WORSE = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
+LABELS = ("label", "kto_tag", "desirable")
+VERDICTS = (True, False, "true", "false", "True", "False", "1", "0")
 
 Convert = Callable[[Fields], list[Row]]
 
@@ -132,14 +84,13 @@ def detect_format(row: Mapping[str, Any], source: str = "the data") -> Format:
         'question_answer'
     """
     columns = [key for key, value in row.items() if value is not None]
+    try:
+        _refuse_preferences(row)
+    except RowError as error:
+        raise UserError(f"{source} {error}") from error
     for candidate in _FORMATS:
         if candidate.fits(columns):
             return candidate
-    if {"chosen", "rejected"} <= set(columns):
-        raise UserError(
-            f"{source} holds preferences (chosen, rejected); lowmem fine-tunes on answers: keep `prompt` "
-            f"and rename `chosen` to `completion`"
-        )
     null = [(f, key) for f in _FORMATS if f.fits(row) for key in f.fields if row[key] is None]
     if null:
         raise UserError(f"{source} ({null[0][0].name}): {_null(null[0][1])}")
@@ -206,10 +157,8 @@ def _alpaca(row: Fields) -> list[Row]:
 def _pair(row: Fields) -> list[Row]:
     """`prompt` and `completion`: two texts, or two lists of messages."""
     if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        asked, answered = _messages(row["prompt"], "prompt"), _messages(row["completion"], "completion")
-        spoken = any(m["content"].strip() for m in answered)
-        asked = _led(row, asked, "prompt")
-        return [{"prompt": asked, "completion": answered}] if spoken else []
+        asked = _led(row, read_messages(row["prompt"], "prompt", row), "prompt")
+        return _chat(row, [*asked, *read_messages(row["completion"], "completion", row)], len(asked))
     prompt, completion = _string(row, "prompt"), _string(row, "completion")
     return [{"prompt": prompt, "completion": completion}] if completion.strip() else []
 
@@ -217,12 +166,12 @@ def _pair(row: Fields) -> list[Row]:
 def _conversation(key: str) -> Convert:
     def convert(row: Fields) -> list[Row]:
         _, value = _present(row, key)
-        return list(_answers(_led(row, _messages(value, key), key)))
+        return _chat(row, _led(row, read_messages(value, key, row), key))
 
     return convert
 
 
-def _led(row: Fields, messages: list[dict[str, str]], key: str) -> list[dict[str, str]]:
+def _led(row: Fields, messages: list[Message], key: str) -> list[Message]:
     """The messages after the system message that stands beside them; the same one twice is one."""
     system = _system(row)
     if not system or messages[0]["role"] != "system":
@@ -232,44 +181,76 @@ def _led(row: Fields, messages: list[dict[str, str]], key: str) -> list[dict[str
     return messages
 
 
-def _answers(messages: list[dict[str, str]]) -> Iterator[Row]:
-    """One row per answer, with everything said before it."""
-    if not any(m["role"] == "assistant" for m in messages):
+def _chat(row: Fields, messages: list[Message], start: int = 0) -> list[Row]:
+    """A conversation whose answers from message `start` on count in the loss; no row where none does."""
+    if not any(m["role"] == "assistant" for m in messages[start:]):
         raise RowError("a conversation without an answer (no message of the assistant)")
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i > 0 and message["content"].strip():
-            yield {"prompt": messages[:i], "completion": [message]}
+    tools = read_tools(row)
+    counting = [i for i, message in enumerate(messages) if i >= max(start, 1) and trained(message)]
+    if not counting:
+        return []
+    first, end = counting[0], counting[-1] + 1
+    prompt = [{key: value for key, value in m.items() if key != "train"} for m in messages[:first]]
+    chat = {"prompt": prompt, "completion": messages[first:end]}
+    return [{**chat, "tools": tools} if tools else chat]
 
 
-def _messages(value: Any, key: str) -> list[dict[str, str]]:
-    """Messages with `role` and `content`, from either naming."""
-    if not isinstance(value, list) or not value:
-        raise RowError(f"field {key!r} is not a list of messages")
-    return [_message(item, f"message {n} of {key!r}") for n, item in enumerate(value, 1)]
+def _refuse_preferences(row: Mapping[str, Any]) -> None:
+    """Refuse a row that holds a worse answer, or says whether its answer is a good one."""
+    worse = next((key for key in WORSE if row.get(key) not in EMPTY), None)
+    if worse is not None:
+        better = next((key for key in BETTER if row.get(key) not in EMPTY), None)
+        raise RowError(
+            f"holds preferences ({', '.join(filter(None, (better, worse)))}); lowmem fine-tunes on answers: "
+            f"{_kept(row, better)} and take `{worse}` out"
+        )
+    answered = any(f.fits(row) for f in _FORMATS if f.name != "text")
+    judged = next((key for key in LABELS if answered and row.get(key) in VERDICTS), None)
+    if judged is not None:
+        raise RowError(
+            f"holds a judgement of its answer ({judged}: {row[judged]!r}); lowmem would train on bad answers "
+            f"too: keep the rows with good ones and take `{judged}` out"
+        )
 
 
-def _message(item: Any, where: str) -> dict[str, str]:
-    if not isinstance(item, Mapping):
-        raise RowError(f"{where} is {type(item).__name__}, not a message with a role and a content")
-    role = item.get("role") if item.get("role") is not None else item.get("from")
-    content = item.get("content") if item.get("content") is not None else item.get("value")
-    if not isinstance(content, str):
-        raise RowError(f"{where} has no text (content or value)")
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowError(f"{where} has the role {role!r}: {nearest(str(role), ROLES)}")
-    return {"role": ROLES[role], "content": content}
+def _kept(row: Mapping[str, Any], better: str | None) -> str:
+    """What to do with the better answer of a row."""
+    if better is None:
+        return "keep the answer"
+    talk = next((key for key in ("messages", "conversations") if row.get(key) not in EMPTY), None)
+    if talk is not None:
+        return f"append `{better}` to `{talk}`"
+    whole = isinstance(row[better], list) and not isinstance(row.get("prompt"), list)
+    return (
+        f"rename `{better}` to `messages`" if whole else f"keep `prompt`, rename `{better}` to `completion`"
+    )
+
+
+def _single(convert: Convert) -> Convert:
+    """A conversion that takes no preferences."""
+
+    def checked(row: Fields) -> list[Row]:
+        _refuse_preferences(row.raw)
+        return convert(row)
+
+    return checked
 
 
 _FORMATS = (
-    Format("messages", ("messages",), "messages [{role, content}]", _conversation("messages")),
+    Format("messages", ("messages",), "messages [{role, content}]", _single(_conversation("messages"))),
     Format(
         "sharegpt",
         ("conversations",),
         "conversations [{from, value}]",
-        _conversation("conversations"),
+        _single(_conversation("conversations")),
     ),
-    Format("prompt_completion", ("prompt", "completion"), "prompt, completion", _pair),
-    Format("alpaca", ("instruction",), "instruction, input, output", _alpaca),
-    Format("question_answer", ("question", "answer"), "question, answer", _question),
-    Format("text", ("text",), "text", _plain),
+    Format(
+        "prompt_completion",
+        ("prompt", "completion"),
+        "prompt, completion",
+        _single(_pair),
+    ),
+    Format("alpaca", ("instruction",), "instruction, input, output", _single(_alpaca)),
+    Format("question_answer", ("question", "answer"), "question, answer", _single(_question)),
+    Format("text", ("text",), "text", _single(_plain)),
 )

@@ -20,21 +20,17 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lowmem.console import Console
 from lowmem.data import hub as hub_data
 from lowmem.data.columns import Columns, understood
-from lowmem.data.examples import Example, answer_fits, ensure_chat_template, render_example
+from lowmem.data.examples import Example, ensure_chat_template, render_example
+from lowmem.data.fields import Fields, RowError
 from lowmem.data.files import Place
 from lowmem.data.folders import listed
-from lowmem.data.formats import Fields, Format, Row, RowError, detect_format, formats, named
+from lowmem.data.formats import Format, Row, detect_format, formats, named
 from lowmem.data.readers import held, look, read_path
 from lowmem.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DEMO",
@@ -43,7 +39,6 @@ __all__ = [
     "detect_format",
     "ensure_chat_template",
     "files_by_split",
-    "fitting",
     "formats",
     "load_data",
     "load_rows",
@@ -110,12 +105,6 @@ class Data:
         more = "".join(f"; {note}" for note in ([f"files: {read}"] if read else []) + list(self.notes))
         rows = f"{len(self.rows)} rows, {how} {self.format}{chat}{skipped}{long}{ignored}{more}"
         return f"{self.name} ({self.split}): {rows}"
-
-    def dataset(self) -> Dataset:
-        """The rows as a `datasets.Dataset` for TRL."""
-        from datasets import Dataset
-
-        return Dataset.from_list(list(self.rows))
 
     def first(self, count: int, seed: int | None = None) -> Data:
         """At most `count` rows: the first ones, or with a seed a random choice in order."""
@@ -228,32 +217,6 @@ def files_by_split(name_or_path: str) -> dict[str, tuple[str, ...]]:
     if path is None:
         return {"train": ()}
     return {split: tuple(file.name for file in files) for split, files in held(path).splits.items()}
-
-
-def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, console: Console) -> Data:
-    """The rows that have something to learn within `seq_len` tokens, where training cuts them.
-
-    TRL drops the others without a word, or with packing gives them room in which nothing is learned.
-
-    Args:
-        data: rows as loaded.
-        tokenizer: the one they are trained with.
-        seq_len: tokens per row.
-        console: told how many rows are left out.
-
-    Raises:
-        UserError: no row is left, or the chat template refuses one.
-    """
-    kept = [i for i, row in enumerate(data.rows) if answer_fits(row, tokenizer, seq_len)]
-    count, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
-    if not kept:
-        raise UserError(
-            f"{of}: none of the {count} rows has an answer left within seq_len {seq_len}: raise seq_len"
-        )
-    if count:
-        rows = f"{count} of {len(data.rows)} rows have"
-        console.say(f"{of}: {rows} no answer left within seq_len {seq_len} and are left out: raise seq_len")
-    return data.only(kept, too_long=count)
 
 
 def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from lowmem.errors import UserError
 
 COMPILE_FROM = 1 << 23
 """`compile="auto"` compiles for models with at least this many parameters."""
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""What the moments decay by, and what is added to their root, where nothing is said."""
 
 COMPILE_WORK = 1_500_000_000
 """Elements stepped in a run, below which the eager steps take less time than compiling kernels."""
@@ -51,12 +54,48 @@ def check_hyper(numbers: Mapping[str, Any]) -> None:
         raise UserError("; ".join(bad))
 
 
-def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
-    """Refuse a gradient that is not one number for each of the parameter's."""
+def unfit(p: Tensor, g: Tensor | None) -> str:
+    """Why a gradient cannot be that of a parameter, and what to do; an empty string where it can.
+
+    Args:
+        p: the parameter; g: its gradient, None where it has no tensor.
+    """
+    if g is None:
+        return ""
     if g.layout != torch.strided:
-        raise UserError(f"sparse gradient for {name!r}: set sparse=False on its embedding")
+        return "it is sparse; set sparse=False on its embedding"
     if g.shape != p.shape:
-        raise UserError(f"gradient of {name!r} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
+        return (
+            f"it has the shape {tuple(g.shape)}, the parameter {tuple(p.shape)}; give one like the parameter"
+        )
+    if not g.is_floating_point():
+        return f"it is of {g.dtype}; give one of real numbers, such as {p.dtype}"
+    return (
+        "" if g.device == p.device else f"it is on {g.device}; move it to {p.device}, where the parameter is"
+    )
+
+
+def check_gradient(name: str, p: Tensor, g: Tensor | None) -> None:
+    """Refuse what cannot be the gradient of a parameter, by the parameter's name."""
+    if problem := unfit(p, g):
+        raise UserError(f"gradient of {name!r}: {problem}")
+
+
+def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float) -> list[str]:
+    """A sentence for each number that was set and that no rule of a strategy reads.
+
+    Args:
+        name: of the strategy; rules: all of its rules. One says in `uses` which numbers it reads.
+        betas, eps: as given; the defaults are not asked for.
+    """
+    used = {number for rule in rules for number in rule.uses}
+    pair = isinstance(betas, (tuple, list))  # what is none is refused by `check_hyper`
+    given = {"betas": pair and tuple(betas) != BETAS, "eps": eps != EPS}
+    return [
+        f"{number}: no rule of {name} reads it, it would have no effect; leave it out"
+        for number in given
+        if given[number] and number not in used
+    ]
 
 
 def has_compiler() -> bool:

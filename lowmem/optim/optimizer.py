@@ -30,7 +30,7 @@ from lowmem.optim.groups import completed
 from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.saved import Loading
 from lowmem.optim.seats import Part, Place, Roster, Seat, seat
-from lowmem.optim.source import Named, Query
+from lowmem.optim.source import Named, Query, check_asked
 from lowmem.optim.state import State, made
 from lowmem.optim.strategy import Strategy
 
@@ -40,14 +40,14 @@ Params = Iterable[Any]
 class LowMemOptimizer(torch.optim.Optimizer):
     """Takes the steps of a strategy.
 
-        W <- (1 - lr weight_decay) W - lr D
+        W <- (1 - lr weight_decay) W - lr D    (float64 weights in float64)
 
     Args:
         params: parameters, (name, parameter) pairs, or groups; see `add_param_group`.
         strategy: what to do, from `lowmem.create`.
         lr: learning rate, at least 0.
         betas: of the moments, each in [0, 1).
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; 0 is safe: what has no moments is not stepped.
         weight_decay: decoupled, at least 0.
         seed: names every random stream of the run.
         compile: auto, on or off; compiled and eager steps differ in the last bit, so
@@ -254,17 +254,16 @@ class LowMemOptimizer(torch.optim.Optimizer):
             g: its gradient, a tensor like p or Blocks.
 
         Raises:
-            UserError: a gradient that is sparse or of another shape.
+            UserError: a gradient of another shape or device, sparse, or not of real numbers.
         """
         if not self._working:
             with self._at_work():
                 self.step_param(p, g)
             return
-        if isinstance(g, Tensor):
-            check_gradient(self.place(p).name, p, g)
-            g = Dense(g)
         if not p.numel():
             return
+        g = Dense(g) if isinstance(g, Tensor) else g
+        check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
         seat, fresh = self.ready(p)
         if self.strategy.rules[seat.rule_name].idle:
             return
@@ -306,7 +305,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     check_gradient(name, p, p.grad)  # before any tensor is stepped
             if not self._evidence and not source.needs_autograd:
-                self.init_state()  # torch's distributed checkpoint makes state by a step of nothing
+                check_asked(self.strategy.name, self.param_groups)
+                self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
             for p, g in source.gradients(self.named_parameters(), self._evidence):
                 self.step_param(p, g)
         self._evidence.clear()
@@ -320,7 +320,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def nonfinite(self) -> int:
-        """Elements that were not stepped because their gradient was not finite. Reads from the device."""
+        """Elements whose gradient or new fp16 weight was not finite: not stepped. Reads from the device."""
         return self.chunks.skipped()
 
     def state_bytes(self) -> int:

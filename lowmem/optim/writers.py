@@ -43,12 +43,13 @@ class Writer(Protocol):
 
 
 def _stepped(w: Tensor, d: Tensor, hp: ChunkHyper, decay: Tensor) -> Tensor:
-    return w.float() * decay - hp.lr * d
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return w.to(wide) * decay - hp.lr * d.to(wide)
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Round to nearest; holds 0 bytes. Right for fp32 weights."""
+    """Round to nearest; holds 0 bytes. Right for fp32 and float64 weights."""
 
     streams: tuple[str, ...] = ()
 
@@ -147,7 +148,7 @@ WRITERS: Mapping[str, Writer] = {
 def select(name: str, dtype: torch.dtype) -> Writer:
     """The writer for weights of a dtype; "auto" rounds 16-bit weights at random.
 
-    fp32 weights lose nothing that matters and are always written to nearest.
+    fp32 and float64 weights lose nothing that matters and are always written to nearest.
 
     Args:
         name: auto, nearest, stochastic, kahan or split.

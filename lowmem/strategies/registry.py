@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lowmem.errors import UserError, nearest
+from lowmem.errors import ConfigError, UserError, nearest
+from lowmem.optim.checks import idle
 from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Plain, Strategy
@@ -275,13 +276,15 @@ def optimizer(
         model: owner of the parameters, where those are given: names and roles are found in it.
 
     Raises:
-        UserError: unknown strategy or option, or a number outside its range.
+        UserError: unknown strategy or option, a number outside its range, or one without effect.
 
     Example:
         >>> optimizer(nn.Linear(8, 8), "galore", lr=1e-4, rank=4).strategy.name
         'galore'
     """
     strategy = create(name, **options)
+    if problems := idle(name, strategy.rules.values(), betas=betas, eps=eps):
+        raise ConfigError(problems)
     if isinstance(params, nn.Module):
         model, params = params, param_groups(params, weight_decay=weight_decay, decay_names=decay_names)
     elif decay_names is not None:

@@ -36,7 +36,9 @@ class Case:
 
     def optimizer(self, model: Any, **hyper: Any) -> Any:
         defaults: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
-        return lowmem.optimizer(model, self.name, **{**defaults, **hyper}, **dict(self.options))
+        read = {number for rule in self.create().rules.values() for number in rule.uses}
+        kept = {key: value for key, value in defaults.items() if key not in ("betas", "eps") or key in read}
+        return lowmem.optimizer(model, self.name, **{**kept, **hyper}, **dict(self.options))
 
     @property
     def by_backward(self) -> bool:

@@ -108,8 +108,11 @@ def left(name: str, dtype: str, compile: str) -> str:
         model = Net().to(getattr(torch, dtype))
     for i, p in enumerate(model.parameters()):
         p.data.copy_(normal(p.shape, -1, i) * 0.1)
-    hyper: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "compile": compile}
-    optimizer = lowmem.optimizer(model, name.split()[0], **hyper, **OPTIONS[name])
+    method, options = name.split()[0], OPTIONS[name]
+    hyper: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "compile": compile}
+    if any("betas" in rule.uses for rule in lowmem.create(method, **options).rules.values()):
+        hyper["betas"] = (0.9, 0.99)
+    optimizer = lowmem.optimizer(model, method, **hyper, **options)
     tokens = torch.arange(60).view(4, 15) % 130
     for step in range(STEPS):
         if optimizer.strategy.source.needs_autograd:

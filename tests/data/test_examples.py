@@ -2,7 +2,9 @@
 
 import pytest
 
+from lowmem.console import Console
 from lowmem.data.examples import ensure_chat_template, render_example
+from lowmem.data.fitting import fitting
 from lowmem.data.load import load_data
 from lowmem.errors import UserError
 
@@ -108,7 +110,8 @@ def test_mask_is_that_of_trl(row, tokenizer, tmp_path):
     assert (len(prepared["input_ids"]), len(trained)) == (example.tokens, example.trained)
 
 
-def test_dataset_for_trl():
-    dataset = load_data("factbook", limit=3).dataset()
-    assert dataset.column_names == ["prompt", "completion"]
-    assert dataset[0]["prompt"][0].keys() == {"role", "content"}
+def test_dataset_for_trl(tokenizer):
+    ensure_chat_template(tokenizer)
+    dataset = fitting(load_data("factbook", limit=3), tokenizer, 2048, Console()).dataset()
+    assert dataset.column_names == ["input_ids", "labels"]
+    assert [len(dataset), len(dataset[0]["labels"])] == [3, len(dataset[0]["input_ids"])]

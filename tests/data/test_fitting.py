@@ -7,8 +7,9 @@ import pytest
 
 from lowmem.config import RunConfig
 from lowmem.console import Console
-from lowmem.data.examples import answer_fits, render_example
-from lowmem.data.load import ensure_chat_template, fitting, load_data
+from lowmem.data.examples import tokenized
+from lowmem.data.fitting import fitting
+from lowmem.data.load import ensure_chat_template, load_data
 from lowmem.errors import UserError
 
 recipe = importlib.import_module("lowmem.recipes.finetune")
@@ -106,18 +107,28 @@ def test_nothing_left_is_an_error_before_anything_is_written(config, tmp_path, w
 )
 def test_the_limit_is_the_first_token_of_the_answer(row, tokenizer):
     ensure_chat_template(tokenizer)
-    example = render_example(row, tokenizer)
-    prompt = example.tokens - example.trained
-    assert not answer_fits(row, tokenizer, prompt)
-    assert answer_fits(row, tokenizer, prompt + 1)
+    (example,) = tokenized(row, tokenizer)
+    prompt = example.labels().count(-100)
+    assert example.answers(prompt) == 0
+    assert example.answers(prompt + 1) == 1
 
 
 def test_texts_always_fit(tokenizer, tmp_path):
     data = load_data(write(tmp_path / "a.jsonl", [{"text": LONG}]))
-    assert fitting(data, tokenizer, 8, Heard()) == data
+    assert fitting(data, tokenizer, 8, Heard()).data == data
 
 
 def test_a_loss_of_zero_has_no_change_in_percent():
     shown = importlib.import_module("lowmem.cli.finetune")._before_after
     assert shown(0.0, 0.0) == "0.000 -> 0.000"
     assert shown(2.0, 1.0) == "2.000 -> 1.000 (-50%)"
+
+
+def test_a_large_row_is_said(tokenizer, tmp_path, monkeypatch):
+    ensure_chat_template(tokenizer)
+    monkeypatch.setattr("lowmem.data.fitting.LARGE", 400)
+    rows = [question(1, False), {"question": "Who? " * 100, "answer": "x"}]
+    heard = Heard()
+    fitting(load_data(write(tmp_path / "a.jsonl", rows)), tokenizer, 4096, heard)
+    assert [text for text in heard.said if "a.jsonl, line 2: 0 million characters in one row" in text]
+    assert len([text for text in heard.said if "takes a while" in text]) == 1

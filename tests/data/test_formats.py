@@ -75,11 +75,8 @@ def test_a_system_field_leads_the_conversation(row):
 def test_each_answer_of_a_conversation_is_trained_on_once():
     more = {"role": "user", "content": "And Peru?"}
     other = {"role": "assistant", "content": "In America."}
-    rows = to_prompt_completion({"messages": [SHORT, ASK, SAY, more, other]})
-    assert rows == [
-        {"prompt": [SHORT, ASK], "completion": [SAY]},
-        {"prompt": [SHORT, ASK, SAY, more], "completion": [other]},
-    ]
+    rows = to_prompt_completion({"messages": [SHORT, ASK, SAY, more, other, ASK]})
+    assert rows == [{"prompt": [SHORT, ASK], "completion": [SAY, more, other]}]
 
 
 @pytest.mark.parametrize(

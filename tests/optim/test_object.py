@@ -532,20 +532,20 @@ def test_sparse_gradients_are_refused_by_name_before_any_step() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     model.lm_head.weight.grad = torch.ones(11, 12).to_sparse()
-    with pytest.raises(UserError, match=r"sparse gradient for 'lm_head\.weight'"):
+    with pytest.raises(UserError, match=r"gradient of 'lm_head\.weight': it is sparse"):
         optimizer.step()
     assert same(weights(model.parameters()), before)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that csr is in beta
         rows = torch.ones(11, 12).to_sparse_csr()
-    with pytest.raises(UserError, match=r"sparse gradient for 'lm_head\.weight'"):
+    with pytest.raises(UserError, match=r"gradient of 'lm_head\.weight': it is sparse"):
         optimizer.step_param(model.lm_head.weight, rows)
 
 
 def test_a_gradient_of_another_shape_is_refused() -> None:
     p = nn.Parameter(torch.ones(4, 6))
     optimizer = CASES[0].over([("w", p)])
-    with pytest.raises(UserError, match=r"'w' has shape \(6, 4\), the parameter \(4, 6\)"):
+    with pytest.raises(UserError, match=r"'w': it has the shape \(6, 4\), the parameter \(4, 6\)"):
         optimizer.step_param(p, torch.ones(6, 4))
     with pytest.raises(UserError, match="in no group"):
         optimizer.step_param(nn.Parameter(torch.ones(2)), torch.ones(2))
@@ -649,6 +649,10 @@ def differentiated(params: list[nn.Parameter]) -> Tensor:
 def test_a_checkpoint_with_names_where_there_are_none(
     case: Case, named: tuple[bool, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
+    if lowmem.create(case.name, **{k: v for k, v in case.options.items() if k != "writer"}).schedule.moves(
+        "matrix"
+    ):
+        pytest.skip("which tensors hold state goes by their names")
     model, twin = net(case), net(case)
     first, second = (
         case.over(pairs(m) if has else m.parameters()) for m, has in zip((model, twin), named, strict=True)

@@ -145,8 +145,8 @@ def test_a_kernel_of_one_dimension_is_one_matrix() -> None:
     flat.grad = conv.weight.grad.flatten(1)
     optimizer.step()
     other.step()
-    # what is added in one pass to a matrix is rounded twice for a kernel
-    torch.testing.assert_close(conv.weight.detach().flatten(1), flat.detach(), rtol=0, atol=1e-6)
+    # the product is added at once to a matrix, by blocks to a kernel: the last bit may differ
+    torch.testing.assert_close(conv.weight.detach().flatten(1), flat.detach(), rtol=1e-6, atol=1e-8)
     planned = lowmem.state_bytes(optimizer.strategy, (8, 6, 3), role="convolution")
     assert planned == sum(t.nbytes for t in optimizer.state[conv.weight].values())
 

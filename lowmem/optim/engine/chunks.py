@@ -10,7 +10,8 @@ Everything that protects a step is here and in the kernels, and nothing waits fo
 device. Where nobody judges the tensor as a whole, an element of the gradient that is
 not finite leaves its weight and carries its moments over. Where a 0-D flag `ok`
 judges it (a rule that reduces over the tensor, a projected gradient), a step that is
-not ok leaves all of it. Both are counted.
+not ok leaves all of it. Both are counted, and so is an fp16 weight that would not be
+finite, which stays.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ class Chunks:
             hp: of this step.
         """
         _age(s, 1)
-        ok, own = self.true(p.device), rates(hp)
+        ok, speeds = self.true(p.device), rates(hp, dtype=_precision(p))
         if rule.measures:
-            own = self._measured(rule, p, g, s, hp, own, ok, "elements")
-        run = _Run(self, rule, writer, s, extra, hp, own, ok, "elements")
+            speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
+        run = _Run(self, rule, writer, s, extra, hp, speeds, ok, "elements")
         for start, length, size in walk(self.spans(rule, p.numel()), p.device):
             run.step_weight(p, g.chunk(start, start + length), start, size)
 
@@ -124,10 +125,10 @@ class Chunks:
             return
         rule, s = direction.then or (None, {})
         guard: Guard = "elements" if direction.ok is None else "given"
-        own = rates(hp, direction)
+        speeds = rates(hp, direction, _precision(p))
         if rule is not None and rule.measures:
-            own = self._measured(rule, p, direction.blocks, s, hp, own, ok, guard)
-        run = _Run(self, rule, writer, s, extra, hp, own, ok, guard)
+            speeds = self._measured(rule, p, direction.blocks, s, hp, speeds, ok, guard)
+        run = _Run(self, rule, writer, s, extra, hp, speeds, ok, guard)
         for start, length, size in walk(self.spans(rule, p.numel()), p.device):
             run.step_weight(p, direction.blocks.chunk(start, start + length), start, size)
 
@@ -219,15 +220,20 @@ def all_finite(x: Tensor, hp: Hyper) -> Tensor:
     return hp.total(most - least, "max") <= LARGEST  # false for NaN and Inf
 
 
-def rates(hp: Hyper, direction: Direction | None = None) -> Tensor:
-    """lr and decay as (2,) fp32 on the device; a direction may bring its own."""
+def _precision(p: Tensor) -> torch.dtype:
+    """What a weight's step is computed in."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def rates(hp: Hyper, direction: Direction | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """lr and decay as (2,) on the device; a direction may bring its own."""
     scale = 1.0 if direction is None else direction.scale
-    group = hp.vector(hp.lr * scale, hp.decay, dtype=torch.float32)
+    group = hp.vector(hp.lr * scale, hp.decay, dtype=dtype)
     if direction is None or (direction.lr is None and direction.decay is None):
         return group
     lr = group[0] if direction.lr is None else direction.lr * scale
     decay = group[1] if direction.decay is None else direction.decay
-    return torch.stack((lr.float(), decay.float()))
+    return torch.stack((lr.to(dtype), decay.to(dtype)))
 
 
 def _age(s: State, steps: int | Tensor) -> None:

@@ -78,11 +78,16 @@ def body(
         if writer is None and asks != "sums":
             g.copy_(direction)
         elif writer is not None:
+            weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
+            if w.dtype == torch.float16:  # others end where no weight is
+                fits = weight.abs() <= torch.finfo(torch.float16).max
+                weight = torch.where(fits, weight, w)
+                kept = {name: torch.where(fits, value, extra[name]) for name, value in kept.items()}
+                finite = finite & fits
             # floats, row by row: a sum of booleans or over all at once is what would take the longest here
             bad = torch.where(finite, 0.0, 1.0).sum(-1).sum()
             # a step that is refused as a whole is counted as a whole, and by another
             skipped.add_((bad if guard == "elements" else torch.where(ok, bad, 0.0)).to(torch.int64))
-            weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
             w.copy_(weight)
             for name, value in kept.items():
                 extra[name].copy_(value)

@@ -14,6 +14,9 @@ from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
 from lowmem.optim.hyper import Hyper
 
+LEAST_EPS = 1e-18
+"""A smaller eps counts as this: 0 / 0 is no step, and squares of smaller gradients have no fp32."""
+
 LARGEST = 1e36
 """Rotated second moments end here: room is left for scales that are rounded up and for bias corrections."""
 
@@ -37,7 +40,8 @@ class Adam(Elementwise):
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """1 - beta1, 1 - beta2, eps, and what the bias corrections multiply by."""
         beta1, beta2 = hp.betas
-        return 1.0 - beta1, 1.0 - beta2, hp.eps, 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
+        rates = 1.0 - beta1, 1.0 - beta2, max(hp.eps, LEAST_EPS)
+        return *rates, 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """Both averages; addcmul rounds once where a product and a sum round twice, as torch.lerp does."""
