@@ -187,6 +187,11 @@ def check_state(
             f"save with flatten_optimizer_state_dict=False and torch.save, or, to load this one, set 'step' "
             f"of every group to one less than the steps it has taken and call init_state() first"
         )
+    if moves and not held:
+        raise CheckpointError(
+            f"{what} is of a tensor that has its turn at another time here: whose turn it is goes by the "
+            f"names of parameters; make the optimizer with them, or without them, as when it was saved"
+        )
     raise CheckpointError(
         f"{what} does not fit: the checkpoint is of another model, dtype or writer; resume with the settings "
         f"it was saved with"
