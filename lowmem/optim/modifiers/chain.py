@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ SUMS = "modified.sums"
 
 
 def _word(modifier: Modifier) -> str:
-    return type(modifier).__name__.lower()
+    """spike_clip of SpikeClip."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(modifier).__name__).lower()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def modified(rule: AnyRule, modifiers: Sequence[Modifier]) -> AnyRule:
     """A rule with modifiers around it, the first nearest to it; equal ones are one object.
 
     Args:
-        rule: of either kind; modifiers: none to leave it as it is.
+        rule: of either kind; one with modifiers gets these around them.
+        modifiers: none to leave it as it is.
 
     Raises:
         UserError: a modifier twice, or one that the rule cannot serve; all of them.
@@ -47,6 +48,8 @@ def modified(rule: AnyRule, modifiers: Sequence[Modifier]) -> AnyRule:
         >>> sorted(modified(coded(Adam()), [Cautious()]).init(torch.zeros(3, 5)))
         ['age', 'exp_avg', 'exp_avg_sq', 'modified.sums']
     """
+    if modifiers and isinstance(rule, Modified | ModifiedRule):
+        return _modified(rule.rule, (*rule.chain.modifiers, *modifiers))
     return _modified(rule, tuple(modifiers)) if modifiers else rule
 
 
