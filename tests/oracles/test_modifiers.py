@@ -50,7 +50,7 @@ def agree(modifiers: Sequence[Modifier], grads: Sequence[Tensor], **ours: Any) -
     )  # it does something
 
 
-@pytest.mark.parametrize("shape", [(7, 12), (41,), (3, 4, 5)])
+@pytest.mark.parametrize("shape", [(7, 12), (41,), (3, 4, 5, 1)])
 @pytest.mark.parametrize(
     ("modifier", "after"),
     [
