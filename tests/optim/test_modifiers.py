@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import Blocks, Dense, Projected
+from lowmem.optim.blocks import Blocks, Dense, Direction, Projected
 from lowmem.optim.contract import AnyRule, Rest, Rule, is_pointwise
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine import cutting
@@ -94,6 +95,10 @@ def tensors(optimizer: Any) -> list[Tensor]:
     return [*(p.detach() for p in params), *(v for p in params for v in optimizer.state[p].values())]
 
 
+def hyper(w: Tensor, chunks: Chunks, step: int, weight_decay: float = 0.0) -> Hyper:
+    return Hyper(step, "w", 0, 1.0, (0.9, 0.99), 1e-8, weight_decay, Dense(w), chunks.advance_)
+
+
 def close(found: Sequence[Tensor], wanted: Sequence[Tensor], **tolerance: float) -> None:
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, **(tolerance or {"rtol": 0.0, "atol": 0.0}))
@@ -146,9 +151,13 @@ def test_a_bad_element_keeps_its_weight_and_spoils_nothing(rule: AnyRule, bad: f
     optimizer.param_groups[0]["weight_decay"] = 0.0
     step(optimizer, 0)
     params = optimizer.param_groups[0]["params"]
-    before = [float(p.detach().view(-1)[3]) for p in params]
+    before = [p.detach().clone() for p in params]
+    norms = [float(optimizer.state[p].get("modified.limit.norm", 0.0)) for p in params]
     step(optimizer, 1, bad)
-    assert [float(p.detach().view(-1)[3]) for p in params] == before
+    for p, old, norm in zip(params, before, norms, strict=True):
+        assert p.detach().view(-1)[3] == old.view(-1)[3]
+        if torch.equal(p.detach(), old):  # refused as a whole
+            assert float(optimizer.state[p].get("modified.limit.norm", 0.0)) == norm
     assert optimizer.nonfinite() >= len(params)
     for t in range(2, 6):
         step(optimizer, t)
@@ -196,33 +205,76 @@ def test_the_cutting_does_not_count(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_padding_of_a_block_is_not_measured() -> None:
-    """MicroAdam owes something to elements that are not there."""
-    chunks, w = Chunks(), torch.zeros(5000)
-    rule = modified(MicroAdam(window=2, density=1.0), [Limit()])
-    state = rule.init(w)
+    """MicroAdam owes something to elements that are not there, and then takes a step of them."""
+    rule, w = modified(MicroAdam(window=2, density=0.5), [Limit()]), torch.zeros(5000)
+    assert is_pointwise(rule)
+    chunks, state, inside = Chunks(), rule.init(w), rule.init(w)
     for t in range(6):
-        hp = Hyper(t, "w", 0, 1.0, (0.9, 0.99), 1e-8, 0.0, Dense(w), chunks.advance_)
-        before = w.clone()
-        chunks.apply_(rule, WRITERS["nearest"], w, Dense(normal(5000, seed=t)), state, {}, hp)
+        hp, before, g = hyper(w, chunks, t), w.clone(), 2.0**t * normal(5000, seed=t)
+        chunks.apply_(rule, WRITERS["nearest"], w, Dense(g), state, {}, hp)
+        torch.testing.assert_close((w - before).norm(), state["modified.limit.norm"], rtol=1e-5, atol=0)
+        chunks.advance_(rule, g, inside, hp)
+        torch.testing.assert_close(g.norm(), inside["modified.limit.norm"], rtol=1e-5, atol=0)
+
+
+def test_a_bad_element_is_not_measured() -> None:
+    """Its moments would make a step, which is not taken."""
+    chunks, w, rule = Chunks(), torch.zeros(3, 5), modified(coded(Adam()), [Limit()])
+    state = rule.init(w)
+    for t in range(3):
+        before, g = w.clone(), normal(3, 5, seed=t)
+        if t == 2:
+            g[1, :3] = math.nan
+        chunks.apply_(cast("Any", rule), WRITERS["nearest"], w, Dense(g), state, {}, hyper(w, chunks, t))
         torch.testing.assert_close((w - before).norm(), state["modified.limit.norm"], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("states", ["fp32", "int8", "bf16"])
-def test_looking_first_leaves_everything_as_it_was(states: str) -> None:
-    """The step is that of the unmodified rule where the factor is 1: what is held is encoded once."""
-    chunks, rule = Chunks(), coded(Adam(), states)
-    watched = modified(rule, [Limit(1e9)])
+@dataclass(frozen=True)
+class Plain(Rule):
+    """The gradient as a step that nobody judges as a whole."""
+
+    def update(self, g: Blocks, s: dict[str, Tensor], hp: Hyper) -> Direction:
+        return Direction(g)
+
+
+def test_a_bad_element_of_a_whole_step_is_refused_alone() -> None:
+    """What a modifier would turn into zero stays bad, so that the frame sees it."""
+    chunks, w, rule = Chunks(), torch.ones(3, 5), modified(Plain(), [Cautious("norm"), Limit()])
+    state, g = rule.init(w), normal(3, 5)
+    g[1, 2] = math.nan
+    hp = hyper(w, chunks, 0, weight_decay=0.5)
+    chunks.write_(WRITERS["nearest"], w, cast("Rule", rule).update(Dense(g), state, hp), {}, hp)
+    assert w[1, 2] == 1.0
+    assert chunks.skipped() == 1
+    torch.testing.assert_close(state["modified.limit.norm"], g.nan_to_num(0.0).norm())
+    torch.testing.assert_close(w, torch.where(g.isnan(), 1.0, 0.5 - g))
+
+
+@pytest.mark.parametrize("rule", [coded(Adam(), s) for s in ("fp32", "int8", "bf16")] + [MicroAdam(window=3)])
+def test_looking_first_leaves_everything_as_it_was(rule: Any) -> None:
+    """The step is that of the unmodified rule where the factor is 1: what is held moves once."""
+    chunks, watched = Chunks(), cast("Any", modified(rule, [Limit(1e9)]))
     plain, seen = 0.1 * normal(3, 700), 0.1 * normal(3, 700)
     one, two = (r.init(plain) | made(r.constants((3, 700)), plain.device) for r in (rule, watched))
     for t in range(4):
         g = normal(3, 700, seed=t)
         kept = g.clone()
         for r, w, s in ((rule, plain, one), (watched, seen, two)):
-            hp = Hyper(t, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.01, Dense(w), chunks.advance_)
-            chunks.apply_(r, WRITERS["nearest"], w, Dense(g), s, {}, hp)
+            chunks.apply_(r, WRITERS["nearest"], w, Dense(g), s, {}, hyper(w, chunks, t))
         assert torch.equal(g, kept)
     assert torch.equal(plain, seen)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_columns_with_ages_of_their_own_are_clipped_by_them() -> None:
+    chunks, low = Chunks(), torch.full((4, 3), 1000.0)
+    rule = cast("Any", modified(coded(Adam()), [SpikeClip(guard=20)]))
+    state = {**rule.init(low), "stride": torch.tensor(1, dtype=torch.int32)}
+    state["age"] = torch.tensor([0, 30, 30], dtype=torch.int32)
+    state["exp_avg_sq"].fill_(1.0)
+    chunks.advance_(rule, low, state, hyper(low, chunks, 31))
+    moved = 0.99 + 0.01 * torch.tensor([1e6, 5000.0, 5000.0])
+    torch.testing.assert_close(state["exp_avg_sq"], moved.expand(4, 3))
 
 
 def test_a_limited_step_is_at_most_so_much_longer() -> None:
@@ -257,10 +309,7 @@ def test_rows_without_gradient_do_not_lengthen_the_others() -> None:
     g = torch.zeros(1000, 4)
     g[:2] = normal(2, 4)
     rule = modified(coded(SGD()), [Cautious()])
-    chunks.apply_(
-        rule, WRITERS["nearest"], w, Dense(g), rule.init(w), {},
-        Hyper(0, "w", 0, 1.0, (0.9, 0.99), 1e-8, 0.0, Dense(w), chunks.advance_),
-    )  # fmt: skip
+    chunks.apply_(cast("Any", rule), WRITERS["nearest"], w, Dense(g), rule.init(w), {}, hyper(w, chunks, 0))
     assert torch.equal(w, -g)
 
 
