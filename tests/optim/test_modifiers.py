@@ -206,11 +206,11 @@ def test_the_cutting_does_not_count(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_padding_of_a_block_is_not_measured() -> None:
     """MicroAdam owes something to elements that are not there, and then takes a step of them."""
-    rule, w = modified(MicroAdam(window=2, density=0.5), [Limit()]), torch.zeros(5000)
+    rule, w = modified(MicroAdam(window=2, density=0.15), [Limit()]), torch.zeros(5000)
     assert is_pointwise(rule)
     chunks, state, inside = Chunks(), rule.init(w), rule.init(w)
     for t in range(6):
-        hp, before, g = hyper(w, chunks, t), w.clone(), 2.0**t * normal(5000, seed=t)
+        hp, before, g = hyper(w, chunks, t), w.clone(), 0.1**t * normal(5000, seed=t)
         chunks.apply_(rule, WRITERS["nearest"], w, Dense(g), state, {}, hp)
         torch.testing.assert_close((w - before).norm(), state["modified.limit.norm"], rtol=1e-5, atol=0)
         chunks.advance_(rule, g, inside, hp)
@@ -231,10 +231,20 @@ def test_a_bad_element_is_not_measured() -> None:
 
 @dataclass(frozen=True)
 class Plain(Rule):
-    """The gradient as a step that nobody judges as a whole."""
+    """The gradient as a step, refused as a whole or judged by nobody."""
+
+    refused: bool = False
 
     def update(self, g: Blocks, s: dict[str, Tensor], hp: Hyper) -> Direction:
-        return Direction(g)
+        return Direction(g, ok=torch.tensor(False) if self.refused else None)
+
+
+def test_a_refused_step_has_no_length() -> None:
+    chunks, w, rule = Chunks(), torch.ones(3, 5), modified(Plain(refused=True), [Limit()])
+    state, hp = rule.init(w), hyper(w, chunks, 0)
+    chunks.write_(WRITERS["nearest"], w, cast("Rule", rule).update(Dense(normal(3, 5)), state, hp), {}, hp)
+    assert torch.equal(w, torch.ones(3, 5))
+    assert state["modified.limit.norm"] == 0.0
 
 
 def test_a_bad_element_of_a_whole_step_is_refused_alone() -> None:
