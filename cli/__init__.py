@@ -2,6 +2,7 @@
 
 A file `cli/NAME.py` with a function `command` is the command `lowmem NAME`: it parses,
 calls one library function or recipe, and hands the result to `render`, the only printer.
+A folder is a heading of `lowmem --help`, and its files are commands as well.
 Heavy packages are imported inside `command`, so that `--help` stays instant.
 """
 

@@ -52,10 +52,37 @@ def _parameter(f: Field[Any], hint: Any, *, as_text: bool) -> inspect.Parameter:
         kind = list[str] | None
     elif not as_text and metavar in ("INTEGER", "NUMBER"):
         kind = int | None if metavar == "INTEGER" else float | None
-    option = typer.Option(name, help=_help(f), metavar=metavar, rich_help_panel=f.metadata["group"])
+    option = typer.Option(
+        name,
+        help=_help(f),
+        metavar=metavar,
+        rich_help_panel=f.metadata["group"],
+        autocompletion=_completion(f),
+    )
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
     )
+
+
+def _completion(f: Field[Any]) -> Callable[[], list[str]] | None:
+    """What the shell offers for a field: its choices, or the names of models or strategies."""
+    if f.name == "model":
+        return _models
+    if f.name == "optim":
+        return _strategies
+    return (lambda: list(f.metadata["choices"])) if f.metadata["choices"] else None
+
+
+def _models() -> list[str]:
+    from lowmem.models.entries import available_models
+
+    return list(available_models())
+
+
+def _strategies() -> list[str]:
+    from lowmem.strategies import available
+
+    return list(available())
 
 
 def _metavar(hint: Any) -> str:

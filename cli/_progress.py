@@ -19,7 +19,12 @@ from lowmem.console import Console
 
 from . import render
 
-_SHOWN = {"loss": "loss {:.3f}", "eval_loss": "held-out loss {:.3f}", "learning_rate": "lr {:.1e}"}
+_SHOWN = {
+    "loss": "loss {:.3f}",
+    "eval_loss": "held-out loss {:.3f}",
+    "reward": "reward {:.3f}",
+    "learning_rate": "lr {:.1e}",
+}
 
 
 class _Said(logging.Handler):

@@ -149,15 +149,16 @@ def _quiet_packages() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _discover(target: typer.Typer) -> None:
-    """Register each module beside this one that has a `command`, under its file name."""
-    package = __package__ or "lowmem.cli"
+def _discover(target: typer.Typer, package: str, panel: str | None = None) -> None:
+    """Register each module that has a `command` under its file name, those of a room under its heading."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name in _NOT_COMMANDS or module.name.startswith("_"):
             continue
-        command = getattr(importlib.import_module(f".{module.name}", package), "command", None)
-        if command is not None:
-            target.command(module.name.replace("_", "-"))(_quiet(command))
+        found = importlib.import_module(f"{package}.{module.name}")
+        if module.ispkg:
+            _discover(target, found.__name__, (found.__doc__ or module.name).partition(":")[0])
+        elif (command := getattr(found, "command", None)) is not None:
+            target.command(module.name.replace("_", "-"), rich_help_panel=panel)(_quiet(command))
 
 
 def _quiet(command: Callable[..., None]) -> Callable[..., None]:
@@ -184,7 +185,6 @@ app = typer.Typer(
     cls=Guarded,
     help="Fine-tune language models in less memory, and know beforehand how much it takes.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -199,4 +199,4 @@ def _root(
     pass
 
 
-_discover(app)
+_discover(app, __package__ or "lowmem.cli")

@@ -74,7 +74,8 @@ def _tables(result: dict[str, Any], run: RunConfig) -> list[Any]:
 
 
 def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None]]:
-    loss, state, steps = result["loss"], result["state_bytes"], result["steps"]
+    before, after = (result["held_out"][when] for when in ("before", "after"))
+    state, steps = result["state_bytes"], result["steps"]
     skipped = result["nonfinite_elements"]
     against = [
         f"{render.size(count)} with {dtype} moments ({state / count - 1:+.0%})"
@@ -82,7 +83,7 @@ def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None
     ]
     ruined = result["nonfinite_weights"]
     return [
-        ("held-out loss", _before_after(loss["before"], loss["after"])),
+        *((f"held-out {name}", _before_after(before.get(name), after.get(name))) for name in after),
         ("training", f"{steps} step{'s' * (steps != 1)} in {render.seconds(result['seconds'])}"),
         ("not stepped", f"{skipped:,} elements had a gradient that is not finite" if skipped else None),
         ("ruined", f"{len(ruined)} weight tensors hold numbers that are not finite" if ruined else None),

@@ -113,6 +113,13 @@ def out(*renderables: RenderableType) -> None:
             console.print(renderable)
 
 
+def stream(text: str) -> None:
+    """Write a piece of a result to stdout as it comes, without a line's end."""
+    target = _stdout or sys.stdout
+    target.write(text)
+    target.flush()
+
+
 def say(text: str) -> None:
     """Print one note to stderr."""
     err_console().print(Text(line(text)))

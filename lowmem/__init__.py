@@ -28,6 +28,11 @@ _HOMES = {
     "LowMemSFTTrainer": "lowmem.training.trainer",
     "LowMemArguments": "lowmem.training.arguments",
     "LowMemSFTConfig": "lowmem.training.arguments",
+    **{f"LowMem{task}Trainer": "lowmem.training.tasks" for task in ("DPO", "KTO", "ORPO", "Reward", "GRPO")},
+    **{
+        f"LowMem{task}Config": "lowmem.training.arguments"
+        for task in ("DPO", "KTO", "ORPO", "Reward", "GRPO")
+    },
     "hf_optimizer": "lowmem.training.trainer",
     "LowMemError": "lowmem.errors",
     "UserError": "lowmem.errors",

@@ -20,6 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lowmem import combinations
 from lowmem.errors import ConfigError, UserError, nearest
 from lowmem.texts import parse_yaml
 
@@ -56,6 +57,19 @@ class RunConfig:
         0.0005
     """
 
+    task: str = _knob(
+        "sft",
+        "Task",
+        "learn answers (sft), preferences (dpo, orpo), judgements (kto), scores (reward), by reward (grpo)",
+        choices=("sft", "dpo", "kto", "orpo", "reward", "grpo"),
+    )
+    beta: float | None = _knob(
+        None, "Task", "pull towards the reference (dpo, kto, grpo), weight of the odds (orpo)", least=0
+    )
+    reward: str | None = _knob(None, "Task", "what grpo rewards: module:function or file.py:function")
+    num_generations: int | None = _knob(None, "Task", "answers per prompt of grpo (8)", least=2)
+    max_completion: int | None = _knob(None, "Task", "tokens of an answer of grpo (256)", least=1)
+
     model: str = _knob(MISSING, "Model", "name (see `lowmem models`), local path or Hub id")
     dtype: str = _knob("bfloat16", "Model", "of the weights", choices=("bfloat16", "float16", "float32"))
     lora_rank: int | None = _knob(
@@ -67,10 +81,11 @@ class RunConfig:
 
     data: str = _knob("factbook", "Data", "file, folder, Hub id, or the demo data 'factbook'")
     data_format: str | None = _knob(None, "Data", "format of the rows; recognised when not given")
+    columns: str = _knob("", "Data", "what fields are called in the rows: prompt=question,completion=answer")
     eval_data: str | None = _knob(None, "Data", "held-out rows; a part of the data when not given")
     eval_rows: int = _knob(80, "Data", "most held-out rows to evaluate on", least=1)
     seq_len: int = _knob(512, "Data", "tokens per row, longer ones are cut", least=2, below=2**24)
-    packing: bool = _knob(True, "Data", "fill each row of seq_len tokens with several examples")
+    packing: bool = _knob(True, "Data", "fill each row of seq_len tokens with several examples (sft)")
 
     optim: str = _knob(MISSING, "Optimizer", "strategy (see `lowmem strategies`)")
     optim_args: str = _knob("", "Optimizer", "options of the strategy, as in rank=128,states=int8")
@@ -91,12 +106,6 @@ class RunConfig:
         "clip all gradients together, each tensor, or by the norm of the step before; "
         "auto is global, previous with gradient_release, none without gradients",
         choices=("auto", "none", "global", "tensor", "previous"),
-    )
-    writer: str = _knob(
-        "auto",
-        "Optimizer",
-        "how new weights are rounded; auto is nearest for float32, stochastic for 16 bits",
-        choices=("auto", "nearest", "stochastic", "kahan", "split"),
     )
     compile: str = _knob(
         "auto", "Optimizer", "compile the step; auto where it pays", choices=("auto", "on", "off")
@@ -132,12 +141,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check values and combinations; keep each in its declared type."""
         values, problems = _parse({f.name: getattr(self, f.name) for f in fields(self)})
-        problems += _combinations(values)
+        problems += combinations.problems(values)
         if problems:
             raise ConfigError(problems)
         values["prompt"] = tuple(text for text in values["prompt"] if text.strip())  # "" asks nothing
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """`columns` as a mapping, field of a format to column of the rows."""
+        return dict(pair.split("=", 1) for pair in self.columns.split(",") if pair)
 
     @property
     def output_path(self) -> Path:
@@ -207,7 +221,7 @@ def build(values: Mapping[str, Any], check: Check | None = None) -> RunConfig:
         3e-05
     """
     parsed, problems = _parse(values)
-    problems += _combinations(parsed)
+    problems += combinations.problems(parsed)
     if check is not None:
         problems += check(parsed)
     if problems:
@@ -322,27 +336,3 @@ def _convert_number(value: Any, kind: type, metadata: Mapping[str, Any]) -> int 
         allowed = " and ".join(f"{text} {limit:.10g}" for limit, text in limits if math.isfinite(limit))
         raise ValueError(f"{value} is out of range; it must be {allowed or 'finite'}")
     return whole
-
-
-def _combinations(v: Mapping[str, Any]) -> list[str]:
-    """Settings that exclude each other."""
-    rules = [
-        (v["steps"] and v["epochs"], "steps and epochs: both given; give one of them"),
-        (v["resume"] and v["overwrite"], "resume and overwrite: one keeps the earlier run, one replaces it"),
-        (v["quantize"] and not v["lora_rank"], "quantize: frozen weights only; give lora_rank as well"),
-        (
-            v["steps"] and v["warmup"] > v["steps"],
-            f"warmup: {v['warmup']} steps of warm-up in a run of {v['steps']}; make it {v['steps']} or less",
-        ),
-        (
-            v["gradient_release"] and v["clip"] == "global",
-            "clip: with gradient_release the norm of all gradients is not known when the first tensor steps; "
-            "use clip: previous, tensor or none",
-        ),
-        (
-            not v["gradient_release"] and v["clip"] in ("tensor", "previous"),
-            f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
-        ),
-        (v["dtype"] == "float32" and v["writer"] == "split", "writer: split is for 16-bit weights"),
-    ]
-    return [text for broken, text in rules if broken]

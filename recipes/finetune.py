@@ -4,8 +4,8 @@
 
 Copy it (`lowmem cp finetune my.py`) and change what you like. It prints nothing: it reports to a
 `Console` and returns a plain dictionary. In `config.output_dir` it leaves the model (safetensors) and
-tokenizer, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`, and checkpoints
-that `resume` goes on from.
+tokenizer, a model card, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`, and
+checkpoints that `resume` goes on from.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem.config import RunConfig, dump
 from lowmem.console import Console
 from lowmem.errors import UserError
+
+if TYPE_CHECKING:
+    from lowmem.data.load import Data
 
 
 def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
             measured = _train(config, trainer, start, console)
             after = _measure(trainer, config.prompt, console, "after")
             result = _result(config, trainer, measured, before, after, start)
-            _write(folder, trainer, result, measured["profile"], console)
+            _write(config, trainer, result, measured["profile"], console)
     return result
 
 
@@ -68,80 +71,89 @@ def arguments(config: RunConfig) -> Any:
     """
     import torch
 
-    from lowmem.training.arguments import LowMemSFTConfig
+    from lowmem.training.arguments import trl_config
+    from lowmem.training.tasks import options
 
     cuda = torch.cuda.is_available()
-    return LowMemSFTConfig(
-        output_dir=str(config.output_path),
-        optim=config.optim,
-        optim_args=config.optim_args or None,
-        learning_rate=config.lr,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        adam_epsilon=config.eps,
-        weight_decay=config.weight_decay,
-        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=config.warmup,
-        max_grad_norm=config.max_grad_norm,
-        clip=config.clip,
-        writer=config.writer,
-        compile=config.compile,
-        gradient_release=config.gradient_release,
-        activation_checkpointing=config.gradient_checkpointing,
-        max_steps=config.steps or -1,
-        num_train_epochs=config.epochs or 1.0,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        max_length=config.seq_len,
-        packing=config.packing,
-        seed=config.seed,
-        nonfinite_limit=config.nonfinite_limit,
-        logging_steps=config.logging_steps,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        bf16=False,  # the weights themselves are in `dtype`: nothing is cast at each use
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    common = {
+        "output_dir": str(config.output_path),
+        "optim": config.optim,
+        "optim_args": config.optim_args or None,
+        "learning_rate": config.lr,
+        "adam_beta1": config.betas[0],
+        "adam_beta2": config.betas[1],
+        "adam_epsilon": config.eps,
+        "weight_decay": config.weight_decay,
+        "lr_scheduler_type": config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": config.warmup,
+        "max_grad_norm": config.max_grad_norm,
+        "clip": config.clip,
+        "compile": config.compile,
+        "gradient_release": config.gradient_release,
+        "activation_checkpointing": config.gradient_checkpointing,
+        "max_steps": config.steps or -1,
+        "num_train_epochs": config.epochs or 1.0,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "seed": config.seed,
+        "nonfinite_limit": config.nonfinite_limit,
+        "logging_steps": config.logging_steps,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": config.save_total_limit,
+        "bf16": False,  # the weights themselves are in `dtype`: nothing is cast at each use
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return trl_config(config.task)(**{**common, **options(config)})
 
 
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
-    from lowmem.data.fitting import fitting
     from lowmem.data.split import train_and_held_out
     from lowmem.data.template import check_template
+    from lowmem.models.adapters import published_name
+    from lowmem.training import tasks
     from lowmem.training.callbacks import Peak, Report
-    from lowmem.training.trainer import LowMemSFTTrainer
 
     console.start("load")
+    given: dict[str, Any] = {"data_format": config.data_format, "columns": config.column_names}
     parts = train_and_held_out(
-        config.data, config.eval_data, data_format=config.data_format, rows=config.eval_rows, seed=config.seed
+        config.data, config.eval_data, rows=config.eval_rows, seed=config.seed, task=config.task, **given
     )
     for part in parts:
         console.say(part.summary())
     model, tokenizer = _model(config)
     if any(part.conversational for part in parts):
         check_template(model, tokenizer, console)
-    train, held_out = (fitting(part, tokenizer, config.seq_len, console) for part in parts)
-    console.say(f"one example, the loss counts what is in [[ ]]: {train.shown(tokenizer)}")
-    args.packing_strategy = train.data.packing_strategy
-    trainer = LowMemSFTTrainer(
-        model,
-        args,
-        train_dataset=train.dataset(),
-        eval_dataset=held_out.dataset(),
-        processing_class=tokenizer,
-        peft_config=_adapters(config),
-        callbacks=[Report(console), Peak()],
-    )
+    rest = {"peft_config": _adapters(config), "callbacks": [Report(console), Peak()]}
+    if config.task == "sft":
+        trainer = _supervised(args, model, parts, tokenizer, console, **rest)
+    else:
+        trainer = tasks.make(config, args, model, parts, tokenizer, console, **rest)
     _replace_printers(trainer)
     trainer.tell, trainer.origin = console.say, _origin(config)
-    trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
+    trainer.base = published_name(config.model)
     console.finish()
+    return trainer
+
+
+def _supervised(
+    args: Any, model: Any, parts: Sequence[Data], tokenizer: Any, console: Console, **rest: Any
+) -> Any:
+    """The trainer that learns answers."""
+    from lowmem.data.fitting import fitting
+    from lowmem.training.trainer import LowMemSFTTrainer
+
+    train, held_out = (fitting(part, tokenizer, args.max_length, console) for part in parts)
+    console.say(f"one example, the loss counts what is in [[ ]]: {train.shown(tokenizer)}")
+    args.packing_strategy = train.data.packing_strategy
+    rows = {"train_dataset": train.dataset(), "eval_dataset": held_out.dataset()}
+    trainer = LowMemSFTTrainer(model, args, processing_class=tokenizer, **rows, **rest)
+    trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
     return trainer
 
 
@@ -150,7 +162,8 @@ def _origin(config: RunConfig) -> dict[str, Any]:
     from lowmem.training.settings import place
 
     places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
-    return places | {name: getattr(config, name) for name in ("data_format", "eval_rows", "quantize")}
+    names = ("task", "beta", "columns", "data_format", "eval_rows", "quantize")
+    return places | {name: getattr(config, name) for name in names}
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
@@ -185,7 +198,7 @@ def _adapters(config: RunConfig) -> Any:
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
         target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if config.task == "reward" else "CAUSAL_LM",
     )
 
 
@@ -198,13 +211,14 @@ def _replace_printers(trainer: Any) -> None:
 
 
 def _measure(trainer: Any, prompts: Sequence[str], console: Console, when: str) -> dict[str, Any]:
-    """Held-out loss and the answers to the prompts."""
-    from lowmem.training.evaluation import answers, held_out_loss
+    """What the held-out rows say, and the answers to the prompts."""
+    from lowmem.training.evaluation import answers, held_out
 
     console.start(f"evaluate {when}", len(trainer.get_eval_dataloader()))
-    loss = held_out_loss(trainer, console)
+    found = held_out(trainer, console)
     console.finish()
-    return {"loss": loss, "answers": answers(trainer.model, trainer.processing_class, prompts)}
+    said = answers(trainer.model, trainer.processing_class, prompts)
+    return {"loss": found.get("loss"), "held_out": found, "answers": said}
 
 
 def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console) -> dict[str, Any]:
@@ -216,7 +230,8 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
 
     if config.eval_steps:
         trainer.add_callback(HeldOut(trainer, config.eval_steps))
-    profiler = Profiler(of_run(config), config.model, _run(config), folder=config.output_path)
+    predict = of_run(config) if config.task == "sft" else _unplanned
+    profiler = Profiler(predict, config.model, _run(config), folder=config.output_path)
     console.start("train", config.steps)
     began = time.perf_counter()
     try:
@@ -236,6 +251,10 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
         "peak": peak,
         "profile": _profile(profiler, console) if config.report else None,
     }
+
+
+def _unplanned(measured: Any, strategy: Any) -> tuple[None, list[str]]:
+    return None, ["Nothing was predicted: the plan knows supervised fine-tuning so far."]
 
 
 def _run(config: RunConfig) -> dict[str, Any]:
@@ -281,7 +300,9 @@ def _result(
         "strategy": config.optim,
         "options": dict(trainer.args.strategy().options),
         "data": trainer.data_summary,
+        "task": config.task,
         "loss": {"before": before["loss"], "after": after["loss"]},
+        "held_out": {"before": before["held_out"], "after": after["held_out"]},
         "steps": trainer.state.global_step,
         "resumed_from": start.name if start else None,
         "seconds": measured["seconds"],
@@ -296,21 +317,26 @@ def _result(
 
 
 def _write(
-    folder: Path, trainer: Any, result: dict[str, Any], profile: dict[str, Any] | None, console: Console
+    config: RunConfig, trainer: Any, result: dict[str, Any], profile: dict[str, Any] | None, console: Console
 ) -> None:
-    """Model, tokenizer, picture and reports: made beside, and there when all of them are."""
+    """Model, tokenizer, card, picture and reports: made beside, and there when all of them are."""
     from lowmem import report
     from lowmem.report.document import plain
+    from lowmem.training.card import card
     from lowmem.training.output import earlier_report, results
     from lowmem.training.plot import loss_curve
 
     console.start("write")
+    folder = config.output_path
     history = [{"step": 0, "eval_loss": result["loss"]["before"]}, *trainer.state.log_history]
     history.append({"step": result["steps"], "eval_loss": result["loss"]["after"]})
+    history = [entry for entry in history if entry.get("eval_loss", 0.0) is not None]  # grpo has a reward
     profile = profile or earlier_report(folder, result["steps"])  # a finished run has no step left to measure
     of_results = {key: result[key] for key in ("strategy", "steps", "nonfinite_weights")}
     with results(folder, of_results) as made:
         trainer.save_model(str(made))
+        text = card(config, result, profile, trainer.base)
+        (made / "README.md").write_text(text, encoding="utf-8")
         loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")
         of_run = plain({"result": result, "log": trainer.state.log_history})
         text = json.dumps({**(profile or {}), **of_run}, indent=1, allow_nan=False)

@@ -90,6 +90,37 @@ def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, consol
     return fitted
 
 
+def asked_within(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, console: Console) -> Data:
+    """The rows of other tasks whose prompt leaves room for an answer within `seq_len` tokens.
+
+    Args:
+        data: rows with a `prompt`; tokenizer, seq_len, console: as for `fitting`.
+
+    Raises:
+        UserError: no row is left.
+    """
+    kept = [i for i, row in enumerate(data.rows) if _asked(row["prompt"], tokenizer) < seq_len]
+    count, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
+    if not kept:
+        raise UserError(f"{of}: all {count} prompts fill seq_len {seq_len}: raise seq_len")
+    if count:
+        console.say(
+            f"{of}: {count} of {len(data.rows)} prompts fill seq_len {seq_len}, left out: raise seq_len"
+        )
+    return data.only(kept, too_long=count)
+
+
+def _asked(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a prompt."""
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    try:
+        rendered: Any = tokenizer.apply_chat_template(prompt, return_dict=True, add_generation_prompt=True)
+    except Exception as error:  # a template raises whatever its author chose
+        raise UserError(f"the chat template cannot render a prompt: {error}") from error
+    return len(rendered["input_ids"])
+
+
 def _tokenized(data: Data, tokenizer: PreTrainedTokenizerBase, console: Console) -> Iterator[list[Tokens]]:
     """The examples of each row; an error names the row's place."""
     if len(data.rows) >= LONG:

@@ -201,15 +201,15 @@ def _refuse_preferences(row: Mapping[str, Any]) -> None:
     if worse is not None:
         better = next((key for key in BETTER if row.get(key) not in EMPTY), None)
         raise RowError(
-            f"holds preferences ({', '.join(filter(None, (better, worse)))}); lowmem fine-tunes on answers: "
-            f"{_kept(row, better)} and take `{worse}` out"
+            f"holds preferences ({', '.join(filter(None, (better, worse)))}); supervised fine-tuning learns "
+            f"answers: train them with --task dpo, or {_kept(row, better)} and take `{worse}` out"
         )
     answered = any(f.fits(row) for f in _FORMATS if f.name != "text")
     judged = next((key for key in LABELS if answered and row.get(key) in VERDICTS), None)
     if judged is not None:
         raise RowError(
-            f"holds a judgement of its answer ({judged}: {row[judged]!r}); lowmem would train on bad answers "
-            f"too: keep the rows with good ones and take `{judged}` out"
+            f"holds a judgement of its answer ({judged}: {row[judged]!r}); supervised fine-tuning learns "
+            f"bad ones too: train with --task kto, or keep the rows with good ones and take `{judged}` out"
         )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.data import hub as hub_data
+from lowmem.data import preferences
 from lowmem.data.columns import Columns, understood
 from lowmem.data.examples import Example, ensure_chat_template, render_example
 from lowmem.data.fields import Fields, RowError
@@ -120,7 +121,13 @@ class Data:
 
 
 def load_data(
-    name_or_path: str, *, data_format: str | None = None, split: str = "train", limit: int | None = None
+    name_or_path: str,
+    *,
+    data_format: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    task: str = "sft",
+    columns: Mapping[str, str] | None = None,
 ) -> Data:
     """Load, recognise, check and convert data.
 
@@ -129,6 +136,8 @@ def load_data(
         data_format: overrides the recognition; see `formats()`.
         split: train, validation, heldout, test; files not named after any split count as train.
         limit: read this many rows at most.
+        task: what the rows are for; sft learns answers, see `preferences` for the others.
+        columns: what fields of a format are called in the rows, as in {"question": "Frage"}.
 
     Raises:
         UserError: nothing there, unknown format, damaged file, or a bad row (named with its place).
@@ -137,16 +146,16 @@ def load_data(
         >>> load_data("factbook", split="validation").rows[0]["prompt"][0]["role"]
         'user'
     """
-    chosen = named(data_format) if data_format else None
+    chosen = _named(task, data_format) if data_format else None
     rows: list[Row] = []
     places: list[Place] = []
     skipped, ignored = 0, dict[str, None]()
     names = dict[str, str]()
     for place, raw in islice(load_rows(name_or_path, split), limit):
-        columns = _columns(raw, place, chosen)
-        chosen = chosen or detect_format(columns.row, str(place))
-        converted, unread = _convert(chosen, columns, place)
-        names |= columns.called
+        found = _columns(_renamed(raw, columns or {}, place), place, chosen, task)
+        chosen = chosen or _detect(task, found.row, str(place))
+        converted, unread = _convert(chosen, found, place)
+        names |= found.called
         if converted:
             ignored |= dict.fromkeys(unread)
         skipped += not converted
@@ -167,7 +176,10 @@ def load_data(
         tuple(ignored),
         places=tuple(places),
         files=_files_read(name_or_path, places),
-        notes=(*_other_names(names), *(_not_read(name_or_path) if split == "train" else ())),
+        notes=(
+            *_other_names({**(columns or {}), **names}),
+            *(_not_read(name_or_path) if split == "train" else ()),
+        ),
     )
 
 
@@ -236,9 +248,27 @@ def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None)
     return _convert(chosen, columns, place)[0]
 
 
-def _columns(raw: Mapping[str, Any], place: Place, chosen: Format | None) -> Columns:
+def _named(task: str, name: str) -> Format:
+    return named(name) if task == "sft" else preferences.named_for(task, name)
+
+
+def _detect(task: str, row: Row, source: str) -> Format:
+    return detect_format(row, source) if task == "sft" else preferences.detect_for(task, row, source)
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], place: Place) -> Mapping[str, Any]:
+    """A row with its columns named as the caller says; a field that had the new name gives way."""
+    if missing := [old for old in columns.values() if old not in row]:
+        raise UserError(
+            f"{place} has no column {missing[0]!r} (--columns); {nearest(missing[0], map(str, row))}"
+        )
+    back = {old: new for new, old in columns.items()}
+    return {back.get(key, key): value for key, value in row.items() if key in back or key not in columns}
+
+
+def _columns(raw: Mapping[str, Any], place: Place, chosen: Format | None, task: str = "sft") -> Columns:
     try:
-        return understood(raw, chosen)
+        return understood(raw, chosen) if task == "sft" else preferences.judged(raw)
     except RowError as error:
         raise UserError(f"{place}: {error}") from error
 

@@ -24,6 +24,8 @@ def train_and_held_out(
     data_format: str | None = None,
     rows: int = 80,
     seed: int = 0,
+    task: str = "sft",
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Data, Data]:
     """Rows to train on, and rows to evaluate on that are not among them.
 
@@ -37,17 +39,20 @@ def train_and_held_out(
         data_format: of both.
         rows: most rows to evaluate on.
         seed: of the choice.
+        task: as for `load_data`, like `columns`.
+        columns: of both.
 
     Raises:
         UserError: as `load_data`.
     """
-    train = load_data(data, data_format=data_format)
+    given: dict[str, Any] = {"data_format": data_format, "task": task, "columns": columns}
+    train = load_data(data, **given)
     own = _held_out_split(data) if held_out is None else _held_out_split(held_out) or "train"
     alone = _left_alone(data, {"train", own if held_out is None else None})
     train = replace(train, notes=(*train.notes, *alone))
     if own is None:
         return _take_out(train, rows, seed)
-    others = load_data(data if held_out is None else held_out, data_format=data_format, split=own)
+    others = load_data(data if held_out is None else held_out, split=own, **given)
     return train, _disjoint(others, train).first(rows, seed)
 
 

@@ -292,7 +292,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a local model."""
     file = folder / "config.json"
     if not file.is_file():
-        adapter = " (it holds a peft adapter: give its base model)" if _is_adapter(folder) else ""
+        adapter = " (it holds an adapter: `lowmem merge` makes a model of it)" if _is_adapter(folder) else ""
         raise UserError(f"{folder} has no config.json{adapter}: give a folder made by save_pretrained")
     return read_json(file)
 

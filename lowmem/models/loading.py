@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.errors import UserError, first_line, ran_out_of_room
 from lowmem.models import hub
 from lowmem.models.entries import ModelEntry, resolve, to_dtype
-from lowmem.models.gguf import unpack
+from lowmem.models.gguf.unpack import unpack
 from lowmem.models.quiet import quiet
 from lowmem.models.sealed import broken, seal
 from lowmem.texts import read_json

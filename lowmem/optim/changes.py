@@ -34,11 +34,7 @@ class Permutation(Change):
 
 @dataclass(frozen=True)
 class Rotation(Change):
-    """low_new = C low_old along one axis of the projected gradient.
-
-    Args:
-        matrix: C, (r_new, r_old) fp32; axis: of the coordinates, as in `Permutation`.
-    """
+    """low_new = C low_old along one axis; C is (r_new, r_old) fp32, the axis as in `Permutation`."""
 
     matrix: Tensor
     axis: int

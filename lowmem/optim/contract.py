@@ -325,3 +325,7 @@ class Residual:
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """The step that the rest takes, or None; and what to do once the weight is written."""
         return None, None
+
+    def aside(self) -> AnyRule | None:
+        """The rule of a tensor that a schedule puts aside, where there is one."""
+        return None

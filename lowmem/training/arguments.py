@@ -1,7 +1,9 @@
 """Training arguments that know lowmem's strategies.
 
     LowMemArguments(output_dir="out", optim="galore", optim_args="rank=128,update_proj_gap=200")
-    LowMemSFTConfig(...)      the same for TRL's supervised fine-tuning; made on first use, TRL stays optional
+    LowMemSFTConfig(...)      the same for TRL's supervised fine-tuning, and LowMemDPOConfig, LowMemKTOConfig,
+                              LowMemORPOConfig, LowMemRewardConfig, LowMemGRPOConfig for its other trainers;
+                              made on first use, TRL stays optional
 
 They are the stock arguments with a few fields more, so that HfArgumentParser,
 `dataclasses.replace` and `to_dict` work on them. transformers accepts only its own
@@ -28,13 +30,13 @@ if TYPE_CHECKING:
 
 CLIP = ("auto", "none", "global", "tensor", "previous")
 COMPILE = ("auto", "on", "off")
-WRITERS = ("auto", "nearest", "stochastic", "kahan", "split")
 
 
 @dataclass
 class LowMemFields:
     """The fields that lowmem adds, and the check they share."""
 
+    first_order = False  # whether the trainer needs gradients
     optim: str = field(default="galore", metadata={"help": "Strategy, see `lowmem strategies`."})
     optim_args: str | None = field(
         default=None, metadata={"help": "Options of the strategy, as in rank=128,states=int8."}
@@ -50,13 +52,6 @@ class LowMemFields:
             "that of these). auto: global; previous with gradient release; "
             "none without gradients.",
             "choices": list(CLIP),
-        },
-    )
-    writer: str = field(
-        default="auto",
-        metadata={
-            "help": "How new weights are rounded. auto: nearest for float32, stochastic for 16 bits.",
-            "choices": list(WRITERS),
         },
     )
     compile: str = field(
@@ -88,12 +83,12 @@ class LowMemFields:
         """Leave activation checkpointing as the stock arguments have it."""
 
     def strategy(self) -> Strategy:
-        """The strategy that `optim`, `optim_args` and `writer` describe.
+        """The strategy that `optim` and `optim_args` describe.
 
         Raises:
             UserError: unknown name, option or value, with the nearest known one.
         """
-        return build_strategy(self.optim, self.optim_args, self.writer)
+        return build_strategy(self.optim, self.optim_args)
 
     @property
     def clip_policy(self) -> str:
@@ -115,23 +110,19 @@ class LowMemArguments(LowMemFields, TrainingArguments):
     """
 
 
-def build_strategy(name: str, options: str | Mapping[str, Any] | None, writer: str = "auto") -> Strategy:
+def build_strategy(name: str, options: str | Mapping[str, Any] | None) -> Strategy:
     """A strategy from what a person writes on one line.
 
     Args:
         name: of a registered strategy.
         options: "rank=128,states=int8", or a mapping; may be empty.
-        writer: auto leaves the choice to the options.
 
     Raises:
-        UserError: unknown name, option or value, or two different writers.
+        UserError: unknown name, or all that is wrong with the options.
     """
     from lowmem.strategies import create, parse_options
 
-    parsed = parse_options(name, options)
-    if writer != "auto" and parsed.get("writer", writer) != writer:
-        raise UserError(f"writer: {writer!r} and {parsed['writer']!r} are both given; give one of them")
-    return create(name, **(parsed if writer == "auto" else {**parsed, "writer": writer}))
+    return create(name, **parse_options(name, options))
 
 
 def check(args: Any) -> list[str]:
@@ -142,15 +133,14 @@ def check(args: Any) -> list[str]:
     """
     problems = [
         f"{name}: {getattr(args, name)!r} is not allowed; {nearest(str(getattr(args, name)), allowed)}"
-        for name, allowed in (("clip", CLIP), ("compile", COMPILE), ("writer", WRITERS))
+        for name, allowed in (("clip", CLIP), ("compile", COMPILE))
         if getattr(args, name) not in allowed
     ]
     if args.nonfinite_limit < 0:
         problems.append(f"nonfinite_limit: {args.nonfinite_limit} steps; use 1 or more, or 0 for never")
     problems += _engines(args)
     try:
-        writer = args.writer if args.writer in WRITERS else "auto"
-        strategy = build_strategy(args.optim, args.optim_args, writer)
+        strategy = build_strategy(args.optim, args.optim_args)
     except UserError as error:
         return [f"optim: {error}", *problems]
     betas = (args.adam_beta1, args.adam_beta2)
@@ -219,6 +209,11 @@ def _gradient_free(args: Any) -> list[str]:
     checkpointing = args.activation_checkpointing or args.gradient_checkpointing
     rules = [
         (
+            args.first_order,
+            f"optim: {name} evaluates the loss instead of differentiating it, this trainer needs gradients; "
+            "use another strategy, such as galore",
+        ),
+        (
             checkpointing,
             f"activation_checkpointing: {name} takes no backward pass; set it to False",
         ),
@@ -233,51 +228,80 @@ def _gradient_free(args: Any) -> list[str]:
     return [text for broken, text in rules if broken]
 
 
+TRL = {
+    "sft": ("trl", "SFT"),
+    "dpo": ("trl", "DPO"),
+    "kto": ("trl", "KTO"),
+    "orpo": ("trl.experimental.orpo", "ORPO"),
+    "reward": ("trl", "Reward"),
+    "grpo": ("trl", "GRPO"),
+}
+"""Tasks, and where TRL has their trainer and its arguments."""
+
+
+@dataclass
+class TrlFields(LowMemFields):
+    """Arguments for a trainer of TRL; activation checkpointing is on by default as there.
+
+    Strategies that take no backward pass have nothing to recompute.
+    """
+
+    first_order = True
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Old name of activation_checkpointing."}
+    )
+
+    def _default_checkpointing(self) -> None:
+        given: tuple[Any, Any] = (self.activation_checkpointing, self.gradient_checkpointing)
+        if given == (None, None):
+            try:
+                self.activation_checkpointing: Any = self.strategy().source.needs_autograd
+            except UserError:  # reported with everything else
+                self.activation_checkpointing = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock dictionary; the stock one hides tokens of the vocabulary as if they were passwords."""
+        own = {name: getattr(self, name) for name in ("eos_token", "pad_token") if hasattr(self, name)}
+        return {**super().to_dict(), **own}  # type: ignore[misc]
+
+
+@dataclass
+class SFTFields(TrlFields):
+    """What supervised fine-tuning has besides.
+
+    Unlike TRL it leaves the load balancing loss of a mixture of experts to the model, as transformers
+    does, until a coefficient is given.
+    """
+
+    first_order = False
+    router_aux_loss_coef: float | None = field(
+        default=0.0, metadata={"help": "Weight of the load balancing loss of a mixture of experts."}
+    )
+    label_loss: bool = field(
+        default=True,
+        metadata={"help": "Make logits at label positions only, where those are few; TRL's tiles elsewhere."},
+    )
+
+
 @functools.cache
-def _sft_config() -> type[Any]:
-    """`LowMemSFTConfig`, a class made once."""
-    sft_config: Any = importlib.import_module("trl").SFTConfig
+def trl_config(task: str) -> type[Any]:
+    """The arguments of a task's trainer, `LowMemSFTConfig` and so on; a class made once.
 
-    @dataclass
-    class LowMemSFTConfig(LowMemFields, sft_config):  # type: ignore[misc]
-        """Arguments for `LowMemSFTTrainer`.
-
-        As TRL has it, activation checkpointing is on by default, but for
-        strategies that take no backward pass. Unlike TRL it leaves the load balancing loss
-        of a mixture of experts to the model, as transformers does, until a coefficient is given.
-        """
-
-        router_aux_loss_coef: float | None = field(
-            default=0.0, metadata={"help": "Weight of the load balancing loss of a mixture of experts."}
-        )
-        gradient_checkpointing: bool | None = field(
-            default=None, metadata={"help": "Old name of activation_checkpointing."}
-        )
-        label_loss: bool = field(
-            default=True,
-            metadata={
-                "help": "Make logits at label positions only, where those are few; TRL's tiles elsewhere."
-            },
-        )
-
-        def _default_checkpointing(self) -> None:
-            given: tuple[Any, Any] = (self.activation_checkpointing, self.gradient_checkpointing)
-            if given == (None, None):
-                try:
-                    self.activation_checkpointing: Any = self.strategy().source.needs_autograd
-                except UserError:  # reported with everything else
-                    self.activation_checkpointing = False
-
-        def to_dict(self) -> dict[str, Any]:
-            """The stock dictionary; the stock one hides these two as if they were passwords."""
-            return {**super().to_dict(), "eos_token": self.eos_token, "pad_token": self.pad_token}
-
-    LowMemSFTConfig.__module__, LowMemSFTConfig.__qualname__ = __name__, "LowMemSFTConfig"
-    return LowMemSFTConfig
+    Args:
+        task: of `TRL`.
+    """
+    home, name = TRL[task]
+    stock = getattr(importlib.import_module(home), f"{name}Config")
+    text = f"Arguments for `LowMem{name}Trainer`: those of TRL, with the fields of `LowMemFields`."
+    own = {"__doc__": text, "__module__": __name__}
+    fields = SFTFields if task == "sft" else TrlFields
+    made: type[Any] = dataclass(type(f"LowMem{name}Config", (fields, stock), own))
+    return made
 
 
 def __getattr__(name: str) -> Any:
-    """Make `LowMemSFTConfig` when it is first asked for."""
-    if name == "LowMemSFTConfig":
-        return _sft_config()
+    """Make `LowMemSFTConfig` and its like when they are first asked for."""
+    for task, (_, stem) in TRL.items():
+        if name == f"LowMem{stem}Config":
+            return trl_config(task)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,34 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lowmem.console import Console
 from lowmem.models.loss import IGNORE
 
+_SHOWN = {  # what TRL's evaluations call it -> here
+    "eval_loss": "loss",
+    "eval_reward": "reward",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_accuracy": "accuracy",
+}
+
+
+def held_out(trainer: Any, console: Console | None = None) -> dict[str, float]:
+    """What the evaluation rows say: the loss; of preferences also the share ranked right.
+
+    Of reinforcement, whose loss says nothing, the mean reward.
+
+    Args:
+        trainer: of any task.
+        console: as for `held_out_loss`.
+    """
+    task = getattr(trainer, "task", "sft")
+    if task == "sft":
+        return {"loss": held_out_loss(trainer, console)}
+    due = trainer.control.should_log
+    metrics = trainer.evaluate()
+    trainer.control.should_log = due  # any log ends with False: the step's own loss would not be logged
+    found = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
+    if task == "grpo":
+        found.pop("loss", None)
+    return found
+
 
 def held_out_loss(trainer: Any, console: Console | None = None) -> float:
     """Mean loss per label token over a trainer's evaluation rows, without dropout.
@@ -62,7 +90,9 @@ class HeldOut(TrainerCallback):
         """Evaluate at every multiple of `every` but the last step, which is evaluated after training."""
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             due = self.trainer.control.should_log
-            self.trainer.log({"eval_loss": held_out_loss(self.trainer)})
+            found = held_out(self.trainer)
+            if getattr(self.trainer, "task", "sft") == "sft":  # the others have logged it
+                self.trainer.log({"eval_loss": found["loss"]})
             # Any log ends with should_log = False: without this the training loss of the step is not logged.
             self.trainer.control.should_log = due
 

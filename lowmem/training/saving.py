@@ -19,6 +19,7 @@ from torch import nn
 
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.models import sealed
+from lowmem.models.adapters import name_base
 from lowmem.training import checkpoint, settings
 from lowmem.training.callbacks import Divergence
 from lowmem.training.lock import held
@@ -32,6 +33,7 @@ class WholeCheckpoints:
 
     Attributes:
         origin: what else a checkpoint belongs to, such as model and data; another one is refused.
+        base: what the folder of an adapter calls its base; where the base was read from when None.
         tell: receives what is worth knowing about a resumed run, one sentence at a time.
     """
 
@@ -43,6 +45,7 @@ class WholeCheckpoints:
     lr_scheduler: Any
     lowmem_optimizer: Any
     origin: Mapping[str, Any] = {}
+    base: str | None = None
     tell: Callable[[str], None] = log.warning
     _strategy: Any
     _staging: Path | None = None
@@ -55,10 +58,9 @@ class WholeCheckpoints:
         config = self._strategy.to_config()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
-        options = config["options"] | {"writer": config["writer"]}
         return {
-            "strategy": config["name"],
-            "options": options,
+            "strategy": config["name"] or config["parts"],
+            "options": config["options"],
             "parameters": shapes,
             "settings": {**settings.of_arguments(self.args), **self.origin},
         }
@@ -116,6 +118,12 @@ class WholeCheckpoints:
         position: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)  # type: ignore[misc]
         self.state.compute_steps(self.args, max_steps)
         return position
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the model; an adapter names its base by what others can load it by."""
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if self.base is not None:
+            name_base(Path(output_dir or self.args.output_dir), self.base)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write beside, seal, rename, then delete what is too old; one process of several does.

@@ -48,7 +48,7 @@ class LowMemMixin(WholeCheckpoints):
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, LowMemFields):
             kind, given = type(self).__name__, type(self.args).__name__
-            raise UserError(f"{kind} takes LowMemArguments or LowMemSFTConfig, not {given}")
+            raise UserError(f"{kind} takes LowMemArguments or LowMemSFTConfig (or its like), not {given}")
         self._strategy = self.args.strategy()
         self._clip = self.args.clip_policy
         self._release: Release | None = None

@@ -19,6 +19,7 @@ from lowmem.models.loading import package_folder
 
 runner = CliRunner()
 LEFT = {
+    "README.md",
     "chat_template.jinja",
     "checkpoint-2",
     "checkpoint-4",
@@ -168,9 +169,9 @@ def test_an_empty_prompt_asks_nothing() -> None:
         ({"optim": "galor"}, "did you mean 'galore'?"),
         ({"optim": None}, "optim is missing"),
         ({"optim_args": "rnk=4"}, "did you mean 'rank'?"),
-        ({"optim_args": "rank=0"}, "rank must be at least 1, got 0"),
+        ({"optim_args": "rank=0"}, "rank is a whole number from 1 on, or a share between 0 and 1, got 0"),
         ({"optim_args": "scale=nan"}, "scale is a finite number"),
-        ({"writer": "split", "dtype": "float16"}, "take 'kahan' or 'stochastic'"),
+        ({"optim_args": "writer=split", "dtype": "float16"}, "take 'kahan' or 'stochastic'"),
         ({"optim_args": "rank=-1"}, "rank"),
         ({"data_format": "alpacca"}, "did you mean 'alpaca'?"),
         ({"data": "absent.jsonl"}, "absent.jsonl"),

@@ -135,7 +135,7 @@ def test_bad_folder(tmp_path, content, words):
 
 def test_adapter_folder_names_the_remedy(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="give its base model"):
+    with pytest.raises(UserError, match="lowmem merge"):
         resolve(str(tmp_path)).config()
 
 

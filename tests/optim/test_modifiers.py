@@ -37,7 +37,7 @@ from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.state import made
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
-from lowmem.optim.writers import WRITERS
+from lowmem.optim.writers import NEAREST
 from lowmem.sources import Backprop
 
 ALL: list[Modifier] = [SpikeClip(guard=2), Cautious(), Grams(), Limit(), TrustRatio()]
@@ -211,7 +211,7 @@ def test_the_padding_of_a_block_is_not_measured() -> None:
     chunks, state, inside = Chunks(), rule.init(w), rule.init(w)
     for t in range(6):
         hp, before, g = hyper(w, chunks, t), w.clone(), 0.1**t * normal(5000, seed=t)
-        chunks.apply_(rule, WRITERS["nearest"], w, Dense(g), state, {}, hp)
+        chunks.apply_(rule, NEAREST, w, Dense(g), state, {}, hp)
         torch.testing.assert_close((w - before).norm(), state["modified.limit.norm"], rtol=1e-5, atol=0)
         chunks.advance_(rule, g, inside, hp)
         torch.testing.assert_close(g.norm(), inside["modified.limit.norm"], rtol=1e-5, atol=0)
@@ -225,7 +225,7 @@ def test_a_bad_element_is_not_measured() -> None:
         before, g = w.clone(), normal(3, 5, seed=t)
         if t == 2:
             g[1, :3] = math.nan
-        chunks.apply_(cast("Any", rule), WRITERS["nearest"], w, Dense(g), state, {}, hyper(w, chunks, t))
+        chunks.apply_(cast("Any", rule), NEAREST, w, Dense(g), state, {}, hyper(w, chunks, t))
         torch.testing.assert_close((w - before).norm(), state["modified.limit.norm"], rtol=1e-5, atol=0)
 
 
@@ -242,7 +242,7 @@ class Plain(Rule):
 def test_a_refused_step_has_no_length() -> None:
     chunks, w, rule = Chunks(), torch.ones(3, 5), modified(Plain(refused=True), [Limit()])
     state, hp = rule.init(w), hyper(w, chunks, 0)
-    chunks.write_(WRITERS["nearest"], w, cast("Rule", rule).update(Dense(normal(3, 5)), state, hp), {}, hp)
+    chunks.write_(NEAREST, w, cast("Rule", rule).update(Dense(normal(3, 5)), state, hp), {}, hp)
     assert torch.equal(w, torch.ones(3, 5))
     assert state["modified.limit.norm"] == 0.0
 
@@ -253,7 +253,7 @@ def test_a_bad_element_of_a_whole_step_is_refused_alone() -> None:
     state, g = rule.init(w), normal(3, 5)
     g[1, 2] = math.nan
     hp = hyper(w, chunks, 0, weight_decay=0.5)
-    chunks.write_(WRITERS["nearest"], w, cast("Rule", rule).update(Dense(g), state, hp), {}, hp)
+    chunks.write_(NEAREST, w, cast("Rule", rule).update(Dense(g), state, hp), {}, hp)
     assert w[1, 2] == 1.0
     assert chunks.skipped() == 1
     torch.testing.assert_close(state["modified.limit.norm"], g.nan_to_num(0.0).norm())
@@ -270,7 +270,7 @@ def test_looking_first_leaves_everything_as_it_was(rule: Any) -> None:
         g = normal(3, 700, seed=t)
         kept = g.clone()
         for r, w, s in ((rule, plain, one), (watched, seen, two)):
-            chunks.apply_(r, WRITERS["nearest"], w, Dense(g), s, {}, hyper(w, chunks, t))
+            chunks.apply_(r, NEAREST, w, Dense(g), s, {}, hyper(w, chunks, t))
         assert torch.equal(g, kept)
     assert torch.equal(plain, seen)
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -319,7 +319,7 @@ def test_rows_without_gradient_do_not_lengthen_the_others() -> None:
     g = torch.zeros(1000, 4)
     g[:2] = normal(2, 4)
     rule = modified(coded(SGD()), [Cautious()])
-    chunks.apply_(cast("Any", rule), WRITERS["nearest"], w, Dense(g), rule.init(w), {}, hyper(w, chunks, 0))
+    chunks.apply_(cast("Any", rule), NEAREST, w, Dense(g), rule.init(w), {}, hyper(w, chunks, 0))
     assert torch.equal(w, -g)
 
 
@@ -384,7 +384,7 @@ def test_a_step_of_a_projected_gradient_is_that_of_the_whole() -> None:
             rule.prepare(g, state, hp)
             if projects:
                 g = Projected((9, 14), cast("Rule", rule).project(g, state, hp), torch.float32)
-            chunks.write_(WRITERS["nearest"], w, cast("Rule", rule).update(g, state, hp), {}, hp)
+            chunks.write_(NEAREST, w, cast("Rule", rule).update(g, state, hp), {}, hp)
         found.append(w)
     assert torch.equal(*found)
 

@@ -92,7 +92,7 @@ def test_leaves_everything_and_prints_nothing(config, capfd, tmp_path):
     out = tmp_path / "out"
     names = {p.name for p in out.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"} <= names
-    assert {"memory_report.json", "memory_report.html", "loss.png", "config.yaml"} <= names
+    assert {"README.md", "memory_report.json", "memory_report.html", "loss.png", "config.yaml"} <= names
     assert {"checkpoint-6", "checkpoint-8"} == {n for n in names if n.startswith("checkpoint")}
     assert not any(n.startswith(".") for n in names)
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in out.iterdir() if p.is_file())

@@ -1,0 +1,1 @@
+"""After the run: merge an adapter, talk to the model, take it elsewhere."""

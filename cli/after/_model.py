@@ -1,0 +1,35 @@
+"""The flags and the loading that the commands on a finished model share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .. import render
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="NAME|PATH", help="Folder of a run, or as `lowmem models` lists.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="NAME|PATH", help="Base of an adapter, where it lies elsewhere."),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the weights: bfloat16, float16, float32.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
+
+
+def loaded(model: str, base: str | None, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPU where there is one."""
+    import torch
+
+    from lowmem.models.adapters import load_tuned
+    from lowmem.models.quiet import quiet
+
+    render.say(f"load {model}")
+    with quiet():
+        tuned, tokenizer = load_tuned(model, dtype, base=base)
+    return tuned.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

@@ -1,0 +1,57 @@
+"""Settings of a run that exclude each other, each with the remedy; `config` asks for all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def problems(v: Mapping[str, Any]) -> list[str]:
+    """Settings that exclude each other."""
+    rules = [
+        (v["steps"] and v["epochs"], "steps and epochs: both given; give one of them"),
+        (v["resume"] and v["overwrite"], "resume and overwrite: one keeps the earlier run, one replaces it"),
+        (v["quantize"] and not v["lora_rank"], "quantize: frozen weights only; give lora_rank as well"),
+        (
+            v["steps"] and v["warmup"] > v["steps"],
+            f"warmup: {v['warmup']} steps of warm-up in a run of {v['steps']}; make it {v['steps']} or less",
+        ),
+        (
+            v["gradient_release"] and v["clip"] == "global",
+            "clip: with gradient_release the norm of all gradients is not known when the first tensor steps; "
+            "use clip: previous, tensor or none",
+        ),
+        (
+            not v["gradient_release"] and v["clip"] in ("tensor", "previous"),
+            f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
+        ),
+    ]
+    return [text for broken, text in rules if broken] + _of_task(v)
+
+
+def _of_task(v: Mapping[str, Any]) -> list[str]:
+    """Settings that do not go with the task."""
+    task, rows = v["task"], v["batch_size"] * v["accumulation"]
+    count = v["num_generations"] or 8
+    of_grpo = [name for name in ("reward", "num_generations", "max_completion") if v[name] is not None]
+    pairs = [pair.partition("=") for pair in v["columns"].split(",") if pair]
+    rules = [
+        (task != "grpo" and of_grpo, f"{', '.join(of_grpo)}: for task grpo; leave it out, or set task: grpo"),
+        (task == "grpo" and not v["reward"], "reward: task grpo needs one, as in reward: my_rewards:exact"),
+        (
+            task == "grpo" and rows % count,
+            f"num_generations: {count} answers per prompt do not divide batch_size x accumulation = {rows}; "
+            f"make that a multiple of {count}",
+        ),
+        (v["beta"] is not None and task in ("sft", "reward"), f"beta: task {task} has none; leave it out"),
+        (
+            task == "kto" and v["batch_size"] < 2,
+            "batch_size: kto compares the rows of a batch with each other; make it 2 or more",
+        ),
+        (task == "reward" and v["prompt"], "prompt: a reward model gives no answers; leave it out"),
+        (
+            any(not (new and old) for new, _, old in pairs),
+            f"columns: {v['columns']!r} is not of the form field=column,field=column",
+        ),
+    ]
+    return [text for broken, text in rules if broken]

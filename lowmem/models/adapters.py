@@ -1,0 +1,193 @@
+"""Adapters: small weights beside a base model that is named, not copied.
+
+A folder that PEFT wrote holds an adapter and the name of its base. That name has to mean the same
+model on another machine, so it is a Hub id wherever there is one (`published_name`): never the place
+in a cache at which the base happened to lie. `load_tuned` puts the two together for use,
+`merge` into one model of the ordinary kind:
+
+    W <- W + dW,  for LoRA  dW = (alpha / r) B A,  in fp32 and rounded once to the dtype of W
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem.errors import UserError, first_line, ran_out_of_room
+from lowmem.models.entries import resolve
+from lowmem.models.loading import load_model
+from lowmem.models.quiet import quiet
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG = "adapter_config.json"
+_CARD = "README.md"
+
+
+def is_adapter(name_or_path: str | Path) -> bool:
+    """Whether a folder holds an adapter, and not a whole model."""
+    folder = Path(name_or_path).expanduser()
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def published_name(name_or_path: str) -> str:
+    """What others can load the same model by: its Hub id, or for a folder of the user its whole path.
+
+    Raises:
+        UserError: as `lowmem.models.entries.resolve`.
+
+    Example:
+        >>> published_name("smollm2-135m")
+        'HuggingFaceTB/SmolLM2-135M-Instruct'
+    """
+    entry = resolve(name_or_path)
+    return entry.hub_id or str(Path(entry.location).resolve())
+
+
+def base_of(folder: str | Path) -> str:
+    """Name of the model that an adapter belongs to.
+
+    Raises:
+        UserError: no adapter there, or one that names no base.
+    """
+    file = Path(folder).expanduser() / CONFIG
+    if not file.is_file():
+        raise UserError(f"{folder} holds no adapter (no {CONFIG}): name the folder of a run with --lora-rank")
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if not base:
+        raise UserError(f"{file} names no base model: give one with --base")
+    return str(base)
+
+
+def name_base(folder: Path, base: str) -> None:
+    """Write the base's name into a folder that PEFT saved; nothing happens where there is no adapter.
+
+    Args:
+        folder: with an adapter_config.json, and perhaps PEFT's card.
+        base: from `published_name`.
+    """
+    file, card = folder / CONFIG, folder / _CARD
+    if not file.is_file():
+        return
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    before, fields["base_model_name_or_path"] = fields.get("base_model_name_or_path"), base
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if before and card.is_file():
+        card.write_text(card.read_text(encoding="utf-8").replace(str(before), base), encoding="utf-8")
+
+
+def load_tuned(
+    name_or_path: str, dtype: torch.dtype | str = "bfloat16", *, base: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a model to use it: a whole one, or an adapter on its base.
+
+    Args:
+        name_or_path: a listed name, a folder or a Hub id; or the folder of an adapter.
+        dtype: of the weights.
+        base: of an adapter, instead of the one that it names.
+
+    Raises:
+        UserError: as `load_model`; an adapter whose base is not there or has other shapes.
+    """
+    if not is_adapter(name_or_path):
+        if base is not None:
+            raise UserError(f"{name_or_path} is no adapter, it has no base: leave out --base")
+        return load_model(name_or_path, dtype)
+    folder = Path(name_or_path).expanduser()
+    named = base or base_of(folder)
+    try:
+        model, tokenizer = load_model(named, dtype)
+    except UserError as error:
+        raise UserError(f"the base of {folder}: {error}; or name another place with --base") from error
+    if (folder / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
+        tokenizer = _tokenizer_of(folder)
+    return _with_adapter(model, folder, named), tokenizer
+
+
+def merge(
+    folder: str | Path, out: Path, *, dtype: torch.dtype | str = "bfloat16", base: str | None = None
+) -> str:
+    """Write the model that an adapter and its base make together.
+
+    Holds the base once, and beside it the change of one matrix (m, n): 4 m n bytes.
+
+    Args:
+        folder: of the adapter.
+        out: new folder, which appears when it is whole.
+        dtype: of the weights written.
+        base: instead of the one that the adapter names.
+
+    Returns:
+        The name of the base.
+
+    Raises:
+        UserError: no adapter, no base, a method that adds no weights (prompts), `out` exists.
+    """
+    named = base or base_of(folder)
+    with whole_folder(out) as made:
+        model, tokenizer = load_tuned(str(folder), dtype, base=named)
+        kind = str(getattr(model.peft_config["default"], "peft_type", "?")).rpartition(".")[2]
+        if not hasattr(model.base_model, "merge_and_unload"):
+            raise UserError(f"{folder}: {kind} adds no weights that could be merged; use it as it is")
+        try:
+            with quiet():
+                merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{folder} ({kind}) cannot be merged: {first_line(error)}") from error
+        merged.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    return named
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which appears as `out` when everything is in it.
+
+    Raises:
+        UserError: `out` holds something, its parent is missing, or the disk is full.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists: name a new folder")
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"there is no folder {str(out.resolve().parent)!r}; create it first")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.resolve().parent) as beside:
+            made = Path(beside) / "whole"
+            made.mkdir()
+            yield made
+            for path in made.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            os.replace(made, out)
+    except Exception as error:  # safetensors has a class of its own for a full disk
+        if isinstance(error, UserError) or not ran_out_of_room(error):
+            raise
+        raise UserError(
+            f"cannot write {out}: {first_line(error)}; make room or name another place"
+        ) from error
+
+
+def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer
+
+
+def _with_adapter(model: Any, folder: Path, base: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"the adapter in {folder} does not go with {base}: {first_line(error)}") from error

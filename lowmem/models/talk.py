@@ -1,0 +1,165 @@
+"""Answers from a model, token by token as they come.
+
+    answer(model, tokenizer, messages, tell) -> Answer
+
+The chat template renders the messages as in training; a model without one continues plain text. What
+arrives is told in whole characters: a token may end in the middle of one. Greedy by default;
+with a temperature the random draws follow from the seed, and the caller's generators stay as they were.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.errors import UserError
+
+Message = Mapping[str, str]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        max_new_tokens: longest answer.
+        temperature: 0 takes the likeliest token.
+        top_p: draw from the likeliest tokens that have this probability together.
+        seed: of the draws.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, fine, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not fine:
+                raise UserError(f"{name}: {getattr(self, name)} is out of range; use {allowed}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: without special tokens.
+        prompt_tokens: read; tokens: made; seconds: for both.
+        ended: whether the model ended by itself; else it was cut at `max_new_tokens`.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    ended: bool
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    asked: str | Sequence[Message],
+    tell: Tell | None = None,
+    sampling: Sampling | None = None,
+) -> Answer:
+    """Answer a conversation, or go on with a text.
+
+    Args:
+        model: its mode and generation settings are left as they were.
+        tokenizer: its chat template renders messages.
+        asked: messages with `role` and `content`, or plain text to go on with.
+        tell: told the answer piece by piece.
+        sampling: greedy, 256 tokens when None.
+
+    Raises:
+        UserError: messages without a chat template, or one that refuses them; a prompt that is too long.
+    """
+    import torch
+
+    chosen = sampling or Sampling()
+    inputs = _encode(tokenizer, asked).to(model.device)
+    count = int(inputs["input_ids"].shape[1])
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if count == 0 or (longest and count >= longest):
+        raise UserError(f"the prompt has {count} tokens; it must have at least 1 and fewer than {longest}")
+    began, was = time.perf_counter(), model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.random.manual_seed(chosen.seed)
+            output = model.generate(
+                **inputs, **_settings(chosen, tokenizer), streamer=_streamer(tokenizer, tell)
+            )
+    finally:
+        model.train(was)
+    made = output[0, count:].tolist()
+    return Answer(
+        text=tokenizer.decode(made, skip_special_tokens=True),
+        prompt_tokens=count,
+        tokens=len(made),
+        seconds=time.perf_counter() - began,
+        ended=len(made) < chosen.max_new_tokens or made[-1] in _ends(model),
+    )
+
+
+def _ends(model: Any) -> list[int]:
+    ids = model.generation_config.eos_token_id
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def _settings(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
+    """For `generate`; what greedy search would ignore is unset, or transformers warns of it."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    common = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "pad_token_id": pad,
+        "use_cache": True,
+        "top_k": None,
+    }
+    if sampling.temperature == 0:
+        return {**common, "do_sample": False, "temperature": None, "top_p": None}
+    return {**common, "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+
+
+def _encode(tokenizer: Any, asked: str | Sequence[Message]) -> Any:
+    """Token ids of a text, or of messages up to where the answer begins."""
+    if isinstance(asked, str):
+        return tokenizer(asked, return_tensors="pt", return_token_type_ids=False)
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: this model goes on with text, use --raw")
+    try:
+        return tokenizer.apply_chat_template(
+            list(asked), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # a template raises whatever its author chose
+        raise UserError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _streamer(tokenizer: Any, tell: Tell | None) -> Any:
+    """Hands finished pieces of text to `tell`."""
+    if tell is None:
+        return None
+    from transformers import TextStreamer
+
+    hear = tell
+
+    class Telling(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                hear(text)
+
+    return Telling(tokenizer, skip_prompt=True, skip_special_tokens=True)

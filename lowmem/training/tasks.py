@@ -1,0 +1,182 @@
+"""TRL's other trainers on lowmem's strategies: preferences, judgements, rewards and reinforcement.
+
+    LowMemDPOTrainer  LowMemKTOTrainer  LowMemORPOTrainer  LowMemRewardTrainer  LowMemGRPOTrainer
+
+Each is TRL's own class under `LowMemMixin`, made on first use. Their losses are TRL's; what
+is decided here is what costs memory: a reference model is never held. Its log-probabilities
+of the rows are computed once, before the first step, by the model that is still the reference
+(with adapters: by the model without them), so a run holds what supervised fine-tuning holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from lowmem.config import RunConfig
+from lowmem.console import Console
+from lowmem.data.fitting import asked_within
+from lowmem.data.load import Data
+from lowmem.errors import UserError, first_line
+from lowmem.models.scoring import with_score
+from lowmem.training.arguments import TRL
+from lowmem.training.trainer import LowMemMixin, LowMemSFTTrainer
+
+OTHERS = tuple(task for task in TRL if task != "sft")
+REFERRING = ("dpo", "kto")  # compare with the model as it was
+
+
+@functools.cache
+def trainer_class(task: str) -> type[Any]:
+    """The trainer of a task, a class made once.
+
+    Args:
+        task: of `lowmem.training.arguments.TRL`.
+    """
+    if task == "sft":
+        return LowMemSFTTrainer  # type: ignore[no-any-return]
+    home, name = TRL[task]
+    stock: Any = getattr(importlib.import_module(home), f"{name}Trainer")
+
+    class Made(LowMemMixin, stock):  # type: ignore[misc]
+        task: str
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """Write TRL's card only for a model that goes to the Hub; a run's folder has its own."""
+            if self.args.push_to_hub:
+                super().create_model_card(*args, **kwargs)
+
+        def _send_telemetry(self) -> None:
+            """Tell nobody: TRL would report the run to the Hub."""
+
+    Made.__name__ = Made.__qualname__ = f"LowMem{name}Trainer"
+    Made.__module__, Made.task = __name__, task
+    Made.__doc__ = f"trl's {name}Trainer on any first-order strategy, configured by `LowMem{name}Config`."
+    return Made
+
+
+def __getattr__(name: str) -> Any:
+    """Make a trainer when it is first asked for."""
+    for task, (_, stem) in TRL.items():
+        if name == f"LowMem{stem}Trainer":
+            return trainer_class(task)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def options(config: RunConfig) -> dict[str, Any]:
+    """Arguments that a task has besides those of every trainer."""
+    found: dict[str, Any] = {"beta": config.beta} if config.beta is not None else {}
+    if config.task == "sft":
+        return {"max_length": config.seq_len, "packing": config.packing}
+    if config.task == "grpo":
+        count = config.num_generations or 8
+        return {
+            **found,
+            "num_generations": count,
+            "max_completion_length": config.max_completion or 256,
+            "per_device_eval_batch_size": count,  # a prompt's answers are judged beside each other
+        }
+    found["max_length"] = config.seq_len
+    if config.task in REFERRING:
+        found["precompute_ref_log_probs"] = True
+    return found
+
+
+def make(
+    config: RunConfig,
+    args: Any,
+    model: Any,
+    parts: Sequence[Data],
+    tokenizer: Any,
+    console: Console,
+    **rest: Any,
+) -> Any:
+    """The trainer of a task other than sft; reference log-probabilities are computed now.
+
+    Args:
+        config: the run's settings.
+        args: from `trl_config`.
+        model: a causal language model; for task reward its head gives way to a score.
+        parts: rows to train on, rows to evaluate on.
+        tokenizer: the model's.
+        console: told which rows are left out, and what takes a while.
+        **rest: for the trainer: peft_config, callbacks.
+
+    Raises:
+        UserError: no row is left, or the reward function cannot be found.
+    """
+    from datasets import Dataset
+
+    if config.task == "grpo":
+        rest["reward_funcs"] = reward_function(str(config.reward))
+    train, held_out = (asked_within(part, tokenizer, config.seq_len, console) for part in parts)
+    console.say(f"one row: {json.dumps(train.rows[0], ensure_ascii=False, default=str)}")
+    if config.task == "reward":
+        model = with_score(model, tokenizer, config.seed)
+    if config.task in REFERRING:
+        console.say("computing the reference's log-probabilities once; no reference model is held")
+    rows = {"train_dataset": train, "eval_dataset": held_out}
+    sets = {name: Dataset.from_list(list(part.rows)) for name, part in rows.items()}
+    with _no_bars():
+        trainer = trainer_class(config.task)(model, args=args, processing_class=tokenizer, **sets, **rest)
+    trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
+    return trainer
+
+
+def reward_function(name: str) -> Callable[..., list[float]]:
+    """The function that `module:function` or `file.py:function` names.
+
+    It is called with `prompts`, `completions` and each further field of the rows as lists, and gives
+    one number per completion. Modules are looked for in the present folder as well.
+
+    Raises:
+        UserError: no such module or function, or an error while importing it.
+
+    Example:
+        >>> reward_function("operator:length_hint").__name__
+        'length_hint'
+    """
+    module, _, function = name.rpartition(":")
+    if not module or not function:
+        raise UserError(f"reward: {name!r} is not of the form module:function, as in my_rewards:exact")
+    try:
+        found = getattr(_imported(module), function, None)
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(
+            f"reward: cannot import {module!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not callable(found):
+        raise UserError(f"reward: {module} has no function {function!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _imported(module: str) -> Any:
+    """A module by name, or a file."""
+    if not module.endswith(".py"):
+        with patch.object(sys, "path", [str(Path.cwd()), *sys.path]):
+            return importlib.import_module(module)
+    spec = importlib.util.spec_from_file_location(Path(module).stem, Path(module).expanduser())
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{module} is no Python file")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Hide the bars over reference log-probabilities, which no switch of TRL turns off."""
+    with ExitStack() as stack:
+        for task in REFERRING:
+            module = importlib.import_module(f"trl.trainer.{task}_trainer")
+            if hasattr(module, "tqdm"):
+                stack.enter_context(patch.object(module, "tqdm", lambda iterable, **_: iterable))
+        yield
