@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.engine.cutting import LADDER
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.state import Constants, State, reset_
@@ -33,51 +34,6 @@ SCRATCH = 64 << 20
 """Bytes that a step may take beside what grows with a projected gradient."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """What a refresh did to the coordinates of a projected gradient; where `ok` (0-D) is False, nothing."""
-
-    ok: Tensor
-
-
-@dataclass(frozen=True)
-class Unrelated(Change):
-    """The new coordinates have nothing to do with the old ones: start afresh, with age 0."""
-
-
-@dataclass(frozen=True)
-class Permutation(Change):
-    """Coordinates have moved, gone and come.
-
-    Args:
-        index: (r,) int64, where each coordinate was before; -1 for one that is new.
-        axis: of the coordinates, 0 where the projected gradient is (r, n), 1 where it is (m, r).
-    """
-
-    index: Tensor
-    axis: int
-
-
-@dataclass(frozen=True)
-class Rotation(Change):
-    """low_new = C low_old along one axis; C is (r_new, r_old) fp32, the axis as in `Permutation`."""
-
-    matrix: Tensor
-    axis: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """C x along the axis."""
-        return self.along(self.matrix, x)
-
-    def squares(self, x: Tensor) -> Tensor:
-        """(C o C) x along the axis: what becomes of variances of independent coordinates."""
-        return self.along(self.matrix.square(), x)
-
-    def along(self, matrix: Tensor, x: Tensor) -> Tensor:
-        """A matrix applied to the axis of the basis."""
-        return matrix @ x if self.axis == 0 else x @ matrix.t()
-
-
 class AnyRule:
     """What both kinds of rule have.
 
@@ -85,12 +41,22 @@ class AnyRule:
         uses: settings of the parameter group that are read, of betas and eps (lr and decay always are).
         idle: no step, no decay, no state, and no use for a gradient.
         reads_later: what a `Direction` commits looks at the gradient once more.
+        reads_weight: element by element (`ChunkHyper.weight`), so that the rule cannot step inside another.
         period: steps between steps that take longer or hold more; 0 for none.
         keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
     """
 
     idle: ClassVar[bool] = False
-    reads_later: ClassVar[bool] = False
+
+    @property
+    def reads_later(self) -> bool:
+        """Most do not."""
+        return False
+
+    @property
+    def reads_weight(self) -> bool:
+        """Most rules do not."""
+        return False
 
     @property
     def uses(self) -> frozenset[str]:
@@ -145,6 +111,9 @@ class Pointwise(AnyRule):
         compilable: whether compiling the step pays.
         reads_weight: `ChunkHyper.weight` must be there, so that the rule cannot step inside another.
         chunk: the most elements (a multiple of `grain`) that should fit the cache in an eager step.
+        measures: where `ChunkHyper.measures`, the new state has sums over the tensor in it, from which
+            `factor_` finds what the step is multiplied by. An element that is not finite counts as none.
+        readable: names of the moments that `moment` gives.
     """
 
     @property
@@ -173,14 +142,27 @@ class Pointwise(AnyRule):
         return True
 
     @property
-    def reads_weight(self) -> bool:
-        """Most rules do not."""
-        return False
-
-    @property
     def chunk(self) -> int:
         """As many as fit the cache with a few temporaries."""
         return LADDER[0]
+
+    @property
+    def measures(self) -> bool:
+        """Most rules know each element's step at once."""
+        return False
+
+    @property
+    def readable(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def moment(self, name: str, s: State) -> Tensor:
+        """A moment of a chunk as it is held before the step: fp32, a number for each element."""
+        raise NotImplementedError(f"{type(self).__name__} holds no {name} that can be read")
+
+    def factor_(self, s: State, ok: Tensor, hp: Hyper) -> Tensor:
+        """What all of the tensor's step is multiplied by, 0-D; takes the sums out of s."""
+        raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
     def scalars(self, s: State, hp: Hyper) -> Tensor | None:
         """The fp32 numbers that the step needs, once for each tensor; none."""

@@ -31,9 +31,10 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import BLOCK
+from lowmem.optim.changes import Change, Permutation, Rotation
 from lowmem.optim.codecs import STATES, Codec, codec
 from lowmem.optim.codecs import Dense as Uncoded
-from lowmem.optim.contract import Change, Permutation, Pointwise, Rotation
+from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import ChunkHyper, Hyper
@@ -226,25 +227,27 @@ class Coded(Pointwise):
     @functools.cached_property
     def per(self) -> Mapping[str, int]:
         """What the codecs hold is cut; the age and what is given are not."""
-        return {
-            f"{name}.{key}" if key else name: entries * moment.each
-            for name, moment, held in self._pairs()
-            for key, entries in held.per.items()
-        }
+        return {k: n * m.each for name, m, held in self._pairs() for k, n in prefixed(name, held.per).items()}
 
     @functools.cached_property
     def fill(self) -> Mapping[str, int]:
         """What the codecs pad with."""
-        return {
-            f"{name}.{key}" if key else name: value
-            for name, _, held in self._pairs()
-            for key, value in held.fill.items()
-        }
+        return {k: v for name, _, held in self._pairs() for k, v in prefixed(name, held.fill).items()}
 
     @functools.cached_property
     def streams(self) -> tuple[str, ...]:
         """Those of the codecs."""
         return tuple(stream for held in self.codecs for stream in held.streams)
+
+    @functools.cached_property
+    def readable(self) -> frozenset[str]:
+        """All moments that elements do not share."""
+        return frozenset(name for name, moment, _ in self._pairs() if moment.each == 1)
+
+    def moment(self, name: str, s: State) -> Tensor:
+        """Decoded."""
+        held = next(held for own, _, held in self._pairs() if own == name)
+        return held.decode(part(s, name), s)
 
     def init(self, x: Tensor) -> State:
         """Moments of zero, age 0."""
@@ -274,7 +277,7 @@ class Coded(Pointwise):
         new = self._moved(g, old, x, hp)
         d = self.rule.direction(g, new, old, x)
         del old  # of a chunk's size, each
-        return d, self._held(new, s, hp)
+        return d, self._held(new, s, hp) if hp.keeps else {}
 
     @staticmethod
     def _numbers(s: State, hp: ChunkHyper) -> tuple[Tensor, ...]:

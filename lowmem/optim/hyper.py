@@ -119,6 +119,7 @@ class ChunkHyper:
         position: (rows, width) int32 global element indices, for rules and writers that ask for them.
         keys: (streams, 2) int32; `streams` names its rows.
         weight: the chunk's weight before the step, fp32, for a rule that reads it.
+        keeps: the new state is asked for; measures: so are the sums of a rule that `measures`.
     """
 
     scalars: Tensor
@@ -130,6 +131,8 @@ class ChunkHyper:
     keys: Tensor
     streams: tuple[str, ...]
     weight: Tensor | None = None
+    keeps: bool = True
+    measures: bool = False
 
     def keep(self, new: Tensor, old: Tensor) -> Tensor:
         """New where the gradient was finite, old elsewhere (in fp32, before encoding)."""

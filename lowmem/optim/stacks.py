@@ -3,7 +3,8 @@
 A rule that needs the matrix (a subspace, a factored moment) would see a stack as one long
 row for each expert. Here each expert is a matrix of its own, with its own basis, means and
 random streams; what is held lies in one tensor for each key, expert after expert along a
-new first dimension. Rules that treat elements alone step the stack as a whole.
+new first dimension. Rules that treat elements alone, and measure nothing over a tensor,
+step the stack as a whole.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ class Strategy:
 
     def slices(self, rule_name: str, role: str, shape: Sequence[int]) -> bool:
         """Whether a tensor is a stack of matrices that are stepped one by one."""
-        return is_stack(role, shape) and not is_pointwise(self.rules[rule_name])
+        rule = self.rules[rule_name]
+        return is_stack(role, shape) and (not is_pointwise(rule) or rule.measures)
 
     def constants(self, rule_name: str, shape: Sequence[int], role: str = "matrix") -> Constants:
         """What steps of a weight of this shape and role read and never change."""

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
-from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, Unrelated, is_pointwise
+from lowmem.optim.changes import Unrelated
+from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, is_pointwise
 from lowmem.optim.engine.chunks import all_finite
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.residuals import Drop
@@ -95,7 +96,7 @@ class Subspace(Rule):
         else:
             carried = self.projector.changes if self.on_refresh == "rotate" else self.on_refresh
             found.append(_refusal(self.inner.check_rebase, carried))
-        if is_pointwise(self.inner) and self.inner.reads_weight:
+        if self.inner.reads_weight:
             found.append("a rule that reads the weight cannot step inside a subspace; take projector=none")
         lacking = [word for word in sorted(self.residual.needs) if not getattr(self.projector, word)]
         if lacking:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
-from lowmem.optim.contract import Rotation
+from lowmem.optim.changes import Rotation
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded, pooled, spread
 from lowmem.optim.engine.ages import _table, numbers_of
 from lowmem.optim.engine.chunks import Chunks

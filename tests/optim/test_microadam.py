@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
-from lowmem.optim.contract import Unrelated
+from lowmem.optim.changes import Unrelated
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.microadam import BLOCK, MicroAdam, packed, unpacked

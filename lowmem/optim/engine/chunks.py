@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import cutting, noise
 from lowmem.optim.engine.cutting import LADDER, Span, pad, read_flat, walk, write_flat
-from lowmem.optim.engine.kernels import LARGEST, Guard, Kernel, body, compiled
+from lowmem.optim.engine.kernels import LARGEST, Asks, Guard, Kernel, body, compiled
 from lowmem.optim.engine.layout import layout
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.state import State
@@ -77,8 +78,10 @@ class Chunks:
             hp: of this step.
         """
         _age(s, 1)
-        speeds = rates(hp, dtype=_precision(p))
-        run = _Run(self, rule, writer, s, extra, hp, speeds, self.true(p.device), "elements")
+        ok, speeds = self.true(p.device), rates(hp, dtype=_precision(p))
+        if rule.measures:
+            speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
+        run = _Run(self, rule, writer, s, extra, hp, speeds, ok, "elements")
         for start, length, size in walk(self.spans(rule, p.numel()), p.device):
             run.step_weight(p, g.chunk(start, start + length), start, size)
 
@@ -97,14 +100,16 @@ class Chunks:
         aged = "age" in s and s["age"].dim() > 0  # numbers for each element are five more temporaries
         cuts = list(walk(self.spans(rule, flat.numel(), LADDER[1 if aged else 0]), low.device))
         guard: Guard = "given"
-        if ok is None and len(cuts) == 1:  # the kernel that steps finds out on the way
+        if ok is None and len(cuts) == 1 and not rule.measures:  # the kernel that steps finds out on the way
             guard, ok = "found", torch.empty((), dtype=torch.bool, device=low.device)
         elif ok is None:
             ok = all_finite(low, hp)
         _age(s, 1 if guard == "found" else ok)
-        run = _Run(self, rule, None, s, {}, hp, rates(hp), ok, guard)
+        run = _Run(self, rule, None, s, {}, hp, rates(hp), ok, guard, "both" if rule.measures else "step")
         for start, length, size in cuts:
             run.step_low(flat if length == flat.numel() else flat[start : start + length], start, size)
+        if rule.measures:
+            low.mul_(rule.factor_(s, ok, hp))
         return ok
 
     def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:
@@ -121,9 +126,28 @@ class Chunks:
         rule, s = direction.then or (None, {})
         guard: Guard = "elements" if direction.ok is None else "given"
         speeds = rates(hp, direction, _precision(p))
+        if rule is not None and rule.measures:
+            speeds = self._measured(rule, p, direction.blocks, s, hp, speeds, ok, guard)
         run = _Run(self, rule, writer, s, extra, hp, speeds, ok, guard)
         for start, length, size in walk(self.spans(rule, p.numel()), p.device):
             run.step_weight(p, direction.blocks.chunk(start, start + length), start, size)
+
+    def _measured(
+        self,
+        rule: Pointwise,
+        p: Tensor,
+        g: Blocks,
+        s: State,
+        hp: Hyper,
+        rates: Tensor,
+        ok: Tensor,
+        guard: Guard,
+    ) -> Tensor:
+        """lr and decay, lr times the factor that takes a pass over the tensor to find."""
+        run = _Run(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
+        for start, length, size in walk(self.spans(rule, p.numel()), p.device):
+            run.measure(p, g.chunk(start, start + length), start, size)
+        return torch.stack((rates[0] * rule.factor_(s, ok, hp), rates[1]))
 
     def spans(self, rule: Pointwise | None, count: int, most: int = LADDER[0]) -> tuple[Span, ...]:
         """Ladder sizes where kernels are compiled; otherwise at most `most` elements, padded to the grain."""
@@ -140,14 +164,15 @@ class Chunks:
         g: Tensor,
         live: bool,
         guard: Guard,
+        asks: Asks,
     ) -> Kernel:
         """The kernel for (rows, width) chunks like these: made once, compiled where `live`."""
         # rule and writer fix what the state looks like; both outlive the frame, so their ids name them;
         # a compiler takes a single row as something else than a number of rows
-        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, guard, w.shape[0] == 1, live)
+        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, guard, asks, w.shape[0] == 1, live)
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
-            step = body(rule, writer, keys, held, guard)
+            step = body(rule, writer, keys, held, guard, asks)
             if live and not any(key[-1] for key in self._kernels):
                 log.info("compiling the optimizer's kernels: the first step takes some seconds more")
             self._kernels[name] = compiled(step) if live else step
@@ -230,15 +255,15 @@ class _Run:
         frame: whose kernels run.
         rule, writer: what the kernel does; s, extra: their states.
         hp: of this step; rates: lr and decay, (2,).
-        ok: 0-D bool; guard: what it says, see `kernels.Guard`.
+        ok: 0-D bool; guard: what it says, see `kernels.Guard`; asks: what for, see `kernels.Asks`.
     """
 
     def __init__(
         self, frame: Chunks, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
-        hp: Hyper, rates: Tensor, ok: Tensor, guard: Guard,
+        hp: Hyper, rates: Tensor, ok: Tensor, guard: Guard, asks: Asks = "step",
     ) -> None:  # fmt: skip
         self.frame, self.rule, self.writer, self.hp = frame, rule, writer, hp
-        self.rates, self.ok, self.guard = rates, ok, guard
+        self.rates, self.ok, self.guard, self.asks = rates, ok, guard, asks
         self.device = rates.device
         live = frame.compile and self.device.type != "meta" and (rule is None or rule.compilable)
         self.layout = layout(rule, writer, s, extra, live)
@@ -257,12 +282,21 @@ class _Run:
         self._launch(padded, g if length == size else pad(g, size), start, length)
         write_flat(p, start, padded[:length])
 
+    def measure(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
+        """Sum over the elements start..start+len(g); weight and gradient stay as they are."""
+        length = g.numel()
+        w = read_flat(p, start, length)
+        if length == size and p.is_contiguous():
+            self._launch(w, g, start, length)
+        else:
+            self._launch(pad(w, size), pad(g, size, math.nan), start, length)
+
     def step_low(self, low: Tensor, start: int, size: int) -> None:
         """Overwrite a piece of the projected gradient by its direction."""
         if low.numel() == size:
             self._launch(low, low, start, size)
             return
-        padded = pad(low, size)
+        padded = pad(low, size, math.nan if self.asks == "both" else 0.0)  # nobody measures the padding
         self._launch(padded, padded, start, low.numel())
         low.copy_(padded[: low.numel()])
 
@@ -274,8 +308,9 @@ class _Run:
         weight = shaped if w is g else w.view(-1, width)
         views, back = self.layout.cut(start, length, size)
         kernel = self.frame.kernel(
-            self.rule, self.writer, self.layout.keys, weight, shaped, self.layout.live, self.guard
-        )
+            self.rule, self.writer, self.layout.keys, weight, shaped, self.layout.live,
+            self.guard, self.asks,
+        )  # fmt: skip
         kernel(
             weight, shaped, self.rates, self.ok, self.skipped, self.scalars,
             *self._places(start, *shaped.shape), self._keys(start), *views,

@@ -70,7 +70,7 @@ def pieces(tensor: Tensor, per: int, start: int, length: int) -> Tensor:
     return flat if first == 0 and last >= flat.shape[0] else flat[first:last]
 
 
-def pad(piece: Tensor, entries: int, fill: int = 0) -> Tensor:
+def pad(piece: Tensor, entries: int, fill: float = 0) -> Tensor:
     """A copy with entries of `fill` appended along dim 0."""
     padded = piece.new_full((entries, *piece.shape[1:]), fill)
     padded[: piece.shape[0]] = piece

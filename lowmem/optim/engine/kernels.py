@@ -29,10 +29,17 @@ Kernel = Callable[..., None]
 Guard = Literal["elements", "given", "found"]
 """Who says whether a step is taken: each element for itself; `ok`, for the whole tensor; or `ok` again, which
 the kernel finds out first, from the gradient, and writes down."""
+Asks = Literal["step", "sums", "both"]
+"""What is wanted of a pass over a tensor: a step; what a rule sums over it, and nothing else; or both."""
 
 
 def body(
-    rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], held: Sequence[str], guard: Guard
+    rule: Pointwise | None,
+    writer: Writer | None,
+    keys: Sequence[str],
+    held: Sequence[str],
+    guard: Guard,
+    asks: Asks = "step",
 ) -> Kernel:
     """A step of (rows, width) elements. Without a rule, g is the direction; without a writer, it becomes it.
 
@@ -42,7 +49,7 @@ def body(
 
     Args:
         keys: of the rule's state, in the order of the tensors; held: of the writer's, after them.
-        guard: who says whether a step is taken.
+        guard: who says whether a step is taken; asks: for what.
     """
     streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
 
@@ -62,12 +69,15 @@ def body(
         gradient = torch.where(finite, gradient.clamp(-ROOT, ROOT) if rule else gradient, 0.0)
         position = start if start is None else row + start + column
         seen = w.float() if rule and rule.reads_weight else None
-        hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, position, words, streams, seen)
+        hp = ChunkHyper(
+            scalars, rates[0], rates[1], ok, finite, position, words, streams, seen,
+            keeps=asks != "sums", measures=asks != "step",
+        )  # fmt: skip
         direction, new = rule.step(gradient, state, hp) if rule else (gradient, {})
         direction = torch.where(finite, direction, 0.0)
-        if writer is None:
+        if writer is None and asks != "sums":
             g.copy_(direction)
-        else:
+        elif writer is not None:
             weight, kept = writer.write(w, direction, extra, hp, torch.where(finite, rates[1], 1.0))
             if w.dtype == torch.float16:  # others end where no weight is
                 fits = weight.abs() <= torch.finfo(torch.float16).max

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
-from lowmem.optim.contract import Change, Projector, Unrelated
+from lowmem.optim.changes import Change, Unrelated
+from lowmem.optim.contract import Projector
 from lowmem.optim.engine import noise
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import check_gap, check_rank

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
-from lowmem.optim.contract import Change, Permutation, Projector
+from lowmem.optim.changes import Change, Permutation
+from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Frame, check_gap
 from lowmem.optim.state import Constant, Constants, State

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.contract import Change, Projector, Rotation, Unrelated
+from lowmem.optim.changes import Change, Rotation, Unrelated
+from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.state import State
 

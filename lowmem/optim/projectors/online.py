@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import Change, Projector, Split, Unrelated
+from lowmem.optim.changes import Change, Unrelated
+from lowmem.optim.contract import Projector, Split
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Frame, energy, largest, power_iteration
 from lowmem.optim.state import State

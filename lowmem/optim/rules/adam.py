@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.optim.contract import Rotation
+from lowmem.optim.changes import Rotation
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
 from lowmem.optim.hyper import Hyper
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class Muon(Rule):
     nesterov: bool = True
     iterations: int = 5
     scaling: str = "rms"
-    reads_later: ClassVar[bool] = True
+    reads_later: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         bad = {
