@@ -64,17 +64,13 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     from lowmem.strategies import create, parse_options
 
     try:
-        options = parse_options(values["optim"], values["optim_args"])
-        strategy = create(values["optim"], **options)
+        strategy = create(values["optim"], **parse_options(values["optim"], values["optim_args"]))
+        stored = select(strategy.writer, to_dtype(values["dtype"]))
     except UserError as error:
         return [f"optim: {error}"]
-    if values["writer"] != "auto" and options.get("writer", values["writer"]) != values["writer"]:
-        return [f"writer: {values['writer']}, but optim_args says {options['writer']}; give it once"]
-    try:
-        writer = strategy.writer if values["writer"] == "auto" else values["writer"]
-        select(writer, to_dtype(values["dtype"]))
-    except UserError as error:
-        return [f"writer: {error}"]
+    if "writer" in strategy.options and stored != strategy.writer:
+        kept = strategy.options["writer"]
+        return [f"optim: writer={kept} is for weights of 16 bits, these have 32; leave it out"]
     if values["task"] != "sft" and not strategy.source.needs_autograd:
         return [f"optim: {values['optim']} works without gradients, task {values['task']} needs them"]
     found = idle(values["optim"], strategy.rules.values(), betas=values["betas"], eps=values["eps"])

@@ -1,7 +1,8 @@
-"""`lowmem strategies [NAME]`: what can be chosen with `--optim`, and its options."""
+"""`lowmem strategies [NAME] [--parts]`: what can be chosen with `--optim`, and with its options."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -15,28 +16,31 @@ _SHAPE = (4096, 4096)  # a weight of a 7B model; state is counted for it, in bfl
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="Show one strategy with its options.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one strategy with its axes and options.")] = None,
+    parts: Annotated[bool, typer.Option("--parts", help="List the parts that every axis may take.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the strategies, or show one with its options."""
+    """List the strategies or the parts, or show one strategy with its options."""
     from lowmem.strategies import available
 
     entries = available()
     if name is not None and name not in entries:
         raise UserError(f"unknown strategy {name!r}; {nearest(name, entries)}")
-    if name is not None:
+    if name is not None and parts:
+        raise UserError(f"--parts lists what every strategy may take; leave {name} or --parts out")
+    if parts:
+        listed = _parts()
+        render.emit(listed, _parts_tables(listed), as_json)
+    elif name is not None:
         detail = _detail(entries[name])
         render.emit(detail, _detail_table(detail), as_json)
-        return
-    document = [_summary(entry) for entry in entries.values()]
-    if markdown:
-        render.emit(document, _markdown(document), as_json)
-        return
-    columns = ["strategy", "what it does", "state bytes per weight", "paper"]
-    rows = [(d["name"], d["summary"], _per_weight(d), d["paper"]) for d in document]
-    note = "lowmem strategies NAME shows the options of one; all take bfloat16 and float32 weights."
-    render.emit(document, [render.table("", columns, rows, right=[columns[2]]), note], as_json)
+    elif markdown:
+        summaries = [_summary(entry) for entry in entries.values()]
+        render.emit(summaries, _markdown(summaries), as_json)
+    else:
+        summaries = [_summary(entry) for entry in entries.values()]
+        render.emit(summaries, _table(summaries), as_json)
 
 
 def _summary(entry: Any) -> dict[str, Any]:
@@ -44,8 +48,9 @@ def _summary(entry: Any) -> dict[str, Any]:
     import torch
 
     from lowmem.memory.count import state_bytes
+    from lowmem.strategies import create
 
-    state = state_bytes(entry.factory(), _SHAPE, torch.bfloat16)
+    state = state_bytes(create(entry.name), _SHAPE, torch.bfloat16)
     return {
         "name": entry.name,
         "summary": entry.summary,
@@ -55,42 +60,89 @@ def _summary(entry: Any) -> dict[str, Any]:
     }
 
 
+def _table(documents: list[dict[str, Any]]) -> list[Any]:
+    columns = ["strategy", "what it does", "state bytes per weight", "paper"]
+    rows = [(d["name"], d["summary"], _per_weight(d), d["paper"]) for d in documents]
+    note = (
+        "lowmem strategies NAME shows the axes and options of one, --parts what every axis may be; all take "
+        "bfloat16 and float32 weights."
+    )
+    return [render.table("", columns, rows, right=[columns[2]]), note]
+
+
 def _per_weight(document: dict[str, Any]) -> str:
     return f"{document['state_bytes'] / (_SHAPE[0] * _SHAPE[1]):.3g}"
 
 
+def _option(option: Any) -> dict[str, Any]:
+    return {
+        "name": option.name,
+        "type": "number or share" if option.limits.size else option.type.__name__,
+        "default": option.default,
+        "choices": list(option.choices) if option.choices else None,
+        "help": option.help,
+    }
+
+
 def _detail(entry: Any) -> dict[str, Any]:
-    options = [
-        {
-            "name": option.name,
-            "type": option.type.__name__,
-            "default": option.default,
-            "choices": list(option.choices) if option.choices else None,
-            "help": option.help,
-        }
-        for option in entry.options.values()
-    ]
-    return {**_summary(entry), "options": options}
+    """One strategy: its axes with what each may be, and the options of the parts that it comes with."""
+    options = [_option(option) for option in entry.options.values()]
+    axes = [option for option in options if option["name"] in entry.axes]
+    others = [option for option in options if option["name"] not in entry.axes]
+    return {**_summary(entry), "doc": entry.doc, "axes": axes, "options": others}
 
 
-def _detail_table(document: dict[str, Any]) -> list[Any]:
-    rows = [
+def _rows(options: Iterable[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [
         (
             o["name"],
             " | ".join(map(str, o["choices"])) if o["choices"] else o["type"],
-            o["default"],
+            "as states" if o["default"] == "" else o["default"],
             o["help"],
         )
-        for o in document["options"]
+        for o in options
     ]
-    head = (
-        f"{document['name']} ({document['paper']}): {document['summary']}\n"
-        f"{_per_weight(document)} bytes of state per weight of a {_SHAPE[0]} x {_SHAPE[1]} matrix in bfloat16"
+
+
+def _detail_table(document: dict[str, Any]) -> list[Any]:
+    bytes_held = f"{_per_weight(document)} bytes of state per weight of a {_SHAPE[0]} x {_SHAPE[1]} matrix"
+    axes = render.table("", ["axis", "parts", "default", "meaning"], _rows(document["axes"]))
+    options = render.table("", ["option", "values", "default", "meaning"], _rows(document["options"]))
+    example = next(iter([*document["options"], *document["axes"]]))
+    return [
+        f"{document['name']} ({document['paper']}): {document['doc']}\n\n{bytes_held} in bfloat16",
+        axes,
+        options,
+        "embedding=, head= and vector= (norms, biases) take a rule of their own, as in embedding=adafactor; "
+        "lowmem strategies --parts shows the options of the other parts",
+        f"lowmem finetune --model MODEL --optim {document['name']} "
+        f"--optim-args {example['name']}={example['default']},...",
+    ]
+
+
+def _parts() -> dict[str, list[dict[str, Any]]]:
+    from lowmem.strategies.parts import KINDS, parts
+
+    return {
+        kind: [
+            {"name": p.name, "summary": p.summary, "options": [_option(o) for o in p.options.values()]}
+            for p in parts(kind).values()
+        ]
+        for kind in KINDS
+    }
+
+
+def _parts_tables(listed: dict[str, list[dict[str, Any]]]) -> list[Any]:
+    rows = [
+        (kind, p["name"], p["summary"], ", ".join(f"{o['name']}={o['default']}" for o in p["options"]))
+        for kind, found in listed.items()
+        for p in found
+    ]
+    note = (
+        "Written as in --optim-args projector=columns,rule=adafactor,rank=0.25; a name that two chosen parts "
+        "share is written with the axis before it, as in residual_scale."
     )
-    use = f"lowmem finetune --model MODEL --optim {document['name']}"
-    if rows:
-        use += f" --optim-args {rows[0][0]}={rows[0][2]},..."
-    return [head, render.table("", ["option", "values", "default", "meaning"], rows), use]
+    return [render.table("", ["axis", "part", "what it does", "options"], rows), note]
 
 
 def _markdown(documents: list[dict[str, Any]]) -> str:

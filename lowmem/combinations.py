@@ -29,7 +29,6 @@ def problems(v: Mapping[str, Any]) -> list[str]:
             not v["gradient_release"] and v["clip"] in ("tensor", "previous"),
             f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
         ),
-        (v["dtype"] == "float32" and v["writer"] == "split", "writer: split is for 16-bit weights"),
     ]
     return [text for broken, text in rules if broken] + _of_task(v) + _of_adapters(v) + _of_evaluation(v)
 

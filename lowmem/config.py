@@ -123,12 +123,6 @@ class RunConfig:
         "auto is global, previous with gradient_release, none without gradients",
         choices=("auto", "none", "global", "tensor", "previous"),
     )
-    writer: str = _knob(
-        "auto",
-        "Optimizer",
-        "how new weights are rounded; auto is nearest for float32, stochastic for 16 bits",
-        choices=("auto", "nearest", "stochastic", "kahan", "split"),
-    )
     compile: str = _knob(
         "auto", "Optimizer", "compile the step; auto where it pays", choices=("auto", "on", "off")
     )

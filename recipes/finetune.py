@@ -94,7 +94,6 @@ def arguments(config: RunConfig) -> Any:
         "warmup_steps": config.warmup,
         "max_grad_norm": config.max_grad_norm,
         "clip": config.clip,
-        "writer": config.writer,
         "compile": config.compile,
         "gradient_release": config.gradient_release,
         "activation_checkpointing": config.gradient_checkpointing,

@@ -120,7 +120,7 @@ def roles(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
     """
     now: dict[str, int] = {}
     factored: dict[str, int] = {}
-    cheap = create("adafactor", writer=strategy.writer)
+    cheap = replace(create("adafactor"), writer=strategy.writer)
     for p in parameters:
         now[p.role] = now.get(p.role, 0) + state_bytes(strategy, p.shape, p.dtype, p.role)
         if p.role in FACTORED and p.role not in strategy.rules:

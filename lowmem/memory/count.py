@@ -23,7 +23,6 @@ from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
-from lowmem.strategies import create
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
@@ -46,6 +45,7 @@ def state_bytes(
         role: what the weight is (`lowmem.optim.roles.ROLES`), or "other".
 
     Example:
+        >>> from lowmem import create
         >>> state_bytes(create("adamw"), (3, 5))
         124
     """
@@ -100,21 +100,16 @@ def workspace_bytes(
         refresh: at a step where the basis is found anew; False for an ordinary step.
 
     Example:
+        >>> from lowmem import create
         >>> workspace_bytes(create("galore"), (1024, 4096)) <= (64 << 20) + 4 * 128 * 4096
         True
     """
-    if not strategy.name:  # composed by hand: it has no name to remember it by
-        return measure_workspace(strategy, shape, dtype, role, refresh)
-    options = tuple(strategy.options.items())
-    return _workspace(strategy.name, options, strategy.writer, shape, dtype, role, refresh)
+    return _workspace(strategy, shape, dtype, role, refresh)
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace(
-    name: str, options: tuple[tuple[str, bool | int | float | str], ...], writer: str,
-    shape: Shape, dtype: torch.dtype, role: str, refresh: bool,
-) -> int:  # fmt: skip
-    return measure_workspace(create(name, writer=writer, **dict(options)), shape, dtype, role, refresh)
+def _workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool) -> int:
+    return measure_workspace(strategy, shape, dtype, role, refresh)
 
 
 def measure_workspace(

@@ -93,53 +93,37 @@ def _schedules(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[
         yield strategy.rules_at(ordinary, step, 0)
 
 
-def _key(strategy: Strategy) -> tuple[Any, ...]:
-    config = strategy.to_config()
-    return config["name"], tuple(config["options"].items()), strategy.writer
-
-
-_SIZES: dict[tuple[Any, ...], list[int]] = {}
-
-
 def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
-    key = (*_key(strategy), rule_name, p.role, p.shape, p.dtype)
-    if key not in _SIZES or not strategy.name:
-        x = torch.empty(p.shape, dtype=p.dtype, device="meta")
-        _SIZES[key] = [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, p.role).values()]
-    return _SIZES[key]
-
-
-def _scratch(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> int:
-    if not compiled:
-        if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
-            return _drawn_scratch(*_key(strategy), p.shape, p.dtype, p.role)
-        return count.workspace_bytes(strategy, p.shape, p.dtype, p.role, True)
-    return _compiled_scratch(
-        strategy.name, tuple(strategy.options.items()), strategy.writer, p.shape, p.dtype, p.role
-    )
+    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype)
 
 
 @functools.lru_cache(maxsize=4096)
-def _drawn_scratch(
-    name: str, options: tuple[Any, ...], writer: str, shape: tuple[int, ...], dtype: torch.dtype, role: str
-) -> int:
-    from lowmem.strategies import create
+def _sizes(
+    strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> list[int]:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, role).values()]
 
+
+def _scratch(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> int:
+    if compiled:
+        return _compiled_scratch(strategy, p.shape, p.dtype, p.role)
+    if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
+        return _drawn_scratch(strategy, p.shape, p.dtype, p.role)
+    return count.workspace_bytes(strategy, p.shape, p.dtype, p.role, True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _drawn_scratch(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> int:
     with FakeTensorMode():
-        strategy = create(name, writer=writer, **dict(options))
         return count.measure_workspace(strategy, shape, dtype, role, True, "cpu")
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled_scratch(
-    name: str, options: tuple[Any, ...], writer: str, shape: tuple[int, ...], dtype: torch.dtype, role: str
-) -> int:
-    from lowmem.strategies import create
-
+def _compiled_scratch(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> int:
     drawn = patch.object(directions, "_kernel", lambda *args: lambda *tensors: None)
     with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn:
-        uncached = create(name, writer=writer, **dict(options))
-        return count.measure_workspace(uncached, shape, dtype, role, True)
+        return count.measure_workspace(strategy, shape, dtype, role, True)
 
 
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -61,11 +61,7 @@ class Permutation(Change):
 
 @dataclass(frozen=True)
 class Rotation(Change):
-    """low_new = C low_old along one axis of the projected gradient.
-
-    Args:
-        matrix: C, (r_new, r_old) fp32; axis: of the coordinates, as in `Permutation`.
-    """
+    """low_new = C low_old along one axis; C is (r_new, r_old) fp32, the axis as in `Permutation`."""
 
     matrix: Tensor
     axis: int
@@ -348,3 +344,7 @@ class Residual:
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """The step that the rest takes, or None; and what to do once the weight is written."""
         return None, None
+
+    def aside(self) -> AnyRule | None:
+        """The rule of a tensor that a schedule puts aside, where there is one."""
+        return None

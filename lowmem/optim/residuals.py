@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import Commit, Residual, Split
+from lowmem.optim.contract import AnyRule, Commit, Residual, Rest, Split
+from lowmem.optim.elementwise import coded
+from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.state import State, apply_in_place
 
 
@@ -26,6 +28,10 @@ class Drop(Residual):
     """Forget the rest (GaLore)."""
 
     reads_rest: ClassVar[bool] = False
+
+    def aside(self) -> AnyRule:
+        """No step."""
+        return Rest()
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,10 @@ class Stateless(Residual):
             return (torch.where(x.isfinite(), x.sign(), x) if self.sign else x) * self.scale
 
         return split.rest.map(step), None
+
+    def aside(self) -> AnyRule:
+        """The same step, of the whole gradient."""
+        return coded(SGD(self.scale, sign=self.sign))
 
 
 @dataclass(frozen=True)
@@ -131,21 +141,3 @@ class ScaledGradient(ScaledRest):
     """
 
     lifts: ClassVar[bool] = False
-
-
-RESIDUALS = ("drop", "sign", "sgd")
-
-
-def residual(word: str, scale: float = 1.0) -> Residual:
-    """The residual named by one word: drop, sign or sgd.
-
-    Args:
-        word: its name.
-        scale: of the learning rate of sign and sgd.
-
-    Raises:
-        UserError: unknown word.
-    """
-    if word not in RESIDUALS:
-        raise UserError(f"unknown residual {word!r}; {nearest(word, RESIDUALS)}")
-    return Drop() if word == "drop" else Stateless(word == "sign", scale)

@@ -68,7 +68,7 @@ class RandomBlocks(Schedule):
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0 or self.gap < 1:
             raise UserError(
-                f"density must be in (0, 1] and update_proj_gap >= 1, got {self.density}, {self.gap}"
+                f"density must be in (0, 1] and the gap at least 1, got {self.density}, {self.gap}"
             )
 
     def role(self, name: str, role: str, names: Sequence[str], step: int, seed: int) -> str:

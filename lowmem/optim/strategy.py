@@ -1,9 +1,10 @@
 """A strategy: which rule each tensor of a model follows, and where gradients come from.
 
-A strategy is frozen and plain: what a configuration names, a checkpoint records
-and the planner counts. Settings that decide the shape of a buffer live in it;
-what a scheduler changes (lr, betas, weight decay) lives in the optimizer's
-parameter groups.
+A strategy is frozen and hashable: what a configuration names, a checkpoint records
+and the planner counts, and its own key wherever something is remembered. Equal
+strategies take equal steps, whatever they are called. Settings that decide the shape
+of a buffer live in it; what a scheduler changes (lr, betas, weight decay) lives in the
+optimizer's parameter groups.
 
 Tensors have roles (`roles`): matrix, embedding, head, vector. A strategy has a rule
 "matrix" and a rule "other" for every role that it has no rule of that name for. It may
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +28,7 @@ from lowmem.optim.roles import is_stack, refined
 from lowmem.optim.schedules import Always, Schedule
 from lowmem.optim.source import Source
 from lowmem.optim.state import Constants, State, prefixed
-from lowmem.optim.writers import select
+from lowmem.optim.writers import Stochastic, Writer, select
 
 SMALL = 4096
 """Tensors with fewer elements take the "small" rule where there is one."""
@@ -36,26 +38,52 @@ Plain = bool | int | float | str
 
 @dataclass(frozen=True)
 class Strategy:
-    """The rules by name, the source of gradients, the writer and the schedule.
+    """The rules by role, the source of gradients, the writer and the schedule.
 
     Args:
-        name: registered name; options: the factory's arguments, plain values.
         rules: name to rule; has "matrix" and "other", may have embedding, head, vector, small, inactive.
         source: where gradients come from.
-        writer: auto, nearest, stochastic, kahan or split.
+        writer: how new weights of 16 bits are stored.
         schedule: which tensors are active now.
+        name: registered name, and options as `create` takes them; empty for one composed of parts, or
+            changed by `dataclasses.replace`.
+
+    Raises:
+        TypeError: a part that is not hashable.
     """
 
     rules: Mapping[str, AnyRule]
     source: Source
-    name: str = ""
-    options: Mapping[str, Plain] = field(default_factory=dict)
-    writer: str = "auto"
+    writer: Writer = field(default_factory=Stochastic)
     schedule: Schedule = field(default_factory=Always)
+    name: str = field(default="", init=False, compare=False)
+    options: Mapping[str, Plain] = field(default_factory=dict, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        one: dict[AnyRule, AnyRule] = {}
+        # kernels are made for a rule's identity: equal rules are one object
+        rules = {role: one.setdefault(rule, rule) for role, rule in self.rules.items()}
+        object.__setattr__(self, "rules", MappingProxyType(rules))
+        hash(self)
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.rules.items()), self.source, self.writer, self.schedule))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (dict(self.rules), self.source, self.writer, self.schedule, self.to_config())
+
+    def called(self, name: str, options: Mapping[str, Plain]) -> Strategy:
+        """The same strategy under a name, with the options that make it."""
+        made = replace(self)
+        object.__setattr__(made, "name", name)
+        object.__setattr__(made, "options", MappingProxyType(dict(options)))
+        return made
 
     def to_config(self) -> dict[str, Any]:
-        """Name and options, as `create` takes them."""
-        return {"name": self.name, "options": dict(self.options), "writer": self.writer}
+        """Name and options, as `create` takes them; the text of the parts where there is no name."""
+        if self.name:
+            return {"name": self.name, "options": dict(self.options)}
+        return {"name": "", "options": {}, "parts": text_of(self)}
 
     def rule_name(self, role: str, shape: Sequence[int]) -> str:
         """The name of the rule that a tensor of this role and shape follows.
@@ -95,3 +123,28 @@ class Strategy:
         rule = self.rules[rule_name]
         state = stacks.init(rule, x) if self.slices(rule_name, role, x.shape) else rule.init(x)
         return state | prefixed("writer", select(self.writer, x.dtype).init(x))
+
+
+def _restored(rules: Any, source: Any, writer: Any, schedule: Any, config: Mapping[str, Any]) -> Strategy:
+    made = Strategy(rules, source, writer, schedule)
+    return made.called(config["name"], config["options"])
+
+
+def text_of(value: Any) -> str:
+    """A frozen part as text, the same in every process: what differs from its defaults.
+
+    >>> text_of(Stochastic())
+    'Stochastic()'
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {text_of(value[key])}" for key in sorted(value)) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(text_of(one) for one in value) + ")"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return str(value.__qualname__)
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    plain = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(value)}
+    told = {f.name: getattr(value, f.name) for f in fields(value) if f.compare}
+    inside = ", ".join(f"{k}={text_of(v)}" for k, v in told.items() if plain[k] != v)
+    return f"{type(value).__qualname__}({inside})"

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.errors import UserError, nearest
+from lowmem.errors import UserError
 from lowmem.optim.engine import noise
 from lowmem.optim.hyper import ChunkHyper
 from lowmem.optim.state import State
@@ -137,36 +137,29 @@ def _half_ulp(x: Tensor) -> Tensor:
     return power.clamp(min=2.0**-126) * 2.0**-8
 
 
-WRITERS: Mapping[str, Writer] = {
-    "nearest": Nearest(),
-    "stochastic": Stochastic(),
-    "kahan": Kahan(),
-    "split": Split(),
-}
+NEAREST = Nearest()
 
 
-def select(name: str, dtype: torch.dtype) -> Writer:
-    """The writer for weights of a dtype; "auto" rounds 16-bit weights at random.
+def select(writer: Writer, dtype: torch.dtype) -> Writer:
+    """The writer that weights of a dtype really have.
 
     fp32 and float64 weights lose nothing that matters and are always written to nearest.
 
     Args:
-        name: auto, nearest, stochastic, kahan or split.
+        writer: of the strategy.
         dtype: of the weight.
 
     Raises:
-        UserError: unknown name, or a writer the dtype cannot take.
+        UserError: a dtype that the writer cannot take.
 
     Example:
-        >>> select("auto", torch.bfloat16)
-        Stochastic(streams=('weight',))
+        >>> select(Kahan(), torch.float32)
+        Nearest(streams=())
     """
-    if name != "auto" and name not in WRITERS:
-        raise UserError(f"unknown writer {name!r}; {nearest(name, ['auto', *WRITERS])}")
-    if name == "split" and dtype == torch.float16:
-        raise UserError("writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'")
     if dtype.is_complex:
         raise UserError(f"weights of {dtype} have no order to round in; train torch.view_as_real of them")
     if dtype not in HALF:
-        return WRITERS["nearest"]
-    return WRITERS["stochastic" if name == "auto" else name]
+        return NEAREST
+    if isinstance(writer, Split) and dtype == torch.float16:
+        raise UserError("writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'")
+    return writer

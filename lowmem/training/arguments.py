@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 CLIP = ("auto", "none", "global", "tensor", "previous")
 COMPILE = ("auto", "on", "off")
-WRITERS = ("auto", "nearest", "stochastic", "kahan", "split")
 
 
 @dataclass
@@ -53,13 +52,6 @@ class LowMemFields:
             "that of these). auto: global; previous with gradient release; "
             "none without gradients.",
             "choices": list(CLIP),
-        },
-    )
-    writer: str = field(
-        default="auto",
-        metadata={
-            "help": "How new weights are rounded. auto: nearest for float32, stochastic for 16 bits.",
-            "choices": list(WRITERS),
         },
     )
     compile: str = field(
@@ -91,12 +83,12 @@ class LowMemFields:
         """Leave activation checkpointing as the stock arguments have it."""
 
     def strategy(self) -> Strategy:
-        """The strategy that `optim`, `optim_args` and `writer` describe.
+        """The strategy that `optim` and `optim_args` describe.
 
         Raises:
             UserError: unknown name, option or value, with the nearest known one.
         """
-        return build_strategy(self.optim, self.optim_args, self.writer)
+        return build_strategy(self.optim, self.optim_args)
 
     @property
     def clip_policy(self) -> str:
@@ -118,23 +110,19 @@ class LowMemArguments(LowMemFields, TrainingArguments):
     """
 
 
-def build_strategy(name: str, options: str | Mapping[str, Any] | None, writer: str = "auto") -> Strategy:
+def build_strategy(name: str, options: str | Mapping[str, Any] | None) -> Strategy:
     """A strategy from what a person writes on one line.
 
     Args:
         name: of a registered strategy.
         options: "rank=128,states=int8", or a mapping; may be empty.
-        writer: auto leaves the choice to the options.
 
     Raises:
-        UserError: unknown name, option or value, or two different writers.
+        UserError: unknown name, or all that is wrong with the options.
     """
     from lowmem.strategies import create, parse_options
 
-    parsed = parse_options(name, options)
-    if writer != "auto" and parsed.get("writer", writer) != writer:
-        raise UserError(f"writer: {writer!r} and {parsed['writer']!r} are both given; give one of them")
-    return create(name, **(parsed if writer == "auto" else {**parsed, "writer": writer}))
+    return create(name, **parse_options(name, options))
 
 
 def check(args: Any) -> list[str]:
@@ -145,15 +133,14 @@ def check(args: Any) -> list[str]:
     """
     problems = [
         f"{name}: {getattr(args, name)!r} is not allowed; {nearest(str(getattr(args, name)), allowed)}"
-        for name, allowed in (("clip", CLIP), ("compile", COMPILE), ("writer", WRITERS))
+        for name, allowed in (("clip", CLIP), ("compile", COMPILE))
         if getattr(args, name) not in allowed
     ]
     if args.nonfinite_limit < 0:
         problems.append(f"nonfinite_limit: {args.nonfinite_limit} steps; use 1 or more, or 0 for never")
     problems += _engines(args)
     try:
-        writer = args.writer if args.writer in WRITERS else "auto"
-        strategy = build_strategy(args.optim, args.optim_args, writer)
+        strategy = build_strategy(args.optim, args.optim_args)
     except UserError as error:
         return [f"optim: {error}", *problems]
     betas = (args.adam_beta1, args.adam_beta2)

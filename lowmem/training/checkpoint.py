@@ -155,10 +155,11 @@ def _same(name: str, key: str, theirs: Any, ours: Any) -> None:
     advice = "resume with what it was written with, or start afresh in another folder"
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         changed = [k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
-        what, old, new = f"{key} {changed[0]!r}", theirs.get(changed[0]), ours.get(changed[0])
+        what = f"{key} {changed[0]!r}"
+        old, new = (repr(side[changed[0]]) if changed[0] in side else "not set" for side in (theirs, ours))
         more = f" ({len(changed)} differ)" if len(changed) > 1 else ""
     else:
-        what, old, new, more = key, theirs, ours, ""
+        what, old, new, more = key, repr(theirs), repr(ours), ""
     raise CheckpointError(
-        f"cannot resume from {name}: its {what} is {old!r}, this run's is {new!r}{more}; {advice}"
+        f"cannot resume from {name}: its {what} is {old}, this run's is {new}{more}; {advice}"
     )

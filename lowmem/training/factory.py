@@ -72,7 +72,7 @@ class Factory:
     def __call__(self, model: nn.Module, **kwargs: Any) -> LowMemOptimizer:
         """Make the optimizer from the keyword arguments that `hf_optimizer` returned."""
         settings = dict(kwargs)
-        strategy = build_strategy(settings.pop("strategy"), settings.pop("options"), settings.pop("writer"))
+        strategy = build_strategy(settings.pop("strategy"), settings.pop("options"))
         return make_optimizer(model, strategy, **settings)
 
 
@@ -84,7 +84,6 @@ def hf_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     seed: int = 0,
-    writer: str = "auto",
     compile: str = "auto",
     **options: Any,
 ) -> tuple[type[Factory], dict[str, Any]]:
@@ -103,7 +102,6 @@ def hf_optimizer(
         eps: added to the denominator of the step.
         weight_decay: decoupled; 0 for biases and norms.
         seed: of everything random in the strategy.
-        writer: how new weights are rounded; auto leaves it to the dtype.
         compile: auto, on or off.
         **options: the strategy's own, as for `lowmem.create`.
 
@@ -115,13 +113,13 @@ def hf_optimizer(
         >>> kwargs["options"]
         {'rank': 64}
     """
-    strategy = build_strategy(name, options, writer)
+    strategy = build_strategy(name, options)
     if problems := idle(name, strategy.rules.values(), betas=betas, eps=eps):
         raise ConfigError(problems)
     if not strategy.source.needs_autograd:
         raise UserError(f"{name} evaluates the loss instead of differentiating it; use lowmem.LowMemTrainer")
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
-    return Factory, {"strategy": name, "options": options, "writer": writer, "compile": compile, **settings}
+    return Factory, {"strategy": name, "options": options, "compile": compile, **settings}
 
 
 def refuse_foreign(kwargs: dict[str, Any]) -> None:

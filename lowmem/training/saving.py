@@ -58,10 +58,9 @@ class WholeCheckpoints:
         config = self._strategy.to_config()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
-        options = config["options"] | {"writer": config["writer"]}
         return {
-            "strategy": config["name"],
-            "options": options,
+            "strategy": config["name"] or config["parts"],
+            "options": config["options"],
             "parameters": shapes,
             "settings": {**settings.of_arguments(self.args), **self.origin},
         }

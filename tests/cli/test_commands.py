@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 import lowmem
 import lowmem.cli as cli
 from lowmem.models.entries import available_models
+from lowmem.strategies import parts
+from lowmem.strategies.parts import KINDS
 
 runner = CliRunner()
 
@@ -50,11 +52,21 @@ def test_strategies_lists_the_registry_with_exact_state() -> None:
 @pytest.mark.parametrize("name", list(lowmem.available()))
 def test_one_strategy_with_its_options(name: str) -> None:
     detail = document("strategies", name)
-    options = {option["name"]: option["default"] for option in detail["options"]}
+    options = {option["name"]: option["default"] for option in (*detail["axes"], *detail["options"])}
     assert options == {o.name: o.default for o in lowmem.available()[name].options.values()}
     text = runner.invoke(cli.app, ["strategies", name], env={"COLUMNS": "300"})
     assert text.exit_code == 0
     assert all(option in text.stdout for option in options)
+
+
+def test_parts_of_every_axis() -> None:
+    listed = document("strategies", "--parts")
+    assert {kind: [one["name"] for one in found] for kind, found in listed.items()} == {
+        kind: list(parts(kind)) for kind in KINDS
+    }
+    text = runner.invoke(cli.app, ["strategies", "--parts"], env={"COLUMNS": "300"}).stdout
+    assert all(one["name"] in text for found in listed.values() for one in found)
+    assert "leave galore or --parts out" in refused("strategies", "galore", "--parts")
 
 
 def test_unknown_strategy() -> None:
@@ -113,15 +125,15 @@ def test_what_a_strategy_without_gradients_excludes(line: str, problem: str, tmp
     [
         ("rank=0", "rank"),
         ("rank=-4", "rank"),
-        ("rank=ten", "rank is int, got 'ten'"),
+        ("rank=ten", "rank is a whole number from 1 on, or a share between 0 and 1, got 'ten'"),
         ("states=int7", "did you mean 'int"),
         ("rank", "key=value"),
-        ("writer=kahan", "writer: split, but optim_args says kahan"),
+        ("writer=kahan", "writer=kahan is for weights of 16 bits"),
+        ("writer=kahn", "did you mean 'kahan'"),
     ],
 )
 def test_bad_options_of_a_strategy(options: str, problem: str, tmp_path: Path) -> None:
-    writer = "writer: split\n" if "writer" in options else ""
-    text = f"model: gpt2\noptim: galore\noptim_args: {options}\n{writer}"
+    text = f"model: gpt2\ndtype: float32\noptim: galore\noptim_args: {options}\n"
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     assert problem in refused("validate", str(tmp_path / "run.yaml"))
 
@@ -150,7 +162,7 @@ def test_every_option_and_the_data_are_looked_at_together(tmp_path: Path) -> Non
     )
     data, optim = problems(bad)
     assert "absent.jsonl" in data
-    assert all(word in optim for word in ("'projecter'", "'int3'", "rank must be at least 1"))
+    assert all(word in optim for word in ("'projecter'", "'int3'", "rank is a whole number"))
 
 
 def test_validate_refuses_what_training_would(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ OTHER: dict[str, Any] = {
     "seq_len": 33,
     "packing": False,
     "optim": "galore",
-    "optim_args": "rank=4,states=int8",
+    "optim_args": "rank=4,states=int8,writer=kahan",
     "lr": 3e-5,
     "betas": (0.8, 0.95),
     "eps": 1e-6,
@@ -49,7 +49,6 @@ OTHER: dict[str, Any] = {
     "warmup": 2,
     "max_grad_norm": 0.5,
     "clip": "tensor",
-    "writer": "kahan",
     "compile": "off",
     "neftune": 5.0,
     "gradient_checkpointing": True,
@@ -161,7 +160,6 @@ def test_all_problems_are_reported_at_once() -> None:
         ({"steps": 10, "warmup": 11}, "11 steps of warm-up in a run of 10; make it 10 or less"),
         ({"gradient_release": True, "clip": "global"}, "use clip: previous, tensor or none"),
         ({"clip": "previous"}, "clip: previous is for gradient_release; use clip: global"),
-        ({"dtype": "float32", "writer": "split"}, "split is for 16-bit weights"),
     ],
 )
 def test_settings_that_exclude_each_other(values: dict[str, Any], problem: str) -> None:

@@ -1,27 +1,46 @@
-"""Every strategy, every choice of every option, and the compositions that must hold together.
+"""What the contract suite runs over: every part once, every method as it comes and with each option changed.
 
-Nothing here names a strategy: what is registered is enrolled, small, by the meaning of its options.
+Nothing here names a method, and parts only where a part of another kind must stand beside one that needs it:
+what is registered is enrolled, small, by the limits of its options.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import lowmem
 from lowmem.errors import UserError
+from lowmem.strategies import parts
+from lowmem.strategies.method import AXES, ROLES, methods
+from lowmem.strategies.parts import KINDS
+from lowmem.strategies.registry import beside
 
 GAP = 4
-ALL_PAIRS = (("states", "on_refresh"),)
-EACH_ONCE = (("states", "writer"), ("states", "projector"), ("on_refresh", "projector"), ("split", "states"))
-"""Options whose choices are combined wherever a strategy has both: every pair, or each choice in one pair."""
+CARRIER = "adamw"
+"""The plainest method: parts are hung into it."""
+BESIDE: dict[str, dict[str, Any]] = {
+    "residual": {"projector": "power"},
+    "schedule": {"residual": "sign"},
+    "source": {"rule": "sgd"},
+}
+"""What stands beside a part of a kind that means nothing alone."""
+AXIS = {"modifier": "modifiers"}
+"""The axis of a kind that is not called like it."""
+DRAWS = 150
 
 
 @dataclass(frozen=True)
 class Case:
-    """One strategy with options, small enough for the zoo."""
+    """One composition, small enough for the zoo.
+
+    Args:
+        name: of the method; options: all that is given.
+        varied: those that make it another case than the method as it comes.
+    """
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -31,14 +50,15 @@ class Case:
         told = ",".join(f"{key}={value}" for key, value in self.options if key in self.varied)
         return f"{self.name}[{told}]" if told else self.name
 
-    def create(self) -> Any:
-        return lowmem.create(self.name, **dict(self.options))
+    def create(self) -> lowmem.Strategy:
+        return _created(self)
 
     def optimizer(self, model: Any, **hyper: Any) -> Any:
         defaults: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
-        read = {number for rule in self.create().rules.values() for number in rule.uses}
+        strategy = self.create()
+        read = {number for rule in strategy.rules.values() for number in rule.uses}
         kept = {key: value for key, value in defaults.items() if key not in ("betas", "eps") or key in read}
-        return lowmem.optimizer(model, self.name, **{**kept, **hyper}, **dict(self.options))
+        return lowmem.optimizer(model, strategy, **{**kept, **hyper})
 
     @property
     def by_backward(self) -> bool:
@@ -46,77 +66,145 @@ class Case:
         return bool(self.create().source.needs_autograd)
 
 
-def small(option: Any) -> Any:
-    """A default turned down to the zoo's size."""
-    if option.type is int and "gap" in option.name:
-        return GAP
-    if option.type is int and option.name == "rank":
-        return 3
-    return option.default
+@functools.cache
+def _created(case: Case) -> lowmem.Strategy:
+    return lowmem.create(case.name, **dict(case.options))
 
 
-def alternatives(option: Any) -> list[Any]:
-    """The other values an option may take: each choice, or the other truth value."""
+def case(name: str, **changes: Any) -> Case:
+    """A method with some options changed; the sizes and gaps of the others are turned down."""
+    words = {key: value for key, value in changes.items() if key in (*AXES, *ROLES)}
+    found = beside(name, **words)
+    small = {key: option.limits.small for key, option in found.items() if option.limits.small is not None}
+    return Case(name, tuple({**small, **changes}.items()), tuple(changes))
+
+
+def part_case(kind: str, name: str, **changes: Any) -> Case:
+    """A part in the plainest method."""
+    return case(CARRIER, **{**BESIDE.get(kind, {}), AXIS.get(kind, kind): name}, **changes)
+
+
+def chosen() -> list[tuple[str, str]]:
+    """Every part that is a choice: those that leave an ordinary optimizer are in every method."""
+    return [(kind, name) for kind in KINDS for name in parts(kind) if name not in AXES.values()]
+
+
+def part_cases() -> list[Case]:
+    """Every part once, in the plainest method."""
+    return [part_case(kind, name) for kind, name in chosen()]
+
+
+def plain() -> list[Case]:
+    """Every method as it comes."""
+    return [case(name) for name in lowmem.available()]
+
+
+def each() -> list[Case]:
+    """Every method as it comes and every part, a composition once."""
+    return list({one.create(): one for one in (*part_cases(), *plain())}.values())
+
+
+def others(option: Any) -> list[Any]:
+    """Other values that an option may take: each word, the other truth value, a number nearby."""
     if option.choices:
         return [choice for choice in option.choices if choice != option.default]
     if option.type is bool:
         return [not option.default]
+    if option.limits.size:
+        return [0.5]
     return []
 
 
-def case(name: str, entry: Any, changes: dict[str, Any]) -> Case:
-    values = {key: small(option) for key, option in entry.options.items()}
-    values.update(changes)
-    return Case(name, tuple(values.items()), tuple(changes))
+def changed() -> list[Case]:
+    """Every option changed to each other word: those of a part in the plainest method, those of the frame
+    beside every rule and projector, and in every method those that its record sets.
+    """
+    found = []
+    for kind, name in chosen():
+        table = beside(CARRIER, **{**BESIDE.get(kind, {}), AXIS.get(kind, kind): name})
+        prefix = name if kind == "modifier" else kind
+        own = [key if key in table else f"{prefix}_{key}" for key in parts(kind)[name].options]
+        own += {"rule": ["states"], "projector": ["on_refresh"]}.get(kind, [])
+        for key in (key for key in own if key in table):
+            found += [part_case(kind, name, **{key: value}) for value in others(table[key])]
+    for name, method in methods().items():
+        entry = lowmem.available()[name]
+        sets = [key for key in method.defaults if key in entry.options and key not in entry.axes]
+        found += [case(name, **{key: v}) for key in sets for v in others(entry.options[key])]
+    return found
 
 
-def plain() -> list[Case]:
-    """Every strategy as it comes."""
-    return [case(name, entry, {}) for name, entry in lowmem.available().items()]
-
-
-def single() -> list[Case]:
-    """Every strategy with one option changed."""
-    return [
-        case(name, entry, {key: value})
-        for name, entry in lowmem.available().items()
-        for key, option in entry.options.items()
-        for value in alternatives(option)
-    ]
-
-
-def paired() -> Iterator[Case]:
-    """Two options changed together, where that is defined."""
-    for name, entry in lowmem.available().items():
-        for first, second in (*ALL_PAIRS, *EACH_ONCE):
-            if first not in entry.options or second not in entry.options:
-                continue
-            ones, others = alternatives(entry.options[first]), alternatives(entry.options[second])
-            pairs = list(itertools.product(ones, others))
-            if (first, second) in EACH_ONCE and pairs:
-                count = max(len(ones), len(others))
-                pairs = [(ones[i % len(ones)], others[i % len(others)]) for i in range(count)]
-            for one, other in pairs:
-                yield case(name, entry, {first: one, second: other})
-
-
-def refused() -> list[tuple[Case, UserError]]:
-    """Compositions that say no, and what they say."""
-    said = []
-    for composition in [*single(), *paired()]:
+def defined(found: list[Case]) -> Iterator[Case]:
+    """Those that can be made."""
+    for one in found:
         try:
-            composition.create()
+            one.create()
+        except UserError:
+            continue
+        yield one
+
+
+def refused(found: list[Case]) -> list[tuple[Case, UserError]]:
+    """Those that say no, and what they say."""
+    said = []
+    for one in found:
+        try:
+            one.create()
         except UserError as error:
-            said.append((composition, error))
+            said.append((one, error))
     return said
 
 
-def every() -> list[Case]:
-    """All of the above that are defined."""
-    undefined = {str(composition) for composition, _ in refused()}
-    return [c for c in (*plain(), *single(), *paired()) if str(c) not in undefined]
-
-
 def choose(width: str) -> list[Case]:
-    """As wide as a test needs: plain, each option changed alone, or composed as well."""
-    return {"plain": plain, "single": lambda: [*plain(), *single()], "composed": every}[width]()
+    """As wide as a test needs: methods as they come, with every part, or with every option too."""
+    wide = {"plain": plain, "each": each, "changed": lambda: [*each(), *defined(changed())]}
+    return list(dict.fromkeys(wide[width]()))
+
+
+@functools.cache
+def drawn() -> tuple[Case, ...]:
+    """Compositions by lot, each defined; every part has its turn."""
+    found: dict[Any, Case] = {}
+    lot = 0
+    while len(found) < DRAWS:
+        one = draw(lot)
+        lot += 1
+        try:
+            found.setdefault(one.create(), one)
+        except UserError:
+            continue
+    return tuple(found.values())
+
+
+def draw(lot: int) -> Case:
+    """One composition, defined or not."""
+    rng = random.Random(lot)
+    words: dict[str, Any] = {"projector": _turn("projector", lot, rng), "rule": _turn("rule", lot, rng)}
+    words["writer"] = _turn("writer", lot, rng)
+    words["residual"] = _turn("residual", lot, rng)
+    if rng.random() < 0.15:
+        words["projector"] = "none"
+    if rng.random() < 0.15:
+        words["schedule"] = _turn("schedule", lot, rng)
+    if rng.random() < 0.1:
+        words["source"] = _turn("source", lot, rng)
+    if words["projector"] == "none" and words.get("schedule", "always") == "always":
+        del words["residual"]
+    taken = rng.sample(sorted(parts("modifier")), min(rng.randint(0, 2), len(parts("modifier"))))
+    words |= {"modifiers": "+".join(taken)} if taken else {}
+    words |= {role: rng.choice(sorted(parts("rule"))) for role in ROLES if rng.random() < 0.2}
+    options = beside(CARRIER, **words)
+    values = {
+        key: rng.choice(others(option))
+        for key, option in options.items()
+        if key not in AXES and rng.random() < 0.4 and others(option)
+    }
+    return case(CARRIER, **words, **values)
+
+
+def _turn(kind: str, lot: int, rng: random.Random) -> str:
+    """Every part of a kind in turn, in another order in every round."""
+    names = sorted(parts(kind))
+    turn, place = divmod(lot, len(names))
+    random.Random(f"{kind}{turn}").shuffle(names)
+    return names[place]

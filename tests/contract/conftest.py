@@ -1,4 +1,4 @@
-"""Each contract test runs over every case, in fp32 and bf16 where it asks for a dtype."""
+"""Each contract test runs over every part and every method, in fp32 or bf16 where it asks for a dtype."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 
 pytest.importorskip("lowmem.strategies", reason="the strategies are not there")
 
+from lowmem.optim.writers import Stochastic
 from tests.contract import cases
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "plain: one case for each strategy is enough")
-    config.addinivalue_line("markers", "composed: compositions of options as well as each option alone")
+    config.addinivalue_line("markers", "plain: every method as it comes is enough")
+    config.addinivalue_line("markers", "changed: every option changed as well")
 
 
-def dtypes_of(case: cases.Case, *, in_full: bool) -> tuple[torch.dtype, ...]:
-    """Both where the case is plain, or the test asks for all; otherwise enough to keep the suite short."""
-    if "writer" in case.varied or len(case.varied) > 1:
-        return (torch.bfloat16,)
-    if in_full or not case.varied:
+def dtypes_of(case: cases.Case) -> tuple[torch.dtype, ...]:
+    """Both where a method is as it comes; one otherwise, to keep the suite short."""
+    if case.create().writer != Stochastic():
+        return (torch.bfloat16,)  # fp32 weights are written to nearest
+    if not case.varied:
         return (torch.float32, torch.bfloat16)
     return (torch.float32,) if sum(map(ord, str(case))) % 2 else (torch.bfloat16,)
 
@@ -29,13 +30,13 @@ def dtypes_of(case: cases.Case, *, in_full: bool) -> tuple[torch.dtype, ...]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    marks = [width for width in ("plain", "composed") if metafunc.definition.get_closest_marker(width)]
-    found = cases.choose(marks[0] if marks else "single")
-    in_fp32 = [case for case in found if "writer" not in case.varied]  # fp32 weights are written to nearest
+    marks = [width for width in ("plain", "changed") if metafunc.definition.get_closest_marker(width)]
+    found = cases.choose(marks[0] if marks else "each")
     if "dtype" not in metafunc.fixturenames:
+        in_fp32 = [case for case in found if case.create().writer == Stochastic()]
         metafunc.parametrize("case", in_fp32, ids=str)
         return
-    pairs = [(case, dtype) for case in found for dtype in dtypes_of(case, in_full=bool(marks))]
+    pairs = [(case, dtype) for case in found for dtype in dtypes_of(case)]
     ids = [f"{case}-{str(dtype).removeprefix('torch.')}" for case, dtype in pairs]
     metafunc.parametrize(("case", "dtype"), pairs, ids=ids)
 

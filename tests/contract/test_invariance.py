@@ -114,7 +114,7 @@ def released(case: Case, model: nn.Module, **options: Any) -> tuple[Any, Any]:
     return pytest.skip("no gradient, nothing to release")
 
 
-@pytest.mark.composed
+@pytest.mark.changed
 def test_stepping_during_backward_is_the_ordinary_step(case: Case, dtype: torch.dtype) -> None:
     model = zoo.build(dtype)
     optimizer, handle = released(case, model)
@@ -175,7 +175,6 @@ def refuse_accumulation(case: Case, model: nn.Module, count: int) -> None:
     pytest.skip("refuses accumulation under release, as it must")
 
 
-@pytest.mark.composed
 def test_accumulating_under_release_is_the_ordinary_step(case: Case, dtype: torch.dtype) -> None:
     """Each tensor keeps a projected sum, or its gradient where it refreshes in this window."""
     model, count = zoo.build(dtype), 3

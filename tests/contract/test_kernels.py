@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lowmem
+from lowmem.sources import directions
 from tests.contract import cases, runs, zoo
 from tests.contract.cases import Case
 
@@ -30,7 +30,7 @@ def test_kernels_trace_into_one_graph(
 def test_so_do_those_of_each_codec_and_writer(
     name: str, changes: dict[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(cases.case(name, lowmem.available()[name], changes), dtype, monkeypatch)
+    check(cases.case(name, **changes), dtype, monkeypatch)
 
 
 def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +61,7 @@ def check(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     assert kernels or not any(pays)
     monkeypatch.undo()
     torch._dynamo.reset()
+    directions._kernel.cache_clear()  # kept for the process: those made here run eagerly
     eager = zoo.build(dtype)
     plain = case.optimizer(eager, compile="off")
     for step in range(runs.GAP + 2):

@@ -10,16 +10,22 @@ from tests.contract import runs, zoo
 from tests.contract.cases import Case
 
 STEPS = 40
+RATES = (1e-2, 1e-3, 0.3)
+"""Rules step on different scales; one of these must do."""
 
 
-@pytest.mark.composed
+@pytest.mark.changed
 def test_the_loss_falls(case: Case, dtype: torch.dtype) -> None:
+    before = zoo.evaluate(zoo.build(dtype))
+    assert any(after(case, dtype, lr) < (0.75 if case.by_backward else 0.97) * before for lr in RATES)
+
+
+def after(case: Case, dtype: torch.dtype, lr: float) -> float:
     model = zoo.build(dtype)
-    before = zoo.evaluate(model)
-    optimizer = case.optimizer(model, lr=1e-2 if case.by_backward else 1e-3)
+    optimizer = case.optimizer(model, lr=lr)
     for step in range(STEPS):
         runs.advance(optimizer, model, step, size=32)
-    assert zoo.evaluate(model) < (0.75 if case.by_backward else 0.97) * before
+    return zoo.evaluate(model)
 
 
 def first_move(case: Case, **hyper: object) -> dict[str, torch.Tensor]:
@@ -32,7 +38,7 @@ def first_move(case: Case, **hyper: object) -> dict[str, torch.Tensor]:
 
 
 def test_the_first_step_is_proportional_to_lr(case: Case) -> None:
-    one, two = first_move(case, lr=1e-3), first_move(case, lr=2e-3)
+    one, two = first_move(case, lr=0.1), first_move(case, lr=0.2)
     for name, move in one.items():
         assert move.abs().max() > 0, name
         torch.testing.assert_close(two[name], 2 * move, rtol=1e-3, atol=1e-6)
@@ -102,8 +108,6 @@ def test_decay_is_decoupled_and_keeps_to_its_group(case: Case) -> None:
 @pytest.mark.plain
 def test_small_decay_reaches_bf16_weights(case: Case, writer: str) -> None:
     """1 - 1e-3 rounds to 1 in bf16; the writer may not lose it."""
-    if "writer" not in dict(case.options):
-        pytest.skip("it has no writer to choose")
     options = {**dict(case.options), "writer": writer}
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))

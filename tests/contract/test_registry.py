@@ -1,7 +1,11 @@
-"""The registry: typed options, one-line errors with the nearest name, and nothing silently ignored."""
+"""The registry: parts and methods as they are told, options typed, and nothing silently ignored."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import pickle
 from typing import Any
 
 import pytest
@@ -9,8 +13,17 @@ import torch
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.strategies import parse_options
-from tests.contract import cases
+from lowmem.optim.elementwise import coded
+from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.microadam import MicroAdam
+from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.strategy import Strategy
+from lowmem.optim.writers import Kahan
+from lowmem.sources import Backprop
+from lowmem.strategies import Method, parse_options, part, parts, register
+from lowmem.strategies.compose import fixed
+from lowmem.strategies.parts import KINDS
+from tests.contract import cases, zoo
 from tests.contract.cases import Case
 
 
@@ -18,25 +31,76 @@ def entries() -> list[tuple[str, Any]]:
     return list(lowmem.available().items())
 
 
+def every_option() -> list[tuple[str, Any]]:
+    """Those of parts, once, and those that methods list."""
+    of_parts = [
+        (f"{kind}={name}", o) for kind in KINDS for name, p in parts(kind).items() for o in p.options.values()
+    ]
+    return of_parts + [(name, o) for name, entry in entries() for o in entry.options.values()]
+
+
 @pytest.mark.parametrize(("name", "entry"), entries())
 def test_an_entry_says_what_it_is(name: str, entry: Any) -> None:
     assert entry.name == name
-    assert entry.summary
     assert len(entry.summary.splitlines()) == 1
-    for key, option in entry.options.items():
-        assert option.name == key
-        assert option.type in (int, float, str, bool)
-        assert isinstance(option.default, option.type) or option.default is None
-        assert option.help
-        assert option.default is None or not option.choices or option.default in option.choices
+    assert "Bytes for" in entry.doc
+    assert all(option.name == key for key, option in entry.options.items())
+    assert set(cases.AXES) == set(entry.axes)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in entries()])
-def test_a_strategy_comes_back_from_its_config(name: str) -> None:
-    strategy = lowmem.create(name)
-    config = strategy.to_config()
-    assert config["name"] == name
-    assert lowmem.create(config["name"], writer=config["writer"], **config["options"]) == strategy
+@pytest.mark.parametrize(("owner", "option"), every_option(), ids=str)
+def test_an_option_is_told_in_full(owner: str, option: Any) -> None:
+    assert option.type in (int, float, str, bool)
+    assert option.help
+    if option.choices is None:
+        assert option.checked(option.default) == option.default
+    elif option.default:
+        assert option.default in option.choices
+    if option.limits.small is not None:
+        assert option.checked(option.limits.small) == option.limits.small
+
+
+@pytest.mark.parametrize("composition", [*cases.choose("changed"), *cases.drawn()[::5]], ids=str)
+def test_a_strategy_comes_back_from_its_options(composition: Case) -> None:
+    strategy = composition.create()
+    config = json.loads(json.dumps(strategy.to_config()))
+    again = lowmem.create(config["name"], **config["options"])
+    assert again == strategy
+    assert hash(again) == hash(strategy)
+    assert again.to_config() == strategy.to_config()
+    text = ",".join(
+        f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in strategy.options.items()
+    )
+    assert parse_options(composition.name, text) == strategy.options
+    for one in (pickle.loads(pickle.dumps(strategy)), copy.deepcopy(strategy)):
+        assert one == strategy
+        assert one.to_config() == strategy.to_config()
+
+
+def by_hand(scale: float = 1.0) -> Strategy:
+    return Strategy(rules={"matrix": coded(SGD(scale)), "other": coded(Adam())}, source=Backprop())
+
+
+def test_a_strategy_without_a_name_is_its_own_key() -> None:
+    assert by_hand() == by_hand()
+    assert hash(by_hand()) == hash(by_hand())
+    assert by_hand() != by_hand(0.5)
+    assert by_hand().to_config() == by_hand().to_config() != by_hand(0.5).to_config()
+    assert "scale=0.5" in by_hand(0.5).to_config()["parts"]
+    assert pickle.loads(pickle.dumps(by_hand())).to_config() == by_hand().to_config()
+
+
+def test_a_strategy_that_was_changed_loses_its_name() -> None:
+    named = lowmem.create("galore", rank=4)
+    other = dataclasses.replace(named, writer=Kahan())
+    assert (other.name, dict(other.options)) == ("", {})
+    assert other == lowmem.create("galore", rank=4, writer="kahan")
+    assert other.to_config() != named.to_config()
+
+
+def test_equal_rules_are_one_object() -> None:
+    strategy = Strategy(rules={"matrix": MicroAdam(), "other": MicroAdam()}, source=Backprop())
+    assert strategy.rules["matrix"] is strategy.rules["other"]
 
 
 @pytest.mark.parametrize(
@@ -48,73 +112,190 @@ def test_weights_that_a_writer_cannot_take_are_refused_at_once(dtype: torch.dtyp
         lowmem.LowMemOptimizer([weight], lowmem.create("adamw", writer="split"))
 
 
+def said(name: str, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        lowmem.create(name, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
 @pytest.mark.parametrize("name", [name for name, _ in entries()])
 def test_a_misspelt_option_is_an_error_with_the_nearest_name(name: str) -> None:
-    options = lowmem.available()[name].options
-    if not options:
-        with pytest.raises(UserError):
-            lowmem.create(name, anything=1)
-        return
-    key = max(options, key=len)
-    with pytest.raises(UserError, match=key) as caught:
-        lowmem.create(name, **{key[:-1] + "q": options[key].default})
-    assert len(str(caught.value).splitlines()) == 1
+    for key, option in lowmem.available()[name].options.items():
+        assert f"did you mean {key!r}" in said(name, **{key + "q": option.default})
 
 
 def test_an_unknown_strategy_is_an_error_with_the_nearest_name() -> None:
     for name, _ in entries():
-        with pytest.raises(UserError, match=name) as caught:
-            lowmem.create(name + "x")
-        assert len(str(caught.value).splitlines()) == 1
+        assert name in said(name + "x")
 
 
 def bad_values() -> list[tuple[str, str, Any]]:
     found: list[tuple[str, str, Any]] = []
     for name, entry in entries():
         for key, option in entry.options.items():
-            if option.choices:
-                found.append((name, key, "nonsense"))
-            if option.type is int:
-                found += [(name, key, value) for value in (0, -1, "many") if (key, value) != ("warmup", 0)]
-            if key == "density":
-                found += [(name, key, value) for value in (-0.1, 1.5, float("nan"))]
+            bad: list[Any] = [[], "nonsense"] if option.type is not str or option.choices else []
             if option.type is float:
-                found += [(name, key, value) for value in ("much", float("nan"), float("inf"))]
-            if "scale" in key and option.type is float:
-                found.append((name, key, -1.0))
+                bad += [float("nan"), float("inf")]
+            if option.limits.size:
+                bad += [0, -1, 1.5, 0.0]
+            limits = option.limits
+            bad += [edge for edge in (limits.above, limits.below) if edge is not None]
+            bad += [limits.least - 1] if limits.least is not None else []
+            bad += [limits.most + 1] if limits.most is not None else []
+            found += [(name, key, value) for value in bad]
     return found
 
 
-@pytest.mark.parametrize(("name", "key", "value"), bad_values())
-def test_a_bad_value_is_one_line_that_names_the_option(name: str, key: str, value: Any) -> None:
-    with pytest.raises(UserError) as caught:
-        lowmem.create(name, **{key: value})
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert key in message
+@pytest.mark.parametrize("name", [name for name, _ in entries()])
+def test_a_bad_value_is_one_line_that_names_the_option(name: str) -> None:
+    for _, key, value in (one for one in bad_values() if one[0] == name):
+        assert key in said(name, **{key: value}), (key, value)
 
 
-@pytest.mark.parametrize("composition", [*cases.plain(), *cases.single()], ids=str)
-def test_every_single_choice_is_defined(composition: Case) -> None:
-    composition.create()
+IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    ("adamw", {"rank": 4}, r"rank comes with projector=\S*power\S*; choose that, or leave it out"),
+    ("adamw", {"scale": 0.5}, "scale comes with a projector; choose one"),
+    ("adamw", {"on_refresh": "reset"}, "on_refresh comes with a projector; choose one"),
+    ("adamw", {"residual": "sign"}, "nothing to step by where everything is seen; choose a projector"),
+    ("adamw", {"window": 3}, "window comes with rule=microadam"),
+    ("adamw", {"queries": 3}, "queries comes with source=spsa"),
+    ("adamw", {"density": 0.5}, r"density comes with rule=microadam or schedule=\S*blocks"),
+    ("adamw", {"residual_scale": 0.5}, r"residual_scale comes with residual=\S*sign"),
+    ("adamw", {"rule": "sgd", "states": "int8"}, "rule sgd holds no moments; leave states out"),
+    ("mezo", {"states": "bf16"}, "rule sgd holds no moments; leave states out"),
+    (
+        "galore",
+        {"embedding": "sgd", "embedding_states": "int8"},
+        "sgd holds no moments; leave embedding_states",
+    ),
+    ("galore", {"projector": "columns", "proj_type": "left"}, r"proj_type comes with projector=\S*svd"),
+    (
+        "galore",
+        {"projector": "columns", "on_refresh": "rotate"},
+        "needs a dense basis; take on_refresh='reset'",
+    ),
+    ("galore", {"states": "int8", "on_refresh": "rotate"}, "needs states='fp32'; take states='fp32'"),
+    ("galore", {"rule": "adafactor", "on_refresh": "rotate"}, "not defined .*; take 'reset' or 'keep'"),
+    ("galore", {"rule": "microadam"}, "not defined for a window of gradients; take"),
+    ("galore", {"rank": 1.5}, "a whole number from 1 on, or a share between 0 and 1, got 1.5"),
+    ("galore", {"rank": 4, "projector_rank": 8}, "rank and projector_rank are the same; give one of them"),
+    ("fira", {"schedule": "blocks"}, "cannot step what schedule=blocks puts aside; take residual=drop"),
+    ("apollo", {"scale": 0.5}, "lifts nothing that scale is of; take residual_scale"),
+    ("fira", {"projector": "columns"}, "the residual needs a projector with dense"),
+    ("galore", {"modifiers": "nonesuch"}, "unknown modifiers 'nonesuch'; .*Known: "),
+    ("galore", {"embedding_modifiers": "nonesuch"}, "unknown embedding_modifiers 'nonesuch'"),
+    ("adafactor", {"warmup": 10}, "warmup=10 needs relative_step=true"),
+    ("adafactor", {"eps2": 0.1}, "eps2=0.1 needs scale_parameter=true"),
+]
 
 
-@pytest.mark.parametrize(("composition", "error"), cases.refused(), ids=lambda x: str(x))
-def test_a_composition_that_is_not_defined_says_why_in_one_line(composition: Case, error: UserError) -> None:
-    message = str(error)
-    assert len(message.splitlines()) == 1
-    assert any(option in message for option in composition.varied)
+@pytest.mark.parametrize(("name", "options", "words"), IMPOSSIBLE, ids=str)
+def test_what_is_impossible_says_so_in_one_line_with_the_remedy(
+    name: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        lowmem.create(name, **options)
+    assert said(name, **options).startswith(f"{name}: ")
 
 
-@pytest.mark.parametrize("composition", [*cases.plain(), *cases.single()], ids=str)
-def test_options_come_from_the_command_line_typed(composition: Case) -> None:
-    told = {key: value for key, value in composition.options if value is not None}
-    text = ",".join(
-        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in told.items()
+def test_all_problems_are_told_at_once() -> None:
+    message = said(
+        "galore", projector="colums", rnk=3, update_proj_gap=0, states="int7", head="lionn", writer="auto",
+        warmup=3, on_refresh="rotate",
+    )  # fmt: skip
+    for words in (
+        "'columns'",
+        "'rnk'",
+        "update_proj_gap must be",
+        "'int7'",
+        "head",
+        "writer",
+        "rule=adafactor",
+    ):
+        assert words in message, words
+    both = said("galore", rank=0, on_refresh="rotate", states="int8")
+    assert "rank is a whole number" in both
+    assert "needs states='fp32'" in both
+
+
+def test_a_name_that_two_parts_share_is_written_with_its_axis() -> None:
+    both: dict[str, Any] = {"rule": "microadam", "schedule": "blocks", "residual": "sign"}
+    assert "write rule_density or schedule_density" in said("adamw", **both, density=0.5)
+    made = lowmem.create("adamw", **both, rule_density=0.5, schedule_density=0.125)
+    assert made.options["rule_density"] == 0.5
+    assert made.options["schedule_density"] == 0.125
+    assert "density" not in made.options
+    assert lowmem.create("adamw", **made.options) == made
+
+
+def test_a_default_follows_its_axis_to_another_part() -> None:
+    assert lowmem.create("frugal", projector="svd").options["rank"] == 0.25
+    assert lowmem.create("galore", projector="columns").options["rank"] == 128
+    assert "rank" not in lowmem.create("galore", projector="none").options
+
+
+def test_a_long_name_is_always_allowed() -> None:
+    assert lowmem.create("galore", projector_rank=4) == lowmem.create("galore", rank=4)
+
+
+def test_roles_take_rules_precision_and_options_of_their_own() -> None:
+    made = lowmem.create(
+        "galore", embedding="adafactor", embedding_beta1=0.5, head_states="int8", vector="sgd"
     )
-    assert parse_options(composition.name, text) == told
+    assert made.rules["vector"] == coded(SGD())
+    assert made.rules["head"] == coded(Adam(), "int8")
+    assert made.rules["other"] == coded(Adam())
+    assert made.rules["embedding"] != lowmem.create("galore", embedding="adafactor").rules["embedding"]
+    assert lowmem.create("galore", **made.options) == made
 
 
 def test_an_option_given_twice_is_an_error() -> None:
     with pytest.raises(UserError, match="given twice"):
         parse_options("galore", "rank=1, rank=2")
+
+
+def test_an_optimizer_takes_a_strategy() -> None:
+    strategy = lowmem.create("galore", rank=4)
+    model = zoo.build()
+    assert lowmem.optimizer(model, strategy).strategy is strategy
+    assert lowmem.optimizer(model, by_hand()).strategy == by_hand()
+    with pytest.raises(UserError, match=r"rank: a strategy that was made has its options; .*lowmem.create"):
+        lowmem.optimizer(model, strategy, rank=8)
+
+
+def test_a_record_with_a_default_that_nothing_has_is_the_programmers_mistake() -> None:
+    with pytest.raises(ValueError, match="no chosen part of 'm' has an option 'rnk'"):
+        fixed(Method("m", "It does.", paper="", rule="adam", rnk=4))
+    with pytest.raises(ValueError, match="needs a rule"):
+        Method("m", "It does.", paper="", projector="power")
+    with pytest.raises(ValueError, match="registered twice"):
+        register(Method("galore", "It does.", paper="", rule="adam"))
+
+
+def test_a_part_must_say_what_it_is() -> None:
+    def silent(*, a: int = 1) -> None: ...
+
+    def twice() -> None:
+        """It does."""
+
+    def telling(*, a: int = 1) -> None:
+        """It does."""
+
+    with pytest.raises(ValueError, match="not 'gadget'"):
+        part("gadget")
+    with pytest.raises(ValueError, match="needs a docstring"):
+        part("rule")(silent)
+    with pytest.raises(ValueError, match="needs a plain type, a default and a help line"):
+        part("rule")(telling)
+    with pytest.raises(ValueError, match="'adam' is registered twice"):
+        part("rule", "adam")(twice)
+
+
+def test_a_moment_may_have_a_precision_of_its_own() -> None:
+    made = lowmem.create("adamw", states="int8", exp_avg_sq_states="bf16")
+    assert made.rules["matrix"] == coded(Adam(), {"exp_avg": "int8", "exp_avg_sq": "bf16"})
+    assert made.rules["small"] == coded(Adam(), {"exp_avg": "fp32", "exp_avg_sq": "bf16"})
+    assert lowmem.create("adamw", **made.options) == made
+    assert "rule=adafactor holds no exp_avg" in said("adafactor", exp_avg_states="bf16")

@@ -19,7 +19,7 @@ from tests.contract import runs, zoo
 from tests.contract.cases import Case
 
 
-@pytest.mark.composed
+@pytest.mark.changed
 def test_resume_through_a_file_is_exact(case: Case, dtype: torch.dtype) -> None:
     whole = runs.record(case, dtype)
     for at, (model_file, optimizer_file) in whole.saved.items():
@@ -95,7 +95,7 @@ def test_a_checkpoint_holds_plain_values_alone(case: Case, dtype: torch.dtype) -
     assert all(type(leaf) in plain or isinstance(leaf, torch.Tensor) for leaf in leaves(held))
 
 
-@pytest.mark.composed
+@pytest.mark.changed
 def test_loading_keeps_the_dtype_of_every_tensor(case: Case) -> None:
     """torch's own load would cast codes, indices and scales to the weight's bf16."""
     whole = runs.record(case, torch.bfloat16)

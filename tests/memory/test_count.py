@@ -43,8 +43,8 @@ def test_closed_forms(shape: tuple[int, ...]) -> None:
         assert state_bytes(lowmem.create("galore", rank=16), shape) == 4 * short * r + 8 * r * long + 4
         columns = max(1, int(0.25 * n))
         assert state_bytes(lowmem.create("frugal"), shape) == 8 * m * columns + 4 * columns + 4
-        assert state_bytes(lowmem.create("frugal", split="randk"), shape) == 9 * ceil(d, 256) * 64 + 4
-        assert state_bytes(lowmem.create("frugal", density=0.0), shape) == 0
+        assert state_bytes(lowmem.create("frugal", projector="randk"), shape) == 9 * ceil(d, 256) * 64 + 4
+        assert state_bytes(lowmem.create("adamw", rule="signsgd"), shape) == 0
 
 
 @pytest.mark.parametrize(("writer", "each"), [("stochastic", 0), ("kahan", 2), ("split", 1)])
@@ -69,7 +69,7 @@ def test_tables_are_held_once() -> None:
 def test_blocks_count_the_active_ones() -> None:
     """A block-wise schedule holds state for the active tensors; the count follows the step."""
     model = nn.Sequential(*[nn.Linear(16, 16 + i) if i == 0 else nn.Linear(16, 16) for i in range(8)])
-    strategy = lowmem.create("frugal", split="blocks", density=0.25, update_proj_gap=3)
+    strategy = lowmem.create("frugal", projector="none", schedule="blocks", switch_gap=3)
     optimizer = lowmem.LowMemOptimizer(param_groups(model), strategy)
     for step in range(9):
         for p in model.parameters():

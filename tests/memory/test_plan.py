@@ -232,7 +232,8 @@ def test_beyond_the_models_length_is_a_warning_with_the_number():
         ({"batch_size": 0}, "at least 1"),
         ({"quantize": "nf4"}, "lora_rank"),
         ({"sequence": 4}, "no option 'sequence'"),
-        ({"options": "rank=4"}, "no option 'rank'"),
+        ({"options": "rank=4"}, "rank comes with projector="),
+        ({"options": "rnk=4"}, "no option 'rnk'"),
     ],
 )
 def test_bad_input_is_one_line(arguments, match):

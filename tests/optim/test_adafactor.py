@@ -182,7 +182,7 @@ def test_padding_is_not_counted(states: str) -> None:
 
 
 def test_a_subspace_hears_when_its_inner_rule_refuses() -> None:
-    optimizer, p = optimizer_of(normal(12, 20), lowmem.create("galore", rank=4, inner="adafactor"))
+    optimizer, p = optimizer_of(normal(12, 20), lowmem.create("galore", rank=4, rule="adafactor"))
     p.grad = normal(12, 20)
     optimizer.step()
     before = p.detach().clone()
@@ -195,7 +195,7 @@ def test_a_subspace_hears_when_its_inner_rule_refuses() -> None:
 def test_a_direction_the_gradient_does_not_have_is_not_made_up() -> None:
     """Of a gradient of rank one, rank 4 holds three directions of rounding noise."""
     g = torch.outer(normal(12), normal(20, seed=1))
-    optimizer, p = optimizer_of(torch.zeros(12, 20), lowmem.create("galore", rank=4, inner="adafactor"))
+    optimizer, p = optimizer_of(torch.zeros(12, 20), lowmem.create("galore", rank=4, rule="adafactor"))
     p.grad = g
     optimizer.step()
     left = g[:, :1] / g[:, :1].norm()
@@ -304,8 +304,8 @@ def test_a_reset_forgets_and_a_failed_refresh_does_not() -> None:
 
 def test_means_do_not_turn_with_the_basis() -> None:
     with pytest.raises(UserError, match="reset"):
-        lowmem.create("galore", inner="adafactor", on_refresh="rotate")
-    lowmem.create("galore", inner="adafactor", on_refresh="reset")
+        lowmem.create("galore", rule="adafactor", on_refresh="rotate")
+    lowmem.create("galore", rule="adafactor", on_refresh="reset")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
 from lowmem.optim.state import made
-from lowmem.optim.writers import WRITERS
+from lowmem.strategies import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
 
@@ -40,6 +40,10 @@ class Whole(Chunks):
         yield 0, count, count
 
 
+WRITERS = {name: part.make({}) for name, part in parts("writer").items()}
+"""Kernels go by their identity: one of each."""
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -49,14 +53,15 @@ def steps(chunks: Chunks, rule: Any, writer: str, dtype: torch.dtype, rows: int,
     w = normal(rows, ROW, seed=seed).to(dtype)
     state = {**rule.init(w), **made(rule.constants(tuple(w.shape)), w.device), "rate": torch.tensor(0.5)}
     state.setdefault("age", torch.zeros((), dtype=torch.int32))
-    extra = WRITERS[writer].init(w) if writer else {}
+    stored = WRITERS.get(writer)
+    extra = stored.init(w) if stored else {}
     left = [w, *state.values(), *extra.values()]
     for t in range(2):
         g = normal(rows, ROW, seed=seed + t + 1).to(dtype)
         hp = Hyper(t, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.01, Dense(w), chunks.advance_)
-        if writer:
+        if stored:
             g[0, 3] = math.nan
-            chunks.apply_(rule, WRITERS[writer], w, Dense(g), state, extra, hp)
+            chunks.apply_(rule, stored, w, Dense(g), state, extra, hp)
         else:
             left += [chunks.advance_(rule, g, state, hp), g]
     return [*left, torch.tensor(chunks.skipped())]

@@ -22,7 +22,7 @@ from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
 from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.state import made
-from lowmem.optim.writers import WRITERS
+from lowmem.optim.writers import NEAREST
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def follow(rule: Any, shape: tuple[int, ...], gradients: list[Tensor]) -> tuple[
     chunks, w = Chunks(), torch.ones(shape)
     state = rule.init(w) | made(rule.constants(shape), w.device)
     for step, g in enumerate(gradients):
-        chunks.apply_(rule, WRITERS["nearest"], w, Dense(g), state, {}, hyper(w, chunks, step))
+        chunks.apply_(rule, NEAREST, w, Dense(g), state, {}, hyper(w, chunks, step))
     return w, state
 
 
@@ -145,7 +145,7 @@ def test_a_shared_number_counts_a_bad_element_as_zero_and_stays_finite() -> None
 def test_the_weight_reaches_a_rule_that_reads_it() -> None:
     w, chunks = normal(3, 5), Chunks()
     before, g = w.clone(), normal(3, 5, seed=1)
-    chunks.apply_(coded(Trusting()), WRITERS["nearest"], w, Dense(g), {}, {}, hyper(w, chunks))
+    chunks.apply_(coded(Trusting()), NEAREST, w, Dense(g), {}, {}, hyper(w, chunks))
     torch.testing.assert_close(w, before - 0.1 * g * before.abs())
 
 

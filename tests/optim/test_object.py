@@ -62,7 +62,9 @@ LOW = {"rank": 4, "update_proj_gap": GAP}
 CASES = [
     *(Case(name) for name in lowmem.available() if name not in ("galore", "frugal")),
     *(Case("galore", {**LOW, "states": s}) for s in ("fp32", "bf16", "int8", "int4", "companded8")),
-    *(Case("frugal", {"split": s, "update_proj_gap": GAP}) for s in ("columns", "blocks", "randk", "svd")),
+    Case("frugal", {"projector": "columns", "update_proj_gap": GAP}),
+    Case("frugal", {"projector": "none", "schedule": "blocks", "switch_gap": GAP}),
+    *(Case("frugal", {"projector": s, "update_proj_gap": GAP}) for s in ("randk", "svd")),
     *(Case("adamw", {"writer": w}, torch.bfloat16) for w in ("nearest", "stochastic", "kahan", "split")),
     Case("galore", {**LOW, "states": "int8", "writer": "kahan"}, torch.bfloat16),
 ]
@@ -383,7 +385,7 @@ def test_unnamed_groups_of_unknown_tensors_are_refused_beside_named_ones() -> No
 
 
 def test_blocks_keep_their_moments_when_a_group_joins() -> None:
-    case = Case("frugal", {"split": "blocks", "density": 1.0, "update_proj_gap": 50})
+    case = Case("frugal", {"projector": "none", "schedule": "blocks", "density": 1.0, "switch_gap": 50})
     model = net(case)
     optimizer = case.over([model.up.weight], model=model)
     for _ in range(2):

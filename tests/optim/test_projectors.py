@@ -226,7 +226,7 @@ def test_frugal_without_a_rest_is_galore(shape: tuple[int, int]) -> None:
         return p.detach()
 
     galore = run("galore", 0.04, scale=0.25, rank=4, projector="svd")
-    frugal = run("frugal", 0.01, split="svd", density=0.5, residual="sgd", residual_scale=0.0)
+    frugal = run("frugal", 0.01, projector="svd", rank=0.5, residual="sgd", residual_scale=0.0)
     torch.testing.assert_close(frugal, galore, rtol=0, atol=1e-6)
 
 

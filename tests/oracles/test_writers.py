@@ -9,6 +9,12 @@ from torch import Tensor
 noise = pytest.importorskip("lowmem.optim.engine.noise")
 writers = pytest.importorskip("lowmem.optim.writers")
 rule = pytest.importorskip("lowmem.optim.contract")
+WRITERS = {
+    "nearest": writers.Nearest(),
+    "stochastic": writers.Stochastic(),
+    "kahan": writers.Kahan(),
+    "split": writers.Split(),
+}
 
 HALF = [torch.bfloat16, torch.float16]
 BF16_ULP_AT_ONE = 2.0**-7
@@ -31,7 +37,7 @@ def hyper(size: int, step: int = 0, lr: float = 1.0, decay: float = 1.0, start: 
 def write(
     name: str, w: Tensor, d: Tensor, steps: int, lr: float = 1.0, decay: float = 1.0
 ) -> tuple[Tensor, dict]:
-    writer = writers.select(name, w.dtype)
+    writer = writers.select(WRITERS[name], w.dtype)
     state = writer.init(w)
     for step in range(steps):
         hp = hyper(w.numel(), step, lr, decay)

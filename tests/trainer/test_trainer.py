@@ -25,8 +25,8 @@ IN_BF16 = [
     *RESUMED.items(),
     ("adafactor", "beta1=0.9"),
     ("adamw_8bit", ""),
-    ("frugal", "update_proj_gap=5,split=randk"),
-    ("frugal", "update_proj_gap=5,split=blocks"),
+    ("frugal", "update_proj_gap=5,projector=randk"),
+    ("frugal", "projector=none,schedule=blocks,switch_gap=5"),
     ("galore", "rank=4,update_proj_gap=5,states=int8"),
     ("microadam", ""),
 ]
@@ -279,7 +279,7 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path):
     for values, words in [
         ({"optim": "adamw", "optim_args": ""}, "strategy is 'galore', this run's is 'adamw'"),
         ({"optim_args": "rank=8"}, "options 'rank' is 4, this run's is 8"),
-        ({"writer": "kahan"}, "options 'writer' is 'auto', this run's is 'kahan'"),
+        ({"optim_args": "rank=4,writer=kahan"}, "options 'writer' is not set, this run's is 'kahan'"),
         ({"model": tiny("qwen3")}, "parameters"),
         ({"model": tiny(dtype=torch.bfloat16)}, "float32"),
     ]:

@@ -14,6 +14,7 @@ import lowmem
 import lowmem.cli as cli
 from lowmem.errors import ConfigError, UserError
 from lowmem.optim.checks import idle
+from lowmem.optim.groups import param_groups
 from lowmem.training.arguments import LowMemArguments, LowMemSFTConfig
 
 NUMBERS: list[dict[str, Any]] = [{"betas": (0.8, 0.9)}, {"eps": 1e-4}]
@@ -73,7 +74,7 @@ def test_a_rule_reads_what_it_says(name: str) -> None:
     def weights(**numbers: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(96, 96), torch.nn.Linear(96, 64))
-        groups = strategy.param_groups(model)
+        groups = param_groups(model)
         optimizer = lowmem.LowMemOptimizer(groups, strategy, lr=1e-2, compile="off", model=model, **numbers)
         x = torch.randn(8, 96)
         for _ in range(3):
@@ -92,20 +93,17 @@ def test_a_rule_reads_what_it_says(name: str) -> None:
         assert same == refused, numbers
 
 
-def test_a_declaration_counts_before_what_is_inside() -> None:
-    class Inner:
+def test_what_one_rule_of_a_strategy_reads_has_an_effect() -> None:
+    class Root:
         uses = frozenset({"eps"})
 
-    class Outer:
-        inner = Inner()
-
-    class Silent:
-        pass
+    class Averages:
+        uses = frozenset({"betas"})
 
     numbers: dict[str, Any] = {"betas": (0.5, 0.5), "eps": 1e-3}
-    assert [text.split(":")[0] for text in idle("x", [Inner()], **numbers)] == ["betas"]
-    assert [text.split(":")[0] for text in idle("x", [Outer()], **numbers)] == ["betas"]
-    assert idle("x", [Outer(), Silent()], **numbers) == []
+    assert [text.split(":")[0] for text in idle("x", [Root()], **numbers)] == ["betas"]
+    assert [text.split(":")[0] for text in idle("x", [Averages()], **numbers)] == ["eps"]
+    assert idle("x", [Root(), Averages()], **numbers) == []
 
 
 @pytest.mark.parametrize("name", ["mezo"])

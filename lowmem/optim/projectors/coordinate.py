@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
 from lowmem.optim.contract import Change, Projector, Unrelated
 from lowmem.optim.engine import noise
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import check_gap
+from lowmem.optim.projectors.dense import check_gap, check_rank
 from lowmem.optim.state import State
 
 GROUP = 256
@@ -32,31 +31,31 @@ def _choose(first: int, rows: int, count: int, pick: int, hp: Hyper) -> Tensor:
     return words.argsort(dim=1, stable=True)[:, :pick].sort(dim=1).values
 
 
-def _check_density(density: float) -> None:
-    if not 0.0 < density <= 1.0:
-        raise UserError(f"density must be above 0 and at most 1, got {density}")
+def _count(rank: float, of: int, share: int) -> int:
+    """So many of `of`: a number from 1 on, clipped, or a share below 1 that came to `share`; at least 1."""
+    return max(1, min(int(rank), of) if rank >= 1 else share)
 
 
 @dataclass(frozen=True)
 class Columns(Projector):
     """A random subset of columns (FRUGAL, arXiv 2411.07837): R = G[:, index] is (m, r).
 
-    Holds 4 r bytes, r = floor(density n), at least 1.
+    Holds 4 r bytes, r = min(rank, n), or floor(rank n) of a share, at least 1.
 
     Args:
-        density: fraction of the columns.
+        rank: columns, from 1 on, or their share, below 1.
         update_proj_gap: steps between choices, at least 1.
     """
 
-    density: float
+    rank: float
     update_proj_gap: int = 200
 
     def __post_init__(self) -> None:
-        _check_density(self.density)
+        check_rank(self.rank)
         check_gap(self.update_proj_gap)
 
     def _rank(self, shape: tuple[int, int]) -> int:
-        return max(1, int(self.density * shape[1]))
+        return _count(self.rank, shape[1], int(self.rank * shape[1]))
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(m, r)."""
@@ -95,24 +94,24 @@ class Columns(Projector):
 class Elements(Projector):
     """A random subset of single elements (FRUGAL's randk), the same number in each group of 256.
 
-    R is (ceil(m n / 256), k), k = round(256 density), at least 1. Holds one byte
-    for each chosen element, where index pairs would take sixteen.
+    R is (ceil(m n / 256), k), k = min(rank, 256), or round(256 rank) of a share, at
+    least 1. Holds one byte for each chosen element, where index pairs would take sixteen.
 
     Args:
-        density: fraction of the elements.
+        rank: elements of each group, from 1 on, or their share, below 1.
         update_proj_gap: steps between choices, at least 1.
     """
 
-    density: float
+    rank: float
     update_proj_gap: int = 200
 
     def __post_init__(self) -> None:
-        _check_density(self.density)
+        check_rank(self.rank)
         check_gap(self.update_proj_gap)
 
     @property
     def _picked(self) -> int:
-        return max(1, round(GROUP * self.density))
+        return _count(self.rank, GROUP, round(GROUP * self.rank))
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(groups, k)."""

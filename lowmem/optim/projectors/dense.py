@@ -31,18 +31,16 @@ class Frame:
     """Geometry of a dense basis: which side it spans, how it maps down and up.
 
     Args:
-        rank: columns of the basis, at least 1, or a fraction of the side; clipped to the short side, which
-            no gradient's rank exceeds.
+        rank: columns of the basis, from 1 on, or their share of the side, below 1; clipped to the short
+            side, which no gradient's rank exceeds.
         proj_type: std (short side), reverse_std (long side), left or right.
     """
 
-    rank: int | float
+    rank: float
     proj_type: str = "std"
 
     def __post_init__(self) -> None:
-        if self.rank <= 0 or (isinstance(self.rank, float) and self.rank > 1):
-            allowed = "at least 1" if isinstance(self.rank, int) else "a fraction above 0, at most 1"
-            raise UserError(f"rank must be {allowed}, got {self.rank}")
+        check_rank(self.rank)
         if self.proj_type not in PROJ_TYPES:
             raise UserError(f"unknown proj_type {self.proj_type!r}; {nearest(self.proj_type, PROJ_TYPES)}")
 
@@ -56,7 +54,7 @@ class Frame:
     def size(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(s, r) of the basis."""
         side = shape[0] if self.left(shape) else shape[1]
-        rank = max(1, round(side * self.rank)) if isinstance(self.rank, float) else self.rank
+        rank = int(self.rank) if self.rank >= 1 else max(1, round(side * self.rank))
         return side, min(rank, *shape)
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -227,6 +225,12 @@ class Orthonormal(Projector):
     def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
         """See Frame."""
         return self.frame.pair(s["basis"], low, shape)
+
+
+def check_rank(rank: float) -> None:
+    """Refuse a size that is neither a number from 1 on nor a share below 1."""
+    if not (0.0 < rank < 1.0 or (rank >= 1.0 and rank % 1.0 == 0.0)):
+        raise UserError(f"rank is a whole number from 1 on, or a share between 0 and 1, got {rank}")
 
 
 def check_gap(gap: int) -> None:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.optim.contract import AnyRule, Rotation
-from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
+from lowmem.optim.contract import Rotation
+from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
 from lowmem.optim.hyper import Hyper
 
 LEAST_EPS = 1e-18
@@ -30,6 +30,7 @@ class Adam(Elementwise):
     Holds both moments and 4 bytes for the age t: 8 m n + 4 for an (m, n) weight in fp32.
 
     Example:
+        >>> from lowmem.optim.elementwise import coded
         >>> sorted(coded(Adam(), "int8").init(torch.zeros(3, 5)))
         ['age', 'exp_avg.codes', 'exp_avg.scale', 'exp_avg_sq.codes', 'exp_avg_sq.scale']
     """
@@ -69,9 +70,3 @@ class Adam(Elementwise):
         turned = turn(first)
         variance = (turn.squares(second - first.square()) + turned.square()).abs()
         return {"exp_avg": turned * corrections[0], "exp_avg_sq": variance * corrections[1]}
-
-
-def outside(states: str) -> dict[str, AnyRule]:
-    """The rules of what is not a matrix: Adam, with fp32 moments where a codec is not worth it."""
-    rules: dict[str, AnyRule] = {"other": coded(Adam(), states)}
-    return rules if states in ("fp32", "bf16") else {**rules, "small": coded(Adam())}

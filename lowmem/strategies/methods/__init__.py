@@ -1,1 +1,1 @@
-"""Named methods, a file each; they register themselves when this package is searched."""
+"""Named methods, a file for each family; they register themselves when this package is searched."""

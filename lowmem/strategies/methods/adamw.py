@@ -1,27 +1,36 @@
-"""AdamW (arXiv 1711.05101), the yardstick.
+"""AdamW and what follows its arithmetic."""
 
-    W <- (1 - lr wd) W - lr m_hat / (sqrt(v_hat) + eps)
+from lowmem.strategies.method import Method, register
 
-Bytes for an (m, n) weight: 8 m n + 4 with fp32 moments, 4 m n + 4 with bf16 ones.
-"""
+register(
+    Method(
+        "adamw",
+        """AdamW with plain moments.
 
-from __future__ import annotations
+            W <- (1 - lr wd) W - lr m_hat / (sqrt(v_hat) + eps)
 
-from typing import Literal
+        Bytes for an (m, n) weight: 8 m n + 4 with fp32 moments, 4 m n + 4 with bf16 ones, which are
+        rounded at random.
+        """,
+        paper="1711.05101",
+        rule="adam",
+    )
+)
 
-from lowmem.optim.elementwise import coded
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.strategy import Strategy
-from lowmem.sources import Backprop
-from lowmem.strategies.registry import register
+register(
+    Method(
+        "adamw_8bit",
+        """AdamW with moments of 8 or 4 bits.
 
+        The arithmetic is AdamW's, in fp32; both moments are decoded before it and encoded after it. int8
+        is the dynamic map, companded8 a curve without a table (faster), int4 half of it. Tensors below
+        4096 elements keep fp32 moments. See also arXiv 2309.01507 and 2602.23349.
 
-@register(paper="1711.05101")
-def adamw(*, states: Literal["fp32", "bf16"] = "fp32") -> Strategy:
-    """AdamW with plain moments.
-
-    Args:
-        states: Precision of both moments; bf16 is rounded at random.
-    """
-    rule = coded(Adam(), states)
-    return Strategy(rules={"matrix": rule, "other": rule}, source=Backprop())
+        Bytes for an (m, n) weight, d = m n: 2 d + 8 ceil(d / 256) + 4 (int8),
+        2 d + 4 ceil(d / 32) + 4 (companded8), 2 ceil(d / 2) + 8 ceil(d / 128) + 4 (int4).
+        """,
+        paper="2110.02861",
+        rule="adam",
+        states="int8",
+    )
+)

@@ -1,0 +1,68 @@
+"""What becomes of the part of a gradient that is not seen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from lowmem.optim.contract import Residual
+from lowmem.optim.residuals import Drop, ScaledGradient, ScaledRest, Stateless
+from lowmem.strategies.options import Limits
+from lowmem.strategies.parts import part
+
+Scale = Annotated[float, Limits(least=0.0)]
+Positive = Annotated[float, Limits(above=0.0)]
+Limit = Annotated[float, Limits(least=0.0)]
+
+
+@part("residual")
+def drop() -> Residual:
+    """It is forgotten."""
+    return Drop()
+
+
+@part("residual")
+def sign(*, scale: Scale = 1.0) -> Residual:
+    """A step by its sign.
+
+    Args:
+        scale: Factor of the learning rate for the rest.
+    """
+    return Stateless(sign=True, scale=scale)
+
+
+@part("residual")
+def sgd(*, scale: Scale = 1.0) -> Residual:
+    """A step by itself.
+
+    Args:
+        scale: Factor of the learning rate for the rest.
+    """
+    return Stateless(sign=False, scale=scale)
+
+
+@part("residual")
+def scaled_rest(
+    *, scale: Positive = 1.0, limit: Limit = 1.01, per: Literal["channel", "tensor"] = "channel"
+) -> Residual:
+    """A step by it, each channel as much longer as the rule makes what is seen.
+
+    Args:
+        scale: Factor of the learning rate for it.
+        limit: How much longer than the step before a step may be; 0 for no limit.
+        per: One factor for each channel, or one for the tensor.
+    """
+    return ScaledRest(scale, limit, per)
+
+
+@part("residual")
+def scaled_gradient(
+    *, scale: Positive = 1.0, limit: Limit = 1.01, per: Literal["channel", "tensor"] = "channel"
+) -> Residual:
+    """A step by the whole gradient, scaled like that; what is seen serves statistics alone.
+
+    Args:
+        scale: Factor of the learning rate for it.
+        limit: How much longer than the step before a step may be; 0 for no limit.
+        per: One factor for each channel, or one for the tensor.
+    """
+    return ScaledGradient(scale, limit, per)
