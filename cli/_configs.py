@@ -29,8 +29,10 @@ def find(name_or_path: str) -> Path:
 
 def problems(values: Mapping[str, Any]) -> list[str]:
     """Problems that need the registries: the model, the data format, the strategy and its options."""
+    from lowmem.combinations import missing_tracker
     from lowmem.data.formats import named
     from lowmem.data.load import check_name
+    from lowmem.data.mix import check_names
     from lowmem.data.preferences import named_for
     from lowmem.models.entries import resolve
 
@@ -38,13 +40,19 @@ def problems(values: Mapping[str, Any]) -> list[str]:
         return named(name) if values["task"] == "sft" else named_for(values["task"], name)
 
     found = []
-    look_ups = (("model", resolve), ("data", check_name), ("eval_data", check_name), ("data_format", _format))
+    look_ups = (
+        ("model", resolve),
+        ("data", check_names),
+        ("eval_data", check_name),
+        ("data_format", _format),
+    )
     for name, look_up in look_ups:
         try:
             if values[name]:
                 look_up(values[name])
         except UserError as error:
             found.append(f"{name}: {error}")
+    found += [problem] if (problem := missing_tracker(values["report_to"])) else []
     return found + (_strategy_problems(values) if values["optim"] else [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterable
@@ -34,9 +35,16 @@ def run_flags(
             if wanted is None or f.name in wanted
         ]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in [*derived, *own]]
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
+        together = {f.name: sign for f in fields(of) if (sign := f.metadata.get("several"))}
+
+        @functools.wraps(command)
+        def joined(**given: Any) -> None:
+            several = {name: together[name].join(given[name]) for name in together if given.get(name)}
+            command(**{**given, **several})
+
+        joined.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        joined.__annotations__ = {p.name: p.annotation for p in parameters}
+        return joined
 
     return decorate
 
@@ -48,7 +56,7 @@ def _parameter(f: Field[Any], hint: Any, *, as_text: bool) -> inspect.Parameter:
     metavar: str | None = "|".join(f.metadata["choices"]) or _metavar(hint)
     if hint is bool:
         name, kind, metavar = f"{name}/--no-{name[2:]}", bool | None, None
-    elif hint == tuple[str, ...]:
+    elif hint == tuple[str, ...] or f.metadata.get("several"):
         kind = list[str] | None
     elif not as_text and metavar in ("INTEGER", "NUMBER"):
         kind = int | None if metavar == "INTEGER" else float | None

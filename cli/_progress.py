@@ -24,6 +24,7 @@ _SHOWN = {
     "eval_loss": "held-out loss {:.3f}",
     "reward": "reward {:.3f}",
     "learning_rate": "lr {:.1e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
 }
 
 

@@ -28,7 +28,10 @@ def command(
 ) -> None:
     """Fine-tune a language model. Without --data and --config it runs the demo."""
     given = {name: value for name, value in flags.items() if value is not None}
-    run = from_flags(given, _base(given, config), problems)
+    base = _base(given, config)
+    first = from_flags(given, base)  # what needs no package is said at once
+    render.say(f"{first.model}, {first.optim}: checking the settings")
+    run = from_flags(given, base, problems)
     recipe = importlib.import_module("lowmem.recipes.finetune")
     from ._progress import Bars
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ def problems(v: Mapping[str, Any]) -> list[str]:
     rules = [
         (v["steps"] and v["epochs"], "steps and epochs: both given; give one of them"),
         (v["resume"] and v["overwrite"], "resume and overwrite: one keeps the earlier run, one replaces it"),
-        (v["quantize"] and not v["lora_rank"], "quantize: frozen weights only; give lora_rank as well"),
+        (
+            v["quantize"] and not (v["lora_rank"] or v["adapter"]),
+            "quantize: frozen weights only; give lora_rank as well",
+        ),
         (
             v["steps"] and v["warmup"] > v["steps"],
             f"warmup: {v['warmup']} steps of warm-up in a run of {v['steps']}; make it {v['steps']} or less",
@@ -26,7 +30,7 @@ def problems(v: Mapping[str, Any]) -> list[str]:
             f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
         ),
     ]
-    return [text for broken, text in rules if broken] + _of_task(v)
+    return [text for broken, text in rules if broken] + _of_task(v) + _of_adapters(v) + _of_evaluation(v)
 
 
 def _of_task(v: Mapping[str, Any]) -> list[str]:
@@ -55,3 +59,43 @@ def _of_task(v: Mapping[str, Any]) -> list[str]:
         ),
     ]
     return [text for broken, text in rules if broken]
+
+
+def _of_adapters(v: Mapping[str, Any]) -> list[str]:
+    """Settings of adapters that are not trained."""
+    lora = [
+        name
+        for name, off in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", "all-linear"))
+        if v[name] != off
+    ]
+    other = v["adapter"] is not None and v["adapter"].lower() != "lora"
+    rules = [
+        (lora and not v["lora_rank"], f"{', '.join(lora)}: of LoRA; give lora_rank as well"),
+        (other and v["lora_rank"], f"lora_rank: of LoRA, adapter is {v['adapter']}; give one of them"),
+        (
+            v["adapter_args"] and not (v["lora_rank"] or v["adapter"]),
+            "adapter_args: no adapter is trained; give lora_rank or adapter as well",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+def _of_evaluation(v: Mapping[str, Any]) -> list[str]:
+    """Settings that need evaluations or a schedule."""
+    need = [name for name in ("keep_best", "early_stopping") if v[name]]
+    rules = [
+        (need and not v["eval_steps"], f"{', '.join(need)}: give eval_steps, the steps between evaluations"),
+        (v["decay"] and v["schedule"] != "wsd", "decay: of schedule wsd; leave it out, or set schedule: wsd"),
+        (
+            v["decay"] and v["steps"] and v["decay"] + v["warmup"] > v["steps"],
+            f"decay: {v['decay']} steps and warmup {v['warmup']} in a run of {v['steps']}; make them fewer",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+def missing_tracker(report_to: str) -> str | None:
+    """What to do where the package that losses are logged to is not installed."""
+    if report_to == "none" or importlib.util.find_spec(report_to) is not None:
+        return None
+    return f"report_to: {report_to} is not installed; pip install {report_to}"

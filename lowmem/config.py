@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -23,10 +22,10 @@ from typing import Any
 from lowmem import combinations
 from lowmem.errors import ConfigError, UserError, nearest
 from lowmem.texts import parse_yaml
+from lowmem.values import convert
 
 __all__ = ["Check", "RunConfig", "build", "dump", "from_flags", "load", "read"]
 
-MOST = {int: 2**31, float: 1e30}  # no machine counts steps beyond, and no 32-bit float multiplies beyond
 Check = Callable[[Mapping[str, Any]], Iterable[str]]  # values by name -> problems
 
 
@@ -39,9 +38,10 @@ def _knob(
     least: float = -math.inf,
     above: float = -math.inf,
     below: float = math.inf,
+    several: str = "",
 ) -> Any:
     """A field with what its flag, its YAML key and its check need to know."""
-    limits = {"least": least, "above": above, "below": below}
+    limits = {"least": least, "above": above, "below": below, "several": several}
     return field(default=default, metadata={"group": group, "help": help, "choices": choices, **limits})
 
 
@@ -75,11 +75,21 @@ class RunConfig:
     lora_rank: int | None = _knob(
         None, "Model", "train LoRA adapters of this rank only", least=1, below=2**16
     )
+    lora_alpha: float | None = _knob(None, "Model", "scale of LoRA; twice the rank when not given", above=0)
+    lora_dropout: float = _knob(0.0, "Model", "share of the adapters' inputs left out", least=0, below=1)
+    lora_targets: str = _knob("all-linear", "Model", "layers that get LoRA, as in q_proj,v_proj")
+    adapter: str | None = _knob(None, "Model", "another method of PEFT by its name, such as ia3 or vera")
+    adapter_args: str = _knob("", "Model", "options of PEFT's method, as in use_dora=true")
     quantize: str | None = _knob(
         None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)
     )
 
-    data: str = _knob("factbook", "Data", "file, folder, Hub id, or the demo data 'factbook'")
+    data: str = _knob(
+        "factbook",
+        "Data",
+        "file, folder, Hub id, or the demo data 'factbook'; can be repeated, NAME=2 is seen twice as often",
+        several=" + ",
+    )
     data_format: str | None = _knob(None, "Data", "format of the rows; recognised when not given")
     columns: str = _knob("", "Data", "what fields are called in the rows: prompt=question,completion=answer")
     eval_data: str | None = _knob(None, "Data", "held-out rows; a part of the data when not given")
@@ -96,7 +106,13 @@ class RunConfig:
     eps: float = _knob(1e-8, "Optimizer", "added to the denominator of the step", above=0)
     weight_decay: float = _knob(0.0, "Optimizer", "decoupled weight decay", least=0)
     schedule: str = _knob(
-        "linear", "Optimizer", "how lr falls after the warm-up", choices=("linear", "cosine", "constant")
+        "linear",
+        "Optimizer",
+        "how lr falls after the warm-up",
+        choices=("linear", "cosine", "constant", "wsd"),
+    )
+    decay: int | None = _knob(
+        None, "Optimizer", "steps over which lr falls at the end of wsd; a tenth when not given", least=1
     )
     warmup: int = _knob(0, "Optimizer", "steps over which lr rises from 0", least=0)
     max_grad_norm: float = _knob(1.0, "Optimizer", "norm to clip gradients to", above=0)
@@ -110,6 +126,8 @@ class RunConfig:
     compile: str = _knob(
         "auto", "Optimizer", "compile the step; auto where it pays", choices=("auto", "on", "off")
     )
+
+    neftune: float | None = _knob(None, "Optimizer", "noise on the embeddings (NEFTune's alpha)", above=0)
 
     gradient_checkpointing: bool = _knob(False, "Memory", "recompute activations in the backward pass")
     gradient_release: bool = _knob(
@@ -132,6 +150,16 @@ class RunConfig:
     eval_steps: int | None = _knob(
         None, "Output", "steps between evaluations; before and after only when not given", least=1
     )
+    keep_best: bool = _knob(False, "Output", "end with the weights of the best evaluation")
+    early_stopping: int | None = _knob(
+        None, "Output", "end after so many evaluations without a better one", least=1
+    )
+    report_to: str = _knob(
+        "none",
+        "Output",
+        "where losses are logged",
+        choices=("none", "tensorboard", "wandb", "mlflow", "trackio"),
+    )
     logging_steps: int = _knob(5, "Output", "steps between logged losses", least=1)
     prompt: tuple[str, ...] = _knob(
         (), "Output", "answer this before and after; can be repeated, '' for none"
@@ -147,6 +175,11 @@ class RunConfig:
         values["prompt"] = tuple(text for text in values["prompt"] if text.strip())  # "" asks nothing
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained and the model's own weights stay."""
+        return bool(self.lora_rank or self.adapter)
 
     @property
     def column_names(self) -> dict[str, str]:
@@ -263,76 +296,7 @@ def _parse(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{name} is missing: {f.metadata['help']}; give --{name} or '{name}:' in YAML")
         elif name in values:
             try:
-                parsed[name] = _convert(values[name], hints[name], f.metadata)
+                parsed[name] = convert(values[name], hints[name], f.metadata)
             except ValueError as error:
                 problems.append(f"{name}: {error}")
     return parsed, problems
-
-
-def _convert(value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
-    """`value`, from YAML, a flag or Python, in the type of its field; ValueError says what is allowed."""
-    if isinstance(hint, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        return _convert(value, typing.get_args(hint)[0], metadata)
-    if value is None:
-        raise ValueError("no value given; leave the line out for the default")
-    if typing.get_origin(hint) is tuple:
-        return _convert_tuple(value, typing.get_args(hint), metadata)
-    if hint is bool:
-        return _convert_bool(value)
-    if hint is str:
-        return _convert_text(value, metadata["choices"])
-    return _convert_number(value, hint, metadata)
-
-
-def _convert_tuple(value: Any, kinds: tuple[Any, ...], metadata: Mapping[str, Any]) -> tuple[Any, ...]:
-    if kinds[-1] is Ellipsis:  # texts: a lone one is a list of one
-        items = [value] if isinstance(value, str) else value
-        kinds = (kinds[0],) * (len(items) if isinstance(items, (list, tuple)) else 0)
-    else:
-        items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple)) or len(items) != len(kinds):
-        raise ValueError(f"{value!r} is not a list of {len(kinds) or 'text'} values")
-    return tuple(_convert(item, kind, metadata) for item, kind in zip(items, kinds, strict=True))
-
-
-def _convert_bool(value: Any) -> bool:
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    raise ValueError(f"{value!r} is not true or false")
-
-
-def _convert_text(value: Any, choices: tuple[str, ...]) -> str:
-    if isinstance(value, bool) and "on" in choices:  # YAML reads a bare on and off as true and false
-        value = "on" if value else "off"
-    if isinstance(value, Mapping):  # options of a strategy, one per line in YAML
-        value = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in value.items())
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a text; put it in quotes")
-    if choices and value not in choices:
-        raise ValueError(f"{value!r} is not allowed; {nearest(value, choices)}")
-    return value
-
-
-def _convert_number(value: Any, kind: type, metadata: Mapping[str, Any]) -> int | float:
-    word = "a whole number" if kind is int else "a number"
-    try:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError
-        number = float(value)  # YAML reads 1e-4, without a point, as text
-        whole = int(number) if kind is int else number
-    except (ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not {word}") from None
-    if whole != number:
-        raise ValueError(f"{value!r} is not {word}")
-    least, above = metadata["least"], metadata["above"]
-    below = metadata["below"] if math.isfinite(metadata["below"]) else MOST[kind]
-    if not math.isfinite(number) or number < least or number <= above or number >= below:
-        limits = [(least, "at least"), (above, "above"), (below, "below")]
-        allowed = " and ".join(f"{text} {limit:.10g}" for limit, text in limits if math.isfinite(limit))
-        raise ValueError(f"{value} is out of range; it must be {allowed or 'finite'}")
-    return whole

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lowmem.data.load import Data
 
 
+SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+
+
 def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, Any]:
     """Run one fine-tuning job.
 
@@ -71,9 +74,12 @@ def arguments(config: RunConfig) -> Any:
     """
     import torch
 
+    from lowmem.combinations import missing_tracker
     from lowmem.training.arguments import trl_config
     from lowmem.training.tasks import options
 
+    if problem := missing_tracker(config.report_to):
+        raise UserError(problem)
     cuda = torch.cuda.is_available()
     common = {
         "output_dir": str(config.output_path),
@@ -84,7 +90,7 @@ def arguments(config: RunConfig) -> Any:
         "adam_beta2": config.betas[1],
         "adam_epsilon": config.eps,
         "weight_decay": config.weight_decay,
-        "lr_scheduler_type": config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        "lr_scheduler_type": SCHEDULES.get(config.schedule, config.schedule),
         "warmup_steps": config.warmup,
         "max_grad_norm": config.max_grad_norm,
         "clip": config.clip,
@@ -99,13 +105,16 @@ def arguments(config: RunConfig) -> Any:
         "seed": config.seed,
         "nonfinite_limit": config.nonfinite_limit,
         "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "include_num_input_tokens_seen": "no" if config.task in ("orpo", "grpo") else "all",
+        "neftune_noise_alpha": config.neftune,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit,
         "bf16": False,  # the weights themselves are in `dtype`: nothing is cast at each use
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
-        "report_to": "none",
+        "report_to": config.report_to,
         "disable_tqdm": True,
     }
     return trl_config(config.task)(**{**common, **options(config)})
@@ -113,15 +122,16 @@ def arguments(config: RunConfig) -> Any:
 
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
-    from lowmem.data.split import train_and_held_out
+    from lowmem.data.mix import mixed
     from lowmem.data.template import check_template
     from lowmem.models.adapters import published_name
     from lowmem.training import tasks
     from lowmem.training.callbacks import Peak, Report
+    from lowmem.training.peft_methods import adapter_config
 
     console.start("load")
     given: dict[str, Any] = {"data_format": config.data_format, "columns": config.column_names}
-    parts = train_and_held_out(
+    parts = mixed(
         config.data, config.eval_data, rows=config.eval_rows, seed=config.seed, task=config.task, **given
     )
     for part in parts:
@@ -129,7 +139,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     model, tokenizer = _model(config)
     if any(part.conversational for part in parts):
         check_template(model, tokenizer, console)
-    rest = {"peft_config": _adapters(config), "callbacks": [Report(console), Peak()]}
+    rest = {"peft_config": adapter_config(config), "callbacks": [Report(console), Peak()]}
     if config.task == "sft":
         trainer = _supervised(args, model, parts, tokenizer, console, **rest)
     else:
@@ -137,6 +147,8 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     _replace_printers(trainer)
     trainer.tell, trainer.origin = console.say, _origin(config)
     trainer.base = published_name(config.model)
+    if config.schedule == "wsd":
+        args.lr_scheduler_kwargs = {"num_decay_steps": config.decay or max(1, trainer.planned_steps() // 10)}
     console.finish()
     return trainer
 
@@ -162,8 +174,9 @@ def _origin(config: RunConfig) -> dict[str, Any]:
     from lowmem.training.settings import place
 
     places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
-    names = ("task", "beta", "columns", "data_format", "eval_rows", "quantize")
-    return places | {name: getattr(config, name) for name in names}
+    rows = ("task", "beta", "columns", "data_format", "eval_rows")
+    weights = ("quantize", "lora_alpha", "lora_dropout", "adapter", "adapter_args", "neftune")
+    return places | {name: getattr(config, name) for name in (*rows, *weights)}
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
@@ -186,20 +199,6 @@ def _model(config: RunConfig) -> tuple[Any, Any]:
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
     )
     return load_model(config.model, config.dtype, quantization_config=nf4)
-
-
-def _adapters(config: RunConfig) -> Any:
-    """LoRA on every linear layer but the head, or None."""
-    if not config.lora_rank:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        target_modules="all-linear",
-        task_type="SEQ_CLS" if config.task == "reward" else "CAUSAL_LM",
-    )
 
 
 def _replace_printers(trainer: Any) -> None:
@@ -226,11 +225,12 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
     from lowmem.memory.measure.profile import Profiler
     from lowmem.memory.predict import of_run
     from lowmem.training.callbacks import Peak
-    from lowmem.training.evaluation import HeldOut
+    from lowmem.training.evaluation import HeldOut, go_back_to_best
 
     if config.eval_steps:
-        trainer.add_callback(HeldOut(trainer, config.eval_steps))
-    predict = of_run(config) if config.task == "sft" else _unplanned
+        trainer.add_callback(HeldOut(trainer, config.eval_steps, config.early_stopping, config.keep_best))
+    planned = config.task == "sft" and not config.adapter and not config.adapter_args
+    predict = of_run(config) if planned else _unplanned
     profiler = Profiler(predict, config.model, _run(config), folder=config.output_path)
     console.start("train", config.steps)
     began = time.perf_counter()
@@ -245,6 +245,8 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
         raise
     seconds = time.perf_counter() - began
     console.finish()
+    if config.keep_best and (best := go_back_to_best(trainer)):
+        console.say(f"the weights are those of {best}, the best evaluation")
     (peak,) = (c.bytes for c in trainer.callback_handler.callbacks if isinstance(c, Peak))
     return {
         "seconds": seconds,
@@ -254,7 +256,7 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
 
 
 def _unplanned(measured: Any, strategy: Any) -> tuple[None, list[str]]:
-    return None, ["Nothing was predicted: the plan knows supervised fine-tuning so far."]
+    return None, ["Nothing was predicted: the plan knows supervised fine-tuning, whole or by LoRA."]
 
 
 def _run(config: RunConfig) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def train_and_held_out(
     if own is None:
         return _take_out(train, rows, seed)
     others = load_data(data if held_out is None else held_out, split=own, **given)
-    return train, _disjoint(others, train).first(rows, seed)
+    return train, disjoint(others, train).first(rows, seed)
 
 
 def content_of(row: Mapping[str, Any]) -> str:
@@ -131,7 +131,7 @@ def _take_out(data: Data, rows: int, seed: int) -> tuple[Data, Data]:
     return train, held_out
 
 
-def _disjoint(held_out: Data, train: Data) -> Data:
+def disjoint(held_out: Data, train: Data) -> Data:
     """Held-out rows without those that are trained on, or with a word about them."""
     both = shared(held_out.rows, train.rows)
     if not both:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +123,21 @@ class Report(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last: dict[str, float] = {}
+        self._seen: deque[tuple[float, int]] = deque(maxlen=10)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to count tokens."""
+        self._seen.clear()
+        self._seen.append((time.perf_counter(), state.num_input_tokens_seen))
+
+    def _count(self, state: TrainerState) -> None:
+        """Tokens per second over the last steps, padding included."""
+        self._seen.append((time.perf_counter(), state.num_input_tokens_seen))
+        (began, before), (now, tokens) = self._seen[0], self._seen[-1]
+        if tokens > before and now > began:
+            self.last["tokens_per_second"] = (tokens - before) / (now - began)
 
     def on_log(
         self,
@@ -140,6 +157,7 @@ class Report(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Report a step that is not logged; the others are reported with their loss."""
+        self._count(state)
         if not control.should_log:
             self.console.advance(state.global_step, self.last)
 

@@ -14,12 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config import RunConfig
+from lowmem.data.mix import weights
 from lowmem.report.units import format_bytes
 
 _SETTINGS = (
     *("task", "beta", "reward"),
     *("optim", "optim_args", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulation"),
-    *("seq_len", "packing", "dtype", "lora_rank", "quantize", "gradient_checkpointing"),
+    *(
+        "seq_len",
+        "packing",
+        "dtype",
+        "lora_rank",
+        "adapter",
+        "adapter_args",
+        "neftune",
+        "quantize",
+        "gradient_checkpointing",
+    ),
     *("gradient_release", "seed"),
 )
 
@@ -53,18 +64,20 @@ def card(
 
 
 def _method(config: RunConfig) -> str:
-    return f"`{config.optim}`" + (f" on adapters of rank {config.lora_rank}" if config.lora_rank else "")
+    rank = f" of rank {config.lora_rank}" if config.lora_rank else f" ({config.adapter})"
+    return f"`{config.optim}`" + (f" on adapters{rank}" if config.adapts else "")
 
 
 def _front(config: RunConfig, base: str) -> str:
     """The block that the Hub reads."""
     import yaml
 
-    fields: dict[str, Any] = {"library_name": "peft" if config.lora_rank else "transformers"}
+    fields: dict[str, Any] = {"library_name": "peft" if config.adapts else "transformers"}
     if not Path(base).exists():
-        fields |= {"base_model": base, "base_model_relation": "adapter" if config.lora_rank else "finetune"}
-    if "/" in config.data and not Path(config.data).expanduser().exists():
-        fields["datasets"] = [config.data.partition(":")[0]]
+        fields |= {"base_model": base, "base_model_relation": "adapter" if config.adapts else "finetune"}
+    named = [name for name in weights(config.data) if not Path(name).expanduser().exists()]
+    if hub := [name.partition(":")[0] for name in named if "/" in name]:
+        fields["datasets"] = hub
     fields |= {"pipeline_tag": "text-generation", "tags": ["lowmem", config.optim]}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
@@ -86,7 +99,7 @@ def _data(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _local(text: str, config: RunConfig) -> str:
     """A summary in which data of this machine is called by its last name."""
-    for place in filter(None, (config.data, config.eval_data)):
+    for place in filter(None, (*weights(config.data), config.eval_data)):
         if Path(place).expanduser().exists():
             text = text.replace(place, _last(place))
     return text

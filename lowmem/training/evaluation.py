@@ -8,7 +8,9 @@ depends on how rows fall into batches; this one does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,27 +76,51 @@ def held_out_loss(trainer: Any, console: Console | None = None) -> float:
 
 
 class HeldOut(TrainerCallback):
-    """Logs the held-out loss during training.
+    """Evaluates during training, and keeps or stops by what it finds.
 
     Args:
         trainer: whose evaluation rows are used.
         every: steps between evaluations.
+        patience: evaluations without a better one after which training ends; None never.
+        keep: save a checkpoint at each best evaluation, which no later one pushes out.
     """
 
-    def __init__(self, trainer: Any, every: int) -> None:
-        self.trainer, self.every = trainer, every
+    def __init__(self, trainer: Any, every: int, patience: int | None = None, keep: bool = False) -> None:
+        self.trainer, self.every, self.patience, self.keep = trainer, every, patience, keep
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate at every multiple of `every` but the last step, which is evaluated after training."""
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            due = self.trainer.control.should_log
-            found = held_out(self.trainer)
-            if getattr(self.trainer, "task", "sft") == "sft":  # the others have logged it
-                self.trainer.log({"eval_loss": found["loss"]})
-            # Any log ends with should_log = False: without this the training loss of the step is not logged.
-            self.trainer.control.should_log = due
+        """Evaluate at every multiple of `every`; the last step is evaluated after training."""
+        last = state.global_step >= state.max_steps
+        if not (state.global_step % self.every == 0 and not last) and not (last and self.keep):
+            return
+        due = self.trainer.control.should_log
+        found = held_out(self.trainer)
+        if getattr(self.trainer, "task", "sft") == "sft":  # the others have logged it
+            self.trainer.log({"eval_loss": found["loss"]})
+        # Any log ends with should_log = False: without this the training loss of the step is not logged.
+        self.trainer.control.should_log = due
+        if self.keep or self.patience:
+            self._judge(found.get("loss", -found.get("reward", 0.0)), state, control)
+
+    def _judge(self, value: float, state: TrainerState, control: TrainerControl) -> None:
+        """Lower is better; the best one is noted where the Trainer looks for it."""
+        if math.isfinite(value) and (state.best_metric is None or value < state.best_metric):
+            state.best_metric, state.best_global_step = value, state.global_step
+            control.should_save = control.should_save or self.keep
+        waited = (state.global_step - (state.best_global_step or 0)) // self.every
+        if self.patience and waited >= self.patience:
+            control.should_training_stop = True
+
+
+def go_back_to_best(trainer: Any) -> str | None:
+    """Load the weights of the best checkpoint of a run; its name, None where they are the present ones."""
+    best = trainer.state.best_model_checkpoint
+    if best is None or trainer.state.best_global_step == trainer.state.global_step:
+        return None
+    trainer._load_best_model()
+    return Path(best).name
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:

@@ -82,7 +82,7 @@ class WholeCheckpoints:
         elif self._resumed is None or str(wanted) != self._resumed:
             found = self._whole(wanted)
             theirs, now = sealed.about(found)["settings"], self.about()["settings"]
-            done, planned = checkpoint.step(found), self._planned_steps()
+            done, planned = checkpoint.step(found), self.planned_steps()
             self._changed = settings.changes(theirs, now, found.name, done, planned)
             self._resumed = str(found)
             for sentence in self._changed.values():
@@ -105,7 +105,7 @@ class WholeCheckpoints:
             checkpoint.check_origin(found, self.about())
         return found
 
-    def _planned_steps(self) -> int:
+    def planned_steps(self) -> int:
         """Steps of the whole run, as the Trainer will count them."""
         trainer: Any = self
         if trainer.args.max_steps > 0:

@@ -25,6 +25,11 @@ OTHER: dict[str, Any] = {
     "model": "./my model",
     "dtype": "float32",
     "lora_rank": 8,
+    "lora_alpha": 4.0,
+    "lora_dropout": 0.05,
+    "lora_targets": "q_proj,v_proj",
+    "adapter": "lora",
+    "adapter_args": "use_dora=true",
     "quantize": "nf4",
     "data": "rows: all.jsonl",
     "data_format": "text",
@@ -39,11 +44,13 @@ OTHER: dict[str, Any] = {
     "betas": (0.8, 0.95),
     "eps": 1e-6,
     "weight_decay": 0.1,
-    "schedule": "cosine",
+    "schedule": "wsd",
+    "decay": 3,
     "warmup": 2,
     "max_grad_norm": 0.5,
     "clip": "tensor",
     "compile": "off",
+    "neftune": 5.0,
     "gradient_checkpointing": True,
     "gradient_release": True,
     "steps": 9,
@@ -59,6 +66,9 @@ OTHER: dict[str, Any] = {
     "save_steps": 6,
     "save_total_limit": 3,
     "eval_steps": 4,
+    "keep_best": True,
+    "early_stopping": 2,
+    "report_to": "tensorboard",
     "logging_steps": 2,
     "prompt": ("Who's there?", "yes", "2015", "[a, b]"),
     "report": False,
@@ -231,3 +241,14 @@ def test_shipped_configurations(file: Path) -> None:
     assert [line for line in knobs if "#" not in line] == [], "each knob has a comment"
     load(file)
     assert set(yaml.safe_load(text)) <= set(OTHER)
+
+
+def test_several_data_sets_are_one_value(tmp_path: Path) -> None:
+    """Flags that are repeated, a list in YAML, and the text that both become."""
+    text = "a.jsonl + b.jsonl=2"
+    (tmp_path / "run.yaml").write_text(
+        "model: gpt2\noptim: adamw\ndata:\n- a.jsonl\n- b.jsonl=2\n", encoding="utf-8"
+    )
+    assert load(tmp_path / "run.yaml").data == text
+    assert from_flags({**LEAST, "data": ["a.jsonl", "b.jsonl=2"]}).data == text
+    assert build({**LEAST, "data": text}).data == text

@@ -1,0 +1,85 @@
+"""Which small weights are trained in the place of all: LoRA by default, any method of PEFT by its name.
+
+    --lora-rank 16                                    LoRA on every linear layer but the head
+    --lora-rank 16 --adapter-args use_dora=true       with PEFT's own options (DoRA, rsLoRA, ...)
+    --adapter ia3                                     another method, its options as PEFT names them
+
+Values are read as YAML would; several of one option are joined by +, as in target_modules=q_proj+v_proj.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lowmem.config import RunConfig
+from lowmem.errors import UserError, first_line, nearest
+
+DECIDED = ("task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+
+
+def adapter_config(config: RunConfig) -> Any:
+    """The PEFT configuration of a run, None where all weights are trained.
+
+    Args:
+        config: lora_rank, lora_alpha, lora_dropout, lora_targets, adapter, adapter_args, task.
+
+    Raises:
+        UserError: a method, an option or a value that PEFT does not know.
+    """
+    if not config.adapts:
+        return None
+    kind = _method(config.adapter or "lora")
+    known = {f.name for f in dataclasses.fields(kind) if f.init and f.name not in DECIDED}
+    given = _lora(config) | parse_args(config.adapter_args)
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"adapter_args: {kind.__name__} has no {unknown[0]!r}; {nearest(unknown[0], known)}")
+    try:
+        return kind(task_type="SEQ_CLS" if config.task == "reward" else "CAUSAL_LM", **given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapter_args: {kind.__name__} refuses {given}: {first_line(error)}") from error
+
+
+def parse_args(text: str) -> dict[str, Any]:
+    """Options from one line.
+
+    Raises:
+        UserError: a part that is not name=value.
+
+    Example:
+        >>> parse_args("use_dora=true,target_modules=q_proj+v_proj,lora_alpha=16")
+        {'use_dora': True, 'target_modules': ['q_proj', 'v_proj'], 'lora_alpha': 16}
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, sign, value = part.partition("=")
+        if not (sign and name.strip() and value.strip()):
+            raise UserError(f"adapter_args: {part!r} is not name=value")
+        several = [yaml.safe_load(one) for one in value.split("+")] if "+" in value else yaml.safe_load(value)
+        found[name.strip()] = several
+    return found
+
+
+def _lora(config: RunConfig) -> dict[str, Any]:
+    """What the settings of LoRA say."""
+    if not config.lora_rank:
+        return {}
+    targets = config.lora_targets
+    return {
+        "r": config.lora_rank,
+        "lora_alpha": 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets if targets == "all-linear" else targets.split(","),
+    }
+
+
+def _method(name: str) -> type[Any]:
+    """The configuration class of a method."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {str(kind.value).lower(): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name.lower() not in known:
+        raise UserError(f"adapter: PEFT has no method {name!r}; {nearest(name.lower(), known)}")
+    return known[name.lower()]
