@@ -19,6 +19,7 @@ from lowmem.errors import UserError
 from lowmem.optim.codecs import STATES, codec
 from lowmem.optim.contract import AnyRule, is_pointwise
 from lowmem.optim.elementwise import Elementwise, coded
+from lowmem.optim.modifiers.modified import modified
 from lowmem.optim.strategy import Plain, Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.strategies.method import AXES, NONE, ROLES, Method
@@ -166,7 +167,7 @@ class Composition:
         for word in modifiers("modifiers", own or self.method.word("modifiers", self.given), []):
             modifier = self.make(word)
             if rule is not None and modifier is not None:
-                rule = self.attempt(functools.partial(modifier.around, rule))
+                rule = self.attempt(functools.partial(modified, rule, [modifier]))
         return rule
 
     def _rules(self) -> dict[str, AnyRule] | None:

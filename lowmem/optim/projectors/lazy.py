@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.contract import Change, Rotation
+from lowmem.optim.changes import Change, Rotation
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.state import State, apply_in_place

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import Change, Projector, Rotation, Unrelated
+from lowmem.optim.changes import Change, Rotation, Unrelated
+from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Frame, check_gap, orthonormal, power_iteration
 from lowmem.optim.state import State

@@ -1,0 +1,57 @@
+"""What is done to gradient and step, around any rule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from lowmem.optim.modifiers.masks import Cautious, Grams
+from lowmem.optim.modifiers.modifier import Modifier
+from lowmem.optim.modifiers.norms import Limit, TrustRatio
+from lowmem.optim.modifiers.spikes import SpikeClip
+from lowmem.strategies.options import Limits
+from lowmem.strategies.parts import part
+
+
+@part("modifier")
+def cautious(*, rescale: Literal["mean", "norm"] = "mean") -> Modifier:
+    """No step where it goes against its gradient.
+
+    Args:
+        rescale: Lengthen what is left by the share of elements, or to the norm of the whole.
+    """
+    return Cautious(rescale)
+
+
+@part("modifier")
+def grams() -> Modifier:
+    """The size of the step, the sign of its gradient."""
+    return Grams()
+
+
+@part("modifier")
+def limit(*, growth: Annotated[float, Limits(least=1.0)] = 1.01) -> Modifier:
+    """Steps whose norm grows by no more than a factor.
+
+    Args:
+        growth: The factor.
+    """
+    return Limit(growth)
+
+
+@part("modifier")
+def trust_ratio() -> Modifier:
+    """Steps as long as their weight, times lr."""
+    return TrustRatio()
+
+
+@part("modifier")
+def spike_clip(
+    *, threshold: Annotated[float, Limits(above=0.0)] = 5000.0, guard: Annotated[int, Limits(least=1)] = 20
+) -> Modifier:
+    """Elements of the gradient far beyond their second moment are cut back to it.
+
+    Args:
+        threshold: How many times its second moment the square of an element may be.
+        guard: Steps at the start in which nothing is cut.
+    """
+    return SpikeClip(threshold, guard)
