@@ -84,7 +84,10 @@ strategy = lowmem.create("halfway")
 assert strategy.options["rank"] == 5 and lowmem.available()["halfway"].summary
 assert lowmem.state_bytes(strategy, (64, 32)) == 4 * 5
 assert lowmem.create("galore", projector="narrow", rule="halved").options["rank"] == 128
-planned = lowmem.plan("smollm2-135m", "halfway", seq_len=64, dtype="float32").plans[0]
+from transformers import LlamaConfig
+sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+config = LlamaConfig(num_hidden_layers=1, vocab_size=40, **sizes)
+planned = lowmem.plan(config, "halfway", seq_len=16, dtype="float32").plans[0]
 print(planned.state_bytes, planned.strategy)
 """
     size, name = lines(environment, "-c", script).split()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.errors import UserError
+from lowmem.errors import CheckpointError, UserError
 from lowmem.optim.elementwise import coded
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.microadam import MicroAdam
@@ -299,3 +299,13 @@ def test_a_moment_may_have_a_precision_of_its_own() -> None:
     assert made.rules["small"] == coded(Adam(), {"exp_avg": "fp32", "exp_avg_sq": "bf16"})
     assert lowmem.create("adamw", **made.options) == made
     assert "rule=adafactor holds no exp_avg" in said("adafactor", exp_avg_states="bf16")
+
+
+def test_a_strategy_without_a_name_is_planned_and_resumed() -> None:
+    planned = lowmem.plan("smollm2-135m", [by_hand(), lowmem.create("adamw")], seq_len=64).plans
+    assert [row.strategy for row in planned] == ["custom", "adamw"]
+    assert planned[0].state_bytes < planned[1].state_bytes
+    saved = lowmem.optimizer(zoo.build(), by_hand()).state_dict()
+    lowmem.optimizer(zoo.build(), by_hand()).load_state_dict(saved)
+    with pytest.raises(CheckpointError, match=r"scale=0\.5"):
+        lowmem.optimizer(zoo.build(), by_hand(0.5)).load_state_dict(saved)
