@@ -44,7 +44,7 @@ class Patience(TorchFunctionMode):
         super().__init__()
         self.layers = trainable.decoder_layers(model)
         self.kind = str(getattr(model.config, "model_type", type(model).__name__))
-        self.done = self.operations = 0
+        self.done = self.operations = self.before = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.done < len(self.layers):
@@ -56,15 +56,19 @@ class Patience(TorchFunctionMode):
                 )
         return func(*args, **(kwargs or {}))
 
+    def _enter(self, *args: Any) -> None:
+        self.before = self.before or self.operations
+
     def _count(self, *args: Any) -> None:
         self.done += 1
-        if self.done == 1 and self.operations > SLOW:
-            _say(self.kind, self.operations)
+        if self.done == 1 and self.operations - self.before > SLOW:
+            _say(self.kind, self.operations - self.before)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count within it."""
         handles = [layer.register_forward_hook(self._count) for layer in self.layers]
+        handles += [layer.register_forward_pre_hook(self._enter) for layer in self.layers[:1]]
         try:
             with self:
                 yield
