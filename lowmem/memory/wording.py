@@ -111,6 +111,6 @@ def command(
 
 def _named(strategy: Strategy) -> str:
     """A strategy with every option, as `--optim` takes it."""
-    options = {**strategy.options, "writer": strategy.writer}
+    options = strategy.options
     words = (str(v).lower() if isinstance(v, bool) else str(v) for v in options.values())
     return f"{strategy.name}({','.join(f'{k}={word}' for k, word in zip(options, words, strict=True))})"

@@ -227,16 +227,14 @@ class LowMemOptimizer(torch.optim.Optimizer):
         return self._seats[p], fresh
 
     def _switch(self, step: int) -> None:
-        """Drop what is held for the step before, where roles may change at this one.
-
-        All at once: what was active and what is never hold state together.
-        """
+        """Drop what is held for the step before, all at once, where roles may change at this one."""
         schedule = self.strategy.schedule
         if self._switched != step and schedule.switches(step):
             self._switched = step
+            self._seats.clear()
+            self._constants.clear()  # those that only resting tensors read are not held
             for p, place in self.roster.places.items():
                 if schedule.moves(place.rule):
-                    self._seats.pop(p, None)
                     self.state.pop(p, None)
 
     def init_state(self) -> None:
@@ -256,10 +254,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: a gradient of another shape or device, sparse, or not of real numbers.
         """
-        if not self._working:
-            with self._at_work():
-                self.step_param(p, g)
-            return
+        with self._at_work():
+            self._step_param(p, g)
+
+    def _step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
         if not p.numel():
             return
         g = Dense(g) if isinstance(g, Tensor) else g

@@ -60,6 +60,10 @@ class Case:
         kept = {key: value for key, value in defaults.items() if key not in ("betas", "eps") or key in read}
         return lowmem.optimizer(model, strategy, **{**kept, **hyper})
 
+    def reads(self, number: str) -> bool:
+        """Whether a rule reads betas or eps: it is refused otherwise."""
+        return any(number in rule.uses for rule in self.create().rules.values())
+
     @property
     def by_backward(self) -> bool:
         """Whether `p.grad` is what the strategy steps by."""

@@ -34,13 +34,19 @@ def stepped(case: Case, model: nn.Module, scale: float, **hyper: Any) -> Any:
 def test_no_eps_is_too_small(case: Case, eps: float, scale: float) -> None:
     """Zero beside zero is no step, and gradients without an fp32 square are no leap."""
     by_backward(case)
+    if not case.reads("eps"):
+        pytest.skip("no rule reads eps")
     model = zoo.build()
     before = zoo.weights(model)
     optimizer = stepped(case, model, scale, eps=eps, weight_decay=0.0)
+    usual = zoo.build()
+    stepped(case, usual, scale, weight_decay=0.0)
+    moved = {name: (w - before[name]).abs().max() for name, w in zoo.weights(usual).items()}
     assert optimizer.nonfinite() == 0
     for name, w in zoo.weights(model).items():
         assert torch.isfinite(w).all(), name
-        assert (w - before[name]).abs().max() <= 1e-2 * 10 * runs.GAP, name
+        usually = max(float(moved[name]), 1e-2 * runs.GAP)  # a step of lr, or what the method takes anyway
+        assert (w - before[name]).abs().max() <= 10 * usually, name
 
 
 def test_without_eps_adamw_is_torchs_where_that_is_a_number() -> None:

