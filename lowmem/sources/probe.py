@@ -104,12 +104,24 @@ class Prober:
                 return loss
             held |= caught
 
+    @property
+    def known(self) -> bool:
+        """Whether all reads of these weights have been watched before."""
+        found = _KNOWN.get(self.model) if self.model is not None else None
+        return found is not None and found.names == frozenset(self.names.values())
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Weights that are read past their owners, as far as that is known."""
+        found = _KNOWN.get(self.model) if self.model is not None else None
+        return found.held if found is not None else frozenset(self.names.values())
+
     def _silent(self) -> frozenset[Slot]:
         return frozenset((id(module), name) for module, name, _ in self.slots if id(module) not in self._ran)
 
     def _evaluate(self, loss_fn: Callable[[], Tensor], shift: Shift, held: frozenset[str]) -> Tensor:
         self._shift, self._ran = shift, set()
-        with self._hooked(), self._watch or nullcontext():
+        with self.hooked(self._enter, self._leave), self._watch or nullcontext():
             try:
                 for name, p in self.params:
                     if name in held:
@@ -119,13 +131,14 @@ class Prober:
                 self._restore()
 
     @contextmanager
-    def _hooked(self) -> Iterator[None]:
+    def hooked(self, enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+        """Call these before and after each owner of a parameter runs, the second one also when it raises."""
         owners = {id(module): module for module, _, _ in self.slots}
         handles: list[Any] = []
         try:
             for module in owners.values():
-                handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+                handles.append(module.register_forward_pre_hook(enter, prepend=True))
+                handles.append(module.register_forward_hook(leave, always_call=True))
             yield
         finally:
             for handle in handles:
