@@ -4,8 +4,8 @@
 
 Copy it (`lowmem cp finetune my.py`) and change what you like. It prints nothing: it reports to a
 `Console` and returns a plain dictionary. In `config.output_dir` it leaves the model (safetensors) and
-tokenizer, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`, and checkpoints
-that `resume` goes on from.
+tokenizer, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`, checkpoints that
+`resume` goes on from, and `zo_log.safetensors` of a run without gradients.
 """
 
 from __future__ import annotations
@@ -311,6 +311,7 @@ def _write(
     of_results = {key: result[key] for key in ("strategy", "steps", "nonfinite_weights")}
     with results(folder, of_results) as made:
         trainer.save_model(str(made))
+        trainer.save_log(made)
         loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")
         of_run = plain({"result": result, "log": trainer.state.log_history})
         text = json.dumps({**(profile or {}), **of_run}, indent=1, allow_nan=False)

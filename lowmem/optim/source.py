@@ -36,6 +36,11 @@ class Query:
     compile: bool = False
 
 
+def trainable(model: nn.Module) -> Named:
+    """Names and parameters that require gradients, in the order of the model, tied ones once."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
 class Source(Protocol):
     """Where gradients come from; a frozen dataclass.
 
@@ -45,6 +50,9 @@ class Source(Protocol):
 
     @property
     def needs_autograd(self) -> bool: ...
+
+    def trained(self, model: nn.Module) -> Named:
+        """What it has to train: parameters that require gradients, or other tensors; tied ones once."""
 
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query

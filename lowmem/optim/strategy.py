@@ -98,10 +98,9 @@ class Strategy:
         """
         outside = outside_names(model)
         groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {}
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                decays = decay_names is None or name in decay_names
-                groups.setdefault((self.role(name, p, outside), decays), []).append((name, p))
+        for name, p in self.source.trained(model):
+            decays = decay_names is None or name in decay_names
+            groups.setdefault((self.role(name, p, outside), decays), []).append((name, p))
         return [
             {"params": members, "role": role, "weight_decay": weight_decay if decays else 0.0}
             for (role, decays), members in groups.items()

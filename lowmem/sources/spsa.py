@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.source import Named, Query
+from lowmem.optim.source import Named, Query, trainable
 from lowmem.optim.writers import HALF
 from lowmem.sources.batched import evaluate_at_once
 from lowmem.sources.directions import Direction
@@ -104,6 +104,10 @@ class SPSA:
         if not 0.0 <= self.clip < math.inf:
             raise UserError(f"clip_slope bounds a slope, above 0, or is 0 for no bound; got {self.clip}")
         self.estimator.check(self.queries)
+
+    def trained(self, model: nn.Module) -> Named:
+        """Parameters that require gradients."""
+        return trainable(model)
 
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query

@@ -49,6 +49,7 @@ class WholeCheckpoints:
     _resumed: str | None = None
     _changed: Mapping[str, str] = {}
     _divergence: Divergence
+    save_log: Callable[[Path], None]
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to: strategy, options, what is trained, and how."""
@@ -134,6 +135,7 @@ class WholeCheckpoints:
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
             self._name_best(staged, target)
             if self.args.should_save:
+                self.save_log(staged)
                 sealed.seal(staged, self.about())
                 publish(staged, target)
                 best = self.state.best_model_checkpoint
