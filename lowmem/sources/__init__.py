@@ -3,6 +3,6 @@
 from lowmem.sources.backprop import Backprop
 from lowmem.sources.estimators import Curved, OneSided, TwoSided
 from lowmem.sources.spsa import SPSA
-from lowmem.sources.structures import Free, LowRank, Relative, Sparse
+from lowmem.sources.structures import Free, LowRank, Scales, Sparse
 
-__all__ = ["SPSA", "Backprop", "Curved", "Free", "LowRank", "OneSided", "Relative", "Sparse", "TwoSided"]
+__all__ = ["SPSA", "Backprop", "Curved", "Free", "LowRank", "OneSided", "Scales", "Sparse", "TwoSided"]

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from lowmem.optim.source import Named
+from lowmem.sources.quantized import owned
 
 log = logging.getLogger(__name__)
 
@@ -146,13 +147,13 @@ class Prober:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._ran.add(id(module))
-        for p in module._parameters.values():
-            if p is not None and id(p) in self.names:
+        for p in owned(module).values():
+            if id(p) in self.names:
                 self._displace(p)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        for p in module._parameters.values():
-            if p is not None and self._depth[id(p)]:
+        for p in owned(module).values():
+            if self._depth[id(p)]:
                 self._depth[id(p)] -= 1
                 if not self._depth[id(p)]:
                     self._put_back(id(p))
@@ -238,8 +239,8 @@ def _slots(model: nn.Module | None, names: Mapping[int, str]) -> list[tuple[nn.M
     return [
         (module, own, names[id(p)])
         for module in modules
-        for own, p in module._parameters.items()
-        if p is not None and id(p) in names
+        for own, p in owned(module).items()
+        if id(p) in names
     ]
 
 

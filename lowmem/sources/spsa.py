@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.source import Named, Query, trainable
+from lowmem.optim.source import Named, Query
 from lowmem.optim.writers import HALF
 from lowmem.sources.batched import evaluate_at_once
 from lowmem.sources.directions import Direction
@@ -106,8 +106,8 @@ class SPSA:
         self.estimator.check(self.queries)
 
     def trained(self, model: nn.Module) -> Named:
-        """Parameters that require gradients."""
-        return trainable(model)
+        """Parameters that require gradients, or what the structure finds."""
+        return self.structure.trained(model)
 
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query
@@ -159,6 +159,7 @@ class SPSA:
         for name, p in params:
             if slopes and p.requires_grad:
                 yield p, Estimate(name, p, slopes)
+                self.structure.settle_(p)
 
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """None."""
@@ -200,7 +201,7 @@ class Estimate(Blocks):
             return torch.full((stop - start,), math.nan, device=self.device)
         total: Tensor | None = None
         for pen in self.pens:
-            part = pen.draw(start, stop)
+            part = pen.gradient(start, stop)
             total = part if total is None else total.add_(part)
         assert total is not None
         return total

@@ -1,8 +1,8 @@
-"""Directions with structure: of low rank, of small weights alone, in proportion to what is displaced.
+"""Directions with structure: of low rank, of small weights alone, of scales in proportion to themselves.
 
     LowRank    Z = U V' / sqrt(rank), V kept for some steps   (LOZO, arXiv 2410.07698)
     Sparse     z where |w| is among the smallest of its tensor  (Sparse MeZO, arXiv 2402.15751)
-    Relative   w <- w exp(eps z): positive numbers of any size
+    Scales     s <- s exp(eps z), of quantized weights        (QZO, arXiv 2505.13430)
 
 All have elements of variance one that are not correlated, so that E[(g'z) z] = g
 needs no factor (with U V' itself, as LOZO writes it, eps is sqrt(rank) times ours).
@@ -17,20 +17,27 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import matrix_shape
 from lowmem.optim.engine.cutting import pad, read_flat
-from lowmem.optim.source import Query
+from lowmem.optim.source import Named, Query, trainable
 from lowmem.sources.directions import Direction, Pen, displace, numbers, wrapped
+from lowmem.sources.quantized import scales
 
 SAMPLE = 1 << 14
 """Elements of a tensor from which a quantile is found."""
 
 
 class Structure(Protocol):
-    """Which directions are drawn; a frozen dataclass."""
+    """Which directions are drawn, and of which tensors; a frozen dataclass."""
+
+    def trained(self, model: nn.Module) -> Named:
+        """Names and tensors that are displaced and stepped."""
+
+    def settle_(self, p: nn.Parameter) -> None:
+        """Called when a tensor has been stepped."""
 
     def direction(self, noise: str, query: Query, k: int) -> Direction:
         """The k-th direction of an evaluation."""
@@ -40,13 +47,20 @@ class Structure(Protocol):
 class Free:
     """Every element by itself."""
 
+    def trained(self, model: nn.Module) -> Named:
+        """Parameters that require gradients."""
+        return trainable(model)
+
+    def settle_(self, p: nn.Parameter) -> None:
+        """Nothing."""
+
     def direction(self, noise: str, query: Query, k: int) -> Direction:
         """Named by seed, step, evaluation and k."""
         return Direction(noise, (query.seed, query.step, query.index, k), query.compile)
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Free):
     """Z = U V' / sqrt(rank) for matrices; vectors as ever.
 
     Holds nothing; while a module runs, 4 n rank bytes for an (m, n) weight.
@@ -73,7 +87,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(Free):
     """Only weights whose size is in the lower part of their tensor are displaced and stepped.
 
     The bound is the quantile of a sample of the tensor's sizes, taken anew at each step.
@@ -100,12 +114,23 @@ class Sparse:
 
 
 @dataclass(frozen=True)
-class Relative:
-    """w <- w exp(eps z): the slope is one of log w, and a number keeps its sign."""
+class Scales:
+    """The scales of 4-bit weights: s <- s exp(eps z), so that one radius serves every quantizer.
+
+    The slope is that of log s, and the gradient s c z; a step that would cross zero ends there.
+    """
+
+    def trained(self, model: nn.Module) -> Named:
+        """Scales of every quantized layer."""
+        return scales(model)
+
+    def settle_(self, p: nn.Parameter) -> None:
+        """No scale below zero."""
+        p.detach().clamp_(min=0.0)
 
     def direction(self, noise: str, query: Query, k: int) -> Direction:
         """As free ones are named."""
-        return _RelativeDirection(noise, (query.seed, query.step, query.index, k), query.compile)
+        return _ScalesDirection(noise, (query.seed, query.step, query.index, k), query.compile)
 
 
 class _Structured(Pen):
@@ -181,12 +206,16 @@ class _SparsePen(_Structured):
 
 
 @dataclass(frozen=True)
-class _RelativeDirection(Direction):
+class _ScalesDirection(Direction):
     def pen(self, parameter: str, like: Tensor, scale: float = 1.0) -> Pen:
-        return _RelativePen(self, parameter, like, scale)
+        return _ScalesPen(self, parameter, like, scale)
 
 
-class _RelativePen(_Structured):
+class _ScalesPen(_Structured):
+    def gradient(self, start: int, stop: int) -> Tensor:
+        """Times the scale itself."""
+        return self.draw(start, stop).mul_(read_flat(self.like, start, stop - start))
+
     def lay(self, out: Tensor, w: Tensor, x: Tensor, position: Tensor, key: Tensor) -> None:
         """Write w exp(x)."""
         wide = w.to(torch.promote_types(w.dtype, torch.float32))

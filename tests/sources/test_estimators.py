@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.optimizer import LowMemOptimizer
-from lowmem.sources import SPSA, Curved, Free, LowRank, OneSided, Relative, Sparse, TwoSided
+from lowmem.sources import SPSA, Curved, Free, LowRank, OneSided, Scales, Sparse, TwoSided
 from lowmem.sources.estimators import curvature
 from tests.sources.tiny import Vector, direction, drawn, estimate, evaluated
 
@@ -153,9 +153,7 @@ def test_eps_changes_the_slope_by_its_square_and_lr_zero_changes_nothing() -> No
 # ---- structured directions ----
 
 
-@pytest.mark.parametrize(
-    "structure", [LowRank(2, 3), Sparse(0.3), Relative()], ids=lambda s: type(s).__name__
-)
+@pytest.mark.parametrize("structure", [LowRank(2, 3), Sparse(0.3), Scales()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_structured_noise_is_the_same_in_probe_and_update_whatever_the_cutting(
     structure: Any, dtype: torch.dtype
@@ -170,7 +168,7 @@ def test_structured_noise_is_the_same_in_probe_and_update_whatever_the_cutting(
     assert torch.equal(z.displaced("w", w.t().contiguous().t(), 0.25), moved)
     if dtype == torch.float32:
         step = 0.25 * whole.view(w.shape)
-        truth = w * step.exp() if isinstance(structure, Relative) else w + step
+        truth = w * step.exp() if isinstance(structure, Scales) else w + step
         torch.testing.assert_close(moved, truth, rtol=1e-5, atol=1e-6)
 
 
@@ -220,7 +218,7 @@ def test_a_mask_is_that_of_the_weights_as_they_are_and_its_share_holds() -> None
 def test_relative_displacement_keeps_the_sign_and_scales_with_the_number() -> None:
     """Exp of the step: the slope is the one of log w, and eta = 0 leaves every bit."""
     model, g = Vector(64), drawn(64, seed=3)
-    source = SPSA(eps=1e-3, structure=Relative())
+    source = SPSA(eps=1e-3, structure=Scales())
     z = direction(source, model)
     (slope,) = evaluated(source, model, lambda: model() @ g)[1]
     assert slope.c == pytest.approx(float(z @ (g * model.weight.detach())), rel=1e-4)
