@@ -46,6 +46,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     from lowmem.models.entries import to_dtype
+    from lowmem.optim.checks import idle
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.writers import select
     from lowmem.strategies import create, parse_options
@@ -62,15 +63,16 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
         select(writer, to_dtype(values["dtype"]))
     except UserError as error:
         return [f"writer: {error}"]
+    found = idle(values["optim"], strategy.rules.values(), betas=values["betas"], eps=values["eps"])
     if strategy.source.needs_autograd:
         over_several = values["gradient_release"] and values["accumulation"] > 1
         refusal = accumulation_problem(strategy) if over_several else ""
-        return [f"accumulation: {refusal}"] if refusal else []
+        return found + ([f"accumulation: {refusal}"] if refusal else [])
     pointless = {
         "gradient_checkpointing": "there is no backward pass to recompute activations for",
         "gradient_release": "there are no gradients to release",
     }
-    found = [
+    found += [
         f"{name}: {values['optim']} works without gradients, {reason}; leave it out"
         for name, reason in pointless.items()
         if values[name]

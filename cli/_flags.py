@@ -1,4 +1,4 @@
-"""Flags of a command derived from the fields of `RunConfig`, so that the two cannot drift."""
+"""Flags of a command derived from the fields of a dataclass, so that the two cannot drift."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ import typer
 from lowmem.config import RunConfig
 
 
-def run_flags(*, only: Iterable[str] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command `**flags` one flag per field of `RunConfig`; None arrives for a flag not given.
+def run_flags(
+    *, only: Iterable[str] | None = None, of: type[Any] = RunConfig
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command `**flags` one flag per field; None arrives for a flag not given.
 
     Args:
         only: names of the fields; all when None.
+        of: the dataclass. Numbers of `RunConfig` stay text: it parses them, so all problems come at once.
     """
     wanted = None if only is None else set(only)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        derived = [_parameter(f) for f in fields(RunConfig) if wanted is None or f.name in wanted]
+        hints = typing.get_type_hints(of)
+        derived = [
+            _parameter(f, hints[f.name], as_text=of is RunConfig)
+            for f in fields(of)
+            if wanted is None or f.name in wanted
+        ]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in [*derived, *own]]
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -33,9 +41,8 @@ def run_flags(*, only: Iterable[str] | None = None) -> Callable[[Callable[..., N
     return decorate
 
 
-def _parameter(f: Field[Any]) -> inspect.Parameter:
-    """Flag of one field. Numbers stay text: `RunConfig` parses them, so all problems come at once."""
-    hint = typing.get_type_hints(RunConfig)[f.name]
+def _parameter(f: Field[Any], hint: Any, *, as_text: bool) -> inspect.Parameter:
+    """Flag of one field."""
     name = f"--{f.name.replace('_', '-')}"
     kind: Any = str | None
     metavar: str | None = "|".join(f.metadata["choices"]) or _metavar(hint)
@@ -43,6 +50,8 @@ def _parameter(f: Field[Any]) -> inspect.Parameter:
         name, kind, metavar = f"{name}/--no-{name[2:]}", bool | None, None
     elif hint == tuple[str, ...]:
         kind = list[str] | None
+    elif not as_text and metavar in ("INTEGER", "NUMBER"):
+        kind = int | None if metavar == "INTEGER" else float | None
     option = typer.Option(name, help=_help(f), metavar=metavar, rich_help_panel=f.metadata["group"])
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]

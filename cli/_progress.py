@@ -76,7 +76,7 @@ class Bars(Console):
     def say(self, text: str) -> None:
         """Print one line above the bars."""
         if self._live:
-            self._bars.console.print(text, markup=False)
+            self._bars.console.print(render.line(text), markup=False)
         else:
             render.say(text)
 

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lowmem.errors import ConfigError, UserError
+from lowmem.errors import ConfigError, UserError, ran_out_of_room
 
 from . import render
 
@@ -42,13 +42,11 @@ _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Of the machine, not of the program: a full disk, a folder that may not be written, an impossible name.
+# Of the machine, not of the program: a folder that may not be written, an impossible name.
 _MENDABLE = {
     errno.EACCES,
-    errno.EDQUOT,
     errno.EISDIR,
     errno.ENAMETOOLONG,
-    errno.ENOSPC,
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
@@ -100,7 +98,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as error:
-        if error.errno not in _MENDABLE:
+        if ran_out_of_room(error) or error.errno not in _MENDABLE:
             return _usage_or_fault(error)
         render.error(f"{error.strerror}: {error.filename or 'while writing'}")
         return 2
@@ -110,10 +108,16 @@ def _exit_code(run: Callable[[], Any]) -> int:
 
 
 def _usage_or_fault(error: Exception) -> int:
-    """2 for an error of typer's own parser, 1 for anything unforeseen."""
+    """2 for a full disk and for an error of typer's own parser, 1 for anything unforeseen."""
+    if line := ran_out_of_room(error):
+        render.error(
+            f"out of room: {line}; make room, or name another place (--output-dir; TMPDIR for temporary "
+            "files, TORCHINDUCTOR_CACHE_DIR for compiled kernels)"
+        )
+        return 2
     message = getattr(error, "format_message", None)
     if message is None:
-        traceback.print_exc()
+        sys.stderr.write(render.clean(traceback.format_exc()))
         return 1
     context = getattr(error, "ctx", None)
     if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help already

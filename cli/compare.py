@@ -42,7 +42,7 @@ def command(
         typer.Option("--optim", metavar="NAME,...", help="Strategies, as in adamw,galore(rank=64,lr=5e-4)."),
     ],
     tokens: Annotated[
-        int | None, typer.Option(help="Budget in training tokens, instead of --steps.", min=1)
+        int | None, typer.Option(help="Budget in training tokens, instead of --steps.", min=1, max=2**48)
     ] = None,
     seeds: Annotated[str, typer.Option(help="Run each strategy once with each of these.")] = "0",
     output_dir: Annotated[

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -28,11 +30,13 @@ def command(
         raise UserError(f"no recipe or config {name!r}; {nearest(name, known)}")
     source = known[name]
     target = dest / source.name if dest.is_dir() else dest
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         raise UserError(f"{target} exists; choose another DEST or give --overwrite")
     if not target.parent.is_dir():
         raise UserError(f"there is no folder {str(target.parent)!r}; create it first")
-    shutil.copyfile(source, target)
+    with tempfile.TemporaryDirectory(prefix=".lowmem.", dir=target.parent) as beside:
+        shutil.copyfile(source, whole := Path(beside) / target.name)
+        os.replace(whole, target)  # of a link, the link itself
     use = f"python {target} --help" if source.suffix == ".py" else f"lowmem finetune --config {target}"
     render.emit({"source": name, "destination": target}, f"wrote {target}; run it: {use}", as_json)
 

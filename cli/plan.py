@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowmem.errors import UserError
+from lowmem.memory.run import Run
 
 from . import render
+from ._flags import run_flags
 from .app import Json
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 SOLVE = {"seq-len": "seq_len", "batch-size": "batch_size"}
 
 
+@run_flags(of=Run)
 def command(
     model: Annotated[str, typer.Option("--model", help="Name (see `lowmem models`), local path or Hub id.")],
     optim: Annotated[str, typer.Option("--optim", help="Strategy, several with commas, or all.")] = "adamw",
@@ -31,41 +34,6 @@ def command(
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="SIZE", help="Memory that may be taken, as in 23.5GiB.")
     ] = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per row.")] = 2048,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward pass.")] = 1,
-    accumulation: Annotated[
-        int, typer.Option("--accumulation", min=1, help="Forward passes per optimizer step.")
-    ] = 1,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Dtype of the weights.")
-    ] = "bfloat16",
-    autocast: Annotated[bool, typer.Option("--autocast", help="Compute under bf16 autocast.")] = False,
-    attention: Annotated[
-        str, typer.Option("--attention", metavar="sdpa|eager", help="Fused kernels, or eager.")
-    ] = "sdpa",
-    rows: Annotated[
-        str, typer.Option("--rows", metavar="full|padded|packed", help="What a row of the batch holds.")
-    ] = "full",
-    loss: Annotated[
-        str,
-        typer.Option(
-            "--loss", metavar="plain|labels|chunked", help="The Trainer's, at labels only, or chunked."
-        ),
-    ] = "plain",
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations in backward.")
-    ] = False,
-    gradient_release: Annotated[
-        bool, typer.Option("--gradient-release", help="Step each tensor inside backward.")
-    ] = False,
-    lora_rank: Annotated[int, typer.Option("--lora-rank", min=0, help="Train adapters of this rank.")] = 0,
-    adapter_dtype: Annotated[
-        str, typer.Option("--adapter-dtype", metavar="DTYPE", help="Dtype of the adapters.")
-    ] = "float32",
-    quantize: Annotated[
-        str | None, typer.Option("--quantize", metavar="nf4", help="Quantise the weights under the adapters.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="cuda|cpu", help="Where it will run.")] = "cuda",
     solve: Annotated[
         str | None,
         typer.Option("--solve", metavar="seq-len|batch-size", help="Find the largest that fits."),
@@ -78,6 +46,7 @@ def command(
         ),
     ] = None,
     as_json: Json = False,
+    **flags: Any,
 ) -> None:
     """Predict the memory of a fine-tuning run; no weights are read."""
     from lowmem.memory import plan as planning
@@ -85,13 +54,10 @@ def command(
     unknown = _unknown(solve, gpu, budget)
     for target in (html, emit):
         _check_folder(target)
-    options: dict[str, Any] = {
-        "seq_len": seq_len, "batch_size": batch_size, "accumulation": accumulation, "dtype": dtype,
-        "autocast": autocast, "attention": attention, "rows": rows, "loss": loss,
-        "gradient_checkpointing": gradient_checkpointing, "gradient_release": gradient_release,
-        "lora_rank": lora_rank, "adapter_dtype": adapter_dtype, "quantize": quantize, "device": device,
-    }  # fmt: skip
-    planned = planning.plan(model, optim, options=optim_args or None, budget=budget, gpu=gpu, **options)
+    from ._progress import Bars
+
+    with Bars():  # an architecture that takes long says so
+        planned = planning.plan(model, optim, options=optim_args or None, budget=budget, gpu=gpu, **flags)
     for text in (*planned.warnings, *_notes(planned)):
         render.warning(text)
     solutions = _solve(planned, unknown)

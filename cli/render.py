@@ -2,12 +2,16 @@
 
 `emit` prints a result to stdout: tables for people, or one JSON document. Everything else
 (progress, notes, warnings, errors) goes to stderr, so stdout can be piped.
+
+What stands in data, names and prompts may steer a terminal. Whatever is printed goes through
+`clean`, which writes control characters out; a line of an error or a note is cut in its middle.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -20,7 +24,40 @@ from rich.text import Text
 
 from lowmem.report.document import plain
 
+LINE = 300  # characters of an error or a note
+# Controls but tab and newline, what turns the direction of a line around, and halves of characters.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _stdout: TextIO | None = None  # the stream reserved for results while a command runs
+
+
+def clean(text: str) -> str:
+    r"""A text that cannot steer a terminal: each such character as its escape.
+
+    >>> clean("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    return _STEERING.sub(_escape, text)
+
+
+def line(text: str, most: int = LINE) -> str:
+    """A text as one clean line of at most `most` characters; one that is too long loses its middle.
+
+    >>> line("what was given, " * 4 + "what to do", 40)
+    'what was given, what w ... n, what to do'
+    """
+    if len(text) > 100 * most:  # a whole book may have been given
+        text = text[: 50 * most] + text[-50 * most :]
+    whole = clean(text).replace("\n", " ")
+    tail = most // 3
+    return (
+        whole if len(whole) <= most else f"{whole[: most - tail - 5].rstrip()} ... {whole[-tail:].lstrip()}"
+    )
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 @contextmanager
@@ -71,31 +108,32 @@ def out(*renderables: RenderableType) -> None:
     console = out_console()
     for renderable in renderables:
         if isinstance(renderable, str):  # as it is: paths and Markdown survive a narrow terminal
-            console.print(Text(renderable), soft_wrap=True)
+            console.print(Text(clean(renderable)), soft_wrap=True)
         else:
             console.print(renderable)
 
 
 def say(text: str) -> None:
     """Print one note to stderr."""
-    err_console().print(Text(text))
+    err_console().print(Text(line(text)))
 
 
 def warning(text: str) -> None:
     """Print one warning line to stderr."""
-    err_console().print(Text.assemble(("warning: ", "yellow"), " ".join(text.split())))
+    err_console().print(Text.assemble(("warning: ", "yellow"), line(" ".join(text.split()), LINE - 9)))
 
 
 def error(text: str) -> None:
     """Print one error line to stderr."""
-    err_console().print(Text.assemble(("error: ", "bold red"), " ".join(text.split())))
+    err_console().print(Text.assemble(("error: ", "bold red"), line(" ".join(text.split()), LINE - 7)))
 
 
 def emit(document: Any, table: RenderableType | Sequence[RenderableType] | None, as_json: bool) -> None:
     """Print a command's result: `document` as JSON, or `table` (one renderable or several) for people."""
     if as_json:
         stream = _stdout or sys.stdout
-        stream.write(json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False)
+        stream.write(_STEERING.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
         stream.flush()
     elif table is not None:
         several = isinstance(table, Sequence) and not isinstance(table, str)
@@ -113,11 +151,14 @@ def table(
         rows: cells; None is shown as a dash.
         right: headings of numeric columns.
     """
-    result = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    heading = Text(clean(title)) if title else None
+    result = Table(title=heading, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in columns:
-        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        result.add_column(
+            Text(clean(column)), justify="right" if column in right else "left", overflow="fold"
+        )
     for row in rows:
-        result.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+        result.add_row(*(Text("-" if cell is None else clean(str(cell))) for cell in row))
     return result
 
 

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import ConfigError, UserError, nearest
+from lowmem.texts import parse_yaml
 
 __all__ = ["Check", "RunConfig", "build", "dump", "from_flags", "load", "read"]
 
+MOST = {int: 2**31, float: 1e30}  # no machine counts steps beyond, and no 32-bit float multiplies beyond
 Check = Callable[[Mapping[str, Any]], Iterable[str]]  # values by name -> problems
 
 
@@ -56,7 +58,9 @@ class RunConfig:
 
     model: str = _knob(MISSING, "Model", "name (see `lowmem models`), local path or Hub id")
     dtype: str = _knob("bfloat16", "Model", "of the weights", choices=("bfloat16", "float16", "float32"))
-    lora_rank: int | None = _knob(None, "Model", "train LoRA adapters of this rank only", least=1)
+    lora_rank: int | None = _knob(
+        None, "Model", "train LoRA adapters of this rank only", least=1, below=2**16
+    )
     quantize: str | None = _knob(
         None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)
     )
@@ -65,7 +69,7 @@ class RunConfig:
     data_format: str | None = _knob(None, "Data", "format of the rows; recognised when not given")
     eval_data: str | None = _knob(None, "Data", "held-out rows; a part of the data when not given")
     eval_rows: int = _knob(80, "Data", "most held-out rows to evaluate on", least=1)
-    seq_len: int = _knob(512, "Data", "tokens per row, longer ones are cut", least=2)
+    seq_len: int = _knob(512, "Data", "tokens per row, longer ones are cut", least=2, below=2**24)
     packing: bool = _knob(True, "Data", "fill each row of seq_len tokens with several examples")
 
     optim: str = _knob(MISSING, "Optimizer", "strategy (see `lowmem strategies`)")
@@ -104,12 +108,12 @@ class RunConfig:
     )
 
     steps: int | None = _knob(None, "Run", "optimizer steps; one epoch when neither is given", least=1)
-    epochs: float | None = _knob(None, "Run", "passes over the data, instead of steps", above=0)
-    batch_size: int = _knob(1, "Run", "rows per forward pass", least=1)
+    epochs: float | None = _knob(None, "Run", "passes over the data, instead of steps", above=0, below=1e6)
+    batch_size: int = _knob(1, "Run", "rows per forward pass", least=1, below=2**20)
     accumulation: int = _knob(1, "Run", "forward passes per optimizer step", least=1)
     seed: int = _knob(0, "Run", "seed of everything random", least=0, below=2**32)
     nonfinite_limit: int = _knob(5, "Run", "end after so many losses that are not finite; 0 never", least=0)
-    threads: int | None = _knob(None, "Run", "CPU threads; torch decides when not given", least=1)
+    threads: int | None = _knob(None, "Run", "CPU threads; torch decides when not given", least=1, below=1025)
 
     output_dir: str | None = _knob(None, "Output", "folder to write; outputs/MODEL-OPTIM when not given")
     resume: bool = _knob(False, "Output", "go on from the newest whole checkpoint in output_dir")
@@ -152,22 +156,16 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, is not YAML, repeats a key or is not a mapping.
     """
-    import yaml
-
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text)
+        values, keys = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"cannot read config {str(path)!r}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path} must map names to values, as in 'lr: 1e-4'; got {type(values).__name__}")
-    keys = [key.value for key, _ in node.value]
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{path}: {error}") from None
     if repeated := sorted({key for key in keys if keys.count(key) > 1}):
         raise UserError(f"{path} sets {', '.join(repeated)} more than once; keep one line of each")
-    return {str(key): value for key, value in values.items()}
+    return values
 
 
 def load(path: str | Path, check: Check | None = None) -> RunConfig:
@@ -317,7 +315,8 @@ def _convert_number(value: Any, kind: type, metadata: Mapping[str, Any]) -> int 
         raise ValueError(f"{value!r} is not {word}") from None
     if whole != number:
         raise ValueError(f"{value!r} is not {word}")
-    least, above, below = metadata["least"], metadata["above"], metadata["below"]
+    least, above = metadata["least"], metadata["above"]
+    below = metadata["below"] if math.isfinite(metadata["below"]) else MOST[kind]
     if not math.isfinite(number) or number < least or number <= above or number >= below:
         limits = [(least, "at least"), (above, "above"), (below, "below")]
         allowed = " and ".join(f"{text} {limit:.10g}" for limit, text in limits if math.isfinite(limit))

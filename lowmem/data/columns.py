@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem import texts
 from lowmem.data.fields import RowError
 from lowmem.data.files import Row
 from lowmem.data.formats import Format, formats
-from lowmem.models import json_text
 
 PAIRS = (
     ("question", "answer"),
@@ -148,7 +148,7 @@ def _messages(value: Any, key: str) -> Any:
     """A list of messages out of a struct of lists or of JSON text; anything else as it is."""
     if isinstance(value, str) and key in ("messages", "conversations") and value.lstrip()[:1] in ("[", "{"):
         try:
-            value = json_text.parse(value)
+            value = texts.parse_json(value)
         except ValueError as error:
             raise RowError(f"field {key!r} is text, and no JSON: {error}") from error
     parts = list(value.values()) if isinstance(value, Mapping) else []

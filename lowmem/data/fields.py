@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lowmem.models import json_text
+from lowmem.texts import parse_json
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
@@ -77,6 +77,6 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json_text.parse(value) if value.strip() else None
+        return parse_json(value) if value.strip() else None
     except ValueError as error:
         raise RowError(f"it is no JSON: {str(error)[:100]}") from error

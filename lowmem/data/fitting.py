@@ -6,9 +6,9 @@ packing gives them room in which nothing is learned. Here they are counted and s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem.console import Console
 from lowmem.data.examples import Example, Tokens, tokenized
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONG = 2000  # rows whose tokens are worth a bar
+LARGE = 4_000_000  # characters of a row worth a word: a tokenizer takes seconds for them
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ def _tokenized(data: Data, tokenizer: PreTrainedTokenizerBase, console: Console)
     if len(data.rows) >= LONG:
         console.start("tokenize", len(data.rows))
     for i, row in enumerate(data.rows):
+        if (size := _characters(row)) > LARGE:
+            where = data.places[i] if data.places else f"row {i + 1}"
+            console.say(f"{where}: {size / 1e6:.0f} million characters in one row, this takes a while")
         try:
             found = tokenized(row, tokenizer)
         except UserError as error:
@@ -101,6 +105,16 @@ def _tokenized(data: Data, tokenizer: PreTrainedTokenizerBase, console: Console)
         if len(data.rows) >= LONG:
             console.advance(i + 1, {})
         yield found
+
+
+def _characters(row: Mapping[str, Any]) -> int:
+    """Length of all that a row says."""
+    said = (one for key in ("text", "prompt", "completion") for one in _pieces(row.get(key, "")))
+    return sum(map(len, said))
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    yield from [value] if isinstance(value, str) else (message["content"] for message in value)
 
 
 def _say(data: Data, fitted: Fitted, names: tuple[str, ...], seq_len: int, console: Console) -> None:

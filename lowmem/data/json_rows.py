@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowmem import texts
 from lowmem.data.files import Place, Row, text_of
 from lowmem.data.folders import DataFile, split_named
 from lowmem.errors import UserError
-from lowmem.models import json_text
 
 _WRAPPERS = ("data", "rows", "examples", "instances")
 
@@ -33,7 +33,7 @@ def lines(file: Path) -> Iterator[tuple[Place, Row]]:
         if line.strip():
             place = Place(str(file), "line", number)
             try:
-                value = json_text.parse(line)
+                value = texts.parse_json(line)
             except ValueError as error:
                 raise UserError(f"{place} is not JSON: {error}; give one object per line") from error
             rows = _rows(value)
@@ -46,7 +46,7 @@ def document(file: DataFile) -> Iterator[tuple[Place, Row]]:
     """A list of objects, columns, one split of several, or lines that are objects in spite of the suffix."""
     text = text_of(file.path)
     try:
-        value = json_text.parse(text)
+        value = texts.parse_json(text)
     except ValueError as error:
         if text.lstrip()[:1] == "{" and "\n{" in text:
             yield from lines(file.path)
@@ -63,7 +63,7 @@ def by_split(file: DataFile) -> list[DataFile]:
     """The splits of an object of splits, each as a file of its own; else the file as it is."""
     text = text_of(file.path)
     try:
-        value = json_text.parse(text) if text.lstrip()[:1] == "{" else None
+        value = texts.parse_json(text) if text.lstrip()[:1] == "{" else None
     except ValueError:
         return [file]  # lines, or damage that reading will name
     if not isinstance(value, dict) or not all(isinstance(part, (list, dict)) for part in value.values()):

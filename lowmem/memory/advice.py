@@ -12,15 +12,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.memory import closed_form
+from lowmem.memory.count import state_bytes
 from lowmem.memory.events import Peak, combine
 from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import as_peak
 from lowmem.memory.trace.extrapolate import extrapolated
+from lowmem.memory.trace.replica import Parameter
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
+from lowmem.strategies import create
 
 SMALL = 0.005  # of the peak: less than this is no gain
+LARGE = 0.05  # of the state: what is worth a rule of its own
+FACTORED = ("embedding", "head")
+"""Roles whose moments lose least by being factored."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,36 @@ def sentences(peak: Peak, found: Sequence[Lever], run: Run) -> list[str]:
     return said
 
 
+def roles(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
+    """What embedding and head hold of the state, where factored moments would hold a lot less.
+
+    Args:
+        strategy: of the plan; parameters: the trainable ones.
+
+    Returns:
+        One sentence, with the options that do it, or none.
+    """
+    now: dict[str, int] = {}
+    factored: dict[str, int] = {}
+    cheap = create("adafactor", writer=strategy.writer)
+    for p in parameters:
+        now[p.role] = now.get(p.role, 0) + state_bytes(strategy, p.shape, p.dtype, p.role)
+        if p.role in FACTORED and p.role not in strategy.rules:
+            factored[p.role] = factored.get(p.role, 0) + state_bytes(cheap, p.shape, p.dtype, p.role)
+    total = sum(now.values())
+    gains = {role: now[role] - size for role, size in factored.items() if now[role] - size > LARGE * total}
+    if not gains:
+        return []
+    names = [role for role in FACTORED if role in gains]
+    share = sum(now[role] for role in names) / total
+    verb = "hold" if len(names) > 1 else "holds"
+    options = ",".join(f"{role}=adafactor" for role in names)
+    return [
+        f"{_capital(' and '.join(names))} {verb} {share:.0%} of the state: "
+        f"{options} saves {format_bytes(sum(gains.values()))}."
+    ]
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -119,8 +155,6 @@ def waterfall(config: Any, run: Run, chosen: Strategy) -> list[dict[str, Any]]:
     Returns:
         rows of {"lever", "peak", "event"}.
     """
-    from lowmem.strategies import create
-
     plain = replace(
         run, gradient_checkpointing=False, gradient_release=False, loss="plain", label_tokens=None
     )

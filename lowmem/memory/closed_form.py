@@ -75,7 +75,8 @@ def supports(config: Any, run: Run) -> bool:
     biased = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
     plain = (run.loss, run.rows, run.lora_rank, run.quantize) == ("plain", "full", 0, None)
     return (
-        config.model_type in SUPPORTED
+        not hasattr(config, "skeleton")  # a model object need not be what its configuration says
+        and config.model_type in SUPPORTED
         and plain
         and not biased
         and (run.attention != "eager" or _every_head_its_own(config))
@@ -119,7 +120,7 @@ def events(config: Any, run: Run) -> Mapping[str, int]:
     A = saved_per_token(s, run)
     kept = 2 * s.h * s.L if run.gradient_checkpointing else A * s.L
     weights, head, layer = 2 * s.parameters, 2 * s.V * s.h, 2 * s.layer
-    inputs = 16 * T + 4 * s.d * run.seq_len + 2 * s.d  # ids, labels, cos, sin, frequencies
+    inputs = run.library + 16 * T + 4 * s.d * run.seq_len + 2 * s.d  # ids, labels, cos, sin, frequencies
     carried = weights if run.accumulation > 1 else 0  # gradients of the micro-batches before
     base = weights + inputs + carried
     # while a release is on, a layer's gradients are gone when the next one begins
@@ -154,6 +155,7 @@ def layer_backward(s: Shape, run: Run, A: int) -> int:
         26 * s.h * T + (0 if run.gradient_release else 2 * s.layer),  # the norm before the attention
     ]
     if run.attention == "eager":
-        scores = 6 * s.a * run.seq_len  # gradients of the probabilities and the scores
+        # gradients of the probabilities and the scores, and on CUDA what the kernel multiplies into
+        scores = (10 if run.device == "cuda" else 6) * s.a * run.seq_len
         instants.append((A - 8 * s.f + scores) * T + 3 * own)
     return max(instants)

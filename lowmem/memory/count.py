@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.memory.trace.tracker import Tracker, storages
+from lowmem.optim import roles
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
@@ -42,20 +43,20 @@ def state_bytes(
     Args:
         strategy: from `create`.
         shape: of the weight; dtype: of the weight.
-        role: matrix or other; refined by the shape as the optimizer does.
+        role: what the weight is (`lowmem.optim.roles.ROLES`), or "other".
 
     Example:
         >>> state_bytes(create("adamw"), (3, 5))
         124
     """
     x = torch.empty(shape, dtype=dtype, device="meta")
-    return _bytes(strategy.init(strategy.refine(role, shape), x).values())
+    return _bytes(strategy.init(strategy.rule_name(role, shape), x, role).values())
 
 
-def shared_bytes(strategy: Strategy, roles: Iterable[str] = ("matrix", "other")) -> int:
-    """Bytes of the constants that an optimizer holds once for each role that is in use."""
+def shared_bytes(strategy: Strategy, rule_names: Iterable[str] = ("matrix", "other")) -> int:
+    """Bytes of the constants that an optimizer holds once for each rule that is in use."""
     x = torch.empty(1, device="meta")
-    used = [strategy.rules[role] for role in sorted(set(roles)) if role in strategy.rules]
+    used = [strategy.rules[name] for name in sorted(set(rule_names)) if name in strategy.rules]
     return _bytes(table for rule in used for table in rule.shared(x).values())
 
 
@@ -66,18 +67,18 @@ def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, se
         strategy: from `create`; model: on any device, meta too.
         step: for schedules that change which tensors hold state; seed: of the run.
     """
-    cache: dict[tuple[str, Shape, torch.dtype], int] = {}
-    total, used = 0, set()
-    for group in strategy.param_groups(model):
-        names = tuple(name for name, _ in group["params"])
-        for name, p in group["params"]:
-            role = strategy.schedule.role(name, group["role"], names, step, seed)
-            key = (role, tuple(p.shape), p.dtype)
-            if key not in cache:
-                cache[key] = _bytes(strategy.init(role, torch.empty_like(p, device="meta")).values())
-            total += cache[key]
-            used.add(role)
-    return total + shared_bytes(strategy, used)
+    found = roles.find(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ordinary = {name: strategy.rule_name(found.get(name, "matrix"), p.shape) for name, p in trained.items()}
+    cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
+    total, rules = 0, strategy.rules_at(ordinary, step, seed)
+    for name, p in trained.items():
+        role = found.get(name, "matrix")
+        key = (rules[name], role, tuple(p.shape), p.dtype)
+        if key not in cache:
+            cache[key] = _bytes(strategy.init(rules[name], torch.empty_like(p, device="meta"), role).values())
+        total += cache[key]
+    return total + shared_bytes(strategy, rules.values())
 
 
 def workspace_bytes(
@@ -115,12 +116,14 @@ def measure_workspace(
     strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
 ) -> int:
     """`workspace_bytes` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+    if strategy.slices(strategy.rule_name(role, shape), role, shape):
+        shape = shape[1:]  # one matrix of the stack after the other
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
     gradient = _gradient(strategy, p)
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
     optimizer.init_state()
-    group, held = optimizer.place(p)[0], optimizer.state[p]
-    optimizer.constants(strategy.rules[optimizer.role(p)], optimizer.role(p), p)
+    group, held = optimizer.place(p).group, optimizer.state[p]
+    optimizer.constants(optimizer.rule_name(p), p)
     gap = int(strategy.options.get("update_proj_gap", 1))
     group["step"] = 0 if refresh else _between(gap)
     tracker = Tracker()
@@ -155,8 +158,9 @@ def _between(gap: int) -> int:
 
 def workspace_table(strategy: Strategy, model: nn.Module, *, refresh: bool) -> Mapping[str, int]:
     """Workspace of each trainable parameter of a model, by name."""
+    found = roles.find(model)
     return {
-        name: workspace_bytes(strategy, tuple(p.shape), p.dtype, group["role"], refresh)
-        for group in strategy.param_groups(model)
-        for name, p in group["params"]
+        name: workspace_bytes(strategy, tuple(p.shape), p.dtype, found.get(name, "matrix"), refresh)
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }

@@ -63,9 +63,9 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     elements = sum(_product(p.shape) for p in parameters)
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
     best: list[int] = []
-    for roles in _schedules(strategy, parameters):
-        sizes = [size for p in parameters for size in _state(strategy, roles[p.name], p.shape, p.dtype)]
-        sizes += _shared(strategy, frozenset(roles.values()))
+    for rules in _schedules(strategy, parameters):
+        sizes = [size for p in parameters for size in _state(strategy, rules[p.name], p)]
+        sizes += _shared(strategy, frozenset(rules.values()))
         best = max(best, sizes, key=sum)
     grain = run.granularity
     rounded = tuple(-(-size // grain) * grain for size in best)
@@ -86,14 +86,11 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _schedules(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[dict[str, str]]:
-    """Role of each parameter, for every window of the schedule that may differ."""
-    ordinary = {p.name: strategy.refine("other" if p.outside else "matrix", p.shape) for p in parameters}
-    names = {role: tuple(n for n, r in ordinary.items() if r == role) for role in set(ordinary.values())}
+    """The rule of each parameter by name, for every window of the schedule that may differ."""
+    ordinary = {p.name: strategy.rule_name(p.role, p.shape) for p in parameters}
     steps = [0, *(s for s in range(1, 20_000) if strategy.schedule.switches(s))][:64]
     for step in steps:
-        yield {
-            name: strategy.schedule.role(name, role, names[role], step, 0) for name, role in ordinary.items()
-        }
+        yield strategy.rules_at(ordinary, step, 0)
 
 
 def _key(strategy: Strategy) -> tuple[Any, ...]:
@@ -104,27 +101,26 @@ def _key(strategy: Strategy) -> tuple[Any, ...]:
 _SIZES: dict[tuple[Any, ...], list[int]] = {}
 
 
-def _state(strategy: Strategy, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
-    key = (*_key(strategy), role, shape, dtype)
+def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
+    key = (*_key(strategy), rule_name, p.role, p.shape, p.dtype)
     if key not in _SIZES or not strategy.name:
-        x = torch.empty(shape, dtype=dtype, device="meta")
-        _SIZES[key] = [t.untyped_storage().nbytes() for t in strategy.init(role, x).values()]
+        x = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        _SIZES[key] = [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, p.role).values()]
     return _SIZES[key]
 
 
-def _shared(strategy: Strategy, roles: frozenset[str]) -> list[int]:
-    size = count.shared_bytes(strategy, roles)
+def _shared(strategy: Strategy, rule_names: frozenset[str]) -> list[int]:
+    size = count.shared_bytes(strategy, rule_names)
     return [size] if size else []
 
 
 def _scratch(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> int:
-    role = "other" if p.outside else "matrix"
     if not compiled:
         if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
-            return _drawn_scratch(*_key(strategy), p.shape, p.dtype, role)
-        return count.workspace_bytes(strategy, p.shape, p.dtype, role, True)
+            return _drawn_scratch(*_key(strategy), p.shape, p.dtype, p.role)
+        return count.workspace_bytes(strategy, p.shape, p.dtype, p.role, True)
     return _compiled_scratch(
-        strategy.name, tuple(strategy.options.items()), strategy.writer, p.shape, p.dtype, role
+        strategy.name, tuple(strategy.options.items()), strategy.writer, p.shape, p.dtype, p.role
     )
 
 

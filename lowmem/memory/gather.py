@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
 from lowmem.errors import UserError, nearest
+from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
+from lowmem.memory.trace.given import Given
 from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.optim.strategy import Strategy
-
-CHOICES: Mapping[str, tuple[str | None, ...]] = {
-    "attention": ("sdpa", "eager"),
-    "rows": ("full", "padded", "packed"),
-    "loss": ("plain", "labels", "chunked"),
-    "adapter_dtype": ("float32", "bfloat16", "float16"),
-    "quantize": (None, "nf4"),
-    "device": ("cuda", "cpu"),
-    "compile": ("auto", "on", "off"),
-}
-LEAST = {"batch_size": 1, "seq_len": 2, "accumulation": 1, "lora_rank": 0}
 
 
 def model_config(model: Any) -> tuple[str, Any]:
@@ -34,14 +27,46 @@ def model_config(model: Any) -> tuple[str, Any]:
     if isinstance(model, (str, ModelEntry)) or hasattr(model, "__fspath__"):
         entry = model if isinstance(model, ModelEntry) else resolve(str(model))
         return entry.name, entry.config()
+    if isinstance(model, nn.Module):
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     config: Any = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     if not hasattr(config, "num_hidden_layers") and not hasattr(config, "model_type"):
         raise UserError(
             f"cannot plan {type(model).__name__}: give a model name, a folder, a Hub id, a transformers "
             "configuration or a transformers model"
         )
-    check_supported(config)
-    return str(getattr(config, "name_or_path", "") or config.model_type), config
+    name = str(getattr(config, "name_or_path", "") or config.model_type)
+    if not isinstance(model, nn.Module):
+        check_supported(config)
+        return name, config
+    shape = copy.copy(config)
+    shape.quantization_config = None  # its weights are what they are
+    check_supported(shape)
+    return name, Given(model)
+
+
+def as_it_is(given: Given, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run with a model object, whose own are not for the run to say.
+
+    Raises:
+        UserError: an option that would make another model of it.
+    """
+    own = given.options()
+    asked = {name: value for name, value in options.items() if value is not None}
+    for name in ("lora_rank", "lora_targets", "adapter_dtype", "quantize", "kbit_prepare", "double_quant"):
+        if asked.get(name):
+            raise UserError(
+                f"{name}: a model object is planned as it is; adapt or quantise it before, or give its name"
+            )
+    for name in ("dtype", "attention"):
+        value = str(asked.get(name, own[name]))
+        if value.removeprefix("torch.") != own[name]:
+            raise UserError(
+                f"{name} {value!r}: a model object is planned as it is, and this one has {own[name]!r}"
+            )
+    recompute = bool(asked.get("gradient_checkpointing")) or own["gradient_checkpointing"]
+    return {**asked, **own, "gradient_checkpointing": recompute}
 
 
 def make_run(options: Mapping[str, Any]) -> Run:
@@ -62,16 +87,30 @@ def make_run(options: Mapping[str, Any]) -> Run:
     return run
 
 
+def on_card(run: Run, limit: Budget) -> Run:
+    """The run on the card of a budget, as far as it does not say otherwise."""
+    capability = limit.capability if run.compute_capability is None else run.compute_capability
+    workspace = limit.workspace if run.workspace is None else run.workspace
+    return replace(run, compute_capability=capability, workspace=workspace)
+
+
 def _check(run: Run) -> None:
-    for name, allowed in CHOICES.items():
-        value = getattr(run, name)
-        if value not in allowed:
-            raise UserError(f"{name} {value!r} is not allowed; {nearest(str(value), map(str, allowed))}")
-    for name, least in LEAST.items():
-        if getattr(run, name) < least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(run, name)}")
+    for f in fields(run):
+        value, allowed, least = getattr(run, f.name), f.metadata["choices"], f.metadata["least"]
+        if value is None:
+            continue
+        if allowed and value not in allowed:
+            raise UserError(f"{f.name} {value!r} is not allowed; {nearest(str(value), allowed)}")
+        if least is not None and not least <= value < f.metadata["below"]:
+            limits = f"at least {least} and below {int(f.metadata['below'])}"
+            raise UserError(f"{f.name} must be {limits}, got {value}")
     if run.quantize and not run.lora_rank:
         raise UserError("quantize keeps the base weights frozen: give lora_rank as well")
+    if not run.quantize and (run.kbit_prepare or not run.double_quant):
+        given = "kbit_prepare" if run.kbit_prepare else "double_quant"
+        raise UserError(f"{given} is about 4-bit weights: give quantize='nf4' as well")
+    if run.keep_output and run.loss != "plain":
+        raise UserError(f"keep_output keeps the logits of the plain loss; loss {run.loss!r} hands none over")
     if run.autocast and run.dtype == "float16":
         raise UserError("autocast with float16 weights is not planned: use bfloat16 or float32 weights")
     if run.gradient_release and run.max_grad_norm > 0:
@@ -93,23 +132,41 @@ def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Stra
 
     if isinstance(asked, Strategy):
         return [asked]
-    names = asked.split(",") if isinstance(asked, str) else list(asked)
-    wanted: Iterable[Any] = [n.strip() if isinstance(n, str) else n for n in names]
-    if list(wanted) == ["all"]:
-        wanted = list(available())
+    wanted = named(asked) if isinstance(asked, str) else [one for part in asked for one in named(part)]
+    if [name for name, _ in wanted] == ["all"]:
+        wanted = [(name, None) for name in available()]
     found = []
-    several = len(list(wanted)) > 1
-    for one in wanted:
-        if isinstance(one, Strategy):
-            found.append(one)
-        elif options and several:
-            raise UserError(
-                f"options {options!r} belong to one strategy: name one, not {', '.join(map(str, wanted))}"
-            )
+    for name, own in wanted:
+        if isinstance(name, Strategy):
+            found.append(name)
+        elif options and len(wanted) > 1:
+            several = ", ".join(str(one) for one, _ in wanted)
+            raise UserError(f"options {options!r} belong to one strategy: name one, not {several}")
+        elif options and own:
+            raise UserError(f"options of {name} are given twice: {own!r} and {options!r}; give them once")
         else:
-            found.append(create(one, **parse_options(one, options)))
+            found.append(create(name, **parse_options(name, options or own)))
     if not found:
         raise UserError("no strategy to plan: name one, several with commas, or all")
+    return found
+
+
+def named(asked: Any) -> list[tuple[Any, str | None]]:
+    """Strategies and their options in "adamw,galore(rank=64,states=int8)"; an object stands for itself.
+
+    >>> named("adamw, galore(rank=64,scale=1)")
+    [('adamw', None), ('galore', 'rank=64,scale=1')]
+    """
+    if not isinstance(asked, str):
+        return [(asked, None)]
+    found = []
+    for part in re.split(r",(?![^(]*\))", asked):
+        name, bracket, inside = part.strip().partition("(")
+        if bool(bracket) != inside.endswith(")"):
+            raise UserError(
+                f"optim {part.strip()!r}: a bracket is missing; write galore(rank=64,states=int8)"
+            )
+        found.append((name.strip(), inside[:-1] or None))
     return found
 
 

@@ -33,6 +33,7 @@ from lowmem.memory.footprint import Footprint, evaluates, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
 from lowmem.memory.trace.extrapolate import remembered
+from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import Trace
 from lowmem.optim.strategy import Strategy
 
@@ -101,7 +102,8 @@ class Plan:
 
     Args:
         model: name and counts. run: every option of the trace. budget: None where none was given.
-        plans: one for each strategy. warnings, assumptions: sentences. command: that gives this plan again.
+        plans: one for each strategy. warnings, assumptions: sentences.
+        command: that gives this plan again; None for a model or strategy without a name.
         config: of the model. made: the strategies, in the order of `plans`.
     """
 
@@ -111,7 +113,7 @@ class Plan:
     plans: tuple[StrategyPlan, ...]
     warnings: tuple[str, ...]
     assumptions: tuple[str, ...]
-    command: str
+    command: str | None
     config: Any = field(repr=False)
     made: tuple[Strategy, ...] = field(repr=False, default=())
 
@@ -162,17 +164,22 @@ def plan(
     """
     if budget is not None and gpu is not None:
         raise UserError("budget and gpu: give one of the two")
-    run = gather.make_run(run_options)
     name, config = gather.model_config(model)
     made = gather.strategies(strategy, options)
-    limit = parse_budget(budget) if budget is not None else find_gpu(gpu) if gpu is not None else None
+    if isinstance(config, Given):
+        run_options = gather.as_it_is(config, run_options)
+    run = gather.make_run(run_options)
+    limit = find_gpu(gpu) if gpu is not None else None
+    if budget is not None:
+        limit = parse_budget(budget, run.compute_capability)
+    asked, run = run, gather.on_card(run, limit) if limit is not None else run
     rows = [row(config, run, one, limit, advise=advise) for one in made]
     order = sorted(range(len(rows)), key=lambda i: (rows[i].fits is False, rows[i].peak["allocated"]))
     info = _info(name, config, run, made[0])
     plans = tuple(rows[i] for i in order)
     return Plan(
         info, run, limit, plans, wording.warnings(config, run, name), wording.assumptions(run, limit),
-        wording.command(model if isinstance(model, str) else name, run, made, budget, gpu), config,
+        wording.command(model, asked, made, budget, gpu), config,
         tuple(made[i] for i in order),
     )  # fmt: skip
 
@@ -202,12 +209,9 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     peak = combine(found, held)
     levers = advice.levers(config, run, held) if advise else ()
     check = _cross_check(config, run, held, peak)
-    why = [*advice.sentences(peak, levers, run), *_agreement(check)]
-    verdict = (
-        None
-        if limit is None
-        else simulated(found, held, peak, limit.workspace, limit.capacity + limit.workspace)
-    )
+    spared = advice.roles(strategy, found.parameters) if advise else []
+    why = [*advice.sentences(peak, levers, run), *spared, *_agreement(check)]
+    verdict = None if limit is None else simulated(found, held, limit.capacity)
     room = None if limit is None or verdict is None else _headroom(limit, verdict, peak, found, held)
     return StrategyPlan(
         strategy=strategy.name or "custom",
@@ -227,8 +231,8 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     )
 
 
-def simulated(found: Trace, held: Footprint, peak: Peak, workspace: int, capacity: int | None) -> Verdict:
-    """What the caching allocator makes of the steps; library workspaces are allocated first."""
+def simulated(found: Trace, held: Footprint, capacity: int | None) -> Verdict:
+    """What the caching allocator makes of the steps."""
     if found.tracker is None:
         raise ValueError("the allocator needs a full trace")
     tracker = found.tracker
@@ -237,11 +241,7 @@ def simulated(found: Trace, held: Footprint, peak: Peak, workspace: int, capacit
     if found.releases:
         name = max(found.releases, key=lambda n: found.releases[n].total + held.scratch.get(n, 0))
         scratch = [(found.releases[name].at, held.scratch.get(name, 0))]
-    sizes = [*tracker.sizes, workspace]
-    stream = [len(sizes), *tracker.stream] if workspace else tracker.stream
-    shift = 1 if workspace else 0
-    places = [(place + shift, size) for place, size in scratch]
-    return simulate(stream, sizes, start + shift, held.tensors, places, capacity=capacity)
+    return simulate(tracker.stream, tracker.sizes, start, held.tensors, scratch, capacity=capacity)
 
 
 def _sizes(
@@ -249,8 +249,8 @@ def _sizes(
 ) -> dict[str, int | None]:
     if run.device == "cpu":  # no caching allocator, no context
         return {"allocated": peak.allocated, "reserved": None, "device": None}
-    card = limit or parse_budget(1 << 50)
-    reserved = simulated(found, held, peak, card.workspace, None).reserved
+    card = limit or parse_budget(1 << 50, run.compute_capability)
+    reserved = simulated(found, held, None).reserved
     return {"allocated": peak.allocated, "reserved": reserved, "device": reserved + card.outside}
 
 
@@ -259,7 +259,7 @@ def _headroom(limit: Budget, verdict: Verdict, peak: Peak, found: Trace, held: F
     spare = limit.capacity - peak.allocated
     if verdict.fits or spare < 0:
         return spare
-    reserved = simulated(found, held, peak, limit.workspace, None).reserved
+    reserved = simulated(found, held, None).reserved
     return min(-1, limit.usable - limit.outside - reserved)
 
 

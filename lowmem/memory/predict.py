@@ -61,9 +61,19 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "quantize": config.quantize,
         "max_grad_norm": config.max_grad_norm if config.clip in ("auto", "global") else 0.0,
         "device": measured.get("device", "cpu"),
+        "compute_capability": _capability(measured.get("device", "cpu")),
         "compile": config.compile,
         "steps": config.steps,
     }
+
+
+def _capability(device: str) -> float | None:
+    """Compute capability of the card of this process."""
+    import torch
+
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    return float("{}.{}".format(*torch.cuda.get_device_capability()))
 
 
 def _entry(model: str, strategy: Any, options: Mapping[str, Any]) -> dict[str, Any]:

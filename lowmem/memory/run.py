@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lowmem.memory.device import gpus
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _option(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
+    below: float = 2**24, group: str = "Run",
+) -> Any:  # fmt: skip
+    """A field with what the command line and the checks need to know of it."""
+    limits = {"least": least, "below": below}
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group, **limits})
 
 
 @dataclass(frozen=True)
@@ -15,37 +28,82 @@ class Run:
 
     rows    "full": one text per row, no mask; "padded": a mask of right padding; "packed": several texts
             share a row and each sees only itself; the rows of a micro-batch are laid end to end
-    longest tokens of the longest text in packed rows; seq_len if None
     loss    "plain": the Trainer's own, logits for every token; "labels": logits for `label_tokens` positions
             only (all of them if None); "chunked": TRL's, never the whole logits
     compile "auto" as the optimizer decides, for a run of `steps` steps if known; "on"; "off"
+    None    of `compute_capability`: 8.0 or more; of `workspace`: what cuBLAS takes at that capability; of
+            `adapter_dtype`: as TRL has it, bfloat16 over a quantized base and float32 otherwise
     """
 
-    batch_size: int = 1
-    seq_len: int = 2048
-    dtype: str = "bfloat16"
-    autocast: bool = False
-    attention: str = "sdpa"
-    rows: str = "full"
-    longest: int | None = None
-    gradient_checkpointing: bool = False
-    gradient_release: bool = False
-    accumulation: int = 1
-    loss: str = "plain"
-    label_tokens: int | None = None
-    lora_rank: int = 0
-    lora_targets: str = "all-linear"
-    adapter_dtype: str = "float32"
-    quantize: str | None = None
-    max_grad_norm: float = 1.0
-    compile: str = "auto"
-    steps: int | None = None
-    device: str = "cuda"
+    batch_size: int = _option(1, "rows per forward pass", least=1, below=2**20)
+    seq_len: int = _option(2048, "tokens per row", least=2)
+    dtype: str = _option("bfloat16", "dtype of the weights", choices=DTYPES)
+    autocast: bool = _option(False, "compute under bf16 autocast")
+    attention: str = _option("sdpa", "fused kernels, or eager", choices=("sdpa", "eager"))
+    rows: str = _option("full", "what a row of the batch holds", choices=("full", "padded", "packed"))
+    longest: int | None = _option(
+        None, "tokens of the longest text in packed rows; seq_len if not given", least=1
+    )
+    gradient_checkpointing: bool = _option(False, "recompute activations in backward")
+    gradient_release: bool = _option(False, "step each tensor inside backward")
+    accumulation: int = _option(1, "forward passes per optimizer step", least=1)
+    loss: str = _option(
+        "plain", "the Trainer's, logits at labels only, or chunked", choices=("plain", "labels", "chunked")
+    )
+    label_tokens: int | None = _option(None, "label positions of a micro-batch; all if not given", least=1)
+    keep_output: bool = _option(False, "the loop keeps the logits through backward; the Trainer does not")
+    max_grad_norm: float = _option(1.0, "clip gradients together; 0 does not", least=0.0)
+    lora_rank: int = _option(0, "train adapters of this rank", least=0, below=2**16, group="Adapters")
+    lora_targets: str = _option("all-linear", "modules that get adapters, with commas", group="Adapters")
+    adapter_dtype: str | None = _option(
+        None, "dtype of the adapters, if not TRL's choice", choices=DTYPES, group="Adapters"
+    )
+    quantize: str | None = _option(
+        None, "quantise the weights under the adapters", choices=("nf4",), group="Adapters"
+    )
+    double_quant: bool = _option(True, "quantise the scales of 4-bit weights as well", group="Adapters")
+    kbit_prepare: bool = _option(
+        False, "peft's prepare_model_for_kbit_training: fp32 where nothing is packed", group="Adapters"
+    )
+    compile: str = _option(
+        "auto", "compile the optimizer's step", choices=("auto", "on", "off"), group="Device"
+    )
+    steps: int | None = _option(
+        None, "steps of the run, for compile=auto", least=1, below=2**31, group="Device"
+    )
+    device: str = _option("cuda", "where it will run", choices=("cuda", "cpu"), group="Device")
+    compute_capability: float | None = _option(
+        None, "of the card, as in 7.5: decides its attention kernels", least=3.0, group="Device"
+    )
+    workspace: int | None = _option(
+        None, "bytes of cuBLAS inside the allocator", least=0, below=2**40, group="Device"
+    )
 
     @property
     def tokens(self) -> int:
         """Tokens of one micro-batch."""
         return self.batch_size * self.seq_len
+
+    @property
+    def adapter(self) -> torch.dtype:
+        """Dtype of the adapters."""
+        import torch
+
+        name = self.adapter_dtype or ("bfloat16" if self.quantize else "float32")
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the card has neither flash attention nor bf16 arithmetic: it is older than sm_80."""
+        return self.device == "cuda" and self.compute_capability is not None and self.compute_capability < 8
+
+    @property
+    def library(self) -> int:
+        """Bytes of cuBLAS inside the allocator, from its first product on."""
+        if self.device != "cuda":
+            return 0
+        return gpus.library(self.compute_capability) if self.workspace is None else self.workspace
 
     @property
     def granularity(self) -> int:

@@ -25,6 +25,11 @@ def warnings(config: Any, run: Run, name: str) -> tuple[str, ...]:
         found.append(
             f"{name} soft-caps its attention scores, which no fused kernel of torch does: eager is planned"
         )
+    if run.is_old and (run.dtype == "bfloat16" or run.autocast):
+        found.append(
+            f"a card of compute capability {run.compute_capability} has no bf16 arithmetic: it is emulated, "
+            "slowly, and no fused attention takes it; use --dtype float16 or float32"
+        )
     return tuple(found)
 
 
@@ -33,7 +38,7 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
     import torch
     import transformers
 
-    kernels = "the kernels of torch on a CPU" if run.device == "cpu" else "fused attention kernels of CUDA"
+    kernels = "the kernels of torch on a CPU" if run.device == "cpu" else _cuda_attention(run)
     attention = "eager attention (scores are materialised)" if run.attention == "eager" else kernels
     losses = {
         "plain": "the model's own loss: logits for every token (`lowmem finetune` makes them at labels only)",
@@ -51,12 +56,17 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
         losses[run.loss],
         rows[run.rows],
         "the peak of a step from the second on; a refresh of the basis is included",
-        "sizes are binary (GiB = 2^30 bytes); kernels' inner scratch is not counted",
+        "sizes are binary (GiB = 2^30 bytes); kernels' inner scratch is counted of softmax and cuBLAS alone",
     ]
     if run.lora_rank:
         found.append(
-            f"LoRA of rank {run.lora_rank} on {run.lora_targets}, adapters in {run.adapter_dtype}, no dropout"
-            + (", NF4 base with doubly quantized constants" if run.quantize else "")
+            f"LoRA of rank {run.lora_rank} on {run.lora_targets} in {str(run.adapter)[6:]}, no dropout"
+            + (
+                f", NF4 base with {'doubly' if run.double_quant else 'singly'} quantized weights"
+                if run.quantize
+                else ""
+            )
+            + (", embeddings, head and norms in fp32" if run.kbit_prepare else "")
         )
     if run.device == "cuda":
         found.append(
@@ -65,21 +75,42 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
     return (*found, *(limit.notes if limit else ()))
 
 
-FLAGS = {"gradient_checkpointing", "gradient_release", "autocast"}
-HIDDEN = {"max_grad_norm", "lora_targets", "longest"}
+def _cuda_attention(run: Run) -> str:
+    if not run.is_old:
+        return "fused attention kernels of CUDA (flash: compute capability 8.0 or more)"
+    return (
+        f"attention at compute capability {run.compute_capability}: no flash; memory-efficient in fp16 and "
+        "fp32 where each query head has its own keys, math elsewhere"
+    )
 
 
-def command(model: str, run: Run, made: Sequence[Strategy], budget: str | int | None, gpu: str | None) -> str:
-    """The `lowmem plan` command that gives this plan again."""
-    words = ["lowmem", "plan", "--model", model, "--optim", ",".join(s.name or "custom" for s in made)]
-    if len(made) == 1 and made[0].options:
-        words += ["--optim-args", ",".join(f"{k}={v}" for k, v in made[0].options.items())]
+def command(
+    model: Any, run: Run, made: Sequence[Strategy], budget: str | int | None, gpu: str | None
+) -> str | None:
+    """The `lowmem plan` command that gives this plan again.
+
+    None where there is none: a configuration or model object, or a strategy composed in Python, has no name.
+    """
+    if not (isinstance(model, str) or hasattr(model, "__fspath__")) or not all(s.name for s in made):
+        return None
+    words = ["lowmem", "plan", "--model", str(model), "--optim", ",".join(map(_named, made))]
     default = Run()
     for name in run.__dataclass_fields__:
         value = getattr(run, name)
-        if name in HIDDEN or (value == getattr(default, name) and name not in ("batch_size", "seq_len")):
+        if value == getattr(default, name):
             continue
-        flag = f"--{name.replace('_', '-')}"
-        words += [flag] if name in FLAGS else [flag, str(value)]
+        flag = name.replace("_", "-")
+        words += (
+            [f"--{flag}" if value else f"--no-{flag}"]
+            if isinstance(value, bool)
+            else [f"--{flag}", str(value)]
+        )
     words += ["--gpu", gpu] if gpu else ["--budget", str(budget)] if budget else []
     return shlex.join(words)
+
+
+def _named(strategy: Strategy) -> str:
+    """A strategy with every option, as `--optim` takes it."""
+    options = {**strategy.options, "writer": strategy.writer}
+    words = (str(v).lower() if isinstance(v, bool) else str(v) for v in options.values())
+    return f"{strategy.name}({','.join(f'{k}={word}' for k, word in zip(options, words, strict=True))})"

@@ -5,16 +5,15 @@ needs no network; a folder is read from its config.json; `owner/name` is asked o
 Hub. All three become the same `ModelEntry`, and `skeleton` builds the very module
 that training will use, on meta or as fake tensors: what is counted is what runs.
 
-Left out, with the reason said: mixture of experts (gradients are sparse over experts,
-none of the counting rules cover that yet), vision and audio towers, encoder-decoders,
-code that lives on the Hub, and weights that are already quantized.
+Left out, with the reason said: mixtures of experts but those whose experts are known to
+lie in stacks (`MIXTURES`), vision and audio towers, encoder-decoders, code that lives on
+the Hub, and weights that are already quantized.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem.errors import UserError, nearest
+from lowmem.errors import UserError, first_line, nearest
 from lowmem.models import hub
+from lowmem.texts import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,16 @@ Source = Literal["yaml", "path", "hub"]
 
 _TOWERS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "speech_config")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 10_000),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), 2**16),
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner", "vocab_size"), 2**24),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 2**31),
+}  # field -> what is far beyond the largest models
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+"""Mixtures whose experts are (E, m, n) tensors, one product for each stack: counted and stepped as such."""
+
+_CAUSAL = ("gpt_neox", "gpt_neox_japanese", "trocr")  # whatever their is_decoder says
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -142,22 +152,45 @@ def build_config(fields: Mapping[str, Any], name: str = "this model") -> Pretrai
     model_type = str(fields.get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         raise UserError(_unknown_type(fields, model_type, name))
-    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(fields))
-    check_supported(config, name)
+    _check_sizes(fields, name)
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(fields))
+        check_supported(config, name)
+    except UserError:
+        raise
+    except Exception as error:  # each architecture checks its fields in its own way, or trips over them
+        raise UserError(f"{name}: its config.json does not describe a model: {first_line(error)}") from error
     return config
+
+
+def _check_sizes(fields: Mapping[str, Any], name: str) -> None:
+    """Refuse sizes that no model has, before somebody counts to them.
+
+    Raises:
+        UserError: a size that is no whole number, below 1, or far beyond the largest models.
+    """
+    for key, most in _SIZES.items():
+        size = fields.get(key)
+        if size is None or isinstance(size, list):  # some architectures have one for each layer
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
+            shown = str(size)[:40] if not isinstance(size, str) else repr(size[:40])
+            raise UserError(
+                f"{name}: its config.json says {key} {shown}; it must be a number from 1 to {most:,}"
+            )
 
 
 def check_supported(config: PretrainedConfig, name: str = "this model") -> None:
     """Refuse what lowmem neither plans nor trains.
 
     Raises:
-        UserError: mixture of experts, a vision or audio tower, no causal head, quantized weights.
+        UserError: another mixture of experts, a tower, an encoder, no causal head, quantized weights.
     """
     reason = _refusal(config)
     if reason:
         raise UserError(
-            f"{name} ({config.model_type}) {reason}; lowmem plans and trains dense, text-only causal "
-            f"language models: `lowmem models` lists some"
+            f"{name} ({config.model_type}) {reason}; lowmem plans and trains text-only causal language "
+            f"models, dense ones and mixtures of the kinds {', '.join(MIXTURES)}: `lowmem models` lists some"
         )
 
 
@@ -190,11 +223,24 @@ def skeleton(
 
     config = entry_or_config.config() if isinstance(entry_or_config, ModelEntry) else entry_or_config
     check_supported(config)
-    with _without_storage(device, mode):
-        # dtype at construction: Module.to() swaps tensors, which fake tensors do not survive
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=to_dtype(dtype), attn_implementation=attention
-        )
+    weights = to_dtype(dtype)
+    try:
+        with _without_storage(device, mode):
+            # dtype at construction: Module.to() swaps tensors, which fake tensors do not survive
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=weights, attn_implementation=attention
+            )
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        kind = config.model_type
+        raise UserError(f"no {kind} model can be built of this configuration: {first_line(e)}") from e
     return model
 
 
@@ -248,11 +294,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         adapter = " (it holds a peft adapter: give its base model)" if _is_adapter(folder) else ""
         raise UserError(f"{folder} has no config.json{adapter}: give a folder made by save_pretrained")
-    try:
-        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    return fields
+    return read_json(file)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -275,13 +317,20 @@ def _refusal(config: PretrainedConfig) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     tower = next((key for key in _TOWERS if getattr(config, key, None) is not None), None)
-    experts = max((_number(getattr(config, key, None)) for key in _EXPERTS), default=0)
+    dense = getattr(config, "is_moe", None) is False
+    experts = 0 if dense else max(_number(getattr(config, key, None)) for key in _EXPERTS)
     if tower:
         return f"has a tower beside its language model ({tower})"
-    if experts > 1 or "moe" in config.model_type or hasattr(config, "ffn_config"):
+    mixed = experts > 1 or "moe" in config.model_type or hasattr(config, "ffn_config")
+    if mixed and config.model_type not in MIXTURES:
         return f"is a mixture of {experts if experts > 1 else 'several'} experts"
     if getattr(config, "is_encoder_decoder", False):
         return "is an encoder-decoder"
+    if config.get_text_config() is not config:
+        return "is a language model inside a larger one (text_config)"
+    both_ways = getattr(config, "is_decoder", None) is False and config.model_type not in _CAUSAL
+    if both_ways or getattr(config, "causal", None) is False:
+        return "reads in both directions (is_decoder is false in its configuration)"
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "has no causal language model head in transformers"
     quantization = getattr(config, "quantization_config", None)

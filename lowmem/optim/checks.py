@@ -1,20 +1,23 @@
-"""What an optimizer checks: its numbers, whether compiling pays, whether saved state fits."""
+"""What an optimizer checks: its numbers, and whether compiling pays."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.errors import CheckpointError, UserError
+from lowmem.errors import UserError
 
 COMPILE_FROM = 1 << 23
 """`compile="auto"` compiles for models with at least this many parameters."""
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""What the moments decay by, and what is added to their root, where nothing is said."""
 
 COMPILE_WORK = 1_500_000_000
 """Elements stepped in a run, below which the eager steps take less time than compiling kernels."""
@@ -29,21 +32,24 @@ def pays(parameters: int, steps: int | None = None) -> bool:
     return parameters >= COMPILE_FROM and (steps is None or parameters * steps >= COMPILE_WORK)
 
 
-def check_hyper(
-    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, compile: str = "auto"
-) -> None:
-    """Refuse numbers outside their range, all at once."""
+def check_hyper(numbers: Mapping[str, Any]) -> None:
+    """Refuse numbers outside their range, all at once.
+
+    Args:
+        numbers: lr, betas, eps, weight_decay and compile, or some of them; others are not looked at.
+    """
     bad = []
-    if not 0.0 <= lr < math.inf:
-        bad.append(f"lr must be at least 0, got {lr}")
+    for key in ("lr", "eps", "weight_decay"):
+        value = numbers.get(key, 0.0)
+        if isinstance(value, Tensor) and value.numel() != 1:
+            bad.append(f"a tensor {key} must have one element, got shape {tuple(value.shape)}")
+        elif not 0.0 <= value < math.inf:
+            bad.append(f"{key} must be at least 0, got {value}")
+    betas = numbers.get("betas", (0.0, 0.0))
     if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
         bad.append(f"betas must be two numbers in [0, 1), got {betas}")
-    if not 0.0 <= eps < math.inf:
-        bad.append(f"eps must be at least 0, got {eps}")
-    if not 0.0 <= weight_decay < math.inf:
-        bad.append(f"weight_decay must be at least 0, got {weight_decay}")
-    if compile not in ("auto", "on", "off"):
-        bad.append(f"compile must be auto, on or off, got {compile!r}")
+    if numbers.get("compile", "auto") not in ("auto", "on", "off"):
+        bad.append(f"compile must be auto, on or off, got {numbers['compile']!r}")
     if bad:
         raise UserError("; ".join(bad))
 
@@ -69,80 +75,48 @@ def unfit(p: Tensor, g: Tensor | None) -> str:
     )
 
 
+def check_gradient(name: str, p: Tensor, g: Tensor | None) -> None:
+    """Refuse what cannot be the gradient of a parameter, by the parameter's name."""
+    if problem := unfit(p, g):
+        raise UserError(f"gradient of {name!r}: {problem}")
+
+
+def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float) -> list[str]:
+    """A sentence for each number that was set and that no rule of a strategy reads.
+
+    Args:
+        name: of the strategy; rules: all of its rules. One says in `uses` which numbers it reads.
+        betas, eps: as given; the defaults are not asked for.
+    """
+    used = {number for rule in rules for number in used_by(rule)}
+    pair = isinstance(betas, (tuple, list))  # what is none is refused by `check_hyper`
+    given = {"betas": pair and tuple(betas) != BETAS, "eps": eps != EPS}
+    return [
+        f"{number}: no rule of {name} reads it, it would have no effect; leave it out"
+        for number in given
+        if given[number] and number not in used
+    ]
+
+
+def used_by(rule: Any) -> Collection[str]:
+    """The numbers of a parameter group that a rule reads, of betas and eps."""
+    declared: Collection[str] | None = getattr(rule, "uses", None)
+    if declared is not None:
+        return declared
+    inner = getattr(rule, "inner", None)  # what a rule made of another reads is what that one does
+    return used_by(inner) if inner is not None else ("betas", "eps")
+
+
 def has_compiler() -> bool:
     """Whether kernels for the CPU can be built on this machine."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     return any(shutil.which(name) for name in names if name)
 
 
-def check_saved(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a state dict that belongs to another optimizer.
-
-    Args:
-        saved: the state dict; groups: those of the optimizer that is to load it.
-
-    Raises:
-        CheckpointError: saved by another strategy, for other parameters, or with keys of another type.
-    """
-    mine = groups[0]["strategy"] if groups else ""
-    theirs = next((g.get("strategy") for g in saved["param_groups"] if g.get("strategy") != mine), mine)
-    if theirs != mine:
-        raise CheckpointError(
-            f"optimizer state was saved by {theirs or 'another optimizer'}, this run is {mine}: "
-            f"resume with the strategy and options it was saved with"
-        )
-    if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
-        raise CheckpointError(
-            "optimizer state was saved for another set of parameters: resume the same model"
-        )
-    known = {i for g in saved["param_groups"] for i in g["params"]}
-    strange = [key for key in saved["state"] if key not in known]
-    if strange:
-        raise CheckpointError(
-            f"optimizer state of {strange[0]!r} belongs to no parameter of the checkpoint, whose keys are "
-            f"{sorted(known, key=str)[:3]}...: a store that turns numbers into text does this; save what "
-            f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives"
-        )
-
-
-def lost(steps: int) -> CheckpointError:
-    """The error for a state dict of a run under way that holds no state."""
-    return CheckpointError(
-        f"the checkpoint is of step {steps} and holds no optimizer state: torch.distributed.checkpoint reads "
-        f"what the optimizer that it loads into holds already; call init_state() on it first, or use "
-        f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
-    )
-
-
-def check_fit(
-    name: str, p: Tensor, given: Mapping[str, Any], needed: Mapping[str, Tensor], moves: bool
-) -> None:
-    """Refuse a parameter's saved state that is not what its rule holds.
-
-    Args:
-        name: of the parameter p.
-        given: what was saved; needed: what is held, on `meta`.
-        moves: whether the tensors that hold state change during a run.
-
-    Raises:
-        CheckpointError: other keys, shapes or dtypes.
-    """
-    saved, held = (
-        {k: (tuple(v.shape), v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
-        for state in (given, needed)
-    )
-    if saved == held:
-        return
-    what = f"optimizer state of {name!r} {tuple(p.shape)}"
-    if moves and saved.items() < held.items():
-        # torch reads a flattened state dict by the keys of the optimizer that it is loaded into
-        raise CheckpointError(
-            f"{what} lacks {', '.join(sorted(held.keys() - saved.keys()))}: the tensors that hold state "
-            f"change during this run, and a flattened state dict is read by the keys of a fresh optimizer; "
-            f"save with flatten_optimizer_state_dict=False and torch.save, or, to load this one, set 'step' "
-            f"of every group to one less than the steps it has taken and call init_state() first"
-        )
-    raise CheckpointError(
-        f"{what} does not fit: the checkpoint is of another model, dtype or writer; resume with the settings "
-        f"it was saved with"
-    )
+def compiles(choice: str, params: Sequence[Tensor], steps: int | None) -> bool:
+    """Whether the step of these parameters is compiled, by choice (auto, on, off) and steps of the run."""
+    if choice != "auto":
+        return choice == "on"
+    if not pays(sum(p.numel() for p in params), steps):
+        return False
+    return has_compiler() or all(p.device.type != "cpu" for p in params)

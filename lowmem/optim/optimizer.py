@@ -3,46 +3,37 @@
 `step_param` is the whole update of one tensor: `step()` loops over it, gradient
 release calls it from inside backward. State is made by the same `init` that the
 planner counts, the first time a tensor has a gradient. What a scheduler may
-change lives in `param_groups`, as plain numbers, and so do the clock and the
-strategy's name, so that a checkpoint says what it belongs to.
+change lives in `param_groups`, as plain numbers, and so do the clock, the roles and
+the strategy's name, so that a checkpoint says what it belongs to.
 
-`load_state_dict` is our own: torch's casts every state tensor to the dtype of
-its parameter, which destroys 16-bit indices and fp32 scales under bf16 weights.
+The groups and the state are the caller's as in every torch optimizer: copied, pickled,
+cleared, moved, added to. What is derived from them (`seats`) is found anew when they change.
 """
 
 from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import UserError
+from lowmem.errors import KindError, as_ours
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_fit, check_hyper, check_saved, has_compiler, lost, pays, unfit
-from lowmem.optim.contract import AnyRule, Held, Hyper, Lookup, Rule, State, is_pointwise, scoped
+from lowmem.optim.checks import check_gradient, check_hyper, compiles
+from lowmem.optim.contract import Hyper, Lookup, State
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.schedules import Always
-from lowmem.optim.source import Named, Query
+from lowmem.optim.engine.settings import NEUTRAL, Settings, under
+from lowmem.optim.groups import completed
+from lowmem.optim.saved import Loading
+from lowmem.optim.seats import Part, Place, Roster, Seat, seat
+from lowmem.optim.source import Named, Query, check_asked
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.writers import Writer, select
 
 Params = Iterable[Any]
-
-
-@dataclass(frozen=True)
-class _Seat:
-    """What the step of one parameter needs and does not change: its rule, writer, and views of its state."""
-
-    role: str
-    rule: AnyRule
-    writer: Writer
-    state: State
-    extra: State
 
 
 class LowMemOptimizer(torch.optim.Optimizer):
@@ -51,7 +42,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         W <- (1 - lr weight_decay) W - lr D    (float64 weights in float64)
 
     Args:
-        params: parameters, (name, parameter) pairs, or groups; a group may have "role".
+        params: parameters, (name, parameter) pairs, or groups; see `add_param_group`.
         strategy: what to do, from `lowmem.create`.
         lr: learning rate, at least 0.
         betas: of the moments, each in [0, 1).
@@ -61,8 +52,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         compile: auto, on or off; compiled and eager steps differ in the last bit, so
             the choice depends on the model and `steps` and is kept in the checkpoint.
         steps: of the run, where that is known; a few do not pay for compiling.
-        model: owner of the parameters, for `step(closure)` with sources that probe inside its
-            forward; it is not kept alive.
+        model: owner of the parameters: where names and roles that groups do not say are found, and
+            what sources probe inside of; it is not kept alive.
 
     Raises:
         UserError: a number outside its range, or a writer that the weights cannot take.
@@ -91,93 +82,117 @@ class LowMemOptimizer(torch.optim.Optimizer):
         steps: int | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        check_hyper(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, compile=compile)
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "compile": compile}
+        with as_ours():
+            check_hyper(numbers)
         self.strategy = strategy
+        self.released = False
+        self._model = weakref.ref(model) if model is not None else None
         defaults = {
-            "lr": lr,
+            **numbers,
             "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
             "role": "matrix",
+            "roles": "{}",
             "step": 0,
+            "since": 0,
             "previous_norm": -1.0,
             "seed": seed,
-            "compile": compile,
             "strategy": json.dumps(strategy.to_config(), sort_keys=True),
         }
-        self._places: dict[int, tuple[dict[str, Any], str]] = {}
+        with as_ours():
+            super().__init__(params, defaults)
+        compiled = compiles(compile, [p for group in self.param_groups for p in group["params"]], steps)
+        for group in self.param_groups:
+            group["compile"] = compiled
+        self._derive()
+
+    def _derive(self) -> None:
+        """Forget what was derived from groups and state."""
+        self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
+        self._roster: Roster | None = None
+        self._seats: dict[Tensor, Seat] = {}
         self._shared: dict[tuple[str, torch.device], State] = {}
-        self._seats: dict[int, _Seat] = {}
-        self._switched = -1
         self._lookup = Lookup()
         self._evidence: list[Any] = []
-        self._model = weakref.ref(model) if model is not None else None
-        self._names: dict[str, tuple[str, ...]] = {}
-        self.released = False
-        super().__init__(params, defaults)
-        compiles = self._decide(compile, steps)
-        for group in self.param_groups:
-            group["compile"] = compiles
-        self.chunks = Chunks(compiles)
+        self._switched = -1
+        self._working = False
 
-    def _decide(self, compile: str, steps: int | None) -> bool:
-        if compile != "auto":
-            return compile == "on"
-        params = [p for group in self.param_groups for p in group["params"]]
-        if not pays(sum(p.numel() for p in params), steps):
-            return False
-        return has_compiler() or all(p.device.type != "cpu" for p in params)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "strategy": self.strategy, "released": False, "_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._derive()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; tensors whose shape does not fit its role are put into groups of their own."""
-        for group in self._split(param_group):
-            super().add_param_group(group)
-        self._places.clear()
-        self._names.clear()
+        """Add a group: it joins the run where that is now, and a refused one leaves nothing behind.
 
-    def _split(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
-        params = group["params"]
-        members = [params] if isinstance(params, Tensor) else list(params)
-        role = group.get("role", "matrix")
-        by_role: dict[str, list[Any]] = {}
-        for member in members:
-            p = member[1] if isinstance(member, tuple) else member
-            select(self.strategy.writer, p.dtype)  # refuses what it cannot take
-            by_role.setdefault(self.strategy.refine(role, p.shape), []).append(member)
-        return [{**group, "params": some, "role": name} for name, some in by_role.items()] or [dict(group)]
+        Args:
+            param_group: "params", numbers of its own, and "role", what its tensors are, where that is known.
+                Names and roles that are not given are found in the model that the optimizer was made with.
 
-    def place(self, p: Tensor) -> tuple[dict[str, Any], str]:
-        """The group and the name of a parameter."""
-        if id(p) not in self._places:
-            # rebuilt on a miss, not once: accelerate swaps the tensors in param_groups
-            self._places = {id(q): (group, name) for group, name, q in self._walk()}
-        return self._places[id(p)]
+        Raises:
+            UserError, KindError: what torch refuses, a role or a number that is not allowed.
+        """
+        with as_ours():
+            if not isinstance(param_group, dict):
+                raise KindError(f"a parameter group is a dict, got {type(param_group).__name__}")
+            before = dict(param_group)
+            try:
+                param_group.update(
+                    completed(before, self.param_groups, self.defaults, self.strategy, self.model)
+                )
+                super().add_param_group(param_group)
+            except Exception:
+                param_group.clear()
+                param_group.update(before)
+                raise
+        self._roster = None
 
-    def _walk(self) -> Iterable[tuple[dict[str, Any], str, nn.Parameter]]:
-        count = 0
-        for group in self.param_groups:
-            names = group.get("param_names") or [f"param.{count + i}" for i in range(len(group["params"]))]
-            count += len(group["params"])
-            yield from ((group, name, p) for name, p in zip(names, group["params"], strict=True))
+    @property
+    def model(self) -> nn.Module | None:
+        """The owner of the parameters, as long as it lives and was given."""
+        return self._model() if self._model is not None else None
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Nothing is recorded for autograd, and the caller's settings of torch do not count."""
+        if self._working:
+            yield
+            return
+        with torch.no_grad(), NEUTRAL.entered():
+            self._working = True
+            try:
+                yield
+            finally:
+                self._working = False
+
+    @property
+    def roster(self) -> Roster:
+        """All parameters, as the groups are now."""
+        if self._roster is None:
+            self._roster = Roster(self.param_groups, self.strategy)
+        return self._roster
+
+    def place(self, p: Tensor) -> Place:
+        """The group, name and role of a parameter."""
+        if p not in self.roster.places:
+            self._roster = None  # accelerate swaps the tensors in param_groups
+        return self.roster[p]
 
     def named_parameters(self) -> Named:
         """Names and parameters, group by group."""
-        return [(name, p) for _, name, p in self._walk()]
+        return [(place.name, cast("nn.Parameter", p)) for p, place in self.roster.places.items()]
 
-    def role(self, p: Tensor, saved: Mapping[str, Any] | None = None) -> str:
-        """The role of a parameter at this step, or at the last one before its group was saved."""
-        group, name = self.place(p)
-        role = group["role"]
-        if role not in self._names:
-            self._names[role] = tuple(n for g, n, _ in self._walk() if g["role"] == role)
-        # what is saved belongs to the step before: the next one may switch roles
-        step = group["step"] if saved is None else max(0, saved["step"] - 1)
-        seed = (group if saved is None else saved)["seed"]
-        return self.strategy.schedule.role(name, role, self._names[role], step, seed)
+    def rule_name(self, p: Tensor) -> str:
+        """The name of the rule that the next step of a parameter follows."""
+        return self.roster.rule_at(p, self.place(p).group["step"])
 
-    def hyper(self, p: Tensor, first: bool = False, weight: Tensor | None = None) -> Hyper:
-        """What a rule may know of the next step of a parameter; its weight, where that is at hand."""
-        group, name = self.place(p)
+    def hyper(self, p: Tensor, part: Part | None = None, first: bool = False) -> Hyper:
+        """What a rule may know of the next step of a parameter, or of a part of it."""
+        place = self.place(p)
+        group, name = place.group, part.name if part else place.name
+        weight = part.of(p.detach()) if part else p.detach()
         beta1, beta2 = group["betas"]
         return Hyper(
             step=int(group["step"]),
@@ -187,46 +202,50 @@ class LowMemOptimizer(torch.optim.Optimizer):
             betas=(float(beta1), float(beta2)),
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
-            weight=Dense(p.detach() if weight is None else weight),
-            shape=tuple(p.shape),
+            weight=Dense(weight),
+            shape=tuple(weight.shape),
             advance=self.chunks.advance_,
             first=first,
             constant=self._lookup,
         )
 
-    def constants(self, rule: AnyRule, role: str, p: Tensor) -> State:
+    def constants(self, rule_name: str, p: Tensor) -> State:
         """A rule's constants, held once for each device."""
-        key = (role, p.device)
+        key = (rule_name, p.device)
         if key not in self._shared:
-            self._shared[key] = rule.shared(p)
+            self._shared[key] = self.strategy.rules[rule_name].shared(p)
         return self._shared[key]
 
-    def ready(self, p: Tensor) -> tuple[_Seat, bool]:
+    def ready(self, p: Tensor) -> tuple[Seat, bool]:
         """What a parameter's step needs, and whether its state is new."""
-        step = self.place(p)[0]["step"]
-        if self.strategy.schedule.switches(step) and self._switched != step:
-            self._switched = step  # all at once: what was active and what is never hold state together
-            self._seats.clear()
-            self.state.clear()
-        seat, role = self._seats.get(id(p)), self.role(p)
-        if seat and seat.role == role:
-            return seat, False
-        held = cast("dict[str, Tensor]", self.state[p])
+        self._switch(self.place(p).group["step"])
+        rule_name = self.rule_name(p)
+        held, known = cast("dict[str, Tensor]", self.state[p]), self._seats.get(p)
+        if known and known.fits(rule_name, held):
+            return known, False
         if fresh := not held:
-            held.update(self.strategy.init(role, p))
-        rule = self.strategy.rules[role]
-        state = {k: v for k, v in held.items() if not k.startswith("writer.")}
-        state |= self.constants(rule, role, p)
-        writer = select(self.strategy.writer, p.dtype)
-        self._seats[id(p)] = _Seat(role, rule, writer, Held(state), scoped(held, "writer"))
-        return self._seats[id(p)], fresh
+            held.update(self.strategy.init(rule_name, p, self.place(p).role))
+        constants = self.constants(rule_name, p)
+        self._seats[p] = seat(self.strategy, self.place(p), rule_name, p, held, constants)
+        return self._seats[p], fresh
 
-    @torch.no_grad()
+    def _switch(self, step: int) -> None:
+        """Drop what is held for the step before, where roles may change at this one.
+
+        All at once: what was active and what is never hold state together.
+        """
+        if self._switched != step and self.strategy.schedule.switches(step):
+            self._switched = step
+            self._seats.clear()
+            for p in self.roster.places:
+                self.state.pop(p, None)
+
     def init_state(self) -> None:
         """Make the state of every parameter now, as the first step would."""
-        for _, p in self.named_parameters():
-            if p.requires_grad and p.numel():
-                self.ready(p)
+        with self._at_work():
+            for _, p in self.named_parameters():
+                if p.requires_grad and p.numel():
+                    self.ready(p)
 
     def step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
         """The whole update of one tensor.
@@ -238,27 +257,17 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: a gradient of another shape or device, sparse, or not of real numbers.
         """
-        if torch.is_grad_enabled():  # a decorator would switch at every call, also inside of `step`
-            with torch.no_grad():
+        if not self._working:
+            with self._at_work():
                 self.step_param(p, g)
             return
         if not p.numel():
             return
-        if problem := unfit(p, g if isinstance(g, Tensor) else getattr(g, "tensor", None)):
-            raise UserError(f"gradient of {self.place(p)[1]!r}: {problem}")
+        check_gradient(self.place(p).name, p, g if isinstance(g, Tensor) else getattr(g, "tensor", None))
         g = Dense(g) if isinstance(g, Tensor) else g
         seat, fresh = self.ready(p)
-        weight, rule = p.detach(), seat.rule
-        hp = self.hyper(p, fresh, weight)
-        if is_pointwise(rule):
-            self.chunks.apply_(rule, seat.writer, weight, g, seat.state, seat.extra, hp)
-            return
-        whole = cast("Rule", rule)
-        whole.prepare(g, seat.state, hp)
-        direction = whole.update(g, seat.state, hp)
-        self.chunks.write_(seat.writer, weight, direction, seat.extra, hp)
-        for key, value in direction.commit.items():
-            seat.state[key].copy_(value)
+        for part in seat.parts:
+            part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
     def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
         """Evaluate the loss and leave what the step needs.
@@ -270,25 +279,35 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """
         group = self.param_groups[0]
         query = Query(group["seed"], group["step"], len(self._evidence), self.chunks.compile)
-        if model is None and self._model is not None:
-            model = self._model()
         params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        loss, evidence = self.strategy.source.backward(params, loss_fn, model=model, query=query)
+        owner = self.model if model is None else model
+        source, settings = self.strategy.source, Settings.now()
+        if source.needs_autograd:
+            loss, evidence = source.backward(params, loss_fn, model=owner, query=query)
+        else:
+            with NEUTRAL.entered():  # what is drawn is ours, the loss is the caller's
+                loss, evidence = source.backward(params, under(settings, loss_fn), model=owner, query=query)
         if evidence is not None:
             self._evidence.append(evidence)
         return loss
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Step every parameter that has a gradient; tensors that were released have had theirs."""
+        source = self.strategy.source
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = self.backward(closure) if not self.strategy.source.needs_autograd else closure()
-        if not self._evidence and not self.strategy.source.needs_autograd:
-            self.init_state()  # torch's distributed checkpoint makes state by a step of nothing
-        for p, g in self.strategy.source.gradients(self.named_parameters(), self._evidence):
-            self.step_param(p, g)
+                loss = closure() if source.needs_autograd else self.backward(closure)
+        self._roster = None  # the caller may have changed the groups
+        with self._at_work():
+            for name, p in self.named_parameters():
+                if p.grad is not None:
+                    check_gradient(name, p, p.grad)  # before any tensor is stepped
+            if not self._evidence and not source.needs_autograd:
+                check_asked(self.strategy.name, self.param_groups)
+                self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
+            for p, g in source.gradients(self.named_parameters(), self._evidence):
+                self.step_param(p, g)
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
@@ -305,45 +324,25 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
-        tensors = [t for held in self.state.values() for t in held.values() if isinstance(t, Tensor)]
-        tensors += [t for held in self._shared.values() for t in held.values()]
+        held = [state for state in [*self.state.values(), *self._shared.values()] if isinstance(state, dict)]
+        tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load exactly: dtypes and bits as saved, on the parameter's device; all of it or nothing.
+        """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.
 
         Raises:
             CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
-        groups, states = state_dict["param_groups"], state_dict["state"]
-        check_saved(state_dict, self.param_groups)
-        if not states and any(group["step"] for group in groups) and self._holds():
-            raise lost(max(group["step"] for group in groups))
-        saved = [
-            (p, group, states[i])
-            for group, own in zip(groups, self.param_groups, strict=True)
-            for i, p in zip(group["params"], own["params"], strict=True)
-            if i in states
-        ]
-        keys = [self._fitting(*one) for one in saved]
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self._places.clear()  # the groups are new, and so is their step
-        self._seats.clear()
-        self._switched = -1
-        for (p, _, held), order in zip(saved, keys, strict=True):
-            self.state[p] = {k: held[k].detach().to(p.device, copy=True) for k in order}
-        if self.param_groups:
-            self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
-
-    def _holds(self) -> bool:
-        """Whether a parameter that trains has state in its ordinary role."""
-        trained = [(group["role"], p) for group, _, p in self._walk() if p.requires_grad and p.numel()]
-        return any(self.strategy.init(role, torch.empty_like(p, device="meta")) for role, p in trained)
-
-    def _fitting(self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Tensor]) -> list[str]:
-        """Keys of the saved state of a parameter and its group, in the order in which kernels take them."""
-        expected = self.strategy.init(self.role(p, group), torch.empty_like(p, device="meta"))
-        moves = not isinstance(self.strategy.schedule, Always)
-        check_fit(self.place(p)[1], p, saved, expected, moves)
-        return list(expected)
+        loading = Loading(self.strategy)
+        hooks = (
+            self.register_load_state_dict_pre_hook(loading.read),
+            self.register_load_state_dict_post_hook(loading.store, prepend=True),
+        )
+        try:
+            with NEUTRAL.entered():
+                super().load_state_dict(dict(state_dict))
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -102,13 +102,17 @@ class Release:
 
     def _projecting(self, p: nn.Parameter) -> Subspace | None:
         """The rule of a tensor of which the projected gradient suffices in this window."""
-        rule = self.optimizer.strategy.rules[self.optimizer.role(p)]
+        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
         if not isinstance(rule, Subspace) or not self.optimizer.state.get(p):
+            return None
+        if (
+            len(self.optimizer.ready(p)[0].parts) > 1
+        ):  # of a stack, some matrices may be refreshed and others not
             return None
         return None if rule.refreshes(self.optimizer.hyper(p)) else rule
 
     def _accumulate(self, p: nn.Parameter, g: Tensor, rule: Subspace) -> None:
-        low = rule.project(Dense(g), self.optimizer.ready(p)[0].state)
+        low = rule.project(Dense(g), self.optimizer.ready(p)[0].parts[0].state)
         if p in self._low:
             self._low[p].add_(low)
         else:

@@ -31,6 +31,9 @@ class Schedule(Protocol):
     def switches(self, step: int) -> bool:
         """Whether roles may change at this step, and state is made anew."""
 
+    def began(self, step: int) -> int:
+        """The step at which the roles of this one were given out; who joins later takes part in the next."""
+
 
 @dataclass(frozen=True)
 class Always:
@@ -43,6 +46,10 @@ class Always:
     def switches(self, step: int) -> bool:
         """Never."""
         return False
+
+    def began(self, step: int) -> int:
+        """At once."""
+        return step
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,10 @@ class RandomBlocks:
     def switches(self, step: int) -> bool:
         """At every change of the active set."""
         return step % self.gap == 0
+
+    def began(self, step: int) -> int:
+        """The last change of the active set."""
+        return step - step % self.gap
 
 
 @functools.lru_cache(maxsize=32)

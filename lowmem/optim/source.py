@@ -7,13 +7,14 @@ are evidence, from which the gradient of one tensor after another is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -74,3 +75,12 @@ class Source(Protocol):
 
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """Bytes of gradients alive at the end of a backward pass, at most."""
+
+
+def check_asked(name: str, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the step of a strategy without gradients whose loss nobody evaluated; with lr 0 it is none."""
+    if any(float(group["lr"]) for group in groups):
+        raise UserError(
+            f"{name} takes no gradients, and step() has nothing to go by: call optimizer.backward(loss_fn), "
+            "or step(loss_fn), where loss_fn gives the loss of the batch, in the place of loss.backward()"
+        )

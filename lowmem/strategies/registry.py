@@ -9,13 +9,15 @@ import math
 import pkgutil
 import re
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from lowmem.errors import UserError, nearest
+from lowmem.errors import ConfigError, UserError, nearest
+from lowmem.optim.checks import idle
+from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Plain, Strategy
 
@@ -250,7 +252,7 @@ def _typed(entry: Entry, key: str, text: str) -> Plain:
 
 
 def optimizer(
-    model: nn.Module,
+    params: nn.Module | Iterable[Any],
     name: str,
     *,
     lr: float = 1e-3,
@@ -260,27 +262,37 @@ def optimizer(
     decay_names: Collection[str] | None = None,
     seed: int = 0,
     compile: str = "auto",
+    model: nn.Module | None = None,
     **options: Plain,
 ) -> LowMemOptimizer:
-    """An optimizer for a model's trainable parameters, with roles found in the model.
+    """An optimizer for the trainable parameters of a model, or for those that are given.
 
     Args:
-        model: any module; Hugging Face models say which weight is their head.
+        params: a model; or parameters, (name, parameter) pairs, or groups of either, as torch takes them.
         name: of the strategy; options: of the strategy.
         lr, betas, eps, weight_decay: as in AdamW.
-        decay_names: names of the parameters that decay; all, if None.
+        decay_names: names of a model's parameters that decay; all, if None.
         seed: of the run; compile: auto, on or off.
+        model: owner of the parameters, where those are given: names and roles are found in it.
 
     Raises:
-        UserError: unknown strategy or option, or a number outside its range.
+        UserError: unknown strategy or option, a number outside its range, or one without effect.
 
     Example:
         >>> optimizer(nn.Linear(8, 8), "galore", lr=1e-4, rank=4).strategy.name
         'galore'
     """
     strategy = create(name, **options)
-    groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names)
+    if problems := idle(name, strategy.rules.values(), betas=betas, eps=eps):
+        raise ConfigError(problems)
+    if isinstance(params, nn.Module):
+        model, trained = params, strategy.source.trained(params)
+        params = param_groups(model, weight_decay=weight_decay, decay_names=decay_names, trained=trained)
+    elif decay_names is not None:
+        raise UserError(
+            "decay_names goes with a model; give parameters in groups with weight_decay of their own"
+        )
     return LowMemOptimizer(
-        groups, strategy, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile,
+        params, strategy, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile,
         model=model,
     )  # fmt: skip

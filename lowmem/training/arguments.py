@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from lowmem.errors import ConfigError, UserError, nearest
+from lowmem.optim.checks import idle
 
 if TYPE_CHECKING:
     from lowmem.optim.strategy import Strategy
@@ -152,6 +153,8 @@ def check(args: Any) -> list[str]:
         strategy = build_strategy(args.optim, args.optim_args, writer)
     except UserError as error:
         return [f"optim: {error}", *problems]
+    betas = (args.adam_beta1, args.adam_beta2)
+    problems += idle(args.optim, strategy.rules.values(), betas=betas, eps=args.adam_epsilon)
     return problems + (_released(args, strategy) if strategy.source.needs_autograd else _gradient_free(args))
 
 
@@ -240,9 +243,13 @@ def _sft_config() -> type[Any]:
         """Arguments for `LowMemSFTTrainer`.
 
         As TRL has it, activation checkpointing is on by default, but for
-        strategies that take no backward pass.
+        strategies that take no backward pass. Unlike TRL it leaves the load balancing loss
+        of a mixture of experts to the model, as transformers does, until a coefficient is given.
         """
 
+        router_aux_loss_coef: float | None = field(
+            default=0.0, metadata={"help": "Weight of the load balancing loss of a mixture of experts."}
+        )
         gradient_checkpointing: bool | None = field(
             default=None, metadata={"help": "Old name of activation_checkpointing."}
         )

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from transformers import Trainer
 
-from lowmem.errors import UserError
+from lowmem.errors import ConfigError, UserError
+from lowmem.optim.checks import idle
+from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import build_strategy
 
@@ -49,7 +51,8 @@ def make_optimizer(
         compile: auto, on or off.
         steps: of the run, where that is known; a few do not pay for compiling.
     """
-    groups = strategy.param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
+    trained = strategy.source.trained(model)
+    groups = param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model), trained=trained)
     return LowMemOptimizer(
         groups,
         strategy,
@@ -60,6 +63,7 @@ def make_optimizer(
         seed=seed,
         compile=compile,
         steps=steps,
+        model=model,
     )
 
 
@@ -105,14 +109,17 @@ def hf_optimizer(
         **options: the strategy's own, as for `lowmem.create`.
 
     Raises:
-        UserError: unknown name or option, or a strategy that takes no gradients.
+        UserError: unknown name or option, a strategy that takes no gradients, or a number without effect.
 
     Example:
         >>> factory, kwargs = hf_optimizer("galore", lr=1e-4, rank=64)
         >>> kwargs["options"]
         {'rank': 64}
     """
-    if not build_strategy(name, options, writer).source.needs_autograd:
+    strategy = build_strategy(name, options, writer)
+    if problems := idle(name, strategy.rules.values(), betas=betas, eps=eps):
+        raise ConfigError(problems)
+    if not strategy.source.needs_autograd:
         raise UserError(f"{name} evaluates the loss instead of differentiating it; use lowmem.LowMemTrainer")
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     return Factory, {"strategy": name, "options": options, "writer": writer, "compile": compile, **settings}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import UserError
+from lowmem.texts import parse_json
 
 LOCK = ".lowmem.lock"
 _held: dict[Path, int] = {}  # folders that this process holds: a recipe and its trainer are one run
@@ -99,7 +100,7 @@ def _owner() -> dict[str, Any]:
 def _read(handle: int) -> dict[str, Any]:
     """What the file says of its owner; nothing where it was cut off."""
     try:
-        read = json.loads(os.pread(handle, 4096, 0))
+        read = parse_json(os.pread(handle, 4096, 0).decode(errors="replace"))
     except ValueError:
         return {}
     return read if isinstance(read, dict) else {}

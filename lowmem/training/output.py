@@ -13,7 +13,6 @@ that can be resumed or replaced.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.models.sealed import about, discard, ours, seal, sync
+from lowmem.texts import parse_json
 from lowmem.training import checkpoint, staging
 from lowmem.training.lock import LOCK, held
 
@@ -171,7 +171,7 @@ def results(folder: Path, belongs: Mapping[str, Any]) -> Iterator[Path]:
         seal(made, belongs)
     except BaseException as error:  # safetensors and tokenizers have classes of their own for a full disk
         discard(staging.staging(folder))
-        if not ran_out_of_room(error):
+        if not isinstance(error, OSError) and not ran_out_of_room(error):
             raise
         raise UserError(
             f"could not write the results to {folder}: {first_line(error)}; make room, then --resume"
@@ -184,7 +184,7 @@ def earlier_report(folder: Path, step: int) -> dict[str, Any] | None:
     if not ours(folder) or about(folder).get("steps") != step:
         return None
     try:
-        report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report: dict[str, Any] = parse_json((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return {key: value for key, value in report.items() if key not in ("result", "log")} or None

@@ -156,6 +156,14 @@ class WholeCheckpoints:
                 checkpoint.check_no_foreign(folder, after=checkpoint.step(Path(start)) if start else 0)
             yield start
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """End the run; with a limit of one the Trainer would delete every folder of a checkpoint's name."""
+        self._staging = staging(Path(self.args.output_dir))
+        try:
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._staging = None
+
     def _get_output_dir(self, trial: Any) -> str:
         """The staging folder during a save, the run's folder otherwise."""
         return str(self._staging or super()._get_output_dir(trial))  # type: ignore[misc]
@@ -169,7 +177,7 @@ class WholeCheckpoints:
         try:
             yield self._staging / target.name
         except Exception as error:
-            if not ran_out_of_room(error):
+            if not isinstance(error, OSError) and not ran_out_of_room(error):
                 raise
             raise UserError(_no_room(target, error)) from error
         finally:

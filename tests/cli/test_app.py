@@ -50,7 +50,6 @@ def raising(error: BaseException) -> Callable[..., None]:
         (UserError("no model 'x';\n did you mean 'y'?"), 2, "error: no model 'x'; did you mean 'y'?\n"),
         (ConfigError(["lr: bad", "steps: bad"]), 2, "error: lr: bad\nerror: steps: bad\n"),
         (PermissionError(13, "Permission denied", "/out"), 2, "error: Permission denied: /out\n"),
-        (OSError(28, "No space left on device"), 2, "error: No space left on device: while writing\n"),
         (KeyboardInterrupt(), 130, ""),
         (typer.Exit(3), 3, ""),
     ],
@@ -58,6 +57,58 @@ def raising(error: BaseException) -> Callable[..., None]:
 def test_exit_codes(error: BaseException, code: int, stderr: str) -> None:
     done = runner.invoke(application(raising(error)), ["do"])
     assert (done.exit_code, done.stdout, done.stderr) == (code, "", stderr)
+
+
+def torch_save() -> BaseException:
+    """What torch raises on a disk that is really full."""
+    import torch
+
+    try:
+        torch.save({"a": torch.zeros(10**6)}, "/dev/full")
+    except RuntimeError as error:
+        return error
+    pytest.fail("nothing was raised")
+
+
+def wrapped(error: BaseException) -> BaseException:
+    """As a compiler wraps what happened to it."""
+    outer = RuntimeError("backend='inductor' raised:\nand many lines more")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (lambda: OSError(28, "No space left on device"), "No space left on device"),
+        (lambda: OSError(28, "No space left on device", "/out/loss.png"), "device: /out/loss.png"),
+        (lambda: OSError(27, "File too large"), "File too large"),
+        (
+            lambda: FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            "No usable temporary",
+        ),
+        (lambda: RuntimeError("basic_ios::clear: iostream error"), "iostream error"),
+        (
+            lambda: RuntimeError("C++ compile error\n\nCommand:\ng++\ncc1plus: No space left on device"),
+            "cc1plus: No",
+        ),
+        (lambda: wrapped(OSError(28, "No space left on device")), "No space left on device"),
+        (torch_save, "inline_container"),
+    ],
+)
+def test_a_full_disk_is_one_line_wherever_it_shows(error: Callable[[], BaseException], line: str) -> None:
+    done = runner.invoke(application(raising(error())), ["do"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: out of room: ")
+    assert line in done.stderr
+    assert "TMPDIR" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert len(done.stderr) <= 400
+
+
+def test_a_damaged_file_is_no_full_disk() -> None:
+    reader = "[enforce fail at inline_container.cc:230] . PytorchStreamReader failed reading zip archive"
+    assert runner.invoke(application(raising(RuntimeError(reader))), ["do"]).exit_code == 1
 
 
 def test_our_fault_shows_the_traceback() -> None:

@@ -176,6 +176,20 @@ def test_a_copied_recipe_says_how_it_is_run(name: str, tmp_path: Path) -> None:
     assert "cannot read config 'absent.yaml'" in wrong.stderr
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_cp_never_writes_through_a_link(tmp_path: Path, there: bool) -> None:
+    elsewhere, target = tmp_path / "elsewhere", tmp_path / "demo.yaml"
+    if there:
+        elsewhere.write_text("precious", encoding="utf-8")
+    target.symlink_to(elsewhere)
+    assert "exists" in refused("cp", "demo", str(target))
+    assert runner.invoke(cli.app, ["cp", "demo", str(target), "--overwrite"]).exit_code == 0
+    assert not target.is_symlink()
+    assert elsewhere.exists() == there
+    assert not there or elsewhere.read_text(encoding="utf-8") == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"demo.yaml", *(["elsewhere"] if there else [])}
+
+
 def test_cp_copies_and_refuses_to_replace(tmp_path: Path) -> None:
     copied = document("cp", "demo", str(tmp_path))
     target = tmp_path / "demo.yaml"

@@ -12,6 +12,7 @@ from typing import Any
 
 import lowmem
 from lowmem.errors import UserError
+from lowmem.optim.checks import used_by
 
 GAP = 4
 ALL_PAIRS = (("states", "on_refresh"),)
@@ -36,7 +37,9 @@ class Case:
 
     def optimizer(self, model: Any, **hyper: Any) -> Any:
         defaults: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
-        return lowmem.optimizer(model, self.name, **{**defaults, **hyper}, **dict(self.options))
+        read = {number for rule in self.create().rules.values() for number in used_by(rule)}
+        kept = {key: value for key, value in defaults.items() if key not in ("betas", "eps") or key in read}
+        return lowmem.optimizer(model, self.name, **{**kept, **hyper}, **dict(self.options))
 
     @property
     def by_backward(self) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 import lowmem
 from lowmem.errors import UserError
+from lowmem.optim.groups import param_groups
 from tests.contract import runs, zoo
 from tests.contract.cases import Case
 
@@ -18,7 +19,7 @@ SHAPES = {"tall.weight": (24, 8), "wide.weight": (8, 24), "square.weight": (16, 
 
 def test_the_order_of_parameters_does_not_matter(case: Case, dtype: torch.dtype) -> None:
     model = zoo.build(dtype)
-    groups = case.create().param_groups(model, weight_decay=0.01)
+    groups = param_groups(model, weight_decay=0.01)
     turned = [{**group, "params": group["params"][::-1]} for group in groups[::-1]]
     optimizer = lowmem.LowMemOptimizer(turned, case.create(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(runs.STEPS):
@@ -95,11 +96,10 @@ def test_tied_weights_are_one_tensor(case: Case) -> None:
 
 def test_embeddings_head_norms_and_biases_are_not_matrices(case: Case) -> None:
     model = zoo.build()
-    groups = case.create().param_groups(model, weight_decay=0.1)
-    role = {name: group["role"] for group in groups for name, _ in group["params"]}
-    hidden = {name for name in role if name.endswith(("proj.weight", "conv.weight"))}
-    assert {role[name] for name in hidden} <= {"matrix", "small"}  # small: not worth a codec
-    assert not {role[name] for name in role.keys() - hidden} & {"matrix"}
+    rule = {place.name: place.rule for place in case.optimizer(model).roster.places.values()}
+    hidden = {name for name in rule if name.endswith(("proj.weight", "conv.weight"))}
+    assert {rule[name] for name in hidden} <= {"matrix", "small"}  # small: not worth a codec
+    assert not {rule[name] for name in rule.keys() - hidden} & {"matrix"}
 
 
 def released(case: Case, model: nn.Module, **options: Any) -> tuple[Any, Any]:

@@ -122,3 +122,13 @@ def test_a_loss_of_zero_has_no_change_in_percent():
     shown = importlib.import_module("lowmem.cli.finetune")._before_after
     assert shown(0.0, 0.0) == "0.000 -> 0.000"
     assert shown(2.0, 1.0) == "2.000 -> 1.000 (-50%)"
+
+
+def test_a_large_row_is_said(tokenizer, tmp_path, monkeypatch):
+    ensure_chat_template(tokenizer)
+    monkeypatch.setattr("lowmem.data.fitting.LARGE", 400)
+    rows = [question(1, False), {"question": "Who? " * 100, "answer": "x"}]
+    heard = Heard()
+    fitting(load_data(write(tmp_path / "a.jsonl", rows)), tokenizer, 4096, heard)
+    assert [text for text in heard.said if "a.jsonl, line 2: 0 million characters in one row" in text]
+    assert len([text for text in heard.said if "takes a while" in text]) == 1

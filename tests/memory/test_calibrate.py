@@ -14,7 +14,7 @@ from lowmem.memory.device.calibrate import Calibration, calibrate, card_name, sa
 
 
 def card(name: str, context: int = 300 << 20) -> Calibration:
-    return Calibration(name, 24 << 30, context, 16 << 20, "NVIDIA " + name, "2.13.0 (CUDA 13.0)", 0)
+    return Calibration(name, 24 << 30, context, 16 << 20, 8.9, "NVIDIA " + name, "2.13.0 (CUDA 13.0)", 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

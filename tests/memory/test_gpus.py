@@ -80,7 +80,8 @@ def test_calibration_replaces_the_table(tmp_path):
     file.write_text(json.dumps({"t4": {"usable": 15 * GIB, "context": 150 * MIB, "workspace": 9 * MIB}}))
     card = gpu("t4")
     assert card.calibrated
-    assert card.capacity == 15 * GIB - 159 * MIB
+    assert card.capacity == 15 * GIB - 150 * MIB
+    assert (card.workspace, card.capability) == (9 * MIB, 7.5)
     assert card.outside == 150 * MIB
 
 

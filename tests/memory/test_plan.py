@@ -38,7 +38,7 @@ SMALL = {"batch_size": 2, "seq_len": 48}
         ({"gradient_checkpointing": True}, 50.22, "embedding backward"),
         ({"gradient_release": True}, 49.83, "loss backward"),
         ({"gradient_checkpointing": True, "gradient_release": True}, 38.95, "loss backward"),
-        ({"attention": "eager"}, 74.08, "first layer backward"),
+        ({"attention": "eager"}, 74.58, "first layer backward"),
         ({"dtype": "float32", "autocast": True}, 104.31, "loss backward"),
         ({"lora_rank": 16, "adapter_dtype": "bfloat16"}, 23.90, "loss backward"),
         ({"lora_rank": 16, "autocast": True}, 26.20, "loss backward"),
@@ -57,10 +57,10 @@ SMALL = {"batch_size": 2, "seq_len": 48}
     ],
 )
 def test_anchors_of_llama_7b(options, gib, event):
-    """1 x 2048 tokens; moments in the dtype of what is trained."""
+    """1 x 2048 tokens, without cuBLAS; moments in the dtype of what is trained."""
     states = "bf16" if options.get("dtype") != "float32" and not _wide_adapters(options) else "fp32"
     found = plan("llama-7b", "adamw", options={"states": states}, advise=False, **options).plans[0]
-    assert round(found.peak["allocated"] / GIB, 2) == pytest.approx(gib, abs=0.0101)
+    assert round((found.peak["allocated"] - Run().library) / GIB, 2) == pytest.approx(gib, abs=0.0101)
     assert found.event == event
 
 
@@ -249,4 +249,4 @@ def test_unknown_strategy_and_strange_models():
     import transformers
 
     with pytest.raises(UserError, match="experts"):
-        plan(transformers.MixtralConfig(num_hidden_layers=2), "adamw")
+        plan(transformers.PhimoeConfig(num_hidden_layers=2), "adamw")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.memory.device.gpus import budget
 from lowmem.models.entries import resolve
 from lowmem.optim.release import release
 from lowmem.strategies import optimizer
@@ -52,8 +51,7 @@ def test_allocated_within_one_percent_and_reserved_within_three(name, strategy, 
     allocated, reserved = real_peaks(name, strategy, checkpointing, released)
     found = lowmem.plan(
         name, strategy, gradient_checkpointing=checkpointing, gradient_release=released, max_grad_norm=0.0,
-        advise=False, **SHAPE,
+        compute_capability=float("{}.{}".format(*torch.cuda.get_device_capability())), advise=False, **SHAPE,
     ).plans[0]  # fmt: skip
-    library = budget("80GiB").workspace
-    assert found.peak["allocated"] + library == pytest.approx(allocated, rel=0.01)
+    assert found.peak["allocated"] == pytest.approx(allocated, rel=0.01)
     assert found.peak["reserved"] == pytest.approx(reserved, rel=0.03)

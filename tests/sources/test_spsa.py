@@ -400,7 +400,8 @@ def test_zero_grad_forgets_an_evaluation() -> None:
     before = bits(model)
     optimizer.backward(lambda: loss_of(model), model)
     optimizer.zero_grad()
-    optimizer.step()
+    with pytest.raises(UserError, match=r"nothing to go by: call optimizer\.backward"):
+        optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 from tiny_folder import make_model, make_rows
 
+import lowmem
 from lowmem.config import RunConfig, load
 from lowmem.console import Console
 from lowmem.errors import CheckpointError, UserError
@@ -371,9 +372,14 @@ def test_flags_of_memory_train(config, flags):
 def test_qlora_trains_adapters_over_nf4_weights(config, tmp_path):
     pytest.importorskip("bitsandbytes")
     model = str(make_model(tmp_path / "wide", hidden=128))  # rows shorter than a block of 64 cannot be packed
-    values = change(config, model=model, lora_rank=4, quantize="nf4", dtype="bfloat16", steps=4)
+    values = change(config, model=model, lora_rank=4, quantize="nf4", dtype="bfloat16", steps=4, report=True)
     result = recipe.finetune(values)
     assert result["loss"]["after"] < result["loss"]["before"]
+    report = json.loads((Path(result["output_dir"]) / "memory_report.json").read_text())
+    said, held = (report[key]["peak"]["allocated"] for key in ("predicted", "measured"))
+    assert said == pytest.approx(held, rel=0.01)  # an evaluation lets bitsandbytes pack weights anew on a CPU
+    planned = lowmem.plan(model, values.optim, options=values.optim_args, lora_rank=4, quantize="nf4")
+    assert planned.plans[0].state_bytes == result["state_bytes"]
 
 
 def test_nf4_without_its_package_says_what_to_install(config, monkeypatch):

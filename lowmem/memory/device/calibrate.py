@@ -39,6 +39,7 @@ class Calibration:
         usable: what torch calls its capacity.
         context: outside torch's allocator.
         workspace: of libraries, inside it.
+        capability: compute capability.
         device: the driver's name of the card.
         torch: version, CUDA's included.
         others: bytes that other processes held meanwhile.
@@ -48,6 +49,7 @@ class Calibration:
     usable: int
     context: int
     workspace: int
+    capability: float
     device: str
     torch: str
     others: int
@@ -87,6 +89,7 @@ def calibrate() -> Calibration:
         usable=total,
         context=max(context, 0),
         workspace=workspace,
+        capability=float("{}.{}".format(*torch.cuda.get_device_capability())),
         device=device,
         torch=f"{torch.__version__} (CUDA {torch.version.cuda})",
         others=others,

@@ -1,17 +1,16 @@
 """How much of a card a run may use, and what is taken before its first tensor.
 
-    capacity = usable - context - library workspaces
+    capacity = usable - context
 
 `usable` is what torch calls the card's capacity; the CUDA context lies outside torch's allocator, the
-workspaces of cuBLAS inside. A table of common cards ships with lowmem (`configs/gpus.yaml`), its
-assumptions written in it; a file made by `lowmem calibrate` on the card at hand replaces them with measured
-numbers.
+workspaces of cuBLAS inside: they count among what a run allocates. A table of common cards ships with lowmem
+(`configs/gpus.yaml`), its assumptions written in it; a file made by `lowmem calibrate` on the card at hand
+replaces them with measured numbers.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import UserError, nearest
+from lowmem.texts import parse_json
 
 MIB, GIB = 1 << 20, 1 << 30
 UNITS = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6, "TiB": 1 << 40}
@@ -35,6 +35,7 @@ class Budget:
         usable: of the card, or what the user gave.
         context: (least, most) outside torch's allocator; equal where measured.
         workspace: of libraries, inside it.
+        capability: compute capability of the card; None where none is meant.
         name: of the card, None for a plain number of bytes.
         notes: assumptions, as sentences.
         calibrated: measured on the card at hand.
@@ -43,6 +44,7 @@ class Budget:
     usable: int
     context: tuple[int, int]
     workspace: int
+    capability: float | None = None
     name: str | None = None
     notes: tuple[str, ...] = ()
     calibrated: bool = False
@@ -54,8 +56,8 @@ class Budget:
 
     @property
     def capacity(self) -> int:
-        """Bytes left for torch's segments."""
-        return self.usable - self.outside - self.workspace
+        """Bytes left for torch's segments, library workspaces among them."""
+        return self.usable - self.outside
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -64,6 +66,7 @@ class Budget:
             "usable": self.usable,
             "context": list(self.context),
             "workspace": self.workspace,
+            "capability": self.capability,
             "calibrated": self.calibrated,
         }
 
@@ -83,8 +86,10 @@ def calibration_file() -> Path:
     return Path(home) / "lowmem" / "calibration.json"
 
 
-def calibrations(path: Path | None = None) -> Mapping[str, Mapping[str, int]]:
-    """Measured cards by name: {"usable", "context", "workspace"} in bytes; empty where nothing was measured.
+def calibrations(path: Path | None = None) -> Mapping[str, Mapping[str, Any]]:
+    """Measured cards by name: usable, context, workspace in bytes, and capability where it was written.
+
+    Empty where nothing was measured.
 
     Raises:
         UserError: the file is damaged.
@@ -93,12 +98,15 @@ def calibrations(path: Path | None = None) -> Mapping[str, Mapping[str, int]]:
     if not file.is_file():
         return {}
     try:
-        found: Mapping[str, Mapping[str, int]] = json.loads(file.read_text(encoding="utf-8"))
+        found: Mapping[str, Mapping[str, Any]] = parse_json(file.read_text(encoding="utf-8"))
         return {
-            name: {key: int(values[key]) for key in ("usable", "context", "workspace")}
+            name: {
+                **{key: int(values[key]) for key in ("usable", "context", "workspace")},
+                **({"capability": float(values["capability"])} if "capability" in values else {}),
+            }
             for name, values in found.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it and run `lowmem calibrate` again") from error
 
 
@@ -144,27 +152,43 @@ def _plain(name: str) -> str:
 def _measured(name: str, values: Mapping[str, int]) -> Budget:
     context = values["context"]
     note = f"{name}: measured on this machine by `lowmem calibrate`"
-    return Budget(values["usable"], (context, context), values["workspace"], name, (note,), True)
+    row = _table()["gpus"].get(name, {})
+    capability = values.get("capability", row.get("arch"))
+    return Budget(values["usable"], (context, context), values["workspace"], capability, name, (note,), True)
+
+
+def library(capability: float | None) -> int:
+    """Bytes that cuBLAS takes inside the allocator of a card with this compute capability; None: unknown."""
+    table = _table()["assumptions"]["workspace"]
+    return int(table["from-9.0" if (capability or 0.0) >= 9 else "before-9.0"] * MIB)
+
+
+def _context(capability: float | None) -> tuple[int, int]:
+    """Least and most bytes of a CUDA context."""
+    table = _table()["assumptions"]["context"]
+    low, high = table.get(capability, table["other"])
+    return low * MIB, high * MIB
 
 
 def _tabled(name: str) -> Budget:
     table = _table()
-    row, assumed = table["gpus"][name], table["assumptions"]
-    workspace = assumed["workspace"]["from-9.0" if row["arch"] >= 9 else "before-9.0"]
-    low, high = assumed["context"]
+    row = table["gpus"][name]
+    arch = float(row["arch"])
+    low, high = _context(arch)
     note = (
         f"{name}: {row['usable'] / 1024:.2f} GiB usable of {row['nominal'] / 1024:g} GiB nominal, without a "
-        f"display or other processes; CUDA context {low} to {high} MiB; "
+        f"display or other processes; CUDA context {low // MIB} to {high // MIB} MiB; "
         "not measured, run `lowmem calibrate` on the card"
     )
-    return Budget(row["usable"] * MIB, (low * MIB, high * MIB), int(workspace * MIB), name, (note,))
+    return Budget(row["usable"] * MIB, (low, high), library(arch), arch, name, (note,))
 
 
-def budget(text: str | int) -> Budget:
+def budget(text: str | int, capability: float | None = None) -> Budget:
     """A number of bytes that a run may take, context included.
 
     Args:
         text: "23.5GiB", "24GB" (10^9), "24564MiB", or a number: GiB up to 4096, bytes above.
+        capability: compute capability of the card that is meant, if one is.
 
     Raises:
         UserError: no number, an unknown unit, or nothing left beside the context.
@@ -174,13 +198,11 @@ def budget(text: str | int) -> Budget:
         (24000000000, 25769803776)
     """
     size, notes = _parse(str(text))
-    assumed = _table()["assumptions"]
-    low, high = (mib * MIB for mib in assumed["context"])
-    found = Budget(size, (low, high), int(assumed["workspace"]["before-9.0"] * MIB), None, notes)
-    if found.capacity <= 0:
+    found = Budget(size, _context(capability), library(capability), capability, None, notes)
+    if found.capacity <= found.workspace:
+        taken = (found.outside + found.workspace) // MIB
         raise UserError(
-            f"budget {text}: context and workspaces alone take about {(size - found.capacity) // MIB} MiB; "
-            f"give more, as in 8GiB"
+            f"budget {text}: context and workspaces alone take about {taken} MiB; give more, as in 8GiB"
         )
     return found
 
@@ -190,6 +212,10 @@ def _parse(text: str) -> tuple[int, tuple[str, ...]]:
     if match is None:
         raise UserError(f"budget {text!r} is no size: write a number and a unit, as in 23.5GiB")
     number, word = float(match[1]), match[2]
+    if number >= 2**60:
+        raise UserError(
+            f"budget {text[:40]}: no machine has so much; write a number and a unit, as in 23.5GiB"
+        )
     units = {key.lower(): key for key in UNITS} | {"g": "GiB", "m": "MiB", "gib": "GiB"}
     if not word:
         unit = "B" if number > 4096 else "GiB"

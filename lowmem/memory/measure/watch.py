@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lowmem.errors import UserError
-from lowmem.memory.trace import trainable
+from lowmem.memory.trace import quantized, trainable
 from lowmem.memory.trace.replica import phase_hooks
 from lowmem.memory.trace.tracker import CATEGORIES, Moment, Tracker, storages
 
@@ -132,6 +132,8 @@ class Watch:
                 self.tracker.claim_for(p.grad, "gradients", owner)
         for name, buffer in self.model.named_buffers():
             self.tracker.claim_for(buffer, "weights", kind_of(name.rpartition(".")[0]))
+        for p, constant in quantized.constants(self.model):
+            self.tracker.claim_for(constant, "weights", self._names[p])
         self._claim_state()
 
     def _claim_state(self) -> None:

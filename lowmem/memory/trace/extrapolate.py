@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowmem.memory.run import Run
+from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import Parameter, Trace, trace
 from lowmem.memory.trace.tracker import Moment
+from lowmem.models.entries import parameter_count, skeleton
 from lowmem.optim.source import Source
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -51,10 +53,12 @@ def extrapolated(config: Any, run: Run, source: Source | None = None) -> Trace:
         run: the options.
         source: as in `trace`.
     """
+    if isinstance(config, Given):
+        return remembered(config, run, source)
     depth, repeat = int(config.num_hidden_layers), period(config)
     low = repeat * -(-3 // repeat)  # a first, a last and a middle layer
     high = low + repeat
-    if depth <= high:
+    if depth <= high or not uniform(config, low, high):
         return _remembered(_Key(config, run, source))
     a = _remembered(_Key(shallow(config, low), run, source))
     b = _remembered(_Key(shallow(config, high), run, source))
@@ -65,6 +69,21 @@ def extrapolated(config: Any, run: Run, source: Source | None = None) -> Trace:
     parameters = _deepen(b.parameters, depth, repeat)
     total = a.total_parameters + (b.total_parameters - a.total_parameters) * (depth - low) // (high - low)
     return Trace(moments, releases, parameters, total, depth)
+
+
+def uniform(config: Any, low: int, high: int) -> bool:
+    """Whether models of `low` and `high` layers tell the size of the whole: no layer is of another kind."""
+    return _uniform(_Key(config, Run(), None), low, high)
+
+
+@functools.lru_cache(maxsize=64)
+def _uniform(key: _Key, low: int, high: int) -> bool:
+    depth = int(key.config.num_hidden_layers)
+    try:
+        a, b = (parameter_count(skeleton(shallow(key.config, d))) for d in (low, high))
+    except Exception:  # a configuration whose lists of layers go by other names
+        return False
+    return a + (b - a) * (depth - low) // (high - low) == parameter_count(skeleton(key.config))
 
 
 class _Key:
@@ -120,6 +139,6 @@ def _deepen(parameters: tuple[Parameter, ...], depth: int, repeat: int) -> tuple
         elif int(match[0]) < repeat:
             numbers = range(int(match[0]), depth, repeat)
             found += [
-                Parameter(_LAYER.sub(str(i), p.name, count=1), p.shape, p.dtype, p.outside) for i in numbers
+                Parameter(_LAYER.sub(str(i), p.name, count=1), p.shape, p.dtype, p.role) for i in numbers
             ]
     return tuple(found)

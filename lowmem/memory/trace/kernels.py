@@ -6,8 +6,10 @@ tensors (fake CUDA tensors abort the process in backward on a build without CUDA
 * attention calls the fused CUDA operators by name; their shape and gradient formulas need no device;
 * in packed rows each text attends by itself, on either device; how long it is makes no difference;
 * dropout is `native_dropout` (a byte per element), not a full-precision mask;
+* softmax of float16 scores reads them as they are, and what its CUDA kernels allocate inside is allocated;
 * the search for packed sequences, which reads values, is answered "none": the real run finds none and skips
   the mask, while a trace would build it and save it in every layer;
+* products of experts, whose shape formula of torch knows bf16 alone, go by transformers' for the rest;
 * the tiles of TRL's chunked loss, which Triton kernels overwrite in place, allocate nothing.
 
 Everything is put back on exit. Nothing here knows a model.
@@ -15,87 +17,123 @@ Everything is put back on exit. Nothing here knows a model.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.models.attention import by_example, sdpa
 from lowmem.sources.directions import Direction
 
-# "flash" in the name would make transformers look for a kernel on the Hub.
-FUSED, EXAMPLES = "lowmem_fused", "lowmem_fused_examples"
-HALF = (torch.float16, torch.bfloat16)
+EXAMPLES = "lowmem_examples"
+_SOFTMAX = torch.nn.functional.softmax
+AMPERE = 8.0
+"""Compute capability from which on there are flash attention and bf16 arithmetic."""
 
 
-def fused_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What `scaled_dot_product_attention` does on CUDA: flash, memory-efficient or math, in this order.
+def attention_of(capability: float | None) -> Callable[..., Tensor]:
+    """What `scaled_dot_product_attention` runs on a CUDA card: flash, memory-efficient or math.
+
+    Flash attention needs sm_80; the memory-efficient kernel takes as many key as query heads, and bf16 from
+    sm_80 on. Everything else is math: the scores exist, in fp32.
 
     Args:
-        module: the attention module; `num_key_value_groups` says how often keys and values are repeated.
-        query: (b, a, s, d).
-        key: (b, k, s, d).
-        value: (b, k, s, d).
-        attention_mask: None (causal) or a boolean or additive mask (b, 1, s, s).
-        dropout: probability.
-        scaling: factor of the scores; None for 1 / sqrt(d).
-        **kwargs: ignored, as the interface of transformers demands.
+        capability: compute capability of the card; None for 8.0 or more.
     """
-    groups = getattr(module, "num_key_value_groups", 1)
-    native = attention_mask is None and query.shape[-1] <= 256
-    if groups > 1 and not native:
-        key, value = (_repeat(x, groups) for x in (key, value))
-    if native and query.dtype in HALF:
-        out = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout, attention_mask is None, False, scale=scaling
-        )[0]
-    elif key.shape[1] == query.shape[1]:
-        out = _efficient(query, key, value, attention_mask, dropout, scaling)
-    else:  # fp32 with grouped queries: neither fused kernel takes it
-        out = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, None, dropout, True, scale=scaling, enable_gqa=True
-        )[0]
-    return out.transpose(1, 2).contiguous(), None
+    recent = capability is None or capability >= AMPERE
+    half = (torch.float16, torch.bfloat16) if recent else (torch.float16,)
 
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        plain = attn_mask is None and query.ndim == 4 and query.shape[-1] == value.shape[-1] <= 256
+        if recent and plain and query.dtype in half:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            found: Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+            return found
+        paired = query.ndim == 4 and key.shape[1] == query.shape[1]
+        if paired and query.dtype in (torch.float32, *half):
+            return _efficient(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        math = torch.ops.aten._scaled_dot_product_attention_math
+        mask = None if attn_mask is None else _additive(attn_mask, query.dtype)
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        scored: Tensor = math(query, key, value, mask, dropout_p, is_causal, **options)[0]
+        return scored
 
-def _repeat(x: Tensor, groups: int) -> Tensor:
-    b, k, s, d = x.shape
-    return x[:, :, None].expand(b, k, groups, s, d).reshape(b, k * groups, s, d)
+    return attention
 
 
 def _efficient(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None
 ) -> Tensor:
-    bias = mask
-    if (
-        mask is not None and mask.dtype == torch.bool
-    ):  # torch turns it into an additive mask, per layer, and saves it
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    bias = None if mask is None else _additive(mask, q.dtype)
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, bias, True, dropout, mask is None, scale=scale
+        q, k, v, bias, True, dropout, causal, scale=scale
     )[0]
     return out
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as torch hands it to its kernels: made anew in each layer, and saved."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+class CudaScratch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Allocates what CUDA's softmax kernels allocate inside, so that a tracker around it sees that too.
+
+    Backward multiplies gradient and output into a tensor of their own; the softmax of the math attention
+    keeps its result and a mask of its -inf beside what it returns.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside: tuple[Tensor, ...] = ()
+        if func is torch.ops.aten._softmax_backward_data.default:
+            inside = (torch.empty_like(args[0]),)
+        elif func is torch.ops.aten._safe_softmax.default:
+            inside = (torch.empty_like(args[0]), torch.empty_like(args[0], dtype=torch.bool))
+        out = func(*args, **(kwargs or {}))
+        del inside
+        return out
+
+
+def scratch(device: str) -> AbstractContextManager[Any]:
+    """Within it, after the tracker, kernels allocate what those of the device do."""
+    return CudaScratch() if device == "cuda" else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if p == 0.0 or not training:
         return input
     return torch.native_dropout(input, p, training)[0]
+
+
+def _bf16(input: Tensor, weight: Tensor, offs: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16
+
+
+def _softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    if input.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
+        return torch.ops.aten._softmax(input, dim, True)  # type: ignore[no-any-return]
+    return _SOFTMAX(input, dim, _stacklevel, dtype)
 
 
 @contextmanager
@@ -111,44 +149,49 @@ def fused_noise() -> Iterator[None]:
 
 @contextmanager
 def registered(device: str, lengths: list[int]) -> Iterator[None]:
-    """Make the attentions of a plan known to transformers, for a while.
+    """Make the attention of a plan's packed rows known to transformers, for a while.
 
     Args:
         device: the device type that the plan is for.
         lengths: of the texts of packed rows; for them there is no mask.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers import AttentionInterface
 
-    AttentionInterface.register(FUSED, fused_attention)
-    AttentionInterface.register(EXAMPLES, by_example(fused_attention if device == "cuda" else sdpa, lengths))
-    AttentionMaskInterface.register(FUSED, sdpa_mask)
+    # a partial is not `sdpa` itself, which would compute in fp32 on the CPU tensors of the trace
+    attend = sdpa if device == "cpu" else functools.partial(sdpa)
+    AttentionInterface.register(EXAMPLES, by_example(attend, lengths))
     try:
         yield
     finally:
-        AttentionMaskInterface._global_mapping.pop(FUSED, None)
-        for name in (FUSED, EXAMPLES):
-            AttentionInterface._global_mapping.pop(name, None)
+        AttentionInterface._global_mapping.pop(EXAMPLES, None)
 
 
 @contextmanager
-def semantics(device: str, *, lengths: list[int], chunked: bool) -> Iterator[None]:
+def semantics(
+    device: str, *, lengths: list[int], chunked: bool, capability: float | None = None
+) -> Iterator[None]:
     """Everything that a step on fake tensors must be told, for a device type ("cuda" or "cpu").
 
     Args:
         device: the device type that the plan is for.
         lengths: of the texts that share a row, empty where none do: the search for them finds nothing then.
         chunked: TRL's chunked loss is used.
+        capability: compute capability of the card; None for 8.0 or more.
     """
     masking = importlib.import_module("transformers.masking_utils")
+    experts = importlib.import_module("transformers.integrations.moe")
+    functional = torch.nn.functional
     with ExitStack() as stack:
         stack.enter_context(registered(device, lengths))
+        stack.enter_context(patch.object(experts, "_can_use_grouped_mm", _bf16))
         if not lengths:
             stack.enter_context(
                 patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None)
             )
         if device == "cuda":
-            stack.enter_context(patch.object(torch.nn.functional, "dropout", _dropout))
+            chosen = {"scaled_dot_product_attention": attention_of(capability), "dropout": _dropout}
+            for name, function in (chosen | {"softmax": _softmax}).items():
+                stack.enter_context(patch.object(functional, name, function))
         if device == "cuda" and chunked:
             kernels = importlib.import_module("trl.kernels.chunked_logprob")
             for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):

@@ -21,29 +21,30 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowmem.errors import UserError
 from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, trainable
+from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.tracker import Moment, Tracker
+from lowmem.optim import roles
 from lowmem.optim.checks import pays
 from lowmem.optim.source import Query, Source
-from lowmem.optim.strategy import outside_names
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trainable parameter as the optimizer will meet it; `outside`: an embedding or the head."""
+    """A trainable parameter as the optimizer will meet it; `role`: what it is, of `lowmem.optim.roles`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    outside: bool
+    role: str
 
 
 @dataclass(frozen=True)
@@ -82,24 +83,23 @@ def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
     lengths = [run.seq_len] * run.batch_size if run.rows == "packed" else []
     if lengths:  # TRL lays the rows of a batch end to end
         run = replace(run, batch_size=1, seq_len=run.tokens, longest=run.longest or run.seq_len)
-    real = kernels.semantics(run.device, lengths=lengths, chunked=run.loss == "chunked")
+    real = kernels.semantics(
+        run.device, lengths=lengths, chunked=run.loss == "chunked", capability=run.compute_capability
+    )
     with warnings.catch_warnings(), real, FakeTensorMode() as mode:
         warnings.simplefilter("ignore")
-        model = trainable.build(config, run, mode)
+        with refusing(config, "it cannot be built without weights"):
+            model = trainable.build(config, run, mode)
         batch = _batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
         tracker.register(batch.values(), "activations")
-        try:
+        library = torch.empty(run.library, dtype=torch.uint8)  # cuBLAS keeps it from its first product on
+        tracker.register([library], "workspace")
+        with refusing(config, "its training step does not run without data"), Patience(model).watching():
             if source is None:
                 releases = _step(model, batch, run, tracker)
             else:
                 releases = _probe(model, batch, run, tracker, source)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-            kind = getattr(config, "model_type", type(config).__name__)
-            raise UserError(
-                f"cannot plan {kind!r}: its training step does not run without data ({_first_line(error)}); "
-                "measure it with `lowmem profile` instead"
-            ) from error
         parameters = tuple(_parameters(model))
         total = trainable.count_parameters(model)
         tracker.stop()
@@ -110,15 +110,12 @@ def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
     return Trace(tracker.moments(), named, parameters, total, trainable.depth(config), tracker)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
-
-
 def _parameters(model: nn.Module) -> Iterator[Parameter]:
-    outside = outside_names(model)
+    found = roles.find(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            yield Parameter(name, tuple(p.shape), p.dtype, name in outside)
+            role = roles.refined(found.get(name, "matrix"), p.shape)
+            yield Parameter(name, tuple(p.shape), p.dtype, role)
 
 
 def _batch(run: Run) -> dict[str, Tensor]:
@@ -134,16 +131,16 @@ def _batch(run: Run) -> dict[str, Tensor]:
     return batch
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Any:
+    """The model's output with its loss: what else it holds dies with it, unless the loop keeps it."""
     amp = torch.autocast("cpu", torch.bfloat16) if run.autocast else nullcontext()
     with amp:
         if run.loss == "labels":
-            return _label_loss(model, batch, run)
+            return SimpleNamespace(loss=_label_loss(model, batch, run))
         extra: dict[str, Any] = {"fused_lm_head": True}
         if run.loss == "plain":
             extra = {"num_items_in_batch": torch.ones((), dtype=torch.long)}
-        loss: Tensor = model(**batch, use_cache=False, **extra).loss
-    return loss
+        return model(**batch, use_cache=False, **extra)
 
 
 def _label_loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
@@ -167,13 +164,17 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
         p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             _on_gradient(name, run, tracker, releases, last)
         )
-    with tracker, phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing):
+    hooks = phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing)
+    with tracker, kernels.scratch(run.device), hooks:
         for micro in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
             last[0] = micro == min(run.accumulation, 2) - 1
             tracker.enter("forward")
-            loss = _loss(model, batch, run)
+            output = _loss(model, batch, run)
+            loss = output.loss
+            if not run.keep_output:
+                del output
             tracker.enter("loss backward", "logits")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             del loss
         if not run.gradient_release:
             if run.max_grad_norm > 0:
@@ -205,13 +206,14 @@ def _probe(
 
     def loss_fn() -> Tensor:
         tracker.enter("forward")
-        return _loss(model, batch, run)
+        loss: Tensor = _loss(model, batch, run).loss
+        return loss
 
     count = sum(p.numel() for _, p in params)
     pay = run.device == "cuda" or pays(count, run.steps)
     compiled = run.compile == "on" or (run.compile == "auto" and pay)
     noise = kernels.fused_noise() if compiled else nullcontext()
-    with noise, tracker, phase_hooks(model, tracker, checkpointing=False):
+    with noise, tracker, kernels.scratch(run.device), phase_hooks(model, tracker, checkpointing=False):
         source.backward(params, loss_fn, model=model, query=Query(0, 0))
         tracker.enter("optimizer step", "workspace")
     return []

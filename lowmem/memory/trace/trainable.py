@@ -1,8 +1,7 @@
 """A model as it will be trained, built without weights under a fake-tensor mode.
 
-Full fine-tuning, LoRA by peft's own code, and 4-bit bases by a stand-in for the quantized linear layer (the
-real one cannot be constructed on fake tensors): it holds packed codes and constants, and rebuilds the
-weight in forward and again in backward.
+Full fine-tuning, LoRA by peft's own code, and 4-bit bases by a stand-in for the quantized linear layer; see
+`quantized`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.errors import UserError
-from lowmem.memory.run import DTYPES, Run
-from lowmem.memory.trace import kernels
+from lowmem.memory.run import Run
+from lowmem.memory.trace import kernels, quantized
+from lowmem.memory.trace.given import Given
+from lowmem.memory.trace.quantized import Linear4bit
 from lowmem.models import attention
 from lowmem.models.entries import skeleton
-
-NF4_BLOCK, NF4_OUTER = 64, 256
 
 
 def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
@@ -37,41 +36,65 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
     Raises:
         UserError: an architecture that cannot be planned, or options that exclude each other.
     """
+    if isinstance(config, Given):
+        return _as_it_is(config, run)
     config = copy.deepcopy(config)
     config.use_cache = False
     base: Any = skeleton(config, run.dtype, "fake", attention=attention_name(config, run), mode=mode)
     if run.rows == "packed":
         _attend_as_packed(base, run)
     if run.loss == "chunked":
-        from trl.trainer.utils import add_fused_lm_head
-
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        _chunk_loss(base)
     if run.quantize is not None:
-        quantize(base)
+        quantized.quantize(base, double=run.double_quant)
+    if run.kbit_prepare:
+        quantized.prepare_for_kbit_training(base)
     model = adapt(base, run) if run.lora_rank else base
     if run.gradient_checkpointing:
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable()
+        _recompute(base)
         if run.lora_rank:
             base.enable_input_require_grads()
     return model.train()
 
 
-def attention_name(config: Any, run: Run) -> str:
-    """The attention implementation to ask transformers for."""
+def _as_it_is(given: Given, run: Run) -> nn.Module:
+    model = given.fake()
+    base = attention.base(model)
+    if base.config._attn_implementation != "eager":
+        base.set_attn_implementation("sdpa")
+    if run.rows == "packed":
+        _attend_as_packed(base, run)
+    if run.loss == "chunked":
+        _chunk_loss(base)
+    if run.gradient_checkpointing and not given.options()["gradient_checkpointing"]:
+        _recompute(base)
+        if base is not model:
+            base.enable_input_require_grads()
+    trained: nn.Module = model.train()
+    return trained
+
+
+def _recompute(model: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def _chunk_loss(model: Any) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def attention_name(config: Any, run: Run) -> str | None:
+    """The attention implementation to ask transformers for; None for its own choice: sdpa where it exists."""
     softcapped = getattr(config, "attn_logit_softcapping", None) is not None
-    if run.attention == "eager" or (softcapped and run.attention == "sdpa"):
-        return "eager"  # no fused kernel of torch takes a soft cap
-    # of packed rows it is decided once the model is there
-    return kernels.FUSED if run.device == "cuda" and run.rows != "packed" else "sdpa"
+    return "eager" if run.attention == "eager" or softcapped else None  # no fused kernel takes a soft cap
 
 
 def _attend_as_packed(model: Any, run: Run) -> None:
     """Choose the attention that training would choose for packed rows."""
     if attention.applies(model) and attention.reaches(model, run.longest or run.seq_len):
         model.set_attn_implementation(kernels.EXAMPLES)
-    elif run.device == "cuda" and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(kernels.FUSED)
 
 
 def adapt(model: nn.Module, run: Run) -> nn.Module:
@@ -82,11 +105,11 @@ def adapt(model: nn.Module, run: Run) -> nn.Module:
     lora = LoraConfig(
         r=run.lora_rank, lora_alpha=run.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
     )
+    if run.quantize:
+        lora._register_custom_module(quantized.adapter_layers())
     with _conversion_on_fake_tensors():
-        adapted: nn.Module = get_peft_model(
-            model, lora, autocast_adapter_dtype=run.adapter_dtype == "float32"
-        )
-        dtype = DTYPES[run.adapter_dtype]
+        dtype = run.adapter
+        adapted: nn.Module = get_peft_model(model, lora, autocast_adapter_dtype=dtype == torch.float32)
         for module in adapted.modules():
             for name, p in module.named_parameters(recurse=False):
                 if p.requires_grad and p.dtype != dtype:
@@ -114,55 +137,6 @@ def _conversion_on_fake_tensors() -> Iterator[None]:
         yield
 
 
-class _Dequantized(torch.autograd.Function):
-    """x W' with W rebuilt from 4 bits, in forward and again in backward; nothing but codes is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.shape = shape
-        return x @ x.new_empty(shape).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ grad.new_empty(ctx.shape), None, None
-
-
-class Linear4bit(nn.Linear):
-    """Stands for a linear layer whose (n, m) weight is held in NF4 with doubly quantized constants.
-
-    Bytes: n m / 2 codes, one byte per block of 64, and one fp32 per 256 blocks.
-    """
-
-    def __init__(self, base: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        size = base.weight.numel()
-        self.compute_dtype = base.weight.dtype
-        self.weight = nn.Parameter(torch.empty((size + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-        self.bias = base.bias
-        blocks = -(-size // NF4_BLOCK)
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8))
-        self.register_buffer("absmax_outer", torch.empty(-(-blocks // NF4_OUTER), dtype=torch.float32))
-        self.register_buffer("codes", torch.empty(16 + 256, dtype=torch.float32))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """One dequantized weight lives for the length of the product."""
-        amp = torch.is_autocast_enabled("cpu")
-        x = input.to(torch.get_autocast_dtype("cpu") if amp else self.compute_dtype)
-        shape = (self.out_features, self.in_features)
-        out: Tensor = _Dequantized.apply(x, self.weight, shape)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias
-
-
-def quantize(model: Any) -> None:
-    """Replace every linear layer but the head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child is not head:
-                setattr(module, name, Linear4bit(child))
-
-
 def count_parameters(model: nn.Module) -> int:
     """Logical elements: a packed 4-bit weight counts what it stands for."""
     packed = {
@@ -177,14 +151,14 @@ def depth(config: Any) -> int:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, in order: the module list as long as the model is deep."""
+    """The decoder's layers, in order: the module list as long as the model is deep, or the longest."""
     config: Any = model.config
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth(config)]
-    if not found:
-        raise UserError(
-            f"cannot plan {config.model_type!r}: its decoder layers were not found in the module tree"
-        )
-    return list(found[0])
+    lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    found = [m for m in lists if len(m) == depth(config)]
+    if not lists:
+        raise UserError("its decoder layers were not found in the module tree")
+    deepest: Any = max(found or lists, key=len)  # a model that was cut is shorter than it says
+    return list(deepest)
 
 
 def backbone(model: nn.Module) -> nn.Module:

@@ -89,6 +89,9 @@ def write_flat(tensor: Tensor, start: int, values: Tensor) -> None:
     if tensor.is_contiguous():
         tensor.view(-1)[start : start + values.numel()] = values
         return
+    if tensor.dim() == 1:
+        tensor[start : start + values.numel()] = values
+        return
     matrix = tensor.flatten(1) if tensor.dim() > 2 else tensor
     n = matrix.shape[1]
     first, last = start // n, -(-(start + values.numel()) // n)

@@ -23,6 +23,7 @@ the weight's size is allocated. Three things are decided here:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class Adafactor:
     eps2: float = 1e-3
     relative_step: bool = False
     warmup: int = 0
+    uses: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def of(

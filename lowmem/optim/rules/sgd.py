@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class SGD:
     grain: int = 1
     streams: tuple[str, ...] = ()
     compilable: bool = True
+    uses: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def per(self) -> Mapping[str, int]:

@@ -1,0 +1,89 @@
+"""What an architecture may ask of a trace before it is refused, in one line.
+
+Layers of a recurrent model (Mamba, RWKV, xLSTM) walk through the text token by token in Python where their
+own CUDA kernels are missing, as they are in a trace. Thousands of operations for each layer take minutes
+without weights too, and say nothing about the kernels: such a walk is recognised in the first layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lowmem.errors import UserError
+from lowmem.memory.trace import trainable
+
+OPERATIONS, FIRST = 60_000, 500
+"""Of a forward pass, shared evenly by its layers; and before any layer. Deep transformers take 10,000."""
+SLOW = 600
+"""Operations of a first layer from which on a plan takes long enough to say so."""
+
+
+@functools.cache
+def _say(kind: str, operations: int) -> None:
+    logging.getLogger(__name__).info(
+        "%s takes %d operations in its first layer without its own kernels: planning takes a minute or more",
+        kind, operations,
+    )  # fmt: skip
+
+
+class Patience(TorchFunctionMode):
+    """Counts the operations that a forward pass calls and refuses a walk; later passes are not counted.
+
+    Args:
+        model: whose decoder layers are known.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.layers = trainable.decoder_layers(model)
+        self.kind = str(getattr(model.config, "model_type", type(model).__name__))
+        self.done = self.operations = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.done < len(self.layers):
+            self.operations += 1
+            if self.operations > FIRST + OPERATIONS * (self.done + 1) / len(self.layers):
+                raise UserError(
+                    "its layers walk through the text token by token, which takes minutes without their own "
+                    "CUDA kernels and says nothing about these (a short sequence can be planned)"
+                )
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, *args: Any) -> None:
+        self.done += 1
+        if self.done == 1 and self.operations > SLOW:
+            _say(self.kind, self.operations)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count within it."""
+        handles = [layer.register_forward_hook(self._count) for layer in self.layers]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def refusing(config: Any, why: str) -> Iterator[None]:
+    """One line for whatever the code of an architecture raises: there are some two hundred of them."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{why} ({_first_line(error)})"
+        raise UserError(
+            f"cannot plan {config.model_type!r}: {reason}; measure it with `lowmem profile` instead"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:160] or type(error).__name__

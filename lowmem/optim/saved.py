@@ -1,0 +1,193 @@
+"""A saved optimizer read back: dtypes, bits and strides as they were, all of it or nothing.
+
+torch's own loading casts every state tensor to the dtype of its parameter, which destroys
+16-bit indices and fp32 scales under bf16 weights; so it is given the groups alone, and what
+belongs to no parameter. `Loading.read` stands after the caller's pre-hooks and sees what they
+made of the state dict; `Loading.store` stands before the post-hooks, which find all of it.
+
+A state is that of the step before the clock of its group: the next step may switch rules.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import CheckpointError
+from lowmem.optim.contract import State
+from lowmem.optim.roles import from_text, to_text
+from lowmem.optim.schedules import Always
+from lowmem.optim.seats import Roster, names_of
+from lowmem.optim.strategy import Strategy
+
+log = logging.getLogger(__name__)
+
+Group = dict[str, Any]
+
+
+class Loading:
+    """One call of `load_state_dict`: two hooks around torch's.
+
+    Args:
+        strategy: of the optimizer that loads.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.found: dict[Tensor, State] = {}
+
+    def read(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Check and copy the state of every parameter; what is left of the state dict is torch's.
+
+        Raises:
+            CheckpointError: saved by another strategy, for other shapes, or without what was held.
+        """
+        own = optimizer.param_groups
+        check_groups(saved, own)
+        groups = self._named(saved["param_groups"], own)
+        roster = Roster(groups, self.strategy)
+        indices = [i for group in saved["param_groups"] for i in group["params"]]
+        states = saved["state"]
+        if not any(i in states for i in indices) and any(g["step"] for g in groups) and self._holds(roster):
+            raise lost(max(group["step"] for group in groups))
+        for i, p in zip(indices, [p for group in own for p in group["params"]], strict=True):
+            if i in states:
+                self.found[p] = self._exact(roster, p, states[i])
+        rest = {key: value for key, value in states.items() if key not in set(indices)}
+        again = [
+            {**group, "params": theirs["params"]}
+            for group, theirs in zip(groups, saved["param_groups"], strict=True)
+        ]
+        return {**saved, "state": rest, "param_groups": again}
+
+    def store(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the copies in their places."""
+        optimizer.state.update(self.found)
+
+    def _named(self, saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
+        """The saved groups over the optimizer's tensors, with the names they will go by."""
+        groups = []
+        for old, mine, theirs, ours in zip(saved, own, names_of(saved), names_of(own), strict=True):
+            names = theirs if "param_names" in old else ours
+            roles = from_text(old.get("roles", "{}"))
+            kept = {name: roles[was] for name, was in zip(names, theirs, strict=True) if was in roles}
+            groups.append({**old, "params": mine["params"], "roles": to_text(kept)})
+            if "param_names" in mine:
+                groups[-1]["param_names"] = list(names)
+        tell(saved, own)
+        return groups
+
+    def _holds(self, roster: Roster) -> bool:
+        """Whether a parameter that trains has state in its ordinary role."""
+        trained = [(p, place) for p, place in roster.places.items() if p.requires_grad and p.numel()]
+        return any(
+            self.strategy.init(place.rule, torch.empty_like(p, device="meta"), place.role)
+            for p, place in trained
+        )
+
+    def _exact(self, roster: Roster, p: Tensor, given: Mapping[str, Tensor]) -> State:
+        """A copy of a parameter's state, in the order and with the strides that kernels were given."""
+        place = roster[p]
+        rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
+        needed = self.strategy.init(rule_name, torch.empty_like(p, device="meta"), place.role)
+        check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
+        return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
+
+
+def laid_out(value: Tensor, like: Tensor, device: torch.device) -> Tensor:
+    """A copy with the strides of another tensor: some stores give everything back row by row."""
+    copy = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=device)
+    return copy.copy_(value.detach())
+
+
+def tell(saved: Sequence[Group], own: Sequence[Group]) -> None:
+    """Say what changes where one side has names and the other has none."""
+    theirs, ours = ("param_names" in groups[0] for groups in (saved, own))
+    if theirs and not ours:
+        log.warning(
+            "the checkpoint names its parameters and this optimizer does not: the names are taken over, "
+            "and random rounding and refreshes go on as in the run that was saved"
+        )
+    if ours and not theirs:
+        log.warning(
+            "the checkpoint was saved without names of parameters: this optimizer's are kept, and random "
+            "rounding and the steps of refreshes, which go by names, differ from the run that was saved"
+        )
+
+
+def check_groups(saved: Mapping[str, Any], groups: Sequence[Group]) -> None:
+    """Refuse a state dict that belongs to another optimizer.
+
+    Args:
+        saved: the state dict; groups: those of the optimizer that is to load it.
+
+    Raises:
+        CheckpointError: saved by another strategy, for other parameters, or with keys of another type.
+    """
+    mine = groups[0]["strategy"] if groups else ""
+    theirs = next((g.get("strategy") for g in saved["param_groups"] if g.get("strategy") != mine), mine)
+    if theirs != mine:
+        raise CheckpointError(
+            f"optimizer state was saved by {theirs or 'another optimizer'}, this run is {mine}: "
+            f"resume with the strategy and options it was saved with"
+        )
+    if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
+        raise CheckpointError(
+            "optimizer state was saved for another set of parameters: resume the same model"
+        )
+    known = {i for g in saved["param_groups"] for i in g["params"]}
+    as_text = {str(i) for i in known} - known
+    strange = [key for key in saved["state"] if key in as_text]
+    if strange:
+        raise CheckpointError(
+            f"optimizer state of {strange[0]!r} belongs to no parameter of the checkpoint, whose keys are "
+            f"{sorted(known, key=str)[:3]}...: a store that turns numbers into text does this; save what "
+            f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives"
+        )
+
+
+def lost(steps: int) -> CheckpointError:
+    """The error for a state dict of a run under way that holds no state."""
+    return CheckpointError(
+        f"the checkpoint is of step {steps} and holds no optimizer state: torch.distributed.checkpoint reads "
+        f"what the optimizer that it loads into holds already; call init_state() on it first, or use "
+        f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
+    )
+
+
+def check_state(
+    name: str, p: Tensor, given: Mapping[str, Any], needed: Mapping[str, Tensor], moves: bool
+) -> None:
+    """Refuse a parameter's saved state that is not what its rule holds.
+
+    Args:
+        name: of the parameter p.
+        given: what was saved; needed: what is held, on `meta`.
+        moves: whether the tensors that hold state change during a run.
+
+    Raises:
+        CheckpointError: other keys, shapes or dtypes.
+    """
+    saved, held = (
+        {k: (tuple(v.shape), v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
+        for state in (given, needed)
+    )
+    if saved == held:
+        return
+    what = f"optimizer state of {name!r} {tuple(p.shape)}"
+    if moves and saved.items() < held.items():
+        # torch reads a flattened state dict by the keys of the optimizer that it is loaded into
+        raise CheckpointError(
+            f"{what} lacks {', '.join(sorted(held.keys() - saved.keys()))}: the tensors that hold state "
+            f"change during this run, and a flattened state dict is read by the keys of a fresh optimizer; "
+            f"save with flatten_optimizer_state_dict=False and torch.save, or, to load this one, set 'step' "
+            f"of every group to one less than the steps it has taken and call init_state() first"
+        )
+    raise CheckpointError(
+        f"{what} does not fit: the checkpoint is of another model, dtype or writer; resume with the settings "
+        f"it was saved with"
+    )
