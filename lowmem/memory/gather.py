@@ -134,7 +134,8 @@ def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Stra
         return [asked]
     wanted = named(asked) if isinstance(asked, str) else [one for part in asked for one in named(part)]
     if [name for name, _ in wanted] == ["all"]:
-        wanted = [(name, None) for name in available()]
+        # what trains scales is asked for by name: it needs another model than the rest
+        wanted = [(name, None) for name in available() if not create(name).source.quantized]
     found = []
     for name, own in wanted:
         if isinstance(name, Strategy):

@@ -203,6 +203,8 @@ def _info(name: str, config: Any, run: Run, strategy: Strategy) -> ModelInfo:
 
 def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advise: bool) -> StrategyPlan:
     """One strategy's plan; see `plan` for the arguments."""
+    if strategy.source.quantized and not run.quantize:
+        raise UserError(f"{strategy.name} trains the scales of 4-bit weights: give quantize='nf4' as well")
     run = suited(run, strategy)
     found = traced(config, run, strategy)
     held = footprint(strategy, found.parameters, run)

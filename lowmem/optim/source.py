@@ -47,10 +47,13 @@ class Source(Protocol):
 
     Attributes:
         needs_autograd: whether a graph is recorded; without it no activation is saved.
+        quantized: whether it trains the scales of quantized weights instead of a model's parameters.
     """
 
     @property
     def needs_autograd(self) -> bool: ...
+    @property
+    def quantized(self) -> bool: ...
 
     def trained(self, model: nn.Module) -> Named:
         """What it has to train: parameters that require gradients, or other tensors; tied ones once."""

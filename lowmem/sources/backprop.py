@@ -19,6 +19,7 @@ class Backprop:
     """`loss.backward()`; the evidence is `p.grad`."""
 
     needs_autograd: bool = True
+    quantized: bool = False
 
     def trained(self, model: nn.Module) -> Named:
         """Parameters that require gradients."""

@@ -66,7 +66,8 @@ def is_four_bit(module: nn.Module) -> bool:
 
 def taken(module: nn.Module) -> nn.Parameter:
     """The scales of one 4-bit layer as a parameter, in its quantization state."""
-    state: Any = module.weight.quant_state
+    weight: Any = module.weight
+    state: Any = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise UserError(
             "the model has run in eval mode on this CPU, which repacked its codes: load it anew and make the "
@@ -77,7 +78,7 @@ def taken(module: nn.Module) -> nn.Parameter:
         state.absmax = nn.Parameter(_plain(state))
         state.nested, state.state2, state.offset = False, None, None
     state.absmax.requires_grad_(True)
-    return state.absmax  # type: ignore[no-any-return]
+    return state.absmax
 
 
 def _plain(state: Any) -> Tensor:

@@ -105,6 +105,11 @@ class SPSA:
             raise UserError(f"clip_slope bounds a slope, above 0, or is 0 for no bound; got {self.clip}")
         self.estimator.check(self.queries)
 
+    @property
+    def quantized(self) -> bool:
+        """Whether it is scales of quantized weights that the structure finds."""
+        return self.structure.quantized
+
     def trained(self, model: nn.Module) -> Named:
         """Parameters that require gradients, or what the structure finds."""
         return self.structure.trained(model)

@@ -31,7 +31,14 @@ SAMPLE = 1 << 14
 
 
 class Structure(Protocol):
-    """Which directions are drawn, and of which tensors; a frozen dataclass."""
+    """Which directions are drawn, and of which tensors; a frozen dataclass.
+
+    Attributes:
+        quantized: whether these are scales of quantized weights.
+    """
+
+    @property
+    def quantized(self) -> bool: ...
 
     def trained(self, model: nn.Module) -> Named:
         """Names and tensors that are displaced and stepped."""
@@ -46,6 +53,11 @@ class Structure(Protocol):
 @dataclass(frozen=True)
 class Free:
     """Every element by itself."""
+
+    @property
+    def quantized(self) -> bool:
+        """They are parameters."""
+        return False
 
     def trained(self, model: nn.Module) -> Named:
         """Parameters that require gradients."""
@@ -119,6 +131,8 @@ class Scales:
 
     The slope is that of log s, and the gradient s c z; a step that would cross zero ends there.
     """
+
+    quantized: bool = True
 
     def trained(self, model: nn.Module) -> Named:
         """Scales of every quantized layer."""

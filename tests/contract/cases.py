@@ -13,6 +13,7 @@ from typing import Any
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.checks import used_by
+from tests.enrolled import on_any_model
 
 GAP = 4
 ALL_PAIRS = (("states", "on_refresh"),)
@@ -73,14 +74,14 @@ def case(name: str, entry: Any, changes: dict[str, Any]) -> Case:
 
 def plain() -> list[Case]:
     """Every strategy as it comes."""
-    return [case(name, entry, {}) for name, entry in lowmem.available().items()]
+    return [case(name, entry, {}) for name, entry in on_any_model().items()]
 
 
 def single() -> list[Case]:
     """Every strategy with one option changed."""
     return [
         case(name, entry, {key: value})
-        for name, entry in lowmem.available().items()
+        for name, entry in on_any_model().items()
         for key, option in entry.options.items()
         for value in alternatives(option)
     ]
@@ -88,7 +89,7 @@ def single() -> list[Case]:
 
 def paired() -> Iterator[Case]:
     """Two options changed together, where that is defined."""
-    for name, entry in lowmem.available().items():
+    for name, entry in on_any_model().items():
         for first, second in (*ALL_PAIRS, *EACH_ONCE):
             if first not in entry.options or second not in entry.options:
                 continue

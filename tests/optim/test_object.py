@@ -31,6 +31,7 @@ from lowmem.errors import LowMemError, UserError
 from lowmem.optim.engine.settings import NEUTRAL, Settings
 from lowmem.optim.release import release
 from tests.contract.runs import same
+from tests.enrolled import on_any_model
 
 GAP = 3
 
@@ -59,7 +60,7 @@ class Case:
 
 LOW = {"rank": 4, "update_proj_gap": GAP}
 CASES = [
-    *(Case(name) for name in lowmem.available() if name not in ("galore", "frugal")),
+    *(Case(name) for name in on_any_model() if name not in ("galore", "frugal")),
     *(Case("galore", {**LOW, "states": s}) for s in ("fp32", "bf16", "int8", "int4", "companded8")),
     *(Case("frugal", {"split": s, "update_proj_gap": GAP}) for s in ("columns", "blocks", "randk", "svd")),
     *(Case("adamw", {"writer": w}, torch.bfloat16) for w in ("nearest", "stochastic", "kahan", "split")),

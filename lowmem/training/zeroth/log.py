@@ -214,7 +214,11 @@ def _numbers(group: Mapping[str, Any]) -> list[float]:
 
 def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group without its tensors."""
-    return {key: value for key, value in group.items() if key != "params"}
+    return {
+        key: float(value) if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key != "params"
+    }
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
