@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import lowmem
-from lowmem.optim.contract import Hyper
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Frame, power_iteration
 
 WIDTH, FFN, LAYERS, VOCABULARY, RANK = 512, 1376, 8, 32000, 128
@@ -175,7 +175,7 @@ def refreshes(params: list[nn.Parameter]) -> tuple[dict[str, Step], Callable[[],
 
     def hyper(i: int, step: int) -> Hyper:
         nothing: Any = None
-        return Hyper(step, str(i), 0, 0.0, (0.9, 0.999), 1e-8, 0.0, Dense(grads[i]), (), advance=nothing)
+        return Hyper(step, str(i), 0, 0.0, (0.9, 0.999), 1e-8, 0.0, Dense(grads[i]), nothing)
 
     def find(step: int) -> None:
         for i, g in enumerate(grads):

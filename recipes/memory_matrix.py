@@ -104,8 +104,7 @@ def measured(cell: Cell) -> int:
     stepper.zero_grad(set_to_none=True)
     tracker = MemTracker()
     # constants that the optimizer holds once are no part of optimizer.state, where torch's tracker looks
-    constants = {id(t): t for held in stepper._shared.values() for t in held.values()}
-    tracker.track_external(model, stepper, *batch.values(), *constants.values())
+    tracker.track_external(model, stepper, *batch.values(), *stepper._constants.values())
     with warnings.catch_warnings(), tracker:
         warnings.simplefilter("ignore")  # it names every gradient that was released
         _step(model, batch, stepper, tracker.reset_mod_stats)  # its module statistics know one forward pass

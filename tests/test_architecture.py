@@ -20,11 +20,14 @@ FREE = {"errors", "texts", "config", "configs", "console"}  # may be imported by
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"checks", "dynamic", "engine.noise", "engine.cutting"},
+        {"checks", "dynamic", "engine.noise", "engine.cutting", "state"},
         {"blocks"},
+        {"hyper"},
         {"contract"},
         {"codecs", "factored", "writers"},
         {"engine"},
+        {"held"},
+        {"elementwise"},
         {"rules"},
         {"residuals", "projectors"},
         {"subspace"},

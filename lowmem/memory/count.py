@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim import roles
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import stagger
+from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
@@ -53,11 +53,16 @@ def state_bytes(
     return _bytes(strategy.init(strategy.rule_name(role, shape), x, role).values())
 
 
-def shared_bytes(strategy: Strategy, rule_names: Iterable[str] = ("matrix", "other")) -> int:
-    """Bytes of the constants that an optimizer holds once for each rule that is in use."""
-    x = torch.empty(1, device="meta")
-    used = [strategy.rules[name] for name in sorted(set(rule_names)) if name in strategy.rules]
-    return _bytes(table for rule in used for table in rule.shared(x).values())
+def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> list[int]:
+    """Bytes of each constant that an optimizer holds once for all tensors.
+
+    Args:
+        strategy: from `create`; used: name of the rule, role and shape of each tensor.
+    """
+    device, found = torch.device("meta"), {}
+    for rule_name, role, shape in sorted(set(used)):
+        found.update({c.name: c for c in strategy.constants(rule_name, shape, role).values()})
+    return [constant.make(device).untyped_storage().nbytes() for constant in found.values()]
 
 
 def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0) -> int:
@@ -78,7 +83,7 @@ def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, se
         if key not in cache:
             cache[key] = _bytes(strategy.init(rules[name], torch.empty_like(p, device="meta"), role).values())
         total += cache[key]
-    return total + shared_bytes(strategy, rules.values())
+    return total + sum(shared_sizes(strategy, [(rule, role, shape) for rule, role, shape, _ in cache]))
 
 
 def workspace_bytes(
@@ -123,13 +128,10 @@ def measure_workspace(
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
     optimizer.init_state()
     group, held = optimizer.place(p).group, optimizer.state[p]
-    optimizer.constants(optimizer.rule_name(p), p)
-    gap = int(strategy.options.get("update_proj_gap", 1))
-    group["step"] = 0 if refresh else _between(gap)
+    group["step"] = 0 if refresh else _between(strategy.rules[optimizer.rule_name(p)].period)
     tracker = Tracker()
     tracker.register([p, *held.values(), *([gradient] if isinstance(gradient, Tensor) else [])], "weights")
-    for constants in optimizer._shared.values():
-        tracker.register(constants.values(), "weights")
+    tracker.register(optimizer.constants(p).values(), "weights")
     before = tracker.live
     with tracker:
         tracker.enter("step", "workspace")
@@ -152,8 +154,8 @@ def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:
 
 def _between(gap: int) -> int:
     """A step on which the tensor "w" is not refreshed, where there is one."""
-    offset = stagger("w", gap)
-    return next((step for step in range(FAR, FAR + 2) if (step + offset) % gap), FAR)
+    offset = stagger("w", gap) if gap else 0
+    return next((step for step in range(FAR, FAR + 2) if gap and (step + offset) % gap), FAR)
 
 
 def workspace_table(strategy: Strategy, model: nn.Module, *, refresh: bool) -> Mapping[str, int]:

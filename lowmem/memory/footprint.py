@@ -65,7 +65,7 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     best: list[int] = []
     for rules in _schedules(strategy, parameters):
         sizes = [size for p in parameters for size in _state(strategy, rules[p.name], p)]
-        sizes += _shared(strategy, frozenset(rules.values()))
+        sizes += count.shared_sizes(strategy, [(rules[p.name], p.role, p.shape) for p in parameters])
         best = max(best, sizes, key=sum)
     grain = run.granularity
     rounded = tuple(-(-size // grain) * grain for size in best)
@@ -107,11 +107,6 @@ def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
         x = torch.empty(p.shape, dtype=p.dtype, device="meta")
         _SIZES[key] = [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, p.role).values()]
     return _SIZES[key]
-
-
-def _shared(strategy: Strategy, rule_names: frozenset[str]) -> list[int]:
-    size = count.shared_bytes(strategy, rule_names)
-    return [size] if size else []
 
 
 def _scratch(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -127,8 +127,8 @@ class Dense(Blocks):
         return self.tensor.view(-1) if self.tensor.is_contiguous() else None
 
     def rows(self, i: int, j: int) -> Tensor:
-        """Rows i..j in fp32, cast and scaled block by block."""
-        rows = self._matrix[i:j].float()
+        """Rows i..j in fp32, cast and scaled block by block; contiguous: any layout gives the same bits."""
+        rows = self._matrix[i:j].float().contiguous()
         return rows if self.factor is None else rows * self.factor
 
     def chunk(self, start: int, stop: int) -> Tensor:
@@ -186,7 +186,7 @@ class Direction:
         lr: 0-D fp32 tensor, where the rule sets its own; None for the group's.
         decay: 0-D fp32 tensor, likewise.
         ok: 0-D bool; False leaves the weight as it is. None for True.
-        commit: state to store after the write, by key.
+        commit: what is left to do once the weight is written; it may still read D.
         then: a pointwise rule that turns D into the step while it is written, and its state
             (without the age, which has moved already).
     """
@@ -197,5 +197,5 @@ class Direction:
     lr: Tensor | None = None
     decay: Tensor | None = None
     ok: Tensor | None = None
-    commit: dict[str, Tensor] = field(default_factory=dict)
+    commit: Callable[[], None] | None = None
     then: tuple[Any, dict[str, Tensor]] | None = None  # a Pointwise of `contract`, which stands above

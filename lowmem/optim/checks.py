@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float)
         name: of the strategy; rules: all of its rules. One says in `uses` which numbers it reads.
         betas, eps: as given; the defaults are not asked for.
     """
-    used = {number for rule in rules for number in used_by(rule)}
+    used = {number for rule in rules for number in rule.uses}
     pair = isinstance(betas, (tuple, list))  # what is none is refused by `check_hyper`
     given = {"betas": pair and tuple(betas) != BETAS, "eps": eps != EPS}
     return [
@@ -96,15 +96,6 @@ def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float)
         for number in given
         if given[number] and number not in used
     ]
-
-
-def used_by(rule: Any) -> Collection[str]:
-    """The numbers of a parameter group that a rule reads, of betas and eps."""
-    declared: Collection[str] | None = getattr(rule, "uses", None)
-    if declared is not None:
-        return declared
-    inner = getattr(rule, "inner", None)  # what a rule made of another reads is what that one does
-    return used_by(inner) if inner is not None else ("betas", "eps")
 
 
 def has_compiler() -> bool:

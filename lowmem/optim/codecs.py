@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.contract import ChunkHyper, State
 from lowmem.optim.dynamic import dynamic_tables
 from lowmem.optim.engine import noise
+from lowmem.optim.hyper import ChunkHyper
+from lowmem.optim.state import State
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 TINY = torch.finfo(torch.float32).tiny

@@ -1,243 +1,145 @@
-"""The contract between the frame and the methods.
+"""The contract between the frame and the parts: base classes with defaults, so a part writes what is its own.
 
 There are two kinds of rule, because two things cannot be one:
 
-* A `Pointwise` rule treats each block of `grain` elements alone (Adam over
-  block-wise codecs, Lion, SGD, MicroAdam). Its step is a pure function of a flat
-  chunk: the frame cuts, pads, guards, writes and stores, and compiles the
-  function together with the writer.
+* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules
+  over codecs, MicroAdam). Its step is a pure function of a flat chunk: the frame
+  cuts, pads, guards, writes and stores, and compiles the function with the writer.
 * A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at
   gradients as `Blocks`, keeps its state up to date itself, and returns a
   `Direction` that the frame writes.
 
-State is a flat dict of plain tensors. Keys, shapes and dtypes are fixed by
-`init`, which looks at shape, dtype and device alone, so that it runs on the
-meta device: the code that allocates is the code that counts.
-
-There are two clocks. `Hyper.step` is a host integer and decides schedules;
-`age`, a 0-D state tensor, counts the steps that the moments have seen and
-decides bias correction: a skipped step does not age, a reset sets it to 0.
+What a part needs or forbids is declared on it; nobody looks at its class or at the
+names of its options. A part holds nothing itself: its state is a flat dict.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 
+from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.engine import noise
+from lowmem.optim.engine.cutting import LADDER
+from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.state import Constants, State, reset_
 
-State = dict[str, Tensor]
-
-
-class Held(State):
-    """A state whose tensors are neither replaced nor given other storage: what is derived is kept with it."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        super().__init__(state)
-        self.parts: dict[str, Held] = {}
-        self.layouts: dict[tuple[int, int, bool], Any] = {}
-
-
-def scoped(state: Mapping[str, Tensor], scope: str) -> State:
-    """The part of a state under a dotted prefix, without it.
-
-    >>> sorted(scoped({"inner.age": torch.zeros(()), "basis": torch.zeros(2)}, "inner"))
-    ['age']
-    """
-    parts = state.parts if isinstance(state, Held) else {}
-    if scope not in parts:
-        head = f"{scope}."
-        parts[scope] = Held({k[len(head) :]: value for k, value in state.items() if k.startswith(head)})
-    return parts[scope]
-
-
-def prefixed(scope: str, state: Mapping[str, Tensor]) -> State:
-    """A state put under a dotted prefix; an empty key becomes the prefix itself."""
-    return {f"{scope}.{key}" if key else scope: value for key, value in state.items()}
-
-
-def part(state: Mapping[str, Tensor], name: str) -> State:
-    """What a codec holds of one moment: the inverse of `prefixed`."""
-    return {"": state[name]} if name in state else scoped(state, name)
-
-
-def at_hand(age: Tensor) -> int | None:
-    """An age as a number where reading it waits for nothing, on the CPU; None elsewhere."""
-    return int(age) if age.device.type == "cpu" else None
-
-
-@functools.lru_cache(1 << 16)
-def stagger(name: str, gap: int) -> int:
-    """The offset of a parameter's refreshes within the gap, from its name.
-
-    >>> 0 <= stagger("layers.0.q_proj.weight", 200) < 200
-    True
-    """
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % gap
+Commit = Callable[[], None]
+"""What is left to do once the weight is written."""
+SCRATCH = 64 << 20
+"""Bytes that a step may take beside what grows with a projected gradient."""
 
 
 @dataclass(frozen=True)
-class Keep:
-    """A basis change that leaves the moments as they are."""
-
-
-@dataclass(frozen=True)
-class Reset:
-    """A basis change that makes the moments meaningless: start afresh, with age 0.
-
-    Args:
-        ok: 0-D bool; False (no new basis was found) leaves them.
-    """
+class Change:
+    """What a refresh did to the coordinates of a projected gradient; where `ok` (0-D) is False, nothing."""
 
     ok: Tensor
 
 
 @dataclass(frozen=True)
-class Rotate:
-    """A basis change low_new = C low_old along one axis of the projected matrix.
+class Unrelated(Change):
+    """The new coordinates have nothing to do with the old ones: start afresh, with age 0."""
+
+
+@dataclass(frozen=True)
+class Permutation(Change):
+    """Coordinates have moved, gone and come.
 
     Args:
-        matrix: C, (r_new, r_old) fp32; maps coordinates in the old basis to the new one.
-        axis: 0 where the projected gradient is (r, n), 1 where it is (m, r).
+        index: (r,) int64, where each coordinate was before; -1 for one that is new.
+        axis: of the coordinates, 0 where the projected gradient is (r, n), 1 where it is (m, r).
+    """
+
+    index: Tensor
+    axis: int
+
+
+@dataclass(frozen=True)
+class Rotation(Change):
+    """low_new = C low_old along one axis of the projected gradient.
+
+    Args:
+        matrix: C, (r_new, r_old) fp32; axis: of the coordinates, as in `Permutation`.
     """
 
     matrix: Tensor
     axis: int
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """C x along the axis."""
+        return self.along(self.matrix, x)
 
-Change = Keep | Reset | Rotate
+    def squares(self, x: Tensor) -> Tensor:
+        """(C o C) x along the axis: what becomes of variances of independent coordinates."""
+        return self.along(self.matrix.square(), x)
 
-
-class Lookup:
-    """Small constant tensors, made once for each value and device."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[object, ...], Tensor] = {}
-
-    def __call__(
-        self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device, times: int = 1
-    ) -> Tensor:
-        """The values, so many times, as a 1-D tensor; not to be written to."""
-        key = (values, dtype, device, times)
-        if key not in self._made:
-            if len(self._made) > 4096:
-                self._made.clear()
-            made = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-            self._made[key] = made if times == 1 else made.repeat(times)
-        return self._made[key]
+    def along(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """A matrix applied to the axis of the basis."""
+        return matrix @ x if self.axis == 0 else x @ matrix.t()
 
 
-class Advance(Protocol):
-    """`Chunks.advance_`: a pointwise rule's step on a matrix that a rule has made."""
+class AnyRule:
+    """What both kinds of rule have.
 
-    def __call__(
-        self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None
-    ) -> Tensor: ...
-
-
-@dataclass
-class Hyper:
-    """What a rule may know of the step it takes.
-
-    Args:
-        step: completed steps of the group before this one (host clock, for schedules).
-        name: the parameter's name; with `seed` it names every random stream.
-        seed: the run's seed.
-        lr, betas, eps, weight_decay: of the group, as floats.
-        weight: the weight before the step, (m, n).
-        shape: the full tensor's shape; `offset` is the first element held here.
-        first: the state was created for this step.
-        advance: the frame's `Chunks.advance_`, for rules that hold a pointwise rule.
-        constant: cache of small tensors.
+    Attributes:
+        uses: settings of the parameter group that are read, of betas and eps (lr and decay always are).
+        idle: no step, no decay, no state, and no use for a gradient.
+        reads_later: what a `Direction` commits looks at the gradient once more.
+        period: steps between steps that take longer or hold more; 0 for none.
+        keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
     """
 
-    step: int
-    name: str
-    seed: int
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    weight: Blocks
-    shape: tuple[int, ...]
-    advance: Advance
-    offset: int = 0
-    first: bool = False
-    constant: Lookup = field(default_factory=Lookup)
+    idle: ClassVar[bool] = False
+    reads_later: ClassVar[bool] = False
 
     @property
-    def decay(self) -> float:
-        """The factor of decoupled weight decay, 1 - lr weight_decay."""
-        return 1.0 - self.lr * self.weight_decay
-
-    def vector(self, *values: float, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Floats as a cached 1-D tensor on the weight's device."""
-        return self.constant(values, dtype, self.weight.device)
-
-    def filled(self, count: int, value: float) -> Tensor:
-        """A vector of one value, cached, fp32; not to be written to."""
-        return self.constant((value,), torch.float32, self.weight.device, count)
+    def uses(self) -> frozenset[str]:
+        """Both, where a rule does not say."""
+        return frozenset({"betas", "eps"})
 
     @property
-    def share(self) -> float:
-        """The part of the tensor that is held here; one device holds it all today."""
-        return 1.0
+    def period(self) -> int:
+        """All steps are alike."""
+        return 0
 
-    def due(self, gap: int) -> bool:
-        """Whether a refresh with this gap falls on this step: at first, then staggered by name."""
-        return self.first or self.step == 0 or (self.step + stagger(self.name, gap)) % gap == 0
+    @property
+    def keeps_sum(self) -> bool:
+        """The whole gradient is needed."""
+        return False
 
-    def total(self, x: Tensor, op: str = "sum") -> Tensor:
-        """Reduce over the shards of the tensor ("sum" or "max"); one device holds it all today."""
-        if op not in ("sum", "max"):
-            raise ValueError(f"total over shards: op is 'sum' or 'max', got {op!r}")
-        return x
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Bytes that a step of an (m, n) weight may take beside weight, gradient and state."""
+        return SCRATCH
 
-    def gaussian(self, shape: tuple[int, int], use: str) -> Tensor:
-        """A standard normal matrix named by (seed, step, parameter, use)."""
-        return noise.gaussian(shape, self.weight.device, self.seed, self.step, self.name, use)
+    def init(self, x: Tensor) -> State:
+        """Fresh state for a tensor like x; nothing."""
+        return {}
 
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """What steps of a weight of this shape read and never change; nothing."""
+        return {}
 
-@dataclass
-class ChunkHyper:
-    """What a pointwise rule and a writer may know inside the kernel of one chunk.
+    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
+        """What is rare, such as a refresh; branches on `hp.step` alone. Called by whoever holds the rule."""
 
-    Args:
-        scalars: 1-D fp32, what `Pointwise.scalars` gave.
-        lr, decay: 0-D, fp32 or the weight's float64.
-        ok: 0-D bool; False where no part of the tensor's step is taken, and its state must stay.
-        finite: bool, per element: False where the step must not be taken.
-        position: (rows, width) int32 global element indices.
-        keys: (streams, 2) int32; `streams` names its rows.
-    """
+    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
+        """Carry the state of a projected matrix over a change that `check_rebase` allows: start afresh."""
+        reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change.ok)
 
-    scalars: Tensor
-    lr: Tensor
-    decay: Tensor
-    ok: Tensor
-    finite: Tensor
-    position: Tensor
-    keys: Tensor
-    streams: tuple[str, ...]
-
-    def keep(self, new: Tensor, old: Tensor) -> Tensor:
-        """New where the gradient was finite, old elsewhere (in fp32, before encoding)."""
-        return torch.where(self.finite, new, old)
-
-    def noise(self, use: str) -> Tensor:
-        """32 random bits for each element, from the stream of this use."""
-        return noise.bits(self.position, self.keys[self.streams.index(use)])
+    def check_rebase(self, kind: str) -> None:
+        """Raise where keep, reset, permute or rotate is not defined for what is held."""
+        if kind in ("permute", "rotate"):
+            raise UserError(
+                f"on_refresh='rotate' is not defined for {type(self).__name__}; take 'keep' or 'reset'"
+            )
 
 
-@runtime_checkable
-class Pointwise(Protocol):
+class Pointwise(AnyRule):
     """A rule that treats each block of `grain` elements alone.
 
     Attributes:
@@ -246,30 +148,49 @@ class Pointwise(Protocol):
         fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
-
-    A rule may also have `chunk`, the most elements (a multiple of `grain`) that an eager
-    step should see at once: its own scratch decides when a chunk leaves the cache.
+        reads_weight: `ChunkHyper.weight` must be there, so that the rule cannot step inside another.
+        chunk: the most elements (a multiple of `grain`) that an eager step should see at once:
+            its own scratch decides when a chunk leaves the cache.
     """
 
     @property
-    def grain(self) -> int: ...
-    @property
-    def per(self) -> Mapping[str, int]: ...
-    @property
-    def fill(self) -> Mapping[str, int]: ...
-    @property
-    def streams(self) -> tuple[str, ...]: ...
-    @property
-    def compilable(self) -> bool: ...
+    def grain(self) -> int:
+        """Any number of elements."""
+        return 1
 
-    def init(self, x: Tensor) -> State:
-        """Fresh state for a tensor like x."""
+    @property
+    def per(self) -> Mapping[str, int]:
+        """Nothing is cut."""
+        return {}
 
-    def shared(self, x: Tensor) -> State:
-        """Constants that one optimizer holds once for each key."""
+    @property
+    def fill(self) -> Mapping[str, int]:
+        """Zero is zero."""
+        return {}
 
-    def scalars(self, s: State, hp: Hyper) -> Tensor:
-        """The fp32 numbers that the step needs, 1-D, once for each tensor."""
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Nothing is drawn."""
+        return ()
+
+    @property
+    def compilable(self) -> bool:
+        """Most rules fuse."""
+        return True
+
+    @property
+    def reads_weight(self) -> bool:
+        """Most rules do not."""
+        return False
+
+    @property
+    def chunk(self) -> int:
+        """As many as fit the cache with a few temporaries."""
+        return LADDER[0]
+
+    def scalars(self, s: State, hp: Hyper) -> Tensor | None:
+        """The fp32 numbers that the step needs, once for each tensor; none."""
+        return None
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk.
@@ -277,61 +198,153 @@ class Pointwise(Protocol):
         A chunk is (rows, width), a row being one block of `grain` elements or, where that is 1, any
         number of them. A state tensor of one dimension comes as (rows, width / per), another as it is.
         """
-
-    def moments(self, s: State) -> State:
-        """Decoded moments, flat fp32, for modifiers."""
-
-    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Carry the state of a projected (r, n) or (m, r) matrix over a basis change."""
-
-    def check_rebase(self, kind: str) -> None:
-        """Raise where keep, reset or rotate is not defined for what is held."""
+        raise NotImplementedError(f"{type(self).__name__} takes no step")
 
 
-@runtime_checkable
-class Rule(Protocol):
+class Rule(AnyRule):
     """A rule that needs the whole tensor."""
-
-    def init(self, x: Tensor) -> State:
-        """Fresh state for a tensor like x."""
-
-    def shared(self, x: Tensor) -> State:
-        """Constants that one optimizer holds once for each key."""
-
-    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
-        """What is rare, such as a refresh; branches on `hp.step` alone."""
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Every step: update the state, give the step to be taken."""
+        raise NotImplementedError(f"{type(self).__name__} takes no step")
 
-    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Carry the state of a projected matrix over a basis change."""
-
-    def check_rebase(self, kind: str) -> None:
-        """Raise where keep, reset or rotate is not defined for what is held."""
+    def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
+        """What is summed over micro-batches instead of the gradient, where the rule `keeps_sum`; fp32."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no sum")
 
 
-AnyRule = Pointwise | Rule
+@dataclass(frozen=True)
+class Rest(Rule):
+    """The rule of a tensor that is put aside: no step, no decay, no gradient, no state."""
+
+    idle: ClassVar[bool] = True
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
 
 def is_pointwise(rule: AnyRule) -> TypeGuard[Pointwise]:
     """Which of the two kinds a rule is."""
-    return hasattr(rule, "grain")
+    return isinstance(rule, Pointwise)
 
 
-def apply_in_place(state: State, new: State) -> None:
-    """Store new values under the same keys, into the same memory."""
-    for key, value in new.items():
-        state[key].copy_(value)
+class Projector:
+    """Where a gradient is seen: R = down(G). Shapes are those of the (m, n) matrix.
+
+    Attributes:
+        changes: what a refresh can say of the coordinates: nothing ("reset"), "permute" or "rotate".
+        dense: the basis spans one side, and R has a channel for each index of the other.
+        orthonormal: down(up(R)) = R, and up(down(G)) is the nearest to G that can be seen.
+        follows: the basis moves after every step (`follow`).
+        period: steps between refreshes; 0 for never.
+    """
+
+    changes: ClassVar[str] = "reset"
+    dense: ClassVar[bool] = False
+    orthonormal: ClassVar[bool] = True
+    follows: ClassVar[bool] = False
+
+    @property
+    def period(self) -> int:
+        """Never."""
+        return 0
+
+    def axis(self, shape: tuple[int, int]) -> int:
+        """The axis of G, and of R, that a dense basis spans: 0 where R is (r, n), 1 where it is (m, r)."""
+        return 1
+
+    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape of down(G)."""
+        raise NotImplementedError
+
+    def complete(self, shape: tuple[int, int]) -> bool:
+        """Whether up(down(G)) = G: nothing is left for a residual."""
+        return False
+
+    def init(self, x: Tensor) -> State:
+        """The basis before the first refresh; none is held."""
+        return {}
+
+    def constants(self, shape: tuple[int, int]) -> Constants:
+        """What the basis is made of and never changes; nothing."""
+        return {}
+
+    def due(self, hp: Hyper) -> bool:
+        """Whether a refresh falls on this step: at first, then by the period, staggered by name."""
+        return self.period > 0 and hp.due(self.period)
+
+    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
+        """Move the basis in place; with `say`, tell how as far as `changes` promises."""
+        return Unrelated(torch.ones((), dtype=torch.bool, device=g.device))
+
+    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
+        """The projected gradient, fp32."""
+        raise NotImplementedError
+
+    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
+        """Rows i..j of the lifted matrix; `hp.weight` gives shape and precision of products."""
+        raise NotImplementedError
+
+    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """(A, B) with up(low) = A B, where the lift is a product."""
+        return None
+
+    def follow(self, s: State, split: Split) -> State:
+        """The basis after a step, where it `follows`: stored once the weight is written."""
+        return {}
 
 
-def reset_(state: State, fresh: State, change: Reset) -> None:
-    """Put a state back to what init gives, in place (zeros are not always code 0).
+@dataclass(frozen=True)
+class Split:
+    """A step inside a subspace, as those see it who look beyond.
 
     Args:
-        state: of any size.
-        fresh: what init gives for a tensor of one element: each fresh tensor has one value throughout.
-        change: where it is not ok, nothing happens.
+        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N).
+        low: R, the projected gradient; step: N, what the inner rule made of it.
+        scale: factor of the lifted step.
+        axis: of R that the basis spans, see `Projector.axis`.
+        ok: 0-D bool; False where no step is taken.
+        hp: of this step.
     """
-    for key, value in fresh.items():
-        state[key].masked_fill_(change.ok, value.view(-1)[0])
+
+    g: Blocks
+    rest: Blocks
+    lifted: Blocks
+    low: Tensor
+    step: Tensor
+    scale: float
+    axis: int
+    ok: Tensor
+    hp: Hyper
+
+
+class Residual:
+    """What becomes of the part of a gradient that its projection does not see.
+
+    Attributes:
+        reads_rest: the rest, or the whole gradient, is looked at; if not, the projection is enough.
+        lifts: the lifted step is taken too; if not, `absorb` gives all of the step.
+        needs: what the projector must be, of "dense" and "orthonormal".
+    """
+
+    reads_rest: ClassVar[bool] = True
+    lifts: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def init(self, x: Tensor) -> State:
+        """State for a tensor like x; nothing."""
+        return {}
+
+    def constants(self, shape: tuple[int, int]) -> Constants:
+        """What is read and never changed; nothing."""
+        return {}
+
+    def inject(self, s: State, g: Blocks, hp: Hyper) -> Blocks:
+        """The gradient with what is owed; pure, since a refresh and a step both call it."""
+        return g
+
+    def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
+        """The step that the rest takes, or None; and what to do once the weight is written."""
+        return None, None

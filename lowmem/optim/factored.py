@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.contract import Hyper, State
 from lowmem.optim.engine.cutting import walk
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.state import State
 
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max / 2  # means of columns may be rounded up
@@ -74,7 +75,7 @@ class RowCol:
         """Both means of G^2 in one pass; columns are averaged over all shards of rows."""
         m, n = g.shape
         row, col = torch.full((m,), eps, device=g.device), torch.full((n,), eps * hp.share, device=g.device)
-        for i, j in walk(g.ranges(), row):
+        for i, j in walk(g.ranges(), g.device):
             _add_means_(row[i:j], col, g.rows(i, j), g.shape, hp.share)
         return {"row": row, "col": hp.total(col)}
 
@@ -97,7 +98,7 @@ class RowCol:
 
     @staticmethod
     def _mean(s: State, hp: Hyper) -> Tensor:
-        return torch.dot(s["row"], hp.filled(s["row"].numel(), hp.share / s["row"].numel()))
+        return torch.dot(s["row"], s["row"].new_full(s["row"].shape, hp.share / s["row"].numel()))
 
 
 def _add_means_(row: Tensor, col: Tensor, rows: Tensor, shape: tuple[int, int], share: float) -> None:

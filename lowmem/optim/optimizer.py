@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from lowmem.errors import KindError, as_ours
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.checks import check_gradient, check_hyper, compiles
-from lowmem.optim.contract import Hyper, Lookup, State
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.groups import completed
+from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.saved import Loading
 from lowmem.optim.seats import Part, Place, Roster, Seat, seat
 from lowmem.optim.source import Named, Query, check_asked
+from lowmem.optim.state import State, made
 from lowmem.optim.strategy import Strategy
 
 Params = Iterable[Any]
@@ -111,7 +112,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
         self._roster: Roster | None = None
         self._seats: dict[Tensor, Seat] = {}
-        self._shared: dict[tuple[str, torch.device], State] = {}
+        self._constants: dict[tuple[str, torch.device], Tensor] = {}
         self._lookup = Lookup()
         self._evidence: list[Any] = []
         self._switched = -1
@@ -203,18 +204,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             weight=Dense(weight),
-            shape=tuple(weight.shape),
             advance=self.chunks.advance_,
             first=first,
             constant=self._lookup,
         )
 
-    def constants(self, rule_name: str, p: Tensor) -> State:
-        """A rule's constants, held once for each device."""
-        key = (rule_name, p.device)
-        if key not in self._shared:
-            self._shared[key] = self.strategy.rules[rule_name].shared(p)
-        return self._shared[key]
+    def constants(self, p: Tensor) -> State:
+        """The constants of a parameter's rule, each held once for a device."""
+        wanted = self.strategy.constants(self.rule_name(p), p.shape, self.place(p).role)
+        return made(wanted, p.device, self._constants)
 
     def ready(self, p: Tensor) -> tuple[Seat, bool]:
         """What a parameter's step needs, and whether its state is new."""
@@ -225,8 +223,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             return known, False
         if fresh := not held:
             held.update(self.strategy.init(rule_name, p, self.place(p).role))
-        constants = self.constants(rule_name, p)
-        self._seats[p] = seat(self.strategy, self.place(p), rule_name, p, held, constants)
+        self._seats[p] = seat(self.strategy, self.place(p), rule_name, p, held, self.constants(p))
         return self._seats[p], fresh
 
     def _switch(self, step: int) -> None:
@@ -234,11 +231,13 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
         All at once: what was active and what is never hold state together.
         """
-        if self._switched != step and self.strategy.schedule.switches(step):
+        schedule = self.strategy.schedule
+        if self._switched != step and schedule.switches(step):
             self._switched = step
-            self._seats.clear()
-            for p in self.roster.places:
-                self.state.pop(p, None)
+            for p, place in self.roster.places.items():
+                if schedule.moves(place.rule):
+                    self._seats.pop(p, None)
+                    self.state.pop(p, None)
 
     def init_state(self) -> None:
         """Make the state of every parameter now, as the first step would."""
@@ -263,9 +262,11 @@ class LowMemOptimizer(torch.optim.Optimizer):
             return
         if not p.numel():
             return
-        check_gradient(self.place(p).name, p, g if isinstance(g, Tensor) else getattr(g, "tensor", None))
         g = Dense(g) if isinstance(g, Tensor) else g
+        check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
         seat, fresh = self.ready(p)
+        if self.strategy.rules[seat.rule_name].idle:
+            return
         for part in seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
@@ -324,8 +325,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
-        held = [state for state in [*self.state.values(), *self._shared.values()] if isinstance(state, dict)]
+        held = [state for state in self.state.values() if isinstance(state, dict)]
         tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
+        tensors += self._constants.values()
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 

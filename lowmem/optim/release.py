@@ -18,16 +18,16 @@ therefore by each tensor's own norm ("tensor") or by the norm of the step before
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Projected
+from lowmem.optim.contract import AnyRule, Rule
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.subspace import Subspace
 
 CLIP = ("none", "tensor", "previous")
 
@@ -89,8 +89,11 @@ class Release:
     def _on_gradient(self, p: nn.Parameter) -> None:
         if p.grad is None:
             return
-        rule = self._projecting(p)
-        if rule is not None and (not self.sync or p in self._low):
+        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
+        if rule.idle:
+            p.grad = None
+            return
+        if (not self.sync or p in self._low) and self._projecting(p, rule):
             self._accumulate(p, p.grad, rule)
             p.grad = None
         if not self.sync:
@@ -100,19 +103,17 @@ class Release:
             self.optimizer.step_param(p, gradient)
             p.grad = None
 
-    def _projecting(self, p: nn.Parameter) -> Subspace | None:
-        """The rule of a tensor of which the projected gradient suffices in this window."""
-        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
-        if not isinstance(rule, Subspace) or not self.optimizer.state.get(p):
-            return None
-        if (
-            len(self.optimizer.ready(p)[0].parts) > 1
-        ):  # of a stack, some matrices may be refreshed and others not
-            return None
-        return None if rule.refreshes(self.optimizer.hyper(p)) else rule
+    def _projecting(self, p: nn.Parameter, rule: AnyRule) -> bool:
+        """Whether the projected gradient of a tensor suffices in this window."""
+        if not rule.keeps_sum or not self.optimizer.state.get(p):
+            return False
+        # of a stack, some matrices may be refreshed and others not
+        whole = len(self.optimizer.ready(p)[0].parts) == 1
+        return whole and not (rule.period and self.optimizer.hyper(p).due(rule.period))
 
-    def _accumulate(self, p: nn.Parameter, g: Tensor, rule: Subspace) -> None:
-        low = rule.project(Dense(g), self.optimizer.ready(p)[0].parts[0].state)
+    def _accumulate(self, p: nn.Parameter, g: Tensor, rule: AnyRule) -> None:
+        state = self.optimizer.ready(p)[0].parts[0].state
+        low = cast("Rule", rule).project(Dense(g), state, self.optimizer.hyper(p))
         if p in self._low:
             self._low[p].add_(low)
         else:
@@ -202,9 +203,9 @@ def _problems(optimizer: LowMemOptimizer, steps: int, clip: str, max_norm: float
 def accumulation_problem(strategy: Strategy) -> str:
     """Why gradients cannot be released while they accumulate, or an empty string."""
     rule, name = strategy.rules["matrix"], strategy.name
-    remedy = "take accumulation 1, no gradient release, or galore"
-    if not isinstance(rule, Subspace) or rule.residual.reads_rest:
-        return f"gradient release with accumulation: {name} needs the whole gradient of a window; {remedy}"
-    if getattr(rule.projector, "update_proj_gap", 1) == 1:
+    if rule.period == 1:
         return f"gradient release with accumulation: {name} refreshes at every step; take update_proj_gap > 1"
-    return ""
+    if rule.keeps_sum:
+        return ""
+    remedy = "take accumulation 1, no gradient release, or galore"
+    return f"gradient release with accumulation: {name} needs the whole gradient of a window; {remedy}"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import CheckpointError
-from lowmem.optim.contract import State
 from lowmem.optim.roles import from_text, to_text
 from lowmem.optim.schedules import Always
 from lowmem.optim.seats import Roster, names_of
+from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
 
 log = logging.getLogger(__name__)
@@ -186,6 +186,11 @@ def check_state(
             f"change during this run, and a flattened state dict is read by the keys of a fresh optimizer; "
             f"save with flatten_optimizer_state_dict=False and torch.save, or, to load this one, set 'step' "
             f"of every group to one less than the steps it has taken and call init_state() first"
+        )
+    if moves and not held:
+        raise CheckpointError(
+            f"{what} is of a tensor that has its turn at another time here: whose turn it is goes by the "
+            f"names of parameters; make the optimizer with them, or without them, as when it was saved"
         )
     raise CheckpointError(
         f"{what} does not fit: the checkpoint is of another model, dtype or writer; resume with the settings "

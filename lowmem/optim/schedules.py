@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from lowmem.errors import UserError
+from lowmem.errors import UserError, nearest
 from lowmem.optim.engine import noise
 
 
-class Schedule(Protocol):
-    """Which rule a tensor follows at a step."""
+class Schedule:
+    """Which rule a tensor follows at a step; by default, always its ordinary one."""
 
     def role(self, name: str, role: str, names: Sequence[str], step: int, seed: int) -> str:
         """The key of the rule for one tensor.
@@ -27,33 +26,28 @@ class Schedule(Protocol):
             names: of all tensors with that role.
             step: completed steps; seed: of the run.
         """
-
-    def switches(self, step: int) -> bool:
-        """Whether roles may change at this step, and state is made anew."""
-
-    def began(self, step: int) -> int:
-        """The step at which the roles of this one were given out; who joins later takes part in the next."""
-
-
-@dataclass(frozen=True)
-class Always:
-    """Every tensor follows its ordinary rule."""
-
-    def role(self, name: str, role: str, names: Sequence[str], step: int, seed: int) -> str:
-        """The ordinary role."""
         return role
 
     def switches(self, step: int) -> bool:
-        """Never."""
+        """Whether roles may change at this step."""
+        return False
+
+    def moves(self, role: str) -> bool:
+        """Whether tensors of an ordinary role are divided, so that their state is made anew at a switch."""
         return False
 
     def began(self, step: int) -> int:
-        """At once."""
+        """The step at which the roles of this one were given out; who joins later takes part in the next."""
         return step
 
 
 @dataclass(frozen=True)
-class RandomBlocks:
+class Always(Schedule):
+    """Every tensor follows its ordinary rule."""
+
+
+@dataclass(frozen=True)
+class RandomBlocks(Schedule):
     """round(density k) of the k matrices are active for `gap` steps, the rest follow "inactive".
 
     The matrices are taken in a random order, a new one for each sweep, so that every
@@ -91,9 +85,79 @@ class RandomBlocks:
         """At every change of the active set."""
         return step % self.gap == 0
 
+    def moves(self, role: str) -> bool:
+        """Matrices alone."""
+        return role == "matrix"
+
     def began(self, step: int) -> int:
         """The last change of the active set."""
         return step - step % self.gap
+
+
+ORDERS = ("random", "ascending", "descending")
+
+
+@dataclass(frozen=True)
+class Layers(Schedule):
+    """One layer at a time (BAdam, arXiv 2404.02827): its tensors are active for `gap` steps, all others rest.
+
+    A layer is what shares the first number in a name: model.layers.7.mlp.weight is of layer 7. Tensors
+    without a number (embedding, head, last norm) rest throughout.
+
+    Args:
+        gap: steps of a layer, at least 1.
+        order: random (every layer once in a sweep, a new order for each), ascending or descending.
+
+    Raises:
+        UserError: a number or word outside its range; at the first step, a model without numbered layers.
+    """
+
+    gap: int = 50
+    order: str = "random"
+
+    def __post_init__(self) -> None:
+        if self.gap < 1:
+            raise UserError(f"update_proj_gap must be at least 1, got {self.gap}")
+        if self.order not in ORDERS:
+            raise UserError(f"unknown order {self.order!r}; {nearest(self.order, ORDERS)}")
+
+    def role(self, name: str, role: str, names: Sequence[str], step: int, seed: int) -> str:
+        """The ordinary role while the layer is active, "inactive" otherwise."""
+        layers = _layers(tuple(names))
+        if not layers and role == "matrix":
+            raise UserError(f"{name!r} is in no numbered layer; take a schedule that does not go by layers")
+        return role if layers and _layer(name) == self.active(layers, step, seed) else "inactive"
+
+    def active(self, layers: Sequence[int], step: int, seed: int) -> int:
+        """The layer that is active at a step."""
+        sweep, place = divmod(step // self.gap, len(layers))
+        if self.order == "random":
+            order = sorted(layers, key=lambda layer: (noise.mix(seed, sweep, layer, "layer"), layer))
+        else:
+            order = sorted(layers, reverse=self.order == "descending")
+        return order[place]
+
+    def switches(self, step: int) -> bool:
+        """At every change of the layer."""
+        return step % self.gap == 0
+
+    def moves(self, role: str) -> bool:
+        """All tensors: those without a layer rest."""
+        return True
+
+    def began(self, step: int) -> int:
+        """The last change of the layer."""
+        return step - step % self.gap
+
+
+def _layer(name: str) -> int | None:
+    """The first number among the parts of a name."""
+    return next((int(word) for word in name.split(".") if word.isdecimal()), None)
+
+
+@functools.lru_cache(maxsize=32)
+def _layers(names: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(sorted({layer for layer in map(_layer, names) if layer is not None}))
 
 
 @functools.lru_cache(maxsize=32)

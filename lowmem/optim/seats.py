@@ -17,9 +17,11 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim import stacks
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import AnyRule, Held, Hyper, Rule, State, is_pointwise, scoped
+from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.roles import from_text, refined
+from lowmem.optim.state import Held, State, scoped
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import Writer, select
 
@@ -134,15 +136,14 @@ class Part:
         weight = self.of(p)
         if self.index is not None:
             g = stacks.gradient(g, tuple(p.shape), self.index)
+        self.rule.prepare(g, self.state, hp)
         if is_pointwise(self.rule):
             chunks.apply_(self.rule, self.writer, weight, g, self.state, self.extra, hp)
             return
-        rule = cast("Rule", self.rule)
-        rule.prepare(g, self.state, hp)
-        direction = rule.update(g, self.state, hp)
+        direction = cast("Rule", self.rule).update(g, self.state, hp)
         chunks.write_(self.writer, weight, direction, self.extra, hp)
-        for key, value in direction.commit.items():
-            self.state[key].copy_(value)
+        if direction.commit:
+            direction.commit()
 
 
 def seat(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Dense, matrix_shape
-from lowmem.optim.contract import AnyRule, State
+from lowmem.optim.contract import AnyRule
+from lowmem.optim.state import State
 
 
 def like(x: Tensor) -> Tensor:

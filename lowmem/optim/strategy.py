@@ -21,10 +21,11 @@ from typing import Any
 from torch import Tensor
 
 from lowmem.optim import stacks
-from lowmem.optim.contract import AnyRule, State, is_pointwise, prefixed
+from lowmem.optim.contract import AnyRule, is_pointwise
 from lowmem.optim.roles import is_stack, refined
 from lowmem.optim.schedules import Always, Schedule
 from lowmem.optim.source import Source
+from lowmem.optim.state import Constants, State, prefixed
 from lowmem.optim.writers import select
 
 SMALL = 4096
@@ -83,6 +84,11 @@ class Strategy:
     def slices(self, rule_name: str, role: str, shape: Sequence[int]) -> bool:
         """Whether a tensor is a stack of matrices that are stepped one by one."""
         return is_stack(role, shape) and not is_pointwise(self.rules[rule_name])
+
+    def constants(self, rule_name: str, shape: Sequence[int], role: str = "matrix") -> Constants:
+        """What steps of a weight of this shape and role read and never change."""
+        one = shape[1:] if self.slices(rule_name, role, shape) else shape
+        return self.rules[rule_name].constants(tuple(one))
 
     def init(self, rule_name: str, x: Tensor, role: str = "matrix") -> State:
         """Fresh state of a weight like x of this role that follows this rule: the rule's and the writer's."""

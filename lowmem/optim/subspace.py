@@ -2,12 +2,14 @@
 
     R = down(G),  N = inner(R),  D = scale up(N) + absorb(G - up(R))
 
-This is the heart: GaLore, FRUGAL, Online Subspace Descent, DCT and their kin are
-this line with different parts. The order of one step is: refresh the basis,
+This is the heart: GaLore, FRUGAL, Fira, APOLLO, Online Subspace Descent, DCT and their
+kin are this line with different parts. The order of one step is: refresh the basis,
 carry the inner state over (`on_refresh`: keep, reset or rotate), inject what is
-owed, project, step inside, absorb the rest. The inner rule overwrites the
-projected gradient in place; the step is lifted row block by row block while it
-is written, so no second matrix of the weight's size exists.
+owed, project, step inside, absorb the rest, write, and then commit what residual,
+inner rule and a basis that follows have left to do.
+
+N overwrites R in place, unless somebody still looks at R. The step is lifted row block
+by row block while it is written, so no second matrix of the weight's size exists.
 
 A gradient with a NaN or Inf in it makes the whole step not ok, and the tensor
 stays as it was: the flag comes from the projected gradient, which any bad
@@ -16,6 +18,8 @@ element reaches.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,42 +28,49 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
-from lowmem.optim.contract import (
-    AnyRule,
-    Change,
-    Hyper,
-    Reset,
-    Rotate,
-    Rule,
-    State,
-    is_pointwise,
-    prefixed,
-    scoped,
-)
+from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, Unrelated, is_pointwise
 from lowmem.optim.engine.chunks import all_finite
-from lowmem.optim.projectors import Projector, Refreshed
-from lowmem.optim.residuals import Drop, Residual
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.residuals import Drop
+from lowmem.optim.state import Constant, Constants, State, apply_in_place, prefixed, scoped
 
 ON_REFRESH = ("keep", "reset", "rotate")
 
 
 @dataclass(frozen=True)
-class Subspace:
+class Inside:
+    """What an inner rule has done: N is in place, and this is left.
+
+    Args:
+        ok: 0-D bool; False where it refuses the step.
+        lr, decay, scale, commit: as in `Direction`.
+    """
+
+    ok: Tensor
+    lr: Tensor | None = None
+    decay: Tensor | None = None
+    scale: float = 1.0
+    commit: Commit | None = None
+
+
+@dataclass(frozen=True)
+class Subspace(Rule):
     """Step where a projection of the gradient is seen.
 
     Bytes for an (m, n) weight: the projector's, the inner rule's for the projected
     shape, the residual's. Workspace of a step: 4 r l for R (overwritten by N), as
-    much again where the residual reads the rest.
+    much again where the residual or the basis looks at R after the step.
 
     Args:
         projector: where the gradient is seen.
         inner: the rule that steps there.
         residual: what becomes of the rest.
-        on_refresh: keep the inner state at a basis change, reset it, or rotate it along.
+        on_refresh: keep the inner state at a change of coordinates, reset it, or carry it along
+            (rotate; coordinates that are only permuted take their ages along).
         scale: factor of the lifted step, above 0.
 
     Raises:
-        UserError: a combination that is not defined, such as rotate with 8-bit moments.
+        UserError: combinations that are not defined, such as rotate with 8-bit moments; all of them.
     """
 
     projector: Projector
@@ -69,115 +80,89 @@ class Subspace:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.on_refresh not in ON_REFRESH:
-            raise UserError(f"unknown on_refresh {self.on_refresh!r}; {nearest(self.on_refresh, ON_REFRESH)}")
-        if not self.scale > 0.0:
-            raise UserError(f"scale must be above 0, got {self.scale}")
-        if self.on_refresh == "rotate" and not self.projector.rotates:
-            raise UserError("on_refresh='rotate' needs a dense basis; take on_refresh='reset'")
-        self.inner.check_rebase(self.on_refresh)
+        problems = [problem for problem in self._problems() if problem]
+        if problems:
+            raise UserError("; ".join(problems))
 
-    def _low(self, x: Tensor) -> Tensor:
-        return torch.empty(self.projector.low_shape(matrix_shape(x.shape)), device="meta")
+    def _problems(self) -> list[str]:
+        found = []
+        if self.on_refresh not in ON_REFRESH:
+            return [f"unknown on_refresh {self.on_refresh!r}; {nearest(self.on_refresh, ON_REFRESH)}"]
+        if not self.scale > 0.0:
+            found.append(f"scale must be above 0, got {self.scale}")
+        if self.on_refresh == "rotate" and self.projector.changes == "reset":
+            found.append("on_refresh='rotate' needs a dense basis; take on_refresh='reset'")
+        else:
+            carried = self.projector.changes if self.on_refresh == "rotate" else self.on_refresh
+            found.append(_refusal(self.inner.check_rebase, carried))
+        if is_pointwise(self.inner) and self.inner.reads_weight:
+            found.append("a rule that reads the weight cannot step inside a subspace; take projector=none")
+        lacking = [word for word in sorted(self.residual.needs) if not getattr(self.projector, word)]
+        if lacking:
+            found.append(f"the residual needs a projector with {' and '.join(lacking)} basis; take power")
+        return found
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Those of the inner rule."""
+        return self.inner.uses
+
+    @property
+    def period(self) -> int:
+        """That of the projector."""
+        return self.projector.period
+
+    @property
+    def keeps_sum(self) -> bool:
+        """Where nobody looks at the whole gradient between refreshes, and there is a between."""
+        return not (self.residual.reads_rest or self.projector.follows) and self.period != 1
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """R, R once more where it is looked at after the step, and what the inner rule takes."""
+        low = self.projector.low_shape(shape)
+        return self.inner.scratch(low) + (8 if self._looks(shape) else 4) * low[0] * low[1]
+
+    def _absorbs(self, shape: tuple[int, int]) -> bool:
+        # at full rank the rest is rounding noise, and its sign would be a full step
+        whole = self.residual.lifts and self.projector.complete(shape)
+        return self.residual.reads_rest and not whole
+
+    def _looks(self, shape: tuple[int, int]) -> bool:
+        """Whether R is looked at once N is made."""
+        return self.projector.follows or self.inner.reads_later or self._absorbs(shape)
+
+    def _carries_ages(self) -> bool:
+        return self.on_refresh == "rotate" and self.projector.changes == "permute"
 
     def init(self, x: Tensor) -> State:
         """State of the three parts, under their names."""
-        low = self._low(x)
-        inner = self.inner.init(low if x.device.type == "meta" else torch.empty_like(low, device=x.device))
-        rest = {} if self._complete(matrix_shape(x.shape)) else self.residual.init(x)
+        shape = matrix_shape(x.shape)
+        inner = self.inner.init(torch.empty(self.projector.low_shape(shape), device=x.device))
+        if self._carries_ages() and "age" in inner:
+            inner["age"] = inner["age"].repeat(self._low_rank(shape))
+        rest = self.residual.init(x) if self._absorbs(shape) else {}
         return (
             prefixed("projector", self.projector.init(x))
             | prefixed("inner", inner)
             | prefixed("residual", rest)
         )
 
-    def shared(self, x: Tensor) -> State:
-        """Constants of the parts."""
-        inner = self.inner.shared(torch.empty(0, device=x.device))
-        return prefixed("projector", self.projector.shared(x)) | prefixed("inner", inner)
+    def _low_rank(self, shape: tuple[int, int]) -> int:
+        return self.projector.low_shape(shape)[self.projector.axis(shape)]
 
-    def _complete(self, shape: tuple[int, int]) -> bool:
-        # at full rank the rest is rounding noise, and its sign would be a full step
-        return self.projector.complete(shape)
-
-    def refreshes(self, hp: Hyper) -> bool:
-        """Whether a refresh falls on this step."""
-        return self.projector.due(hp)
-
-    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
-        """Refresh the basis when it is due, and carry the inner state over."""
-        if not self.refreshes(hp):
-            return
-        owed = self.residual.inject(scoped(s, "residual"), g)
-        inner = scoped(s, "inner")
-        done = self.projector.refresh(
-            scoped(s, "projector"), owed, hp, inner, matrix=self.on_refresh == "rotate"
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """Those of the parts; where columns have ages, how many elements lie between two columns."""
+        matrix = matrix_shape(shape)
+        low = self.projector.low_shape(matrix)
+        inner = dict(self.inner.constants(low))
+        if self._carries_ages():
+            stride = low[1] if self.projector.axis(matrix) == 0 else 1
+            inner["stride"] = Constant(f"stride{stride}", functools.partial(_number, stride))
+        return (
+            prefixed("projector", self.projector.constants(matrix))
+            | prefixed("inner", inner)
+            | prefixed("residual", self.residual.constants(matrix))
         )
-        change = self._change(done)
-        if change is not None:
-            self.inner.rebase_(inner, change, self.projector.low_shape(g.shape), hp)
-
-    def _change(self, done: Refreshed) -> Change | None:
-        if self.on_refresh == "reset":
-            return Reset(done.ok)
-        if self.on_refresh == "rotate" and done.matrix is not None:
-            return Rotate(done.matrix, done.axis)
-        return None
-
-    def project(self, g: Blocks, s: State) -> Tensor:
-        """down(G) for accumulation over micro-batches; fp32."""
-        return self.projector.down(scoped(s, "projector"), g)
-
-    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
-        """Project, step inside, lift."""
-        view, rest = scoped(s, "projector"), scoped(s, "residual")
-        low, seen = self._seen(g, view, rest)
-        reads = self.residual.reads_rest and not self._complete(g.shape)
-        before = low.clone() if reads else low
-        inside, ok = self._step_inside(low, scoped(s, "inner"), hp)
-        commit = prefixed("inner", inside.commit) if inside else {}
-        lr, decay = (inside.lr, inside.decay) if inside else (None, None)
-        if not reads:
-            pair = self.projector.pair(view, low, g.shape)
-            lifted = self._lifted(view, low, g)
-            return Direction(lifted, pair, self.scale, lr=lr, decay=decay, ok=ok, commit=commit)
-        if self.scale != 1.0:
-            low.mul_(self.scale)
-        step = self.residual.absorb(rest, self._rest(view, before, seen))
-        return Direction(self._both(view, low, seen, step), lr=lr, decay=decay, ok=ok, commit=commit)
-
-    def _seen(self, g: Blocks, view: State, rest: State) -> tuple[Tensor, Blocks]:
-        if isinstance(g, Projected):
-            return g.low, g
-        owed = self.residual.inject(rest, g)
-        return self.projector.down(view, owed), owed
-
-    def _step_inside(self, low: Tensor, inner: State, hp: Hyper) -> tuple[Direction | None, Tensor]:
-        """Overwrite R by the inner rule's direction N; the inner rule may refuse the step."""
-        if is_pointwise(self.inner):
-            return None, hp.advance(self.inner, low, inner, hp)
-        direction = cast("Rule", self.inner).update(Dense(low), inner, hp)
-        ok = all_finite(low, hp) if direction.ok is None else direction.ok
-        for i, j in direction.blocks.ranges():
-            low[i:j] = torch.where(ok, direction.blocks.rows(i, j), 0.0)
-        if direction.then is not None:
-            hp.advance(direction.then[0], low, direction.then[1], hp, ok)
-        return direction, ok
-
-    def _lifted(self, view: State, low: Tensor, g: Blocks) -> Blocks:
-        return Blocks(g.shape, lambda i, j: self.projector.up(view, low, i, j, g), g.device)
-
-    def _rest(self, view: State, before: Tensor, seen: Blocks) -> Blocks:
-        def rows(i: int, j: int) -> Tensor:
-            return seen.rows(i, j) - self.projector.up(view, before, i, j, seen)
-
-        return Blocks(seen.shape, rows, seen.device)
-
-    def _both(self, view: State, low: Tensor, seen: Blocks, step: Blocks | None) -> Blocks:
-        lifted = self._lifted(view, low, seen)
-        if step is None:
-            return lifted
-        return Blocks(seen.shape, lambda i, j: lifted.rows(i, j) + step.rows(i, j), seen.device)
 
     def check_rebase(self, kind: str) -> None:
         """A subspace inside a subspace has no meaning."""
@@ -185,6 +170,104 @@ class Subspace:
             "a subspace rule cannot be the inner rule of another; take adam, adafactor or sgd inside"
         )
 
-    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Never called: see check_rebase."""
-        self.check_rebase("keep")
+    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
+        """Refresh the basis when it is due, and carry the inner state over."""
+        if not self.projector.due(hp):
+            return
+        inner, rotates = scoped(s, "inner"), self.on_refresh == "rotate"
+        owed = self.residual.inject(scoped(s, "residual"), g, hp)
+        change = self.projector.refresh(scoped(s, "projector"), owed, hp, inner, say=rotates)
+        if self.on_refresh != "keep":
+            change = change if rotates else Unrelated(change.ok)
+            self.inner.rebase_(inner, change, self.projector.low_shape(g.shape), hp)
+
+    def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
+        """down(G) for accumulation over micro-batches; fp32."""
+        return self.projector.down(scoped(s, "projector"), g, hp)
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Project, step inside, lift, and add what the rest gives."""
+        basis, held = scoped(s, "projector"), scoped(s, "residual")
+        whole = g if isinstance(g, Projected) else self.residual.inject(held, g, hp)
+        low = g.low if isinstance(g, Projected) else self.projector.down(basis, whole, hp)
+        step = low.clone() if self._looks(g.shape) else low
+        inside = self._step_inside(low, step, scoped(s, "inner"), hp)
+        split = self._split(basis, whole, low, step, inside, hp)
+        absorbed, commit = self.residual.absorb(held, split) if self._absorbs(g.shape) else (None, None)
+        commits = [inside.commit, commit]
+        if self.projector.follows:
+            commits.append(lambda: apply_in_place(basis, self.projector.follow(basis, split)))
+        if absorbed is None:
+            blocks, pair, scale = split.lifted, self.projector.pair(basis, step, g.shape), split.scale
+        else:
+            blocks, pair, scale = (_sum(split, absorbed) if self.residual.lifts else absorbed), None, 1.0
+        return Direction(blocks, pair, scale, inside.lr, inside.decay, inside.ok, _chain(commits))
+
+    def _step_inside(self, low: Tensor, step: Tensor, inner: State, hp: Hyper) -> Inside:
+        """Make a step of a projected gradient, in place.
+
+        Args:
+            low: R; step: R too, and N afterwards. They are one tensor where nobody looks at R again.
+            inner: the inner rule's state and constants; hp: of this step.
+        """
+        g = Dense(low)
+        self.inner.prepare(g, inner, hp)
+        if is_pointwise(self.inner):
+            return Inside(hp.advance(self.inner, step, inner, hp))
+        d = cast("Rule", self.inner).update(g, inner, hp)
+        ok = all_finite(low, hp) if d.ok is None else d.ok
+        flat, width = step.view(-1), d.blocks.shape[1]  # it may see the elements in another shape
+        for i, j in d.blocks.ranges():
+            flat[i * width : j * width] = torch.where(ok, d.blocks.rows(i, j), 0.0).reshape(-1)
+        if d.then is not None:
+            hp.advance(d.then[0], step, d.then[1], hp, ok)
+        return Inside(ok, d.lr, d.decay, d.scale, d.commit)
+
+    def _split(
+        self, basis: State, whole: Blocks, low: Tensor, step: Tensor, inside: Inside, hp: Hyper
+    ) -> Split:
+        up, shape = self.projector.up, whole.shape
+        return Split(
+            g=whole,
+            rest=Blocks(shape, lambda i, j: whole.rows(i, j) - up(basis, low, i, j, hp), whole.device),
+            lifted=Blocks(shape, lambda i, j: up(basis, step, i, j, hp), whole.device),
+            low=low,
+            step=step,
+            scale=self.scale * inside.scale,
+            axis=self.projector.axis(shape),
+            ok=inside.ok,
+            hp=hp,
+        )
+
+
+def _sum(split: Split, absorbed: Blocks) -> Blocks:
+    """scale up(N) and the step of the rest, row block by row block."""
+
+    def rows(i: int, j: int) -> Tensor:
+        lifted = split.lifted.rows(i, j)
+        return (lifted if split.scale == 1.0 else lifted * split.scale) + absorbed.rows(i, j)
+
+    return Blocks(split.g.shape, rows, split.g.device)
+
+
+def _chain(commits: Sequence[Commit | None]) -> Commit | None:
+    """All that is left to do, in order."""
+    left = [commit for commit in commits if commit is not None]
+
+    def commit() -> None:
+        for each in left:
+            each()
+
+    return commit if left else None
+
+
+def _number(value: int, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.int32, device=device)
+
+
+def _refusal(check: Callable[[str], None], kind: str) -> str:
+    try:
+        check(kind)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.contract import ChunkHyper, State
 from lowmem.optim.engine import noise
+from lowmem.optim.hyper import ChunkHyper
+from lowmem.optim.state import State
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.optim.checks import used_by
 from tests.enrolled import on_any_model
 
 GAP = 4
@@ -38,7 +37,7 @@ class Case:
 
     def optimizer(self, model: Any, **hyper: Any) -> Any:
         defaults: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
-        read = {number for rule in self.create().rules.values() for number in used_by(rule)}
+        read = {number for rule in self.create().rules.values() for number in rule.uses}
         kept = {key: value for key, value in defaults.items() if key not in ("betas", "eps") or key in read}
         return lowmem.optimizer(model, self.name, **{**kept, **hyper}, **dict(self.options))
 

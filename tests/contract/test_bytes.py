@@ -104,8 +104,8 @@ def check_scratch(case: Case, shape: tuple[int, int]) -> None:
     strategy = Case(case.name, tuple((k, 512 if k == "rank" else v) for k, v in case.options)).create()
     low = low_elements(strategy, shape)
     rule = strategy.rules["matrix"]
-    reads = getattr(getattr(rule, "residual", None), "reads_rest", False)
-    bound = 64 * MIB + 4 * low * (2 if reads else 1)
+    bound = rule.scratch(shape)
+    assert bound <= 64 * MIB + 8 * low + 12 * min(shape) ** 2 * (not low)
     assert count.workspace_bytes(strategy, shape, torch.bfloat16, "matrix", False) <= bound
     x = torch.empty(shape, device="meta")
     basis = rule.projector.init(x).get("basis", x[:0]).numel() if low else 0  # s r

@@ -180,7 +180,7 @@ def test_accumulating_under_release_is_the_ordinary_step(case: Case, dtype: torc
     """Each tensor keeps a projected sum, or its gradient where it refreshes in this window."""
     model, count = zoo.build(dtype), 3
     rule = case.create().rules["matrix"]
-    if not (hasattr(rule, "projector") and not rule.residual.reads_rest):
+    if not rule.keeps_sum:
         refuse_accumulation(case, model, count)
     optimizer, handle = released(case, model, accumulation_steps=count)
     plain = zoo.build(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem.memory.count import model_state_bytes, shared_bytes, state_bytes, workspace_bytes
+from lowmem.memory.count import model_state_bytes, shared_sizes, state_bytes, workspace_bytes
 from lowmem.memory.trace.tracker import Tracker
 from lowmem.optim.engine import cutting
 from lowmem.optim.groups import param_groups
@@ -56,8 +56,10 @@ def test_writers_hold_what_they_say(writer: str, each: int) -> None:
 
 def test_tables_are_held_once() -> None:
     """Matrices, embeddings and what lies inside a subspace look into the same tables."""
-    one = shared_bytes(lowmem.create("adamw_8bit"), ["matrix"])
-    assert one == shared_bytes(lowmem.create("adamw_8bit"), ["matrix", "other"]) > 0
+    one = shared_sizes(lowmem.create("adamw_8bit"), [("matrix", "matrix", (8, 8))])
+    assert one
+    both = [("matrix", "matrix", (8, 8)), ("other", "embedding", (9, 8))]
+    assert shared_sizes(lowmem.create("adamw_8bit"), both) == one
     model = nn.Sequential(nn.Embedding(64, 128), nn.Linear(128, 128))
     optimizer = lowmem.optimizer(model, "galore", rank=8, states="int8")
     optimizer.init_state()
@@ -103,8 +105,7 @@ def test_workspace_on_meta_is_workspace_on_cpu(name: str, refresh: bool) -> None
     optimizer.param_groups[0]["step"] = 0 if refresh else 5
     tracker = Tracker()
     tracker.register([p, g, *optimizer.state[p].values()], "weights")
-    for table in optimizer._shared.values():
-        tracker.register(table.values(), "weights")
+    tracker.register(optimizer._constants.values(), "weights")
     for constant in optimizer._lookup._made.values():
         tracker.register([constant], "weights")
     before = tracker.live

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense, Direction
-from lowmem.optim.contract import Hyper, Reset
+from lowmem.optim.contract import Unrelated
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Frame, Orthonormal, power_iteration
 from lowmem.optim.rules.adafactor import Adafactor
+from lowmem.optim.state import made
 from lowmem.optim.subspace import Subspace
 from tests.oracles.reference_adafactor import Adafactor as Reference
 
@@ -257,7 +259,7 @@ class Sharded(Hyper):
 
 def hyper(w: Tensor, shards: Any = None, rank: int = 0, part: float = 1.0) -> Hyper:
     advance, more = Chunks().advance_, {"shards": shards, "rank": rank, "part": part}
-    return Sharded(0, "w", 0, 0.1, (0.9, 0.999), 1e-8, 0.0, Dense(w), tuple(w.shape), advance, **more)
+    return Sharded(0, "w", 0, 0.1, (0.9, 0.999), 1e-8, 0.0, Dense(w), advance, **more)
 
 
 @pytest.mark.parametrize("shape", [(11, 9), (50,)])
@@ -290,13 +292,13 @@ def test_shards_of_unequal_size_take_the_step_of_the_whole(shape: tuple[int, ...
 def test_a_reset_forgets_and_a_failed_refresh_does_not() -> None:
     rule = Adafactor.of("int8", beta1=0.9)
     w = normal(6, 9)
-    state = rule.init(w) | rule.shared(w)
+    state = rule.init(w) | made(rule.constants(tuple(w.shape)), w.device)
     rule.update(Dense(normal(6, 9)), state, hyper(w))
     held = {key: value.clone() for key, value in state.items()}
     own = {key: state[key] for key in rule.init(w)}
-    rule.rebase_(own, Reset(torch.tensor(False)), (6, 9), hyper(w))
+    rule.rebase_(own, Unrelated(torch.tensor(False)), (6, 9), hyper(w))
     assert all(torch.equal(state[key], value) for key, value in held.items())
-    rule.rebase_(own, Reset(torch.tensor(True)), (6, 9), hyper(w))
+    rule.rebase_(own, Unrelated(torch.tensor(True)), (6, 9), hyper(w))
     assert all(torch.equal(own[key], value) for key, value in rule.init(w).items())
 
 

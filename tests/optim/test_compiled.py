@@ -17,24 +17,26 @@ from torch._inductor.exc import CppCompileError, InductorError
 import lowmem
 from lowmem.optim.blocks import Dense
 from lowmem.optim.codecs import codec
-from lowmem.optim.contract import Hyper
+from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.kernels import _Compiled, _forget_instructions, compiled
 from lowmem.optim.engine.layout import ROW
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
+from lowmem.optim.state import made
 from lowmem.optim.writers import WRITERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
 
-CODES = Momentum(codec("int8", signed=True, stream="momentum"), 0.9)
-NOISY = Momentum(codec("bf16", signed=True, stream="momentum"), 0.9)
+CODES = coded(Momentum(0.9), "int8")
+NOISY = coded(Momentum(0.9), "bf16")
 
 
 class Whole(Chunks):
     """Cuts nothing: a chunk has as many rows as its tensor."""
 
-    def spans(self, rule: Any, count: int) -> Iterator[tuple[int, int, int]]:
+    def spans(self, rule: Any, count: int, most: int = 0) -> Iterator[tuple[int, int, int]]:
         yield 0, count, count
 
 
@@ -45,13 +47,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def steps(chunks: Chunks, rule: Any, writer: str, dtype: torch.dtype, rows: int, seed: int) -> list[Tensor]:
     """All that two steps of `rows` rows leave behind; without a writer, of a projected gradient."""
     w = normal(rows, ROW, seed=seed).to(dtype)
-    state = {**rule.init(w), **rule.shared(w), "rate": torch.tensor(0.5)}
+    state = {**rule.init(w), **made(rule.constants(tuple(w.shape)), w.device), "rate": torch.tensor(0.5)}
     state.setdefault("age", torch.zeros((), dtype=torch.int32))
     extra = WRITERS[writer].init(w) if writer else {}
     left = [w, *state.values(), *extra.values()]
     for t in range(2):
         g = normal(rows, ROW, seed=seed + t + 1).to(dtype)
-        hp = Hyper(t, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.01, Dense(w), tuple(w.shape), chunks.advance_)
+        hp = Hyper(t, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.01, Dense(w), chunks.advance_)
         if writer:
             g[0, 3] = math.nan
             chunks.apply_(rule, WRITERS[writer], w, Dense(g), state, extra, hp)
@@ -75,7 +77,7 @@ def forbid_torch_compile(kernel: Any) -> None:
         (NOISY, "stochastic", torch.bfloat16, 0.0),
         (CODES, "", torch.float32, 0.0),
         # addcmul rounds once in torch and twice in generated code, for numbers of order 1
-        (Adam(), "nearest", torch.float32, 2.0**-21),
+        (coded(Adam()), "nearest", torch.float32, 2.0**-21),
     ],
     ids=["codes", "noise", "projected", "adam"],
 )
@@ -96,21 +98,21 @@ def test_a_direct_call_is_the_eager_step_for_any_number_of_rows(
 @pytest.mark.slow
 @pytest.mark.parametrize("states", ["int8", "companded8"])
 def test_second_moments_above_zero_have_the_eager_codes(states: str) -> None:
-    made = codec(states, signed=False, stream="m")
+    held_by = codec(states, signed=False, stream="m")
     sizes = torch.logspace(-30, 12, 64).view(64, 1)
     x = normal(64, 4 * ROW).square() * sizes[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
-    x = x.t().contiguous().view(-1, made.grain)  # every size in every block
+    x = x.t().contiguous().view(-1, held_by.grain)  # every size in every block
     x[:, ::5] = 0.0
-    tables = made.shared(x)
+    tables = held_by.shared(x)
 
     def encode(values: Tensor, codes: Tensor, scale: Tensor, *constants: Tensor) -> None:
-        held = made.encode(values, None, dict(zip(tables, constants, strict=True)))  # type: ignore[arg-type]
+        held = held_by.encode(values, None, dict(zip(tables, constants, strict=True)))  # type: ignore[arg-type]
         codes.copy_(held["codes"])
         scale.copy_(held["scale"])
 
     left = []
     for run in (compiled(encode), encode):
-        held = {key: value.view(x.shape[0], -1) for key, value in made.init(x).items()}
+        held = {key: value.view(x.shape[0], -1) for key, value in held_by.init(x).items()}
         run(x, held["codes"], held["scale"], *tables.values())
         left.append(held)
     assert torch.equal(left[0]["codes"], left[1]["codes"])

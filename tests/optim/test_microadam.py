@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
-from lowmem.optim.contract import Hyper, Reset
+from lowmem.optim.contract import Unrelated
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.microadam import BLOCK, MicroAdam, packed, unpacked
 
 
@@ -22,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def hyper(w: Tensor, chunks: Chunks, step: int = 0) -> Hyper:
-    return Hyper(step, "w", 0, 0.1, (0.9, 0.999), 1e-8, 0.0, Dense(w), tuple(w.shape), chunks.advance_)
+    return Hyper(step, "w", 0, 0.1, (0.9, 0.999), 1e-8, 0.0, Dense(w), chunks.advance_)
 
 
 def drive(start: Tensor, grads: list[Tensor], compile: str = "off", **options: Any) -> tuple[Tensor, Any]:
@@ -172,9 +173,9 @@ def test_what_is_owed_does_not_outlive_a_reset() -> None:
     hp = hyper(low, chunks)
     chunks.advance_(rule, low.clone(), state, hp, torch.tensor(True))
     kept = {key: value.clone() for key, value in state.items()}
-    rule.rebase_(state, Reset(torch.tensor(False)), (50, 100), hp)
+    rule.rebase_(state, Unrelated(torch.tensor(False)), (50, 100), hp)
     assert all(torch.equal(state[key], value) for key, value in kept.items())
-    rule.rebase_(state, Reset(torch.tensor(True)), (50, 100), hp)
+    rule.rebase_(state, Unrelated(torch.tensor(True)), (50, 100), hp)
     assert all(torch.equal(state[key], value) for key, value in rule.init(low).items())
 
 

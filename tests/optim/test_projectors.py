@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,16 +11,19 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.codecs import codec
-from lowmem.optim.contract import AnyRule, Hyper, State
+from lowmem.optim.contract import AnyRule, Projector
+from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.projectors import Projector
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.coordinate import Columns, Elements
-from lowmem.optim.projectors.dense import PROJ_TYPES, Find, Frame, Orthonormal, power_iteration, random, svd
+from lowmem.optim.projectors.dct import DCT
+from lowmem.optim.projectors.dense import PROJ_TYPES, Find, Frame, Orthonormal, power_iteration, svd
+from lowmem.optim.projectors.random import random
 from lowmem.optim.residuals import Drop, Stateless
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
 from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.state import State, made
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.sources import Backprop
@@ -35,7 +38,10 @@ DENSE = {
     for side in SIDES
     for rank in (3, 100)
 }
-EVERY: dict[str, Projector] = {**DENSE, "columns": Columns(0.3, GAP), "elements": Elements(0.3, GAP)}
+COSINES = {f"dct-{side}-{rank}": DCT(Frame(rank, side), GAP) for side in SIDES for rank in (3, 100)}
+EVERY: dict[str, Projector] = {
+    **DENSE, **COSINES, "columns": Columns(0.3, GAP), "elements": Elements(0.3, GAP),
+}  # fmt: skip
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -45,17 +51,20 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def refreshed(projector: Projector, shape: tuple[int, int], *grads: Tensor) -> State:
     """The basis after a refresh by each gradient in turn."""
     w = torch.zeros(shape)
-    state = projector.init(w)
+    state = projector.init(w) | made(projector.constants(shape), w.device)
     for step, g in enumerate(grads):
-        hp = Hyper(step, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.0, Dense(w), shape, Chunks().advance_)
-        projector.refresh(state, Dense(g), hp, {}, matrix=False)
+        projector.refresh(state, Dense(g), hyper(w, step), {}, say=False)
     return state
 
 
-def lift(projector: Projector, state: State, low: Tensor, like: Blocks) -> Tensor:
+def hyper(w: Tensor, step: int = 0) -> Hyper:
+    return Hyper(step, "w", 0, 0.1, (0.9, 0.99), 1e-8, 0.0, Dense(w), Chunks().advance_)
+
+
+def lift(projector: Projector, state: State, low: Tensor, like: Dense) -> Tensor:
     """The whole matrix, from pieces of three rows."""
-    m = like.shape[0]
-    return torch.cat([projector.up(state, low, i, min(i + 3, m), like) for i in range(0, m, 3)])
+    m, hp = like.shape[0], hyper(like.tensor)
+    return torch.cat([projector.up(state, low, i, min(i + 3, m), hp) for i in range(0, m, 3)])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -65,10 +74,10 @@ def test_what_is_lifted_is_seen_again_and_nothing_is_counted_twice(
 ) -> None:
     state = refreshed(projector, shape, *(normal(*shape, seed=t) for t in range(3)))
     x = Dense(normal(*shape, seed=9))
-    low = projector.down(state, x)
+    low = projector.down(state, x, hyper(x.tensor))
     assert tuple(low.shape) == projector.low_shape(shape)
     seen = lift(projector, state, low, x)
-    torch.testing.assert_close(projector.down(state, Dense(seen)), low, rtol=0, atol=5e-6)
+    torch.testing.assert_close(projector.down(state, Dense(seen), hyper(seen)), low, rtol=0, atol=5e-6)
     rest = (x.tensor - seen).square().sum()
     torch.testing.assert_close(low.square().sum() + rest, x.tensor.square().sum(), rtol=1e-5, atol=0)
     if projector.complete(shape):
@@ -100,7 +109,7 @@ def test_coordinates_are_picked_once_each(projector: Projector, count: int) -> N
 
 def captured(find: Find, side: str, g: Tensor, refreshes: int) -> Tensor:
     projector = Orthonormal(Frame(8, side), find)
-    low = projector.down(refreshed(projector, tuple(g.shape), *[g] * refreshes), Dense(g))
+    low = projector.down(refreshed(projector, tuple(g.shape), *[g] * refreshes), Dense(g), hyper(g))
     return low.square().sum() / torch.linalg.svdvals(g)[:8].square().sum()
 
 
@@ -134,7 +143,7 @@ def test_descent_in_the_subspace_and_descent_of_the_rest_are_descent(
     projector: Projector, shape: tuple[int, int]
 ) -> None:
     """Over three refreshes: down, up, residual and side must all fit together."""
-    weights, _ = follow(Subspace(projector, SGD(), Stateless(sign=False)), shape)
+    weights, _ = follow(Subspace(projector, coded(SGD()), Stateless(sign=False)), shape)
     expected = weights[0] - 0.1 * sum(normal(*shape, seed=t + 1) for t in range(7))
     torch.testing.assert_close(weights[-1], expected, rtol=0, atol=2e-6)
 
@@ -143,8 +152,10 @@ def test_descent_in_the_subspace_and_descent_of_the_rest_are_descent(
 class Average(Momentum):
     """m <- m + (1 - beta)(g - m), d = m."""
 
-    def init(self, x: Tensor) -> State:
-        return super().init(x) | {"rate": torch.ones((), device=x.device)}
+    given: ClassVar[tuple[str, ...]] = ()
+
+    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
+        return 1.0 - self.beta, 1.0
 
 
 FIXED: dict[str, Projector] = {
@@ -161,13 +172,15 @@ def test_momentum_of_what_a_fixed_subspace_sees_and_descent_of_the_rest(
     name: str, shape: tuple[int, int]
 ) -> None:
     """At full rank it is momentum of everything."""
-    projector, average = FIXED[name], Average(codec("fp32", signed=True, stream="momentum"), 0.9)
+    projector, average = FIXED[name], coded(Average(0.9))
     weights, state = follow(Subspace(projector, average, Stateless(sign=False)), shape)
     view = {key.removeprefix("projector."): v for key, v in state.items() if key.startswith("projector.")}
     w, m = weights[0], torch.zeros(shape)
     for t, ours in enumerate(weights[1:]):
         g = Dense(normal(*shape, seed=t + 1))
-        seen = g.tensor if name == "full" else lift(projector, view, projector.down(view, g), g)
+        seen = (
+            g.tensor if name == "full" else lift(projector, view, projector.down(view, g, hyper(g.tensor)), g)
+        )
         m = 0.9 * m + 0.1 * seen
         w = w - 0.1 * (m + g.tensor - seen)
         torch.testing.assert_close(ours, w, rtol=0, atol=2e-6)
@@ -187,7 +200,9 @@ def in_order(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor,
 def test_order_and_signs_of_a_basis_do_not_matter_to_moments_that_rotate(shape: tuple[int, int]) -> None:
     def apart(on_refresh: str) -> float:
         ends = [
-            follow(Subspace(Orthonormal(Frame(3), find, GAP), Adam(), Drop(), on_refresh), shape, lr=0.01)[0]
+            follow(
+                Subspace(Orthonormal(Frame(3), find, GAP), coded(Adam()), Drop(), on_refresh), shape, lr=0.01
+            )[0]
             for find in (in_order, shuffled)
         ]
         return float((ends[0][-1] - ends[1][-1]).abs().max())

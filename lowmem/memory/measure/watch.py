@@ -233,7 +233,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, list[
     """What an optimizer holds: (parameter, its tensors), and (None, tensors that all parameters share)."""
     for p, state in optimizer.state.items():
         yield p, [t for t in _leaves(state) if isinstance(t, Tensor)]
-    yield None, [t for t in _leaves(getattr(optimizer, "_shared", None)) if isinstance(t, Tensor)]
+    yield None, [t for t in _leaves(getattr(optimizer, "_constants", None)) if isinstance(t, Tensor)]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -6,10 +6,12 @@ dtypes) serves every tensor of a model. A tensor is cut greedily, largest size
 first; the last piece is padded, so results do not depend on the cutting. The
 length of a row is static: for a dynamic one, codecs fall back to scalar code.
 
-Everything that protects a step is here and in the kernels. A gradient element that
-is not finite leaves its weight and carries its moments over; it is counted, and so is
-an fp16 weight that would not be finite, which stays. A
-`Direction` that is not ok leaves its tensor. Nothing waits for a device.
+Everything that protects a step is here and in the kernels, and nothing waits for a
+device. Where nobody judges the tensor as a whole, an element of the gradient that is
+not finite leaves its weight and carries its moments over. Where a 0-D flag `ok`
+judges it (a rule that reduces over the tensor, a projected gradient), a step that is
+not ok leaves all of it. Both are counted, and so is an fp16 weight that would not be
+finite, which stays.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.contract import Hyper, Pointwise, State
+from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import cutting, noise
 from lowmem.optim.engine.cutting import LADDER, Span, pad, read_flat, walk, write_flat
-from lowmem.optim.engine.kernels import LARGEST, Index, Kernel, body, compiled
+from lowmem.optim.engine.kernels import LARGEST, Guard, Kernel, body, compiled
 from lowmem.optim.engine.layout import layout
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.state import State
 from lowmem.optim.writers import Nearest, Writer
 
 log = logging.getLogger(__name__)
@@ -54,30 +58,125 @@ class Chunks:
     compile: bool = False
     _kernels: dict[tuple[object, ...], Kernel] = field(default_factory=dict)
     _skipped: dict[torch.device, Tensor] = field(default_factory=dict)
+    _judged: list[tuple[Tensor, int]] = field(default_factory=list)
     _true: dict[torch.device, Tensor] = field(default_factory=dict)
     _grids: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _asked: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         keep_heap()
 
+    def apply_(
+        self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
+    ) -> None:
+        """One step of a pointwise rule on a weight, each element judged for itself.
+
+        Args:
+            rule: what to do; writer: how to store the weight.
+            p: the weight, any shape and layout; g: its gradient.
+            s: the rule's state and constants; extra: the writer's state.
+            hp: of this step.
+        """
+        _age(s, 1)
+        speeds = rates(hp, dtype=_precision(p))
+        run = _Run(self, rule, writer, s, extra, hp, speeds, self.true(p.device), "elements")
+        for start, length, size in walk(self.spans(rule, p.numel()), p.device):
+            run.step_weight(p, g.chunk(start, start + length), start, size)
+
+    def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
+        """Turn a projected gradient into its direction, in place, judged as a whole.
+
+        Args:
+            rule: what to do; low: contiguous fp32; s: the rule's state and constants.
+            hp: of this step.
+            ok: 0-D bool, False leaves the state as it is; if None, whether every element is finite.
+
+        Returns:
+            ok.
+        """
+        flat = low.view(-1)
+        aged = "age" in s and s["age"].dim() > 0  # numbers for each element are five more temporaries
+        cuts = list(walk(self.spans(rule, flat.numel(), LADDER[1 if aged else 0]), low.device))
+        guard: Guard = "given"
+        if ok is None and len(cuts) == 1:  # the kernel that steps finds out on the way
+            guard, ok = "found", torch.empty((), dtype=torch.bool, device=low.device)
+        elif ok is None:
+            ok = all_finite(low, hp)
+        _age(s, 1 if guard == "found" else ok)
+        run = _Run(self, rule, None, s, {}, hp, rates(hp), ok, guard)
+        for start, length, size in cuts:
+            run.step_low(flat if length == flat.numel() else flat[start : start + length], start, size)
+        return ok
+
+    def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:
+        """Take a step that a rule has decided."""
+        ok = self.true(p.device) if direction.ok is None else direction.ok
+        if direction.ok is not None:
+            self._judged.append((ok, p.numel()))
+            if len(self._judged) >= 4096:
+                self._settle()
+        plain = isinstance(writer, Nearest) and p.dtype == torch.float32 and p.dim() == 2
+        if plain and direction.pair and direction.lr is None and direction.decay is None:
+            _add_product_(p, direction.pair, -hp.lr * direction.scale, ok, hp)
+            return
+        rule, s = direction.then or (None, {})
+        guard: Guard = "elements" if direction.ok is None else "given"
+        speeds = rates(hp, direction, _precision(p))
+        run = _Run(self, rule, writer, s, extra, hp, speeds, ok, guard)
+        for start, length, size in walk(self.spans(rule, p.numel()), p.device):
+            run.step_weight(p, direction.blocks.chunk(start, start + length), start, size)
+
+    def spans(self, rule: Pointwise | None, count: int, most: int = LADDER[0]) -> tuple[Span, ...]:
+        """Ladder sizes where kernels are compiled; otherwise at most `most` elements, padded to the grain."""
+        if self.compile and (rule is None or rule.compilable):
+            return cutting.compiled_spans(count)
+        return cutting.eager_spans(count, min(most, rule.chunk) if rule else most, rule.grain if rule else 1)
+
+    def kernel(
+        self,
+        rule: Pointwise | None,
+        writer: Writer | None,
+        keys: Sequence[str],
+        w: Tensor,
+        g: Tensor,
+        live: bool,
+        guard: Guard,
+    ) -> Kernel:
+        """The kernel for (rows, width) chunks like these: made once, compiled where `live`."""
+        # rule and writer fix what the state looks like; both outlive the frame, so their ids name them;
+        # a compiler takes a single row as something else than a number of rows
+        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, guard, w.shape[0] == 1, live)
+        if name not in self._kernels:
+            held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
+            step = body(rule, writer, keys, held, guard)
+            if live and not any(key[-1] for key in self._kernels):
+                log.info("compiling the optimizer's kernels: the first step takes some seconds more")
+            self._kernels[name] = compiled(step) if live else step
+        return self._kernels[name]
+
     def skipped(self) -> int:
-        """Elements that were not stepped, so far. Reads from the device."""
+        """Elements that were not stepped because of what was not finite, so far. Reads from the device."""
         self._settle()
         return sum(int(count) for count in self._skipped.values())
 
     def _settle(self) -> None:
-        """Count the elements of the steps that turned out not ok."""
-        for device in {ok.device for ok, _ in self._asked}:
-            here = [(ok, count) for ok, count in self._asked if ok.device == device]
+        """Count the elements of the tensors whose step turned out not ok."""
+        for device in {ok.device for ok, _ in self._judged}:
+            here = [(ok, count) for ok, count in self._judged if ok.device == device]
             counts = torch.tensor([count for _, count in here]).to(device, non_blocking=True)
             self.counter(device).add_((~torch.stack([ok for ok, _ in here]) * counts).sum())
-        self._asked.clear()
+        self._judged.clear()
 
     def counter(self, device: torch.device) -> Tensor:
+        """Elements skipped on a device."""
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped[device]
+
+    def true(self, device: torch.device) -> Tensor:
+        """A 0-D True, made once."""
+        if device not in self._true:
+            self._true[device] = torch.ones((), dtype=torch.bool, device=device)
+        return self._true[device]
 
     def grid(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """First elements of the rows, (rows, 1), and places in a row, (width,); int32."""
@@ -88,107 +187,6 @@ class Chunks:
             first = torch.arange(rows, dtype=torch.int32, device=device) * width
             self._grids[key] = (first[:, None], torch.arange(width, dtype=torch.int32, device=device))
         return self._grids[key]
-
-    def apply_(
-        self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
-    ) -> None:
-        """One step of a pointwise rule on a weight.
-
-        Args:
-            rule: what to do; writer: how to store the weight.
-            p: the weight, any shape and layout; g: its gradient.
-            s: the rule's state and constants; extra: the writer's state.
-            hp: of this step.
-        """
-        ok = self.true(p.device)
-        self._age(s, ok)
-        run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, dtype=_precision(p)))
-        for start, length, size in walk(self.spans(rule, p.numel()), p):
-            run.weight_chunk(p, g.chunk(start, start + length), start, size)
-
-    def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
-        """Turn a projected gradient into its direction, in place.
-
-        Args:
-            rule: what to do; low: contiguous fp32; s: the rule's state and constants.
-            hp: of this step; ok: 0-D bool, False leaves the state as it is. If None, it is found: whether
-                every element is finite.
-
-        Returns:
-            ok.
-        """
-        flat = low.view(-1)
-        cuts = list(walk(self.spans(rule, flat.numel()), low))
-        # a shard does not see what the others hold: they have to agree
-        finds = ok is None and len(cuts) == 1 and hp.share == 1.0
-        if ok is None:
-            ok = torch.empty((), dtype=torch.bool, device=low.device) if finds else all_finite(low, hp)
-        self._age(s, self.true(low.device) if finds else ok)
-        run = _Run(self, rule, None, s, {}, hp, ok, rates(hp), finds)
-        for start, length, size in cuts:
-            run.low_chunk(flat if length == flat.numel() else flat[start : start + length], start, size)
-        return ok
-
-    def write_(self, writer: Writer, p: Tensor, direction: Direction, extra: State, hp: Hyper) -> None:
-        """Take a step that a rule has decided, and store what it commits."""
-        ok = direction.ok if direction.ok is not None else self.true(p.device)
-        plain = isinstance(writer, Nearest) and p.dtype == torch.float32 and p.dim() == 2
-        if plain and direction.pair and direction.lr is None and direction.decay is None:
-            self._add_product_(p, direction.pair, -hp.lr * direction.scale, ok, hp)
-            return
-        rule, s = direction.then or (None, {})
-        run = _Run(self, rule, writer, s, extra, hp, ok, rates(hp, direction, _precision(p)))
-        for start, length, size in walk(self.spans(rule, p.numel()), p):
-            run.weight_chunk(p, direction.blocks.chunk(start, start + length), start, size)
-
-    def _add_product_(
-        self, p: Tensor, pair: tuple[Tensor, Tensor], alpha: float, ok: Tensor, hp: Hyper
-    ) -> None:
-        """W <- decay W + alpha A B in one pass; the product is never held. Not ok, it is 0."""
-        if hp.weight_decay:
-            p.mul_(torch.where(ok, rates(hp)[1], 1.0))
-        p.addmm_(*pair, alpha=alpha)
-        self._asked.append((ok, p.numel()))
-        if len(self._asked) >= 4096:
-            self._settle()
-
-    def _age(self, s: State, ok: Tensor) -> None:
-        if "age" in s:
-            s["age"].add_(1 if ok is self._true.get(ok.device) else ok)
-
-    def spans(self, rule: Pointwise | None, count: int) -> tuple[Span, ...]:
-        """Ladder sizes where kernels are compiled; otherwise the largest that fit, padded to the grain."""
-        if self.compile and (rule is None or rule.compilable):
-            return cutting.compiled_spans(count)
-        return cutting.eager_spans(count, getattr(rule, "chunk", LADDER[0]), rule.grain if rule else 1)
-
-    def kernel(
-        self,
-        rule: Pointwise | None,
-        writer: Writer | None,
-        keys: Sequence[str],
-        w: Tensor,
-        g: Tensor,
-        live: bool,
-        finds: bool,
-        single: bool,
-    ) -> Kernel:
-        """The kernel for chunks like these: made once, compiled where `live`."""
-        # rule and writer fix what the state looks like; both outlive the frame, so their ids name them
-        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, finds, single, live)
-        if name not in self._kernels:
-            held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
-            step = body(rule, writer, keys, held, finds)
-            if live and not any(key[-1] for key in self._kernels):
-                log.info("compiling the optimizer's kernels: the first step takes some seconds more")
-            self._kernels[name] = compiled(step) if live else step
-        return self._kernels[name]
-
-    def true(self, device: torch.device) -> Tensor:
-        """A 0-D True, made once."""
-        if device not in self._true:
-            self._true[device] = torch.ones((), dtype=torch.bool, device=device)
-        return self._true[device]
 
 
 def all_finite(x: Tensor, hp: Hyper) -> Tensor:
@@ -213,59 +211,42 @@ def rates(hp: Hyper, direction: Direction | None = None, dtype: torch.dtype = to
     return torch.stack((lr.to(dtype), decay.to(dtype)))
 
 
+def _age(s: State, steps: int | Tensor) -> None:
+    if "age" in s:
+        s["age"].add_(steps)
+
+
+def _add_product_(p: Tensor, pair: tuple[Tensor, Tensor], alpha: float, ok: Tensor, hp: Hyper) -> None:
+    """W <- decay W + alpha A B in one pass; the product is never held. Not ok, it is 0."""
+    if hp.weight_decay:
+        p.mul_(torch.where(ok, rates(hp)[1], 1.0))
+    p.addmm_(*pair, alpha=alpha)
+
+
 class _Run:
-    """One tensor's pass through the frame: what is the same for all of its chunks."""
+    """One tensor's pass through the frame: what is the same for all of its chunks.
+
+    Args:
+        frame: whose kernels run.
+        rule, writer: what the kernel does; s, extra: their states.
+        hp: of this step; rates: lr and decay, (2,).
+        ok: 0-D bool; guard: what it says, see `kernels.Guard`.
+    """
 
     def __init__(
         self, frame: Chunks, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
-        hp: Hyper, ok: Tensor, rates: Tensor, finds: bool = False,
+        hp: Hyper, rates: Tensor, ok: Tensor, guard: Guard,
     ) -> None:  # fmt: skip
-        self.frame, self.rule, self.writer, self.hp, self.ok, self.rates = frame, rule, writer, hp, ok, rates
-        self.finds = finds
-        device = rates.device
-        live = frame.compile and device.type != "meta" and (rule is None or rule.compilable)
+        self.frame, self.rule, self.writer, self.hp = frame, rule, writer, hp
+        self.rates, self.ok, self.guard = rates, ok, guard
+        self.device = rates.device
+        live = frame.compile and self.device.type != "meta" and (rule is None or rule.compilable)
         self.layout = layout(rule, writer, s, extra, live)
-        self.scalars = rule.scalars(s, hp) if rule else rates
-        self.skipped = frame.counter(device)
+        self.scalars = rule.scalars(s, hp) if rule else None
+        self.skipped = frame.counter(self.device) if writer else None
         self._words: dict[int, Tensor] = {}
 
-    def words(self, start: int) -> Tensor:
-        """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
-        if not self.layout.streams:
-            return self.rates
-        upper = (start + self.hp.offset) >> 32
-        if upper not in self._words:
-            hp = self.hp
-            names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.layout.streams]
-            self._words[upper] = noise.key_tensor(names, self.rates.device)
-        return self._words[upper]
-
-    def _index(self, start: int, rows: int, width: int) -> Index:
-        if not self.layout.streams:
-            return self.rates, self.rates, self.rates  # nothing is drawn, so nothing asks for it
-        index = (start + self.hp.offset) & 0xFFFFFFFF
-        signed = index - (1 << 32) if index >= 1 << 31 else index
-        return self.hp.vector(signed, dtype=torch.int32)[0], *self.frame.grid(rows, width, self.rates.device)
-
-    def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
-        size = g.shape[0]
-        width = self.layout.width(size)
-        rows = size // width
-        views, back = self.layout.cut(start, length, size)
-        shaped = g.view(rows, width)
-        self.frame.kernel(
-            self.rule, self.writer, self.layout.keys, w, g, self.layout.live, self.finds, rows == 1
-        )(
-            shaped if w is g else w.view(rows, width), shaped, self.scalars, self.rates, self.ok,
-            *self._index(start, rows, width), self.words(start), self.skipped, *views,
-        )  # fmt: skip
-        for piece, padded in back:
-            piece.copy_(padded[: piece.shape[0]])
-        if self.writer and size > length and self.ok is not self.frame.true(w.device):
-            # a step that is refused as a whole was refused for the padding too, which is nobody's
-            self.skipped.sub_((~self.ok) * (size - length))
-
-    def weight_chunk(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
+    def step_weight(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
         """Step the weight's elements start..start+len(g), padded to size."""
         length = g.numel()
         w = read_flat(p, start, length)
@@ -276,7 +257,7 @@ class _Run:
         self._launch(padded, g if length == size else pad(g, size), start, length)
         write_flat(p, start, padded[:length])
 
-    def low_chunk(self, low: Tensor, start: int, size: int) -> None:
+    def step_low(self, low: Tensor, start: int, size: int) -> None:
         """Overwrite a piece of the projected gradient by its direction."""
         if low.numel() == size:
             self._launch(low, low, start, size)
@@ -284,3 +265,39 @@ class _Run:
         padded = pad(low, size)
         self._launch(padded, padded, start, low.numel())
         low.copy_(padded[: low.numel()])
+
+    def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
+        """Run the kernel on flat elements, of which the first `length` are the tensor's from `start` on."""
+        size = g.shape[0]
+        width = self.layout.width(size)
+        shaped = g.view(-1, width)
+        weight = shaped if w is g else w.view(-1, width)
+        views, back = self.layout.cut(start, length, size)
+        kernel = self.frame.kernel(
+            self.rule, self.writer, self.layout.keys, weight, shaped, self.layout.live, self.guard
+        )
+        kernel(
+            weight, shaped, self.rates, self.ok, self.skipped, self.scalars,
+            *self._places(start, *shaped.shape), self._keys(start), *views,
+        )  # fmt: skip
+        for piece, padded in back:
+            piece.copy_(padded[: piece.shape[0]])
+
+    def _places(self, start: int, rows: int, width: int) -> tuple[Tensor | None, ...]:
+        """Where elements are in the tensor: the chunk, its rows, and the columns in a row."""
+        if not self.layout.placed:
+            return None, None, None
+        index = start & 0xFFFFFFFF
+        signed = index - (1 << 32) if index >= 1 << 31 else index
+        return self.hp.vector(signed, dtype=torch.int32)[0], *self.frame.grid(rows, width, self.device)
+
+    def _keys(self, start: int) -> Tensor | None:
+        """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
+        if not self.layout.streams:
+            return None
+        upper = start >> 32
+        if upper not in self._words:
+            hp = self.hp
+            names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.layout.streams]
+            self._words[upper] = noise.key_tensor(names, self.device)
+        return self._words[upper]

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 LADDER = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)
@@ -76,9 +77,9 @@ def pad(piece: Tensor, entries: int, fill: int = 0) -> Tensor:
     return padded
 
 
-def walk(blocks: Iterable[Block], x: Tensor) -> Iterable[Block]:
+def walk(blocks: Iterable[Block], device: torch.device) -> Iterable[Block]:
     """All blocks; on meta, where only sizes are asked, the first two and the last stand for all."""
-    if x.device.type != "meta":
+    if device.type != "meta":
         return blocks
     rest = iter(blocks)
     return [*itertools.islice(rest, 2), *collections.deque(rest, maxlen=1)]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from lowmem.optim.contract import ChunkHyper, Pointwise
+from lowmem.optim.contract import Pointwise
+from lowmem.optim.hyper import ChunkHyper
 from lowmem.optim.writers import Writer
 
 LARGEST = torch.finfo(torch.float32).max
@@ -25,41 +26,43 @@ ROOT = 1e18
 
 Kernel = Callable[..., None]
 
-Index = tuple[Tensor, Tensor, Tensor]
-"""An element's place: of the chunk in the tensor, of the row in it (rows, 1), and in the row (width,)."""
+Guard = Literal["elements", "given", "found"]
+"""Who says whether a step is taken: each element for itself; `ok`, for the whole tensor; or `ok` again, which
+the kernel finds out first, from the gradient, and writes down."""
 
 
 def body(
-    rule: Pointwise | None,
-    writer: Writer | None,
-    keys: Sequence[str],
-    held: Sequence[str],
-    finds: bool = False,
+    rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], held: Sequence[str], guard: Guard
 ) -> Kernel:
     """A step of (rows, width) elements. Without a rule, g is the direction; without a writer, it becomes it.
 
+    The kernel takes the weight and the gradient; lr and decay, (2,); ok; the counter of skipped elements;
+    what `Pointwise.scalars` gave; the first element of the chunk, those of its rows, (rows, 1), and the
+    places in a row, (width,); the keys of the random streams; and the state. What nobody asks for is None.
+
     Args:
         keys: of the rule's state, in the order of the tensors; held: of the writer's, after them.
-        finds: ok is not given but found, and written to: whether every element of the chunk is finite.
+        guard: who says whether a step is taken.
     """
     streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
 
     def run(
-        w: Tensor, g: Tensor, scalars: Tensor, rates: Tensor, ok: Tensor, start: Tensor, row: Tensor,
-        column: Tensor, words: Tensor, skipped: Tensor, *tensors: Tensor,
+        w: Tensor, g: Tensor, rates: Tensor, ok: Tensor, skipped: Tensor, scalars: Tensor, start: Tensor,
+        row: Tensor, column: Tensor, words: Tensor, *tensors: Tensor,
     ) -> None:  # fmt: skip
         state = dict(zip(keys, tensors[: len(keys)], strict=True))
         extra = dict(zip(held, tensors[len(keys) :], strict=True))
         gradient = g.float()
-        if finds:
+        if guard == "found":
             ok.copy_(gradient.abs().amax(-1).amax() <= LARGEST)
             if "age" in state:
                 state["age"].sub_((~ok).to(torch.int32))  # it has moved already
         # one comparison for NaN, Inf and a step that is not ok
         finite = gradient.abs() <= torch.where(ok, LARGEST, -1.0)
         gradient = torch.where(finite, gradient.clamp(-ROOT, ROOT) if rule else gradient, 0.0)
-        position = row + start + column if streams else start
-        hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, position, words, streams)
+        position = start if start is None else row + start + column
+        seen = w.float() if rule and rule.reads_weight else None
+        hp = ChunkHyper(scalars, rates[0], rates[1], ok, finite, position, words, streams, seen)
         direction, new = rule.step(gradient, state, hp) if rule else (gradient, {})
         direction = torch.where(finite, direction, 0.0)
         if writer is None:
@@ -72,7 +75,9 @@ def body(
                 kept = {name: torch.where(fits, value, extra[name]) for name, value in kept.items()}
                 finite = finite & fits
             # floats, row by row: a sum of booleans or over all at once is what would take the longest here
-            skipped.add_(torch.where(finite, 0.0, 1.0).sum(-1).sum().to(torch.int64))
+            bad = torch.where(finite, 0.0, 1.0).sum(-1).sum()
+            # a step that is refused as a whole is counted as a whole, and by another
+            skipped.add_((bad if guard == "elements" else torch.where(ok, bad, 0.0)).to(torch.int64))
             w.copy_(weight)
             for name, value in kept.items():
                 extra[name].copy_(value)
@@ -117,9 +122,9 @@ class _Compiled:
         self._order: list[int] = []
         self._direct: Kernel = self._whole
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, *tensors: Tensor | None) -> None:
         if self._order:
-            rows = tensors[0].shape[0]
+            rows = _rows(tensors)
             self._direct([rows if i < 0 else tensors[i] for i in self._order])
             return
         rows = _leave_rows_open(tensors)
@@ -195,11 +200,17 @@ def _forget_instructions() -> None:
                 getattr(member, "cache_clear", lambda: None)()
 
 
-def _leave_rows_open(tensors: Sequence[Tensor]) -> int:
+def _rows(tensors: Sequence[Tensor | None]) -> int:
+    """Rows of a chunk: its weight comes first."""
+    weight = tensors[0]
+    assert weight is not None
+    return weight.shape[0]
+
+
+def _leave_rows_open(tensors: Sequence[Tensor | None]) -> int:
     """Mark the rows of chunks as a size that changes; gives their number now."""
-    rows = tensors[0].shape[0]
-    if tensors[0].dim() == 2 and rows > 1:  # a size of 1 is always taken as fixed
-        for tensor in tensors:
-            if tensor.dim() == 2 and tensor.shape[0] == rows:
-                torch._dynamo.mark_dynamic(tensor, 0)
+    rows = _rows(tensors)
+    for tensor in tensors if rows > 1 else ():  # a size of 1 is always taken as fixed
+        if tensor is not None and tensor.dim() == 2 and tensor.shape[0] == rows:
+            torch._dynamo.mark_dynamic(tensor, 0)
     return rows

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowmem.optim.contract import Held, Pointwise, State
+from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.cutting import pad, pieces
+from lowmem.optim.state import Held, State
 from lowmem.optim.writers import Writer
 
 ROW = 256
@@ -35,6 +36,8 @@ class Layout:
         self.live = live
         self.keys = tuple(s)
         self.streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
+        # elements have places where something is drawn for them, or where columns have ages of their own
+        self.placed = bool(self.streams) or ("age" in s and s["age"].dim() > 0)
         self.grain = rule.grain if rule else 1
         per, fill = (rule.per, rule.fill) if rule else ({}, {})
         self._parts = [(s[key], per.get(key, 0), fill.get(key, 0)) for key in self.keys]

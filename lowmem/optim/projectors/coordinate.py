@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
-from lowmem.optim.contract import Hyper, State
+from lowmem.optim.contract import Change, Projector, Unrelated
 from lowmem.optim.engine import noise
-from lowmem.optim.projectors import Refreshed
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import check_gap
+from lowmem.optim.state import State
 
 GROUP = 256
 """Elements of a group of `Elements`; an index within it is one byte."""
@@ -37,7 +38,7 @@ def _check_density(density: float) -> None:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Projector):
     """A random subset of columns (FRUGAL, arXiv 2411.07837): R = G[:, index] is (m, r).
 
     Holds 4 r bytes, r = floor(density n), at least 1.
@@ -49,7 +50,6 @@ class Columns:
 
     density: float
     update_proj_gap: int = 200
-    rotates: bool = False
 
     def __post_init__(self) -> None:
         _check_density(self.density)
@@ -71,35 +71,28 @@ class Columns:
         rank = self._rank(matrix_shape(x.shape))
         return {"index": torch.arange(rank, dtype=torch.int32, device=x.device)}
 
-    def shared(self, x: Tensor) -> State:
-        """Nothing."""
-        return {}
+    @property
+    def period(self) -> int:
+        """Steps between choices."""
+        return self.update_proj_gap
 
-    def due(self, hp: Hyper) -> bool:
-        """At the first step, then every `update_proj_gap` steps, staggered by name."""
-        return hp.due(self.update_proj_gap)
-
-    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, matrix: bool) -> Refreshed:
+    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Choose anew; the gradient is not looked at."""
         s["index"].copy_(_choose(0, 1, g.shape[1], s["index"].shape[0], hp)[0])
-        return Refreshed(torch.ones((), dtype=torch.bool, device=g.device))
+        return Unrelated(torch.ones((), dtype=torch.bool, device=g.device))
 
-    def down(self, s: State, g: Blocks) -> Tensor:
+    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The active columns."""
         return torch.cat([g.rows(i, j).index_select(1, s["index"]) for i, j in g.ranges()])
 
-    def up(self, s: State, low: Tensor, i: int, j: int, like: Blocks) -> Tensor:
+    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
         """The active columns at their places, zero elsewhere."""
-        rows = torch.zeros(j - i, like.shape[1], device=low.device)
+        rows = torch.zeros(j - i, hp.weight.shape[1], device=low.device)
         return rows.index_copy_(1, s["index"].long(), low[i:j])
-
-    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-        """Not a product."""
-        return None
 
 
 @dataclass(frozen=True)
-class Elements:
+class Elements(Projector):
     """A random subset of single elements (FRUGAL's randk), the same number in each group of 256.
 
     R is (ceil(m n / 256), k), k = round(256 density), at least 1. Holds one byte
@@ -112,7 +105,6 @@ class Elements:
 
     density: float
     update_proj_gap: int = 200
-    rotates: bool = False
 
     def __post_init__(self) -> None:
         _check_density(self.density)
@@ -136,24 +128,21 @@ class Elements:
         first = torch.arange(self._picked, dtype=torch.uint8, device=x.device)
         return {"index": first.repeat(groups, 1)}
 
-    def shared(self, x: Tensor) -> State:
-        """Nothing."""
-        return {}
+    @property
+    def period(self) -> int:
+        """Steps between choices."""
+        return self.update_proj_gap
 
-    def due(self, hp: Hyper) -> bool:
-        """At the first step, then every `update_proj_gap` steps, staggered by name."""
-        return hp.due(self.update_proj_gap)
-
-    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, matrix: bool) -> Refreshed:
+    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Choose anew, some groups at a time; the gradient is not looked at."""
         index = s["index"]
         step = BLOCK // GROUP // 4
         for a in range(0, index.shape[0], step):
             b = min(a + step, index.shape[0])
             index[a:b] = _choose(a, b - a, GROUP, self._picked, hp)
-        return Refreshed(torch.ones((), dtype=torch.bool, device=g.device))
+        return Unrelated(torch.ones((), dtype=torch.bool, device=g.device))
 
-    def down(self, s: State, g: Blocks) -> Tensor:
+    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The active elements, group by group."""
         index, total = s["index"], g.shape[0] * g.shape[1]
         parts = []
@@ -164,14 +153,10 @@ class Elements:
             parts.append(flat.view(b - a, GROUP).gather(1, index[a:b].long()))
         return torch.cat(parts)
 
-    def up(self, s: State, low: Tensor, i: int, j: int, like: Blocks) -> Tensor:
+    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
         """The active elements at their places, zero elsewhere."""
-        n = like.shape[1]
+        n = hp.weight.shape[1]
         a, b = i * n // GROUP, -(-j * n // GROUP)
         groups = torch.zeros(b - a, GROUP, device=low.device)
         groups.scatter_(1, s["index"][a:b].long(), low[a:b])
         return groups.view(-1)[i * n - a * GROUP : j * n - a * GROUP].view(j - i, n)
-
-    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-        """Not a product."""
-        return None

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.contract import Hyper, State
-from lowmem.optim.projectors import Refreshed
+from lowmem.optim.contract import Change, Projector, Rotation, Unrelated
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.state import State
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 
@@ -78,23 +80,25 @@ class Frame:
         """G R' or G' R, (s, r): the other half of a power iteration."""
         return g.right(low.t()) if self.left(g.shape) else g.left(low).t()
 
-    def up(self, basis: Tensor, low: Tensor, i: int, j: int, like: Blocks) -> Tensor:
-        """Rows of P R or R P', in the precision of the data."""
-        a, b = (basis[i:j], low) if self.left(like.shape) else (low[i:j], basis.t())
-        return a.to(like.dtype) @ b.to(like.dtype)
+    def up(self, basis: Tensor, low: Tensor, i: int, j: int, weight: Blocks) -> Tensor:
+        """Rows of P R or R P', in the precision of the weight."""
+        a, b = (basis[i:j], low) if self.left(weight.shape) else (low[i:j], basis.t())
+        return a.to(weight.dtype) @ b.to(weight.dtype)
 
     def pair(self, basis: Tensor, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The two factors of the lifted matrix."""
         return (basis, low) if self.left(shape) else (low, basis.t())
 
-    def replace_(
-        self, basis: Tensor, new: Tensor, ok: Tensor, shape: tuple[int, int], matrix: bool
-    ) -> Refreshed:
+    def replace_(self, basis: Tensor, new: Tensor, ok: Tensor, shape: tuple[int, int], say: bool) -> Change:
         """Store a new basis where ok, and say how the coordinates change."""
         new = torch.where(ok, new, basis)
-        change = new.t() @ basis if matrix else None
+        change = Rotation(ok, new.t() @ basis, self.axis(shape)) if say else Unrelated(ok)
         basis.copy_(new)
-        return Refreshed(ok, change, 0 if self.left(shape) else 1)
+        return change
+
+    def axis(self, shape: tuple[int, int]) -> int:
+        """The axis of the projected gradient that the basis spans."""
+        return 0 if self.left(shape) else 1
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,21 +164,15 @@ def svd(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tens
     return new * torch.where((new * basis).sum(0) < 0, -1.0, 1.0), ok
 
 
-def random(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
-    """A uniformly random orthonormal basis, named by parameter and step; it does not look at the gradient."""
-    ok = torch.ones((), dtype=torch.bool, device=basis.device)
-    return orthonormal(hp.gaussian((basis.shape[0], basis.shape[1]), "basis")), ok
-
-
 @dataclass(frozen=True)
-class Orthonormal:
+class Orthonormal(Projector):
     """An orthonormal basis that is found anew every `update_proj_gap` steps.
 
     Holds 4 s r bytes, s the side it spans.
 
     Args:
         frame: rank and side.
-        find: power_iteration, svd or random.
+        find: power_iteration or svd.
         update_proj_gap: steps between refreshes, at least 1.
 
     Example:
@@ -185,7 +183,8 @@ class Orthonormal:
     frame: Frame
     find: Find = power_iteration
     update_proj_gap: int = 200
-    rotates: bool = True
+    changes: ClassVar[str] = "rotate"
+    dense: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_gap(self.update_proj_gap)
@@ -203,26 +202,27 @@ class Orthonormal:
         """See Frame."""
         return self.frame.init(x)
 
-    def shared(self, x: Tensor) -> State:
-        """Nothing."""
-        return {}
+    @property
+    def period(self) -> int:
+        """Steps between refreshes."""
+        return self.update_proj_gap
 
-    def due(self, hp: Hyper) -> bool:
-        """At the first step, then every `update_proj_gap` steps, staggered by name."""
-        return hp.due(self.update_proj_gap)
+    def axis(self, shape: tuple[int, int]) -> int:
+        """See Frame."""
+        return self.frame.axis(shape)
 
-    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, matrix: bool) -> Refreshed:
+    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Find the new basis and store it."""
         new, ok = self.find(self.frame, s["basis"], g, hp)
-        return self.frame.replace_(s["basis"], new, ok, g.shape, matrix)
+        return self.frame.replace_(s["basis"], new, ok, g.shape, say)
 
-    def down(self, s: State, g: Blocks) -> Tensor:
+    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """See Frame."""
         return self.frame.down(s["basis"], g)
 
-    def up(self, s: State, low: Tensor, i: int, j: int, like: Blocks) -> Tensor:
+    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
         """See Frame."""
-        return self.frame.up(s["basis"], low, i, j, like)
+        return self.frame.up(s["basis"], low, i, j, hp.weight)
 
     def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
         """See Frame."""

@@ -23,18 +23,21 @@ the weight's size is allocated. Three things are decided here:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense, Direction
-from lowmem.optim.codecs import codec
-from lowmem.optim.contract import Change, Hyper, Reset, State, part, prefixed, reset_
+from lowmem.optim.contract import Rule
+from lowmem.optim.elementwise import Coded, coded
+from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.factored import Factored, RowCol
+from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.moments import Momentum, Square
+from lowmem.optim.state import Constants, State, part, prefixed
 
 
 def _norms(rows: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Adafactor:
+class Adafactor(Rule):
     """Adafactor over a factored second moment (see the module's docstring).
 
     Bytes for an (m, n) weight: 4 (m + n) + 4, and what the codec takes for m n elements
@@ -66,15 +69,14 @@ class Adafactor:
         {'square.row': (3,), 'square.col': (5,), 'age': ()}
     """
 
-    square: Square
-    momentum: Momentum | None = None
+    square: Coded
+    momentum: Coded | None = None
     factored: Factored = field(default_factory=RowCol)
     clip_threshold: float = 1.0
     scale_parameter: bool = False
     eps2: float = 1e-3
     relative_step: bool = False
     warmup: int = 0
-    uses: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def of(
@@ -101,8 +103,8 @@ class Adafactor:
         }
         if any(bad.values()):
             raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
-        square = Square(codec(states, signed=False, stream="square"), decay_rate, eps1)
-        momentum = Momentum(codec(states, signed=True, stream="momentum"), beta1) if beta1 else None
+        square = coded(Square(decay_rate, eps1), states)
+        momentum = coded(Momentum(beta1), states) if beta1 else None
         return cls(
             square, momentum, RowCol(floor), clip_threshold, scale_parameter, eps2, relative_step, warmup
         )
@@ -113,12 +115,15 @@ class Adafactor:
         average = self.momentum.init(x) if self.momentum else {}
         return square | average | {"age": torch.zeros((), dtype=torch.int32, device=x.device)}
 
-    def shared(self, x: Tensor) -> State:
-        """Tables of the codecs."""
-        return self.square.shared(x) | (self.momentum.shared(x) if self.momentum else {})
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither: beta2 follows from t, and beta1, eps1 and eps2 are set where buffers are decided."""
+        return frozenset()
 
-    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
-        """Nothing is rare."""
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """Tables of the codecs that hold something of this shape."""
+        square = self.square.constants(shape) if len(shape) < 2 else {}
+        return {**square, **(self.momentum.constants(shape) if self.momentum else {})}
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Divide by the root of the second moment, clip, find the step size."""
@@ -137,13 +142,14 @@ class Adafactor:
     def _matrix(self, g: Blocks, s: State, hp: Hyper) -> tuple[Blocks, Tensor]:
         """U of a matrix, row block by row block; two passes over G, and one when U is read."""
         held = part(s, "square")
-        new = self.factored.reduce(g, self.square.eps, hp)
+        rule = cast("Square", self.square.rule)
+        new = self.factored.reduce(g, rule.eps, hp)
         ok = self.factored.sound(new, hp)
         s["age"].add_(ok)
-        self.factored.average_(held, new, self.square.rate(s, hp), ok)
+        self.factored.average_(held, new, numbers_of(rule, s["age"], hp)[0], ok)
         p, q = self.factored.roots(held, hp)
         norms = torch.empty_like(p)
-        for i, j in walk(g.ranges(), p):
+        for i, j in walk(g.ranges(), g.device):
             norms[i:j] = _norms(g.rows(i, j) * q)
         norms.mul_(p)
         p.mul_(self._shrink(torch.dot(norms, norms), g.shape[0] * g.shape[1], hp))
@@ -181,12 +187,7 @@ class Adafactor:
 
     def check_rebase(self, kind: str) -> None:
         """Means over rows and columns do not determine those in another basis."""
-        if kind == "rotate":
+        if kind in ("permute", "rotate"):
             raise UserError(
                 "on_refresh='rotate' is not defined for row and column means; take 'reset' or 'keep'"
             )
-
-    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Keep, or start afresh: the first step after it forgets what was before anyway."""
-        if isinstance(change, Reset):
-            reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change)

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.contract import Change, ChunkHyper, Hyper, Reset, State, reset_
+from lowmem.optim.contract import Pointwise
+from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.state import State
 
 BLOCK = 4096
 """Elements from which the largest are taken; indices fit in 16 bits."""
@@ -39,7 +41,7 @@ SMALLEST = 1e-37
 
 
 @dataclass(frozen=True)
-class MicroAdam:
+class MicroAdam(Pointwise):
     """Adam's moments computed anew from the last few sparse gradients.
 
     Bytes for d elements, b = ceil(d / 4096) blocks, k = ceil(4096 density) entries of each:
@@ -65,7 +67,6 @@ class MicroAdam:
     density: float = 0.01
     bucket: int = BLOCK
     grain: int = BLOCK
-    streams: tuple[str, ...] = ()
     compilable: bool = False  # selecting and scattering do not fuse
     chunk: int = 1 << 18  # its scratch is eight times the chunk: larger ones leave the cache
 
@@ -83,11 +84,6 @@ class MicroAdam:
         return {"index": BLOCK, "value": BLOCK, "error.codes": BLOCK, "error.range": BLOCK}
 
     @property
-    def fill(self) -> Mapping[str, int]:
-        """Chunks are whole blocks: no entry is ever padded."""
-        return {}
-
-    @property
     def kept(self) -> int:
         """Elements selected in a block."""
         return math.ceil(self.density * BLOCK)
@@ -103,10 +99,6 @@ class MicroAdam:
             "error.range": torch.zeros(buckets, dtype=torch.bfloat16, device=x.device),
             "age": torch.zeros((), dtype=torch.int32, device=x.device),
         }
-
-    def shared(self, x: Tensor) -> State:
-        """Nothing."""
-        return {}
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """Both betas, (1 - beta) / (1 - beta^t) for each, eps; betas in double precision."""
@@ -154,21 +146,12 @@ class MicroAdam:
             v.scatter_add_(1, at, second[:, row])
         return m.div_(v.sqrt_().add_((eps / unit).clamp(min=SMALLEST)))
 
-    def moments(self, s: State) -> State:
-        """None: they exist only while a step is taken."""
-        return {}
-
     def check_rebase(self, kind: str) -> None:
         """Positions and what is owed belong to one basis: all that can be done is to forget them."""
         if kind != "reset":
             raise UserError(
                 f"on_refresh={kind!r} is not defined for a window of gradients; take on_refresh='reset'"
             )
-
-    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Forget everything."""
-        if isinstance(change, Reset):
-            reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change)
 
 
 def packed(rest: Tensor, bucket: int) -> tuple[Tensor, Tensor]:

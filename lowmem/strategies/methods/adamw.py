@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lowmem.optim.elementwise import coded
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
@@ -22,5 +23,5 @@ def adamw(*, states: Literal["fp32", "bf16"] = "fp32") -> Strategy:
     Args:
         states: Precision of both moments; bf16 is rounded at random.
     """
-    rule = Adam.of(states)
+    rule = coded(Adam(), states)
     return Strategy(rules={"matrix": rule, "other": rule}, source=Backprop())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lowmem.optim.elementwise import coded
 from lowmem.optim.rules.adam import Adam, outside
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
@@ -24,4 +25,4 @@ def adamw_8bit(*, states: Literal["int8", "companded8", "int4"] = "int8") -> Str
     Args:
         states: int8 is the dynamic map, companded8 a curve without a table (faster), int4 half of it.
     """
-    return Strategy(rules={"matrix": Adam.of(states), **outside(states)}, source=Backprop())
+    return Strategy(rules={"matrix": coded(Adam(), states), **outside(states)}, source=Backprop())

@@ -19,7 +19,8 @@ from __future__ import annotations
 from typing import Literal
 
 from lowmem.errors import UserError
-from lowmem.optim.projectors import Projector
+from lowmem.optim.contract import Projector
+from lowmem.optim.elementwise import coded
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dense import Frame, Orthonormal, svd
 from lowmem.optim.residuals import residual as residual_of
@@ -62,7 +63,11 @@ def frugal(
         raise UserError(
             "frugal: split='blocks' drops the moments of a block that is put aside; take on_refresh='reset'"
         )
-    adam, rest, rules = Adam.of(states), SGD(residual_scale, sign=residual == "sign"), outside(states)
+    adam, rest, rules = (
+        coded(Adam(), states),
+        coded(SGD(residual_scale, sign=residual == "sign")),
+        outside(states),
+    )
     if density == 0.0:
         return Strategy(rules={**rules, "matrix": rest}, source=Backprop())
     if split == "blocks":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lowmem.optim.elementwise import coded
 from lowmem.optim.projectors.dense import Frame, Orthonormal, power_iteration, svd
 from lowmem.optim.rules.adafactor import Adafactor
 from lowmem.optim.rules.adam import Adam, outside
@@ -49,7 +50,7 @@ def galore(
     """
     find = svd if projector == "svd" else power_iteration
     basis = Orthonormal(Frame(rank, proj_type), find, update_proj_gap)
-    rule = Adafactor.of(states, floor=1e-8) if inner == "adafactor" else Adam.of(states)
+    rule = Adafactor.of(states, floor=1e-8) if inner == "adafactor" else coded(Adam(), states)
     others = outside(states) if inner == "adam" else {"other": rule}
     inside = Subspace(basis, rule, on_refresh=on_refresh, scale=scale)
     return Strategy(rules={"matrix": inside, **others}, source=Backprop())

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lowmem.optim.elementwise import coded
 from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import SPSA
@@ -37,5 +38,5 @@ def mezo(
         noise: Normal numbers as in the paper, or signs (cheaper to draw, slightly less variance).
         queries: Directions averaged in each step, two forward passes each.
     """
-    rule = SGD()
+    rule = coded(SGD())
     return Strategy(rules={"matrix": rule, "other": rule}, source=SPSA(eps_perturb, noise, queries))

@@ -1,0 +1,125 @@
+"""A moment as it is held between steps, seen as a matrix.
+
+A rule that needs the whole tensor and holds a moment of the weight's size (Muon's
+momentum) can neither decode all of it at once nor hand it to the frame. It reads it
+by blocks like a gradient, and moves it by blocks: decode, move, encode.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lowmem.optim.blocks import BLOCK, Blocks
+from lowmem.optim.codecs import Codec
+from lowmem.optim.engine import noise
+from lowmem.optim.engine.cutting import pad, pieces, walk
+from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.state import Constant, Constants, State
+
+
+def tables(codec: Codec) -> Constants:
+    """The constants of a codec."""
+    return {
+        key: Constant(key, functools.partial(_table, codec, key))
+        for key in codec.shared(torch.empty(0, device="meta"))
+    }
+
+
+def _table(codec: Codec, key: str, device: torch.device) -> Tensor:
+    return codec.shared(torch.empty(0, device=device))[key]
+
+
+class HeldMoment(Blocks):
+    """A held (m, n) moment; looking decodes.
+
+    Args:
+        codec: how it is held; state: what is held.
+        constants: the codec's.
+        shape: (m, n).
+        hp: of this step; names the random streams of a codec that rounds at random.
+    """
+
+    def __init__(
+        self, codec: Codec, state: State, constants: Mapping[str, Tensor], shape: tuple[int, int], hp: Hyper
+    ) -> None:
+        super().__init__(shape, None, hp.weight.device)
+        self.codec, self.state, self.constants, self.hp = codec, state, constants, hp
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Flat elements start..stop, decoded; not to be written to."""
+        first = start // self.codec.grain * self.codec.grain
+        cut = {key: padded for key, _, padded in self._cut(first, stop - first)}
+        return self.codec.decode(cut, self.constants).view(-1)[start - first : stop - first]
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j, decoded; not to be written to."""
+        n = self.shape[1]
+        return self.chunk(i * n, j * n).view(j - i, n)
+
+    def move_(self, f: Callable[[Tensor, int, int], Tensor], ok: Tensor) -> None:
+        """Replace the moment, piece by piece, and store it.
+
+        Args:
+            f: (old elements, start, stop) to the new elements start..stop, flat fp32.
+            ok: 0-D bool; False leaves the moment as it is.
+        """
+        total = self.shape[0] * self.shape[1]
+        step = BLOCK // self.codec.grain * self.codec.grain
+        for start in walk(range(0, total, step), self.device):
+            stop = min(total, start + step)
+            old = self.chunk(start, stop)
+            self._store(start, torch.where(ok, f(old, start, stop), old))
+
+    def permute_(self, index: Tensor, axis: int, ok: Tensor) -> None:
+        """Let each row or column be the one that was at its index, or zero where that is -1.
+
+        Args:
+            index: of each row (axis 0) or column (axis 1), int64; ok: 0-D bool, False leaves all as it is.
+        """
+        m, n = self.shape
+        there, known = index.clamp(min=0), index >= 0
+        whole = torch.empty(m, n, device=self.device)
+        for start in walk(range(0, m * n, BLOCK), self.device):
+            stop = min(m * n, start + BLOCK)
+            whole.view(-1)[start:stop] = self.chunk(start, stop)
+
+        def moved(old: Tensor, start: int, stop: int) -> Tensor:
+            i, j = start // n, -(-stop // n)
+            if axis == 0:
+                rows = torch.where(known[i:j, None], whole.index_select(0, there[i:j]), 0.0)
+            else:
+                rows = torch.where(known, whole[i:j].index_select(1, there), 0.0)
+            return rows.reshape(-1)[start - i * n : stop - i * n]
+
+        self.move_(moved, ok)
+
+    def _cut(self, start: int, length: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """What is held of a range that begins with a block: the key, the pieces, and the same padded."""
+        size = -(-length // self.codec.grain) * self.codec.grain
+        for key, per in self.codec.per.items():
+            piece = pieces(self.state[key], per, start, length)
+            entries = -(-size // per)
+            whole = piece.shape[0] == entries
+            yield key, piece, piece if whole else pad(piece, entries, self.codec.fill.get(key, 0))
+
+    def _store(self, start: int, value: Tensor) -> None:
+        length, grain = value.numel(), self.codec.grain
+        size = -(-length // grain) * grain
+        new = self.codec.encode(
+            value if size == length else pad(value, size), self._hyper(start, size), self.constants
+        )
+        for key, piece, _ in self._cut(start, length):
+            piece.copy_(new[key].view(-1, *piece.shape[1:])[: piece.shape[0]])
+
+    def _hyper(self, start: int, size: int) -> ChunkHyper:
+        """What a codec may know; of all, it asks for random bits alone."""
+        device, hp, streams = self.device, self.hp, self.codec.streams
+        true = torch.ones((), dtype=torch.bool, device=device)
+        rates = hp.vector(hp.lr, hp.decay, dtype=torch.float32)
+        keys = noise.key_tensor([(hp.seed, hp.step, hp.name, s, start >> 32) for s in streams], device)
+        place = noise.positions(start, size if streams else 0, device)
+        return ChunkHyper(rates, rates[0], rates[1], true, true, place, keys, streams)

@@ -1,0 +1,144 @@
+"""What a part may know of the step that is taken.
+
+There are two clocks. `Hyper.step` is a host integer and decides schedules; `age`, a
+state tensor, counts the steps that the moments have seen and decides bias correction:
+a skipped step does not age, a reset sets it to 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.optim.blocks import Blocks
+from lowmem.optim.engine import noise
+
+
+@functools.lru_cache(1 << 16)
+def stagger(name: str, gap: int) -> int:
+    """The offset of a parameter's refreshes within the gap, from its name.
+
+    >>> 0 <= stagger("layers.0.q_proj.weight", 200) < 200
+    True
+    """
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % gap
+
+
+class Lookup:
+    """Small tensors of known values, made once for each value and device; and the tables of ages."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Tensor] = {}
+        self.tables: dict[Hashable, Any] = {}
+
+    def __call__(self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The values as a 1-D tensor; not to be written to."""
+        key = (values, dtype, device)
+        if key not in self._made:
+            if len(self._made) > 4096:
+                self._made.clear()
+            self._made[key] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        return self._made[key]
+
+
+@dataclass
+class Hyper:
+    """What a rule may know of the step it takes.
+
+    Args:
+        step: completed steps of the group before this one (host clock, for schedules).
+        name: the parameter's name; with `seed` it names every random stream.
+        seed: the run's seed.
+        lr, betas, eps, weight_decay: of the group, as floats.
+        weight: the weight before the step, (m, n); its dtype is the precision of large products.
+        advance: the frame's `Chunks.advance_`, for rules that hold a pointwise rule.
+        first: the state was created for this step.
+        constant: cache of small tensors.
+    """
+
+    step: int
+    name: str
+    seed: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    weight: Blocks
+    advance: Callable[..., Tensor]
+    first: bool = False
+    constant: Lookup = field(default_factory=Lookup)
+
+    @property
+    def decay(self) -> float:
+        """The factor of decoupled weight decay, 1 - lr weight_decay."""
+        return 1.0 - self.lr * self.weight_decay
+
+    def vector(self, *values: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Floats as a cached 1-D tensor on the weight's device."""
+        return self.constant(values, dtype, self.weight.device)
+
+    @property
+    def share(self) -> float:
+        """The part of the tensor that is held here; one device holds it all today."""
+        return 1.0
+
+    def due(self, gap: int) -> bool:
+        """Whether a refresh with this gap falls on this step: at first, then staggered by name."""
+        return self.first or self.step == 0 or (self.step + stagger(self.name, gap)) % gap == 0
+
+    def window(self, gap: int) -> int:
+        """How many refreshes with this gap lie behind: what names a basis that is drawn and not held."""
+        return (self.step + stagger(self.name, gap)) // gap
+
+    def total(self, x: Tensor, op: str = "sum") -> Tensor:
+        """Reduce over the shards of the tensor ("sum" or "max"); one device holds it all today."""
+        if op not in ("sum", "max"):
+            raise ValueError(f"total over shards: op is 'sum' or 'max', got {op!r}")
+        return x
+
+    def gaussian(self, shape: tuple[int, int], use: str, gap: int = 1) -> Tensor:
+        """A standard normal matrix named by (seed, window of `gap` steps, parameter, use)."""
+        return noise.gaussian(shape, self.weight.device, self.seed, self.window(gap), self.name, use)
+
+
+@dataclass
+class ChunkHyper:
+    """What a pointwise rule and a writer may know inside the kernel of one chunk.
+
+    Args:
+        scalars: fp32, what `Pointwise.scalars` gave.
+        lr, decay: 0-D fp32.
+        ok: 0-D bool; False where no part of the tensor's step is taken, and its state must stay.
+        finite: bool, per element: False where the step must not be taken.
+        position: (rows, width) int32 global element indices, for rules and writers that ask for them.
+        keys: (streams, 2) int32; `streams` names its rows.
+        weight: the chunk's weight before the step, fp32, for a rule that reads it.
+    """
+
+    scalars: Tensor
+    lr: Tensor
+    decay: Tensor
+    ok: Tensor
+    finite: Tensor
+    position: Tensor
+    keys: Tensor
+    streams: tuple[str, ...]
+    weight: Tensor | None = None
+
+    def keep(self, new: Tensor, old: Tensor) -> Tensor:
+        """New where the gradient was finite, old elsewhere (in fp32, before encoding)."""
+        return torch.where(self.finite, new, old)
+
+    def keep_whole(self, new: Tensor, old: Tensor) -> Tensor:
+        """New where the tensor's step is taken, whatever some elements are."""
+        return torch.where(self.ok, new, old)
+
+    def noise(self, use: str) -> Tensor:
+        """32 random bits for each element, from the stream of this use."""
+        return noise.bits(self.position, self.keys[self.streams.index(use)])

@@ -1,0 +1,147 @@
+"""Columns of one fixed orthonormal basis, chosen by what the gradient has of them (arXiv 2505.17967).
+
+    C[k, j] = sqrt(2 / n) cos(k (2 j + 1) pi / (2 n)),  row 0 times sqrt(1 / 2)
+    S = G C',  index = the r columns of S with the largest norms,  R = S[:, index]
+
+The cosines of the DCT-II are near the directions of many gradients, and cost nothing to
+find: a tensor holds r indices, and the basis of a side is held once for all tensors that
+have such a side. Indices are sorted. A coordinate that stays chosen keeps its moments
+(on_refresh='rotate'): the change is a permutation, exactly, and a coordinate that
+comes in begins with age 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError
+from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
+from lowmem.optim.contract import Change, Permutation, Projector
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.dense import Frame, check_gap
+from lowmem.optim.state import Constant, Constants, State
+
+
+def cosines(n: int, device: torch.device) -> Tensor:
+    """C, (n, n) fp32: the DCT-II as a matrix.
+
+    >>> c = cosines(8, torch.device("cpu"))
+    >>> bool((c @ c.t()).allclose(torch.eye(8), atol=1e-6))
+    True
+    """
+    c = torch.empty(n, n, device=device)
+    odd = 2 * torch.arange(n, device=device) + 1
+    height = max(1, BLOCK // n)
+    for a in range(0, n, height):
+        k = torch.arange(a, min(a + height, n), device=device)
+        # integers modulo 4 n: an angle of a million radians has no digits left
+        angle = (k[:, None] * odd % (4 * n)).double() * (math.pi / (2 * n))
+        scale = torch.where(k == 0, 0.5, 1.0).double()[:, None].mul_(2.0 / n).sqrt_()
+        c[a : a + height] = angle.cos_().mul_(scale)
+    return c
+
+
+@dataclass(frozen=True)
+class DCT(Projector):
+    """The r cosines of which the gradient has most.
+
+    Holds 4 r bytes, and 4 s^2 bytes once for each side s that tensors span.
+    Workspace of a step beside R: the chosen cosines, 4 s r bytes.
+
+    Args:
+        frame: rank and side.
+        update_proj_gap: steps between choices, at least 1.
+        norm: which norm of a column counts, 1 or 2.
+
+    Raises:
+        UserError: a number outside its range.
+
+    Example:
+        >>> DCT(Frame(4)).init(torch.zeros(16, 64))["index"]
+        tensor([0, 1, 2, 3], dtype=torch.int32)
+    """
+
+    frame: Frame
+    update_proj_gap: int = 200
+    norm: int = 1
+    changes: ClassVar[str] = "permute"
+    dense: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_gap(self.update_proj_gap)
+        if self.norm not in (1, 2):
+            raise UserError(f"norm is 1 or 2, got {self.norm}")
+
+    @property
+    def period(self) -> int:
+        """Steps between choices."""
+        return self.update_proj_gap
+
+    def axis(self, shape: tuple[int, int]) -> int:
+        """See Frame."""
+        return self.frame.axis(shape)
+
+    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """See Frame."""
+        return self.frame.low_shape(shape)
+
+    def complete(self, shape: tuple[int, int]) -> bool:
+        """True where every cosine is chosen."""
+        side, rank = self.frame.size(shape)
+        return side == rank
+
+    def init(self, x: Tensor) -> State:
+        """The r slowest cosines."""
+        rank = self.frame.size(matrix_shape(x.shape))[1]
+        return {"index": torch.arange(rank, dtype=torch.int32, device=x.device)}
+
+    def constants(self, shape: tuple[int, int]) -> Constants:
+        """The cosines of the side."""
+        side = self.frame.size(shape)[0]
+        return {"cosines": Constant(f"cosines{side}", functools.partial(cosines, side))}
+
+    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
+        """Choose anew, where the gradient can tell."""
+        norms = self._norms(s["cosines"], g)
+        top = norms.amax()
+        ok = torch.isfinite(top) & (top > 0.0)
+        old, rank = s["index"].long(), s["index"].shape[0]
+        best = norms.nan_to_num(0.0).topk(rank, sorted=False).indices.sort().values
+        new = torch.where(ok, best, old)
+        place = torch.searchsorted(old, new).clamp_(max=rank - 1)
+        before = torch.where(old[place] == new, place, -1)
+        s["index"].copy_(new)
+        return Permutation(ok, before, self.axis(g.shape))
+
+    def _norms(self, c: Tensor, g: Blocks) -> Tensor:
+        """The norm of what the gradient has of each cosine, (s,)."""
+        if self.axis(g.shape) == 1:
+            return g.sum(lambda rows: self._powers(rows @ c.t(), 0))
+        height = max(1, 4 * BLOCK // g.shape[1])
+        parts = [self._powers(g.left(c[a : a + height].t()), 1) for a in range(0, c.shape[0], height)]
+        return torch.cat(parts)
+
+    def _powers(self, x: Tensor, dim: int) -> Tensor:
+        return x.abs().sum(dim) if self.norm == 1 else x.square().sum(dim)
+
+    @staticmethod
+    def _basis(s: State) -> Tensor:
+        return s["cosines"].index_select(0, s["index"]).t()
+
+    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
+        """P' G or G P, P the chosen cosines."""
+        return self.frame.down(self._basis(s), g)
+
+    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
+        """Rows of P R or R P'."""
+        return self.frame.up(self._basis(s), low, i, j, hp.weight)
+
+    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """The two factors of the lifted matrix."""
+        return self.frame.pair(self._basis(s), low, shape)

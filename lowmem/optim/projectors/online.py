@@ -1,0 +1,113 @@
+"""A basis that moves after every step (Online Subspace Descent, arXiv 2408.12857).
+
+    L(P) = |P P' A - A|^2 + lambda |P' P - I|^2,  A = G / |G|
+    P <- P - rate lr dL/dP
+
+Instead of a factorization now and then, one step of gradient descent on what the
+basis does not see of this gradient. The step is in closed form and costs two products:
+with Y = A' P and Z = A Y,  dL/dP = 2 (P (P' Z) + Z (P' P)) - 4 Z + 4 lambda P (P' P - I).
+
+The basis starts as that of a power iteration. It is not orthonormal, only near it. P'G is
+known from the step itself; the basis moves once the weight is written, so that down
+and up of a step are of one basis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError
+from lowmem.optim.blocks import Blocks
+from lowmem.optim.contract import Change, Projector, Split, Unrelated
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.dense import Frame, largest, power_iteration
+from lowmem.optim.state import State
+
+
+@dataclass(frozen=True)
+class Online(Projector):
+    """A basis that follows the gradient by descent on what it misses.
+
+    Holds 4 s r bytes, s the side it spans. Workspace of a step beside R: R once more,
+    and 8 s r bytes.
+
+    Args:
+        frame: rank and side.
+        rate: of the descent, in units of the learning rate, above 0.
+        penalty: lambda, of a basis that is not orthonormal, at least 0.
+
+    Raises:
+        UserError: a number outside its range.
+
+    Example:
+        >>> Online(Frame(4)).init(torch.zeros(16, 64))["basis"].shape
+        torch.Size([16, 4])
+    """
+
+    frame: Frame
+    rate: float = 5.0
+    penalty: float = 0.1
+    dense: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = False
+    follows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0.0 or not self.penalty >= 0.0:
+            raise UserError(f"rate must be above 0 and penalty at least 0, got {self.rate}, {self.penalty}")
+
+    def axis(self, shape: tuple[int, int]) -> int:
+        """See Frame."""
+        return self.frame.axis(shape)
+
+    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """See Frame."""
+        return self.frame.low_shape(shape)
+
+    def init(self, x: Tensor) -> State:
+        """See Frame."""
+        return self.frame.init(x)
+
+    def due(self, hp: Hyper) -> bool:
+        """Once, at the first step."""
+        return hp.first or hp.step == 0
+
+    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
+        """The leading subspace of the first gradient."""
+        new, ok = power_iteration(self.frame, s["basis"], g, hp)
+        s["basis"].copy_(torch.where(ok, new, s["basis"]))
+        return Unrelated(ok)
+
+    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
+        """See Frame."""
+        return self.frame.down(s["basis"], g)
+
+    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
+        """See Frame."""
+        return self.frame.up(s["basis"], low, i, j, hp.weight)
+
+    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """See Frame."""
+        return self.frame.pair(s["basis"], low, shape)
+
+    def follow(self, s: State, split: Split) -> State:
+        """One step of descent on L."""
+        basis, g = s["basis"], split.g
+        # in units of the largest number that R has, so that no square overflows
+        top, ok = largest(split.low)
+        low = split.low.div_(top)  # the weight is written: nobody looks at R again
+        pulled = self.frame.across(low, g).div_(top)  # G Y, as (s, r)
+        norm = _square(g, top)
+        pulled = torch.where(ok & (norm > 0.0), pulled / norm, 0.0)
+        overlap = basis.t() @ basis
+        slope = basis @ (basis.t() @ pulled) + pulled @ overlap - 2.0 * pulled
+        slope = 2.0 * slope + 4.0 * self.penalty * (basis @ overlap - basis)
+        return {"basis": torch.where(split.ok & ok, basis - self.rate * split.hp.lr * slope, basis)}
+
+
+def _square(g: Blocks, top: Tensor) -> Tensor:
+    """|G / top|^2."""
+    return g.sum(lambda rows: torch.linalg.vector_norm(rows / top, dtype=torch.float64).square()).float()

@@ -1,0 +1,210 @@
+"""Muon: the momentum, with its singular values made equal (arXiv 2502.16982).
+
+    M <- M + (1 - momentum)(G - M)
+    X = M, or (1 - momentum) G + momentum M (Nesterov), over its Frobenius norm
+    5 times:  A = X X',  X <- (a + b A + c A^2) X,   (a, b, c) = (3.4445, -4.7750, 2.0315)
+    W <- (1 - lr wd) W - lr s X,   s = 0.2 sqrt(max(m, n)) or sqrt(max(1, m / n))
+
+Every X on the way is a polynomial T of the first Gram matrix times the first X. So the
+iteration runs on matrices of the short side alone, and the last product, T X, is made
+block by block while it is written: no copy of the weight's size exists. The momentum is
+read by blocks as it is held, may have any precision, and is stored after the write:
+the step is taken from the momentum before it is encoded.
+
+Short sides without gradient are left alone: singular values below 1e-3 of the norm
+are not raised to one in five iterations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError, nearest
+from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.codecs import Codec, Dense, codec
+from lowmem.optim.contract import SCRATCH, Rule
+from lowmem.optim.engine.cutting import walk
+from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.state import Constants, State, part, prefixed
+
+SCALES = ("rms", "aspect")
+PANEL = 1 << 22
+"""Elements of X that are held at a time for a product of X with itself."""
+A, B, C = 3.4445, -4.7750, 2.0315
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Muon(Rule):
+    """Momentum with equal singular values, for matrices.
+
+    Bytes for an (m, n) weight: what the codec takes (4 m n in fp32, m n in 8 bits).
+    Workspace: 12 s^2 bytes beside that of every step, s the short side.
+
+    Args:
+        held: codec of the momentum.
+        momentum: share of the old momentum, in [0, 1).
+        nesterov: look ahead by the fresh gradient.
+        iterations: of Newton and Schulz, at least 1.
+        scaling: rms (steps as long as AdamW's) or aspect (longer for tall matrices only).
+
+    Raises:
+        UserError: a number or word outside its range.
+
+    Example:
+        >>> sorted(Muon.of("int8").init(torch.zeros(3, 5)))
+        ['momentum.codes', 'momentum.scale']
+    """
+
+    held: Codec = field(default_factory=lambda: Dense(stream="momentum"))
+    momentum: float = 0.95
+    nesterov: bool = True
+    iterations: int = 5
+    scaling: str = "rms"
+    reads_later: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        bad = {
+            f"momentum must be in [0, 1), got {self.momentum}": not 0.0 <= self.momentum < 1.0,
+            f"iterations must be at least 1, got {self.iterations}": self.iterations < 1,
+            f"unknown scaling {self.scaling!r}; {nearest(self.scaling, SCALES)}": self.scaling not in SCALES,
+        }
+        if any(bad.values()):
+            raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
+
+    @classmethod
+    def of(
+        cls, states: str, *, momentum: float = 0.95, nesterov: bool = True, iterations: int = 5,
+        scaling: str = "rms",
+    ) -> Muon:  # fmt: skip
+        """Muon with its momentum held as `states` says."""
+        return cls(codec(states, signed=True, stream="momentum"), momentum, nesterov, iterations, scaling)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither."""
+        return frozenset()
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Three matrices of the short side."""
+        return SCRATCH + 12 * min(shape) ** 2
+
+    def init(self, x: Tensor) -> State:
+        """A momentum of zero."""
+        return prefixed("momentum", self.held.init(x))
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held)
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Find the polynomial; the product with X is left to the write."""
+        moment = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp)
+
+        def moved(old: Tensor, start: int, stop: int) -> Tensor:
+            return old + (1.0 - self.momentum) * (g.chunk(start, stop).float() - old)
+
+        seen = self._seen(g, moment)
+        top = torch.stack([seen.rows(i, j).abs().amax() for i, j in walk(seen.ranges(), g.device)]).amax()
+        ok = hp.total(top, "max") <= torch.finfo(torch.float32).max
+        # scaled by its largest element, so that no square overflows or vanishes
+        x = seen.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0))
+        polynomial = self._polynomial(gram(x))
+        blocks = Product(polynomial, x)
+        return Direction(blocks, scale=self._scale(g.shape), ok=ok, commit=lambda: moment.move_(moved, ok))
+
+    def _seen(self, g: Blocks, moment: Blocks) -> Blocks:
+        """What is made orthogonal: the momentum after this gradient, or a look ahead of it."""
+        share = 1.0 - self.momentum
+
+        def rows(i: int, j: int) -> Tensor:
+            new, old = g.rows(i, j), moment.rows(i, j)
+            average = old + share * (new - old)
+            return new + self.momentum * (average - new) if self.nesterov else average
+
+        return Blocks(g.shape, rows, g.device)
+
+    def _polynomial(self, a: Tensor) -> Tensor:
+        """T with X after the iterations = T X, from A = X X' (used up), and the division by |X|."""
+        norm = a.diagonal().sum().sqrt() + 1e-7
+        a.div_(norm.square())
+        t = torch.eye(a.shape[0], device=a.device).div_(norm)
+        for k in range(self.iterations):
+            p = torch.addmm(a, a, a, beta=B, alpha=C)
+            p.diagonal().add_(A)
+            t = p @ t
+            if k + 1 < self.iterations:
+                a = p @ a @ p  # powers of one matrix: they commute
+        return t
+
+    def _scale(self, shape: tuple[int, int]) -> float:
+        m, n = shape
+        return 0.2 * math.sqrt(max(m, n)) if self.scaling == "rms" else math.sqrt(max(1.0, m / n))
+
+
+def panels(x: Blocks) -> list[tuple[int, int]]:
+    """Row ranges of at most `PANEL` elements."""
+    height = max(1, PANEL // x.shape[1])
+    return [(i, min(x.shape[0], i + height)) for i in range(0, x.shape[0], height)]
+
+
+def whole_rows(x: Blocks, i: int, j: int) -> Tensor:
+    """Rows i..j as one tensor, looked at block by block."""
+    out = torch.empty(j - i, x.shape[1], device=x.device)
+    height = max(1, (1 << 20) // x.shape[1])
+    for a in range(i, j, height):
+        b = min(j, a + height)
+        out[a - i : b - i] = x.rows(a, b)
+    return out
+
+
+def gram(x: Blocks) -> Tensor:
+    """X X' of a wide matrix, X' X of a tall one; (s, s) fp32."""
+    m, n = x.shape
+    out = torch.zeros(min(m, n), min(m, n), device=x.device)
+    if m > n:
+        for i, j in walk(x.ranges(), x.device):
+            rows = x.rows(i, j)
+            out.addmm_(rows.t(), rows)
+        return out
+    for i, j in walk(panels(x), x.device):
+        panel = whole_rows(x, i, j)
+        for a, b in walk(x.ranges(), x.device):
+            out[i:j, a:b] = panel @ x.rows(a, b).t()
+    return out
+
+
+class Product(Blocks):
+    """T X of a wide matrix, X T of a tall one, made where it is looked at.
+
+    A row of T X takes all of X: so many rows are made at once, and kept until others are asked for.
+
+    Args:
+        polynomial: T, (s, s); x: X, (m, n).
+    """
+
+    def __init__(self, polynomial: Tensor, x: Blocks) -> None:
+        super().__init__(x.shape, None, x.device)
+        self.polynomial, self.x = polynomial, x
+        self._first, self._panel = 0, torch.empty(0, x.shape[1], device=x.device)
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j; cheap where they are asked for in order."""
+        if self.shape[0] > self.shape[1]:
+            return self.x.rows(i, j) @ self.polynomial
+        if not self._first <= i <= j <= self._first + self._panel.shape[0]:
+            self._make(i, j)
+        return self._panel[i - self._first : j - self._first]
+
+    def _make(self, i: int, j: int) -> None:
+        last = min(self.shape[0], max(j, i + max(1, PANEL // self.shape[1])))
+        self._first = i
+        self._panel = torch.zeros(last - i, self.shape[1], device=self.device)
+        for a, b in walk(self.x.ranges(), self.device):
+            self._panel.addmm_(self.polynomial[i:last, a:b], self.x.rows(a, b))
