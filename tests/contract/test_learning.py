@@ -9,17 +9,27 @@ from torch import nn
 from tests.contract import runs, zoo
 from tests.contract.cases import Case
 
-STEPS = 40
+STEPS, PROBED = 40, 120
+"""Of strategies with gradients, and of those without: 40 of theirs fall by as much as they scatter."""
 
 
 @pytest.mark.composed
 def test_the_loss_falls(case: Case, dtype: torch.dtype) -> None:
+    """Without gradients at one of two rates: for some lr is a length, for others a factor of the slope."""
+    if case.by_backward:
+        assert fallen(case, dtype, 1e-2, STEPS) < 0.75
+    else:
+        assert any(fallen(case, dtype, lr, PROBED) < 0.97 for lr in (1e-2, 1e-3))
+
+
+def fallen(case: Case, dtype: torch.dtype, lr: float, steps: int) -> float:
+    """The loss after so many steps, as a share of the loss before."""
     model = zoo.build(dtype)
     before = zoo.evaluate(model)
-    optimizer = case.optimizer(model, lr=1e-2 if case.by_backward else 1e-3)
-    for step in range(STEPS):
+    optimizer = case.optimizer(model, lr=lr)
+    for step in range(steps):
         runs.advance(optimizer, model, step, size=32)
-    assert zoo.evaluate(model) < (0.75 if case.by_backward else 0.97) * before
+    return zoo.evaluate(model) / before
 
 
 def first_move(case: Case, **hyper: object) -> dict[str, torch.Tensor]:

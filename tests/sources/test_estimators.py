@@ -322,3 +322,52 @@ def test_points_at_once_run_a_language_model() -> None:
         for n in (1, 4)
     )
     assert many == pytest.approx(one, abs=5e-3)
+
+
+# ---- the strategies made of them ----
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rank"),
+    [
+        ("lozo", {"rank": 1, "update_gap": 3}, 1),
+        ("lozo", {"rank": 3, "update_gap": 3}, 3),
+        ("fzoo", {"queries": 4, "eps_perturb": 1e-2}, 4),
+    ],
+)
+def test_a_step_is_the_papers_along_the_directions_that_were_probed(
+    name: str, options: dict[str, Any], rank: int
+) -> None:
+    """W - lr sum of weights times Z, the losses evaluated on copies."""
+    model, g = Vector(12, 9), drawn(12, 9, seed=3)
+    optimizer = lowmem.optimizer(model, name, lr=0.1, **options)
+    source, w = optimizer.strategy.source, model.weight.detach().clone()
+
+    def at(x: Tensor) -> Tensor:
+        return (x * g).tanh().sum()
+
+    queries, eps = source.queries, source.eps
+    z = [direction(source, model, 0, k) for k in range(queries)]
+    if name == "fzoo":
+        losses = torch.stack([at(w + eps * one) for one in z])
+        weights = (losses - at(w)) / (queries * losses.std())
+    else:
+        weights = torch.stack([(at(w + eps * one) - at(w - eps * one)) / (2 * eps) for one in z])
+    optimizer.step(lambda: at(model()))
+    wanted = w - 0.1 * sum(c * one for c, one in zip(weights, z, strict=True))
+    torch.testing.assert_close(model.weight.detach(), wanted, rtol=1e-6, atol=1e-7)
+    if name == "lozo":
+        assert int(torch.linalg.matrix_rank(w - model.weight.detach(), rtol=1e-4)) == rank
+
+
+def test_adam_over_the_estimates_is_torchs_adam() -> None:
+    """An independent optimizer, given the same estimates as gradients."""
+    model, other, g = Vector(20), Vector(20), drawn(20, seed=3)
+    optimizer = lowmem.optimizer(model, "mezo", lr=1e-2, rule="adam", betas=(0.9, 0.99))
+    torchs = torch.optim.Adam(other.parameters(), lr=1e-2, betas=(0.9, 0.99))
+    for step in range(4):
+        loss = lambda: (model() * g).tanh().sum()  # noqa: E731
+        other.weight.grad = estimate(optimizer.strategy.source, model, loss, step)
+        torchs.step()
+        optimizer.step(loss)
+    torch.testing.assert_close(model.weight.detach(), other.weight.detach(), rtol=1e-4, atol=1e-5)

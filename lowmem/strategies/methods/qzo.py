@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lowmem.optim.elementwise import coded
 from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import SPSA, Scales
@@ -39,6 +40,6 @@ def qzo(
         queries: Directions averaged in each step, two forward passes each.
         clip_slope: Bound of a slope; 0 for none.
     """
-    rule = SGD()
+    rule = coded(SGD())
     source = SPSA(eps_perturb, noise, queries, clip=clip_slope, structure=Scales())
     return Strategy(rules={"matrix": rule, "other": rule}, source=source)
