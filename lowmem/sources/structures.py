@@ -88,9 +88,9 @@ class LowRank(Free):
     gap: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("rank", "gap"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} of a low-rank direction is 1 or more, got {getattr(self, name)}")
+        for name, value in (("rank", self.rank), ("update_gap", self.gap)):
+            if value < 1:
+                raise UserError(f"{name} of a low-rank direction is 1 or more, got {value}")
 
     def direction(self, noise: str, query: Query, k: int) -> Direction:
         """U named by the evaluation, V by the seed and the window of steps."""
