@@ -55,10 +55,8 @@ class Case:
 
     def optimizer(self, model: Any, **hyper: Any) -> Any:
         defaults: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
-        strategy = self.create()
-        read = {number for rule in strategy.rules.values() for number in rule.uses}
-        kept = {key: value for key, value in defaults.items() if key not in ("betas", "eps") or key in read}
-        return lowmem.optimizer(model, strategy, **{**kept, **hyper})
+        kept = {k: value for k, value in defaults.items() if k not in ("betas", "eps") or self.reads(k)}
+        return lowmem.optimizer(model, self.create(), **{**kept, **hyper})
 
     def reads(self, number: str) -> bool:
         """Whether a rule reads betas or eps: it is refused otherwise."""
