@@ -30,10 +30,10 @@ def find(name_or_path: str) -> Path:
 def problems(values: Mapping[str, Any]) -> list[str]:
     """Problems that need the registries: the model, the data format, the strategy and its options."""
     from lowmem.combinations import missing_tracker
-    from lowmem.data.formats import named
     from lowmem.data.load import check_name
     from lowmem.data.mix import check_names
-    from lowmem.data.preferences import named_for
+    from lowmem.data.rows.formats import named
+    from lowmem.data.rows.preferences import named_for
     from lowmem.models.entries import resolve
 
     def _format(name: str) -> object:
@@ -58,8 +58,8 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     from lowmem.models.entries import to_dtype
-    from lowmem.optim.checks import idle
     from lowmem.optim.release import accumulation_problem
+    from lowmem.optim.tensors.checks import idle
     from lowmem.optim.writers import select
     from lowmem.strategies import create, parse_options
 

@@ -44,7 +44,7 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
         KeyboardInterrupt: Ctrl-C; during training its checkpoint is saved first.
     """
     from lowmem.models.quiet import quiet
-    from lowmem.training.output import begin, check_model_stays, claim
+    from lowmem.training.folder.output import begin, check_model_stays, claim
 
     console = progress or Console()
     folder = config.output_path
@@ -123,7 +123,7 @@ def arguments(config: RunConfig) -> Any:
 def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     """Load data and model and put the trainer together; nothing has been trained or written yet."""
     from lowmem.data.mix import mixed
-    from lowmem.data.template import check_template
+    from lowmem.data.rows.template import check_template
     from lowmem.models.adapters import published_name
     from lowmem.training import tasks
     from lowmem.training.callbacks import Peak, Report
@@ -171,7 +171,7 @@ def _supervised(
 
 def _origin(config: RunConfig) -> dict[str, Any]:
     """What decides which rows a checkpoint has seen, and over which frozen weights."""
-    from lowmem.training.settings import place
+    from lowmem.training.folder.settings import place
 
     places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
     rows = ("task", "beta", "columns", "data_format", "eval_rows")
@@ -291,7 +291,7 @@ def _result(
     """Everything worth knowing about the run, as plain values."""
     from lowmem.memory.count import model_state_bytes
     from lowmem.strategies import create
-    from lowmem.training.saving import nonfinite_weights
+    from lowmem.training.folder.saving import nonfinite_weights
 
     answered = zip(config.prompt, before["answers"], after["answers"], strict=True)
     adamw = {
@@ -325,7 +325,7 @@ def _write(
     from lowmem import report
     from lowmem.report.document import plain
     from lowmem.training.card import card
-    from lowmem.training.output import earlier_report, results
+    from lowmem.training.folder.output import earlier_report, results
     from lowmem.training.plot import loss_curve
 
     console.start("write")

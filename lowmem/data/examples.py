@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
-from lowmem.data.chat import Chat
-from lowmem.data.messages import trained
+from lowmem.data.rows.chat import Chat
+from lowmem.data.rows.messages import trained
 from lowmem.errors import UserError
 
 if TYPE_CHECKING:

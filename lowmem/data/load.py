@@ -22,15 +22,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lowmem.data import hub as hub_data
-from lowmem.data import preferences
-from lowmem.data.columns import Columns, understood
 from lowmem.data.examples import Example, ensure_chat_template, render_example
-from lowmem.data.fields import Fields, RowError
-from lowmem.data.files import Place
-from lowmem.data.folders import listed
-from lowmem.data.formats import Format, Row, detect_format, formats, named
-from lowmem.data.readers import held, look, read_path
+from lowmem.data.files import hub as hub_data
+from lowmem.data.files.folders import listed
+from lowmem.data.files.readers import held, look, read_path
+from lowmem.data.files.source import Place
+from lowmem.data.rows import preferences
+from lowmem.data.rows.columns import Columns, understood
+from lowmem.data.rows.fields import Fields, RowError
+from lowmem.data.rows.formats import Format, Row, detect_format, formats, named
 from lowmem.errors import UserError, nearest
 
 __all__ = [

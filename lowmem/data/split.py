@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowmem.data.folders import listed
+from lowmem.data.files.folders import listed
 from lowmem.data.load import Data, files_by_split, load_data, splits
 
 

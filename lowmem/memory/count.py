@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.memory.trace.tracker import Tracker, storages
-from lowmem.optim import roles
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors import roles
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
@@ -42,7 +42,7 @@ def state_bytes(
     Args:
         strategy: from `create`.
         shape: of the weight; dtype: of the weight.
-        role: what the weight is (`lowmem.optim.roles.ROLES`), or "other".
+        role: what the weight is (`lowmem.optim.tensors.roles.ROLES`), or "other".
 
     Example:
         >>> from lowmem import create

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.memory import count
 from lowmem.memory.run import Run
 from lowmem.memory.trace.replica import Parameter
-from lowmem.optim.checks import pays
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.source import Source
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.checks import pays
 from lowmem.sources import directions
 
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import BLOCK
 from lowmem.optim.changes import Change, Permutation, Rotation
-from lowmem.optim.codecs import STATES, Codec, codec
-from lowmem.optim.codecs import Dense as Uncoded
+from lowmem.optim.codecs.blockwise import STATES, Codec, codec
+from lowmem.optim.codecs.blockwise import Dense as Uncoded
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.held import HeldMoment, tables

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import BLOCK, Blocks
-from lowmem.optim.codecs import Codec
+from lowmem.optim.codecs.blockwise import Codec
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import pad, pieces, walk
 from lowmem.optim.hyper import ChunkHyper, Hyper

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from lowmem.errors import KindError, as_ours
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
-from lowmem.optim.groups import completed
 from lowmem.optim.hyper import Hyper, Lookup
-from lowmem.optim.saved import Loading
-from lowmem.optim.seats import Part, Place, Roster, Seat, seat
 from lowmem.optim.source import Named, Query, check_asked
 from lowmem.optim.state import State, made
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
+from lowmem.optim.tensors.groups import completed
+from lowmem.optim.tensors.saved import Loading
+from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
 
 Params = Iterable[Any]
 

@@ -22,12 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem.optim import stacks
 from lowmem.optim.contract import AnyRule, is_pointwise
-from lowmem.optim.roles import is_stack, refined
 from lowmem.optim.schedules import Always, Schedule
 from lowmem.optim.source import Source
 from lowmem.optim.state import Constants, State, prefixed
+from lowmem.optim.tensors import stacks
+from lowmem.optim.tensors.roles import is_stack, refined
 from lowmem.optim.writers import Stochastic, Writer, select
 
 SMALL = 4096

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lowmem.errors import UserError
-from lowmem.optim.codecs import STATES, codec
+from lowmem.optim.codecs.blockwise import STATES, codec
 from lowmem.optim.contract import AnyRule, is_pointwise
 from lowmem.optim.elementwise import Elementwise, coded
 from lowmem.optim.modifiers.modified import modified

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from lowmem.errors import ConfigError, UserError, nearest
-from lowmem.optim.checks import idle
-from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Plain, Strategy
+from lowmem.optim.tensors.checks import idle
+from lowmem.optim.tensors.groups import param_groups
 from lowmem.strategies.compose import compose, fixed, place
 from lowmem.strategies.method import AXES, Method, methods
 from lowmem.strategies.options import Option

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.errors import nearest
-from lowmem.optim.codecs import STATES
+from lowmem.optim.codecs.blockwise import STATES
 from lowmem.optim.elementwise import Elementwise, Moment
 from lowmem.optim.subspace import ON_REFRESH
 from lowmem.strategies.method import AXES, NONE, ROLES, Method

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from lowmem.errors import ConfigError, UserError, nearest
-from lowmem.optim.checks import idle
+from lowmem.optim.tensors.checks import idle
 
 if TYPE_CHECKING:
     from lowmem.optim.strategy import Strategy

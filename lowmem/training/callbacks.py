@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lowmem.console import Console
 from lowmem.errors import UserError
 from lowmem.memory.device import readings as device
-from lowmem.training.checkpoint import newest
+from lowmem.training.folder.checkpoint import newest
 
 
 class Interruption(TrainerCallback):

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import Trainer
 
 from lowmem.errors import ConfigError, UserError
-from lowmem.optim.checks import idle
-from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.tensors.checks import idle
+from lowmem.optim.tensors.groups import param_groups
 from lowmem.training.arguments import build_strategy
 
 if TYPE_CHECKING:

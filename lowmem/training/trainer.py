@@ -30,7 +30,7 @@ from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import LowMemArguments, LowMemFields
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign
-from lowmem.training.saving import WholeCheckpoints
+from lowmem.training.folder.saving import WholeCheckpoints
 
 if TYPE_CHECKING:
     from lowmem.optim.release import Release

@@ -10,7 +10,7 @@ from torch import nn
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.optim.groups import param_groups
+from lowmem.optim.tensors.groups import param_groups
 from tests.contract import runs, zoo
 from tests.contract.cases import Case
 

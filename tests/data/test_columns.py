@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lowmem.data.columns import understood
 from lowmem.data.load import load_data, to_prompt_completion
+from lowmem.data.rows.columns import understood
 from lowmem.errors import UserError
 
 ASK = {"role": "user", "content": "Where is Kenya?"}

@@ -7,7 +7,7 @@ import lzma
 
 import pytest
 
-from lowmem.data.folders import split_named
+from lowmem.data.files.folders import split_named
 from lowmem.data.load import files_by_split, load_data
 from lowmem.data.split import train_and_held_out
 from lowmem.errors import UserError
@@ -138,7 +138,7 @@ def test_a_table_and_a_parquet_file_inside_a_compressed_file(tmp_path):
 
 
 def test_a_file_made_to_burst(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem.data.files.BURST", 2**20)
+    monkeypatch.setattr("lowmem.data.files.source.BURST", 2**20)
     put(tmp_path / "bomb.jsonl.gz", gzip.compress(b" " * 2**23))
     with pytest.raises(UserError, match="unpacks to more than 200 times its size"):
         load_data(str(tmp_path / "bomb.jsonl.gz"))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lowmem.data.formats import detect_format, formats, named
 from lowmem.data.load import to_prompt_completion
+from lowmem.data.rows.formats import detect_format, formats, named
 from lowmem.errors import UserError
 
 ASK = {"role": "user", "content": "Where is Kenya?"}

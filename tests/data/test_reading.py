@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from lowmem.data.files.readers import SECTION
 from lowmem.data.load import load_data, load_rows
-from lowmem.data.readers import SECTION
 from lowmem.errors import UserError
 from lowmem.models import hub
 

@@ -7,7 +7,7 @@ import pytest
 
 from lowmem.console import Console
 from lowmem.data.load import load_data
-from lowmem.data.template import check_template, never_ends
+from lowmem.data.rows.template import check_template, never_ends
 from lowmem.errors import UserError
 
 OPEN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"

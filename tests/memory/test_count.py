@@ -12,7 +12,7 @@ import lowmem
 from lowmem.memory.count import model_state_bytes, shared_sizes, state_bytes, workspace_bytes
 from lowmem.memory.trace.tracker import Tracker
 from lowmem.optim.engine import cutting
-from lowmem.optim.groups import param_groups
+from lowmem.optim.tensors.groups import param_groups
 
 SHAPES = [(64, 256), (256, 64), (96, 96), (61, 131), (4096,), (7, 3, 5, 1), (1, 1)]
 

@@ -15,8 +15,8 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.measure import watch
 from lowmem.memory.measure.profile import Profiler, profile
-from lowmem.optim.groups import param_groups
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.tensors.groups import param_groups
 from lowmem.report.profile import errors
 
 VOCAB = 131

@@ -14,8 +14,8 @@ from lowmem.memory.footprint import footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.replica import Parameter
 from lowmem.models.entries import resolve, skeleton
-from lowmem.optim import roles
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.tensors import roles
 
 GIB = 1 << 30
 

@@ -16,7 +16,7 @@ from torch._inductor.exc import CppCompileError, InductorError
 
 import lowmem
 from lowmem.optim.blocks import Dense
-from lowmem.optim.codecs import codec
+from lowmem.optim.codecs.blockwise import codec
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.kernels import _Compiled, _forget_instructions, compiled

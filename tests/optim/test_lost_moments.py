@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowmem
-from lowmem.optim.codecs import Codec, codec
+from lowmem.optim.codecs.blockwise import Codec, codec
 
 LR = 1e-4
 AT_MOST = 3.0

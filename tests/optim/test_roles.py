@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lowmem
-from lowmem.optim import roles
+from lowmem.optim.tensors import roles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch.compile imports it

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.oracles import reference_companded, reference_int8
 
-codecs = pytest.importorskip("lowmem.optim.codecs")
-dynamic = pytest.importorskip("lowmem.optim.dynamic")
+codecs = pytest.importorskip("lowmem.optim.codecs.blockwise")
+dynamic = pytest.importorskip("lowmem.optim.codecs.dynamic")
 
 SIZES = [1, 2, 31, 32, 33, 127, 128, 255, 256, 257, 641, 5000]
 EIGHT_BIT = ["int8", "companded8"]

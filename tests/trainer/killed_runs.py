@@ -27,7 +27,7 @@ import torch
 import transformers
 from tiny_runs import trainer
 
-from lowmem.training import checkpoint
+from lowmem.training.folder import checkpoint
 
 STEPS = 8
 

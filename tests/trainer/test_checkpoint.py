@@ -9,7 +9,7 @@ import pytest
 from lowmem import errors
 from lowmem.errors import CheckpointError
 from lowmem.models import sealed
-from lowmem.training import checkpoint, staging
+from lowmem.training.folder import checkpoint, staging
 
 ABOUT = {"strategy": "galore", "options": {"rank": 4}, "parameters": {"a": "float32[2, 3]"}}
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lowmem.models.sealed import MANIFEST, broken, seal
-from lowmem.training import checkpoint, output, staging
+from lowmem.training.folder import checkpoint, output, staging
 
 NOTES = "notes.md"
 OWN = {NOTES, output.CONFIG, MANIFEST, *output.OWN}

@@ -11,8 +11,8 @@ import torch
 from tiny_runs import Rows, logged, trainer
 
 from lowmem.errors import ConfigError, UserError
-from lowmem.training import checkpoint
 from lowmem.training.arguments import LowMemArguments
+from lowmem.training.folder import checkpoint
 from lowmem.training.trainer import LowMemTrainer
 
 RUN: dict[str, Any] = {

@@ -21,7 +21,7 @@ from lowmem.console import Console
 from lowmem.errors import CheckpointError, UserError
 from lowmem.memory.count import model_state_bytes
 from lowmem.strategies import create
-from lowmem.training import checkpoint
+from lowmem.training.folder import checkpoint
 
 recipe = importlib.import_module("lowmem.recipes.finetune")
 

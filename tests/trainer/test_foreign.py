@@ -11,7 +11,7 @@ from tiny_runs import trainer
 
 from lowmem.errors import CheckpointError, UserError
 from lowmem.models.sealed import MANIFEST, about, broken, seal
-from lowmem.training import checkpoint, output, staging
+from lowmem.training.folder import checkpoint, output, staging
 
 RUN: dict[str, Any] = {"optim": "adamw", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 

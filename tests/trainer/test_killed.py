@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.training import checkpoint
+from lowmem.training.folder import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ import pytest
 from tiny_runs import trainer
 
 from lowmem.errors import UserError
-from lowmem.training import lock, staging
-from lowmem.training.output import claim
+from lowmem.training.folder import lock, staging
+from lowmem.training.folder.output import claim
 
 HOLDER = """
 import sys, time

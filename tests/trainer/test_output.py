@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from lowmem.errors import UserError
 from lowmem.models.sealed import MANIFEST, broken
-from lowmem.training.output import CONFIG, claim, results
+from lowmem.training.folder.output import CONFIG, claim, results
 
 
 def test_a_folder_that_stays_empty_is_taken_away_again(tmp_path: Path) -> None:

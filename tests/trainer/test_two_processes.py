@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import assert_equal, keep_only
 
-from lowmem.training import checkpoint
+from lowmem.training.folder import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import lowmem
 import lowmem.cli as cli
 from lowmem.errors import ConfigError, UserError
-from lowmem.optim.checks import idle
-from lowmem.optim.groups import param_groups
+from lowmem.optim.tensors.checks import idle
+from lowmem.optim.tensors.groups import param_groups
 from lowmem.training.arguments import LowMemArguments, LowMemSFTConfig
 
 NUMBERS: list[dict[str, Any]] = [{"betas": (0.8, 0.9)}, {"eps": 1e-4}]

@@ -32,14 +32,14 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, trainable
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.tracker import Moment, Tracker
-from lowmem.optim import roles
-from lowmem.optim.checks import pays
 from lowmem.optim.source import Query, Source
+from lowmem.optim.tensors import roles
+from lowmem.optim.tensors.checks import pays
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trainable parameter as the optimizer will meet it; `role`: what it is, of `lowmem.optim.roles`."""
+    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`."""
 
     name: str
     shape: tuple[int, ...]

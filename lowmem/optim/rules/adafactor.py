@@ -30,11 +30,11 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense, Direction
+from lowmem.optim.codecs.factored import Factored, RowCol
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
-from lowmem.optim.factored import Factored, RowCol
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.moments import Momentum, Square
 from lowmem.optim.state import Constants, State, part, prefixed

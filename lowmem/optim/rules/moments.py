@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lowmem.optim.codecs.factored import TINY
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
-from lowmem.optim.factored import TINY
 from lowmem.optim.hyper import Hyper
 
 

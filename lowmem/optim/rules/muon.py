@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.codecs import Codec, Dense, codec
+from lowmem.optim.codecs.blockwise import Codec, Dense, codec
 from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.codecs import Codec, codec
+from lowmem.optim.codecs.blockwise import Codec, codec
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables

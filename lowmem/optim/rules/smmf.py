@@ -25,10 +25,10 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK, Blocks, Direction
+from lowmem.optim.codecs.factored import LARGEST, TINY
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
-from lowmem.optim.factored import LARGEST, TINY
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import LEAST_EPS
 from lowmem.optim.state import State, scoped

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowmem.data.files import COMPRESSED, Place, Row
+from lowmem.data.files.source import COMPRESSED, Place, Row
 from lowmem.errors import UserError, first_line
 from lowmem.models import hub
 

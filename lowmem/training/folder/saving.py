@@ -20,10 +20,10 @@ from torch import nn
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.models import sealed
 from lowmem.models.adapters import name_base
-from lowmem.training import checkpoint, settings
 from lowmem.training.callbacks import Divergence
-from lowmem.training.lock import held
-from lowmem.training.staging import publish, staging
+from lowmem.training.folder import checkpoint, settings
+from lowmem.training.folder.lock import held
+from lowmem.training.folder.staging import publish, staging
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from lowmem.data import json_rows, tables
-from lowmem.data.files import Place, Row, suffixes, text_of
-from lowmem.data.folders import DataFile, Found, find
+from lowmem.data.files import json_rows, tables
+from lowmem.data.files.folders import DataFile, Found, find
+from lowmem.data.files.source import Place, Row, suffixes, text_of
 
 SECTION = 4000  # characters: at most about 1,000 tokens, so that a long text is more than one row
 

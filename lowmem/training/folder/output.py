@@ -22,8 +22,8 @@ from typing import Any
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.models.sealed import about, discard, ours, seal, sync
 from lowmem.texts import parse_json
-from lowmem.training import checkpoint, staging
-from lowmem.training.lock import LOCK, held
+from lowmem.training.folder import checkpoint, staging
+from lowmem.training.folder.lock import LOCK, held
 
 CONFIG = "config.yaml"
 REPORT = "memory_report.json"

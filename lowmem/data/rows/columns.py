@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem import texts
-from lowmem.data.fields import RowError
-from lowmem.data.files import Row
-from lowmem.data.formats import Format, formats
+from lowmem.data.files.source import Row
+from lowmem.data.rows.fields import RowError
+from lowmem.data.rows.formats import Format, formats
 
 PAIRS = (
     ("question", "answer"),

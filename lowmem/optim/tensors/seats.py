@@ -15,14 +15,14 @@ from typing import Any, cast
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim import stacks
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.roles import from_text, refined
 from lowmem.optim.state import Held, State, scoped
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors import stacks
+from lowmem.optim.tensors.roles import from_text, refined
 from lowmem.optim.writers import Writer, select
 
 

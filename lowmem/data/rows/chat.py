@@ -23,7 +23,7 @@ from lowmem.errors import UserError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lowmem.data.messages import Message
+    from lowmem.data.rows.messages import Message
 
 THOUGHT = "</think>"  # ends the reasoning where it stands in the answer itself; some templates cut it off
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem.data.fields import EMPTY, Fields, RowError
-from lowmem.data.folders import listed
-from lowmem.data.messages import Message, read_messages, read_tools, trained
+from lowmem.data.files.folders import listed
+from lowmem.data.rows.fields import EMPTY, Fields, RowError
+from lowmem.data.rows.messages import Message, read_messages, read_tools, trained
 from lowmem.errors import UserError, nearest
 
 Row = dict[str, Any]

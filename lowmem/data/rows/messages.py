@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem.data.fields import EMPTY, Fields, RowError, parsed
+from lowmem.data.rows.fields import EMPTY, Fields, RowError, parsed
 from lowmem.errors import nearest
 
 Message = dict[str, Any]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.dynamic import dynamic_tables
+from lowmem.optim.codecs.dynamic import dynamic_tables
 from lowmem.optim.engine import noise
 from lowmem.optim.hyper import ChunkHyper
 from lowmem.optim.state import State

@@ -21,8 +21,8 @@ from typing import Any
 
 from lowmem.errors import CheckpointError
 from lowmem.models.sealed import about, broken, discard, files, ours
-from lowmem.training.lock import BusyError, held
-from lowmem.training.staging import fresh, recover
+from lowmem.training.folder.lock import BusyError, held
+from lowmem.training.folder.staging import fresh, recover
 
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
 """Without these a resumed run would be another run; several processes write rng_state_0.pth and so on."""

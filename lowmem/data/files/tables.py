@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem.data.files import Place, Row, content, suffixes, text_of
+from lowmem.data.files.source import Place, Row, content, suffixes, text_of
 from lowmem.errors import UserError, first_line
 
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}

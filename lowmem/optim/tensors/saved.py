@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import CheckpointError
-from lowmem.optim.roles import from_text, to_text
 from lowmem.optim.schedules import Always
-from lowmem.optim.seats import Roster, names_of
 from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.roles import from_text, to_text
+from lowmem.optim.tensors.seats import Roster, names_of
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.data.files import suffixes
+from lowmem.data.files.source import suffixes
 from lowmem.errors import UserError
 
 TEXTS = (".txt", ".md")

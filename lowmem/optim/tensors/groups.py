@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.checks import check_hyper
-from lowmem.optim.roles import ROLES, find, to_text
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.checks import check_hyper
+from lowmem.optim.tensors.roles import ROLES, find, to_text
 from lowmem.optim.writers import select
 
 RUN = ("step", "seed", "compile", "strategy", "previous_norm")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem import texts
-from lowmem.data.files import Place, Row, text_of
-from lowmem.data.folders import DataFile, split_named
+from lowmem.data.files.folders import DataFile, split_named
+from lowmem.data.files.source import Place, Row, text_of
 from lowmem.errors import UserError
 
 _WRAPPERS = ("data", "rows", "examples", "instances")

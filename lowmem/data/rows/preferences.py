@@ -15,10 +15,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem.data.columns import Columns
-from lowmem.data.fields import EMPTY, Fields, RowError
-from lowmem.data.formats import BETTER, LABELS, WORSE, Format, Row
-from lowmem.data.messages import read_messages
+from lowmem.data.rows.columns import Columns
+from lowmem.data.rows.fields import EMPTY, Fields, RowError
+from lowmem.data.rows.formats import BETTER, LABELS, WORSE, Format, Row
+from lowmem.data.rows.messages import read_messages
 from lowmem.errors import UserError, nearest
 
 Said = str | list[dict[str, Any]]

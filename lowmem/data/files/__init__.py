@@ -1,0 +1,1 @@
+"""From places to rows: folders, files, tables, the Hub."""

@@ -1,0 +1,1 @@
+"""From rows to conversations: fields, formats, columns, messages, templates."""

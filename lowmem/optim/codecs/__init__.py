@@ -1,0 +1,1 @@
+"""How one moment is held between steps."""
