@@ -166,10 +166,21 @@ def _quiet(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        with render.reserved_stdout(), _quiet_packages():
+        with render.reserved_stdout(), _quiet_packages(), _parting():
             command(*args, **kwargs)
 
     return run
+
+
+@contextmanager
+def _parting() -> Iterator[None]:
+    """Leave the other processes in order, if there are any: threads of a group that outlive Python abort."""
+    try:
+        yield
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _version(wanted: bool) -> None:

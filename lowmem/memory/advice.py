@@ -13,8 +13,7 @@ from typing import Any
 
 from lowmem.memory import closed_form
 from lowmem.memory.count import state_bytes
-from lowmem.memory.events import Peak, combine
-from lowmem.memory.footprint import Footprint, evaluates, footprint
+from lowmem.memory.footprint import Footprint, Peak, combine, evaluates, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import as_peak
 from lowmem.memory.trace.extrapolate import extrapolated

@@ -1,4 +1,4 @@
-"""What one strategy adds to a traced model: its state, and the scratch of a step, parameter by parameter.
+"""What one strategy adds to a traced model: state, and scratch of a step; and the event that then binds.
 
 Both come from the strategy's own code on the meta device (`count`), so a strategy that can run can be
 planned. Where kernels are compiled, the arithmetic of a chunk stays in registers: then only what the frame
@@ -19,12 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory import count
 from lowmem.memory.run import Run
-from lowmem.memory.trace.replica import Parameter
+from lowmem.memory.trace.extrapolate import kind
+from lowmem.memory.trace.replica import Parameter, Trace
+from lowmem.memory.trace.tracker import CATEGORIES, Moment
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.source import Source
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
 from lowmem.sources import directions
+
+STEP, RELEASE = "optimizer step", "release step"
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,43 @@ def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return kernel(self, rule, *rest)
 
     return choose
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The binding event and its bytes by category, and every event's total."""
+
+    event: str
+    at_peak: Mapping[str, int]
+    events: Mapping[str, int]
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors at the peak."""
+        return sum(self.at_peak.values())
+
+
+def combine(trace: Trace, held: Footprint) -> Peak:
+    """The peak of a step from the second on, when optimizer state exists.
+
+    Args:
+        trace: of the model.
+        held: of the strategy.
+    """
+    moments = {name: _with(m, held.held, 0) for name, m in trace.moments.items()}
+    if STEP in trace.moments:
+        moments[STEP] = _with(trace.moments[STEP], held.held, held.worst)
+    scratch = {kind(name): size for name, size in held.scratch.items()}
+    steps = [_with(m, held.held, scratch.get(kind(name), 0)) for name, m in trace.releases.items()]
+    if steps:
+        moments[RELEASE] = max(steps, key=lambda m: m.total)
+    binding = max(moments, key=lambda name: moments[name].total)
+    totals = {name: m.total for name, m in moments.items()}
+    return Peak(binding, {k: moments[binding].bytes.get(k, 0) for k in CATEGORIES}, totals)
+
+
+def _with(moment: Moment, state: int, workspace: int) -> Moment:
+    more = dict(moment.bytes)
+    more["optimizer_state"] = more.get("optimizer_state", 0) + state
+    more["workspace"] = more.get("workspace", 0) + workspace
+    return Moment(moment.event, more, moment.at)

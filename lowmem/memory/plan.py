@@ -28,8 +28,7 @@ from lowmem.memory.device.allocator import Verdict, simulate
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.device.gpus import budget as parse_budget
 from lowmem.memory.device.gpus import gpu as find_gpu
-from lowmem.memory.events import Peak, combine
-from lowmem.memory.footprint import Footprint, evaluates, footprint
+from lowmem.memory.footprint import Footprint, Peak, combine, evaluates, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
 from lowmem.memory.trace.extrapolate import remembered

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from lowmem.memory import closed_form
-from lowmem.memory.events import RELEASE, STEP, Peak, combine
-from lowmem.memory.footprint import Footprint
+from lowmem.memory.footprint import RELEASE, STEP, Footprint, Peak, combine
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.replica import Trace

@@ -143,7 +143,7 @@ def test_surface_meets_the_trace_away_from_its_samples(loss_kind):
     at = replace(run, batch_size=4, seq_len=768)
     exact = extrapolated(config, at)
     held = footprint(create("adamw"), exact.parameters, run)
-    from lowmem.memory.events import combine
+    from lowmem.memory.footprint import combine
 
     assert surface.peak(held, 4, 768) == pytest.approx(combine(exact, held).allocated, rel=0.01)
 

@@ -19,3 +19,4 @@ for _ in range(run.args.process_index):  # nothing may be drawn from a process's
     random.random(), numpy.random.rand(), torch.rand(1)
 run.train(resume_from_checkpoint=resume)
 torch.save(weights(run), folder / f"weights-{run.args.process_index}-{int(resume)}.pt")
+torch.distributed.destroy_process_group()  # its threads must not outlive Python: they abort

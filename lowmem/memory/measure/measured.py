@@ -1,10 +1,13 @@
-"""What a watched step took, with the keys of one plan, so that the two subtract."""
+"""What a watched step took, with the keys of one plan, so that the two subtract; when steps begin and end."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
-import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from lowmem.memory.device import readings as device_memory
 from lowmem.memory.measure import watch
@@ -12,7 +15,7 @@ from lowmem.memory.measure.watch import Watch
 from lowmem.memory.trace.sampling import timeline
 
 
-def measure(done: Watch, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def measure(done: Watch, optimizer: Optimizer) -> dict[str, Any]:
     """One entry with the plan's keys from a finished watch.
 
     Args:
@@ -49,3 +52,49 @@ def measure(done: Watch, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         "batch": done.batch,
         "device": tracker.device,
     }
+
+
+class Profiler(Protocol):
+    """What is told of each step: `lowmem.memory.measure.profile.Profiler`."""
+
+    at: int
+
+    def step(self, model: nn.Module, optimizer: Optimizer) -> AbstractContextManager[None]: ...
+
+
+@contextmanager
+def attached(profiler: Profiler, trainer: Any) -> Iterator[None]:
+    """Add the callback, and take it off whatever happens; an error inside a step reaches the profiler."""
+    opened = ExitStack()  # the step that runs, if one does
+    callback = _callback(profiler, opened)
+    trainer.add_callback(callback)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())  # first: a step ends before another callback evaluates or saves
+    try:
+        with opened:
+            yield
+    finally:
+        trainer.remove_callback(callback)
+
+
+def _callback(profiler: Profiler, opened: ExitStack) -> Any:
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        """Opens a step of the profiler when the Trainer begins one, and closes it at its end."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """A run shorter than the step to track is tracked at its last step."""
+            profiler.at = max(1, min(profiler.at, state.max_steps - state.global_step))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Begin a step: its micro-batches are fetched, nothing is computed yet."""
+            optimizer = kwargs["optimizer"]
+            inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+            opened.enter_context(profiler.step(kwargs["model"], inner))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """End it, before anything is logged, evaluated or saved."""
+            opened.close()
+
+    return Steps()

@@ -165,7 +165,7 @@ class Profiler:
         Raises:
             UserError: memory ran out; the message holds the table and the plan's advice.
         """
-        from lowmem.memory.measure.trainer_hook import attached
+        from lowmem.memory.measure.measured import attached
 
         with attached(self, trainer):
             yield

@@ -1,4 +1,4 @@
-"""Steps of the gradient over its own size: nothing is held of a matrix."""
+"""Normalised steps: of rows, columns or singular values."""
 
 from lowmem.strategies.method import Method, register
 
@@ -41,5 +41,23 @@ register(
         embedding="column_norm",
         head="row_norm_momentum",
         vector="adam",
+    )
+)
+
+register(
+    Method(
+        "muon",
+        """Momentum with equal singular values.
+
+            M <- M + (1 - momentum)(G - M),  X = orthogonal factor of M by five steps of Newton and Schulz
+            W <- (1 - lr wd) W - lr 0.2 sqrt(max(m, n)) X
+
+        One moment instead of two. Embeddings, head, norms and biases take Adam.
+
+        Bytes for an (m, n) weight: 4 m n with fp32 states, m n + 4 ceil(m n / 256) with int8.
+        """,
+        paper="2502.16982",
+        rule="muon",
+        other="adam",
     )
 )

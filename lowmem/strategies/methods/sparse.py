@@ -1,4 +1,4 @@
-"""MicroAdam: Adam from a window of sparse gradients."""
+"""Sparse methods: few entries of a gradient, or of a weight."""
 
 from lowmem.strategies.method import Method, register
 

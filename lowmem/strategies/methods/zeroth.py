@@ -1,4 +1,4 @@
-"""MeZO: fine-tuning by forward passes alone."""
+"""Zeroth order: the loss alone is read, no gradient is made."""
 
 from lowmem.strategies.method import Method, register
 

@@ -1,4 +1,4 @@
-"""AdamW and what follows its arithmetic."""
+"""AdamW in every precision."""
 
 from lowmem.strategies.method import Method, register
 

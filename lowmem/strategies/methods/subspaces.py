@@ -1,0 +1,69 @@
+"""Other subspaces: a fixed basis, one learned online, and coordinates."""
+
+from lowmem.strategies.method import Method, register
+
+register(
+    Method(
+        "dct",
+        """Adam on chosen columns of one cosine basis.
+
+            S = G C',  R = S[:, index] with the r largest columns,  W <- (1 - lr wd) W - lr Adam(R) C[index]
+
+        C is the orthonormal DCT-II of the side, the same for all tensors that have it. A
+        cosine that stays keeps its moments, a new one starts with age 0 (on_refresh=rotate).
+        Embeddings, head, norms and biases take Adam.
+
+        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 8 r l + 8 r; and 4 s^2
+        once for each s.
+        """,
+        paper="2505.17967",
+        projector="dct",
+        rule="adam",
+        on_refresh="rotate",
+    )
+)
+
+register(
+    Method(
+        "online_subspace",
+        """Adam in a subspace that descends on what it misses of each gradient.
+
+            R = P'G,  W <- (1 - lr wd) W - lr scale P Adam(R)
+            P <- P - rate lr d/dP (|P P'A - A|^2 + penalty |P'P - I|^2),  A = G / |G|
+
+        No factorization after the first step. Embeddings, head, norms and biases take Adam.
+
+        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 4.
+        """,
+        paper="2408.12857",
+        projector="online",
+        rule="adam",
+        scale=0.25,
+    )
+)
+
+register(
+    Method(
+        "frugal",
+        """Adam on a share of the gradient that changes over time, signSGD on the rest.
+
+            R = down(G),  N = Adam(R)
+            W <- (1 - lr wd) W - lr (up(N) + residual_scale sign(G - up(R)))
+
+        The share is one of the columns, of single elements (projector=randk), of the singular
+        directions (projector=svd), or of whole matrices (projector=none,schedule=blocks). It changes
+        every `update_proj_gap` steps, and the moments start afresh. Updates stay full rank. A rank that
+        takes in everything is AdamW within a window. Embeddings, head, norms and biases take Adam.
+
+        Bytes for an (m, n) weight, fp32 states: columns, k = floor(rank n): 8 m k + 4 k + 4;
+        randk, g = ceil(m n / 256) groups of k = round(256 rank): 9 g k + 4;
+        svd, r = round(rank s): 4 s r + 8 r l + 4; blocks: 8 m n + 4 while active, else 0.
+        """,
+        paper="2411.07837",
+        projector="columns",
+        rule="adam",
+        residual="sign",
+        rank=0.25,
+        on_refresh="reset",
+    )
+)
