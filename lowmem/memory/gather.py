@@ -104,8 +104,6 @@ def _check(run: Run) -> None:
         if least is not None and not least <= value < f.metadata["below"]:
             limits = f"at least {least} and below {int(f.metadata['below'])}"
             raise UserError(f"{f.name} must be {limits}, got {value}")
-    if run.quantize and not run.lora_rank:
-        raise UserError("quantize keeps the base weights frozen: give lora_rank as well")
     if not run.quantize and (run.kbit_prepare or not run.double_quant):
         given = "kbit_prepare" if run.kbit_prepare else "double_quant"
         raise UserError(f"{given} is about 4-bit weights: give quantize='nf4' as well")
@@ -134,7 +132,8 @@ def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Stra
         return [asked]
     wanted = named(asked) if isinstance(asked, str) else [one for part in asked for one in named(part)]
     if [name for name, _ in wanted] == ["all"]:
-        wanted = [(name, None) for name in available()]
+        # what trains scales is asked for by name: it needs another model than the rest
+        wanted = [(name, None) for name in available() if not create(name).source.quantized]
     found = []
     for name, own in wanted:
         if isinstance(name, Strategy):

@@ -35,6 +35,7 @@ from lowmem.memory.trace.extrapolate import remembered
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import Trace
 from lowmem.optim.strategy import Strategy
+from lowmem.sources.quantized import misfit
 
 AGREEMENT = 0.1  # percent by which the two methods may differ
 
@@ -184,9 +185,18 @@ def plan(
 
 
 def suited(run: Run, strategy: Strategy) -> Run:
-    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release."""
-    if strategy.source.needs_autograd:
+    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release.
+
+    Raises:
+        UserError: the strategy trains other weights than the run has.
+    """
+    source = strategy.source
+    if problem := misfit(strategy.name or "the strategy", source, run.quantize, bool(run.lora_rank)):
+        raise UserError(problem)
+    if source.needs_autograd:
         return run
+    if source.quantized:
+        run = replace(run, double_quant=False)  # scales that are trained are not quantized themselves
     return replace(run, gradient_checkpointing=False, gradient_release=False, accumulation=1)
 
 

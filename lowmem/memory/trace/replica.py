@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory.run import Run
-from lowmem.memory.trace import kernels, trainable
+from lowmem.memory.trace import kernels, quantized, trainable
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.optim.source import Query, Source
@@ -90,6 +90,8 @@ def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
         warnings.simplefilter("ignore")
         with refusing(config, "it cannot be built without weights"):
             model = trainable.build(config, run, mode)
+            if source is not None and source.quantized:
+                quantized.train_scales(model)
         batch = _batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
         tracker.register(batch.values(), "activations")
