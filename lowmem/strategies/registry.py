@@ -35,7 +35,7 @@ class Entry:
     """A named strategy, as it comes.
 
     Args:
-        name: as `create` takes it; summary: one line; paper: arXiv id.
+        name: as `create` takes it; summary: one line; paper: arXiv id; family: what it is listed under.
         options: axes and options of the parts that it comes with, with its defaults, by name.
         doc: equation, bytes and limits.
     """
@@ -45,6 +45,7 @@ class Entry:
     paper: str
     options: Mapping[str, Option]
     doc: str
+    family: str
 
     @property
     def axes(self) -> dict[str, Option]:
@@ -61,7 +62,7 @@ def available() -> dict[str, Entry]:
     """
     load()
     return {
-        name: Entry(name, method.summary, method.paper, beside(name), method.doc)
+        name: Entry(name, method.summary, method.paper, beside(name), method.doc, method.family)
         for name, method in methods().items()
     }
 

@@ -97,7 +97,9 @@ print(planned.state_bytes, planned.strategy)
 
 def test_the_command_line_knows_it(environment: dict[str, str]) -> None:
     listed = json.loads(lines(environment, *LOWMEM, "strategies", "--json"))
-    assert "halfway" in [one["name"] for one in listed]
+    families = {one["name"]: one["family"] for one in listed}
+    assert families["halfway"] == "A rule, a projector and a method that lowmem does not have"
+    assert families["galore"] == families["fira"] == "Leading subspaces"
     found = json.loads(lines(environment, *LOWMEM, "strategies", "--parts", "--json"))
     assert "narrow" in [one["name"] for one in found["projector"]]
     assert "halved" in [one["name"] for one in found["rule"]]
