@@ -169,7 +169,10 @@ def optimizer(
     Args:
         params: a model; or parameters, (name, parameter) pairs, or groups of either, as torch takes them.
         strategy: its name, or one that was made; options: of a named one.
-        lr, betas, eps, weight_decay: as in AdamW.
+        lr: learning rate.
+        betas: decays of the averages.
+        eps: added to a root before it divides.
+        weight_decay: decoupled, as in AdamW.
         decay_names: names of a model's parameters that decay; all, if None.
         seed: of the run; compile: auto, on or off.
         model: owner of the parameters, where those are given: names and roles are found in it.
