@@ -161,7 +161,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("adamw", {"on_refresh": "reset"}, "on_refresh comes with a projector; choose one"),
     ("adamw", {"residual": "sign"}, "nothing to step by where everything is seen; choose a projector"),
     ("adamw", {"window": 3}, "window comes with rule=microadam"),
-    ("adamw", {"queries": 3}, "queries comes with source=spsa"),
+    ("adamw", {"queries": 3}, r"queries comes with source=\S*spsa"),
     ("adamw", {"density": 0.5}, r"density comes with rule=microadam or schedule=\S*blocks"),
     ("adamw", {"residual_scale": 0.5}, r"residual_scale comes with residual=\S*sign"),
     ("adamw", {"rule": "sgd", "states": "int8"}, "rule sgd holds no moments; leave states out"),
