@@ -240,7 +240,8 @@ def simulated(found: Trace, held: Footprint, capacity: int | None) -> Verdict:
     if found.releases:
         name = max(found.releases, key=lambda n: found.releases[n].total + held.scratch.get(n, 0))
         scratch = [(found.releases[name].at, held.scratch.get(name, 0))]
-    return simulate(tracker.stream, tracker.sizes, start, held.tensors, scratch, capacity=capacity)
+    kept = (*held.tensors, *held.grids)
+    return simulate(tracker.stream, tracker.sizes, start, kept, scratch, capacity=capacity)
 
 
 def _sizes(
