@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +32,7 @@ from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
 from lowmem.sources import directions
 
-STEP, RELEASE = "optimizer step", "release step"
+STEP, RELEASE, SAVE = "optimizer step", "release step", "save"
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,25 @@ class Peak:
         return sum(self.at_peak.values())
 
 
-def combine(trace: Trace, held: Footprint) -> Peak:
+def saving(trace: Trace, run: Run) -> Moment:
+    """What lives while a checkpoint is written: files are written from the tensors themselves.
+
+    On a CUDA device each is copied to the host for it, one after the other.
+    """
+    weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
+    library = -(-run.library // run.granularity) * run.granularity
+    return Moment(SAVE, dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "workspace": library}, -1)
+
+
+def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = MappingProxyType({})) -> Peak:
     """The peak of a step from the second on, when optimizer state exists.
 
     Args:
         trace: of the model.
         held: of the strategy.
+        beside: what happens between steps, by name.
     """
-    moments = {name: _with(m, held, 0) for name, m in trace.moments.items()}
+    moments = {name: _with(m, held, 0) for name, m in {**trace.moments, **beside}.items()}
     if STEP in trace.moments:
         moments[STEP] = _with(trace.moments[STEP], held, held.worst)
     scratch = {kind(name): size for name, size in held.scratch.items()}
