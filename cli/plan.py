@@ -17,8 +17,9 @@ from ._flags import run_flags
 from .app import Json
 
 if TYPE_CHECKING:
+    from lowmem.memory.advice.solve import Solution
+    from lowmem.memory.lengths import Lengths
     from lowmem.memory.plan import Plan, StrategyPlan
-    from lowmem.memory.solve import Solution
 
 SOLVE = {"seq-len": "seq_len", "batch-size": "batch_size"}
 
@@ -38,6 +39,10 @@ def command(
         str | None,
         typer.Option("--solve", metavar="seq-len|batch-size", help="Find the largest that fits."),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Rows as for finetune: how long they are is read, with the tokenizer."),
+    ] = None,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report.")] = None,
     emit: Annotated[
         str | None,
@@ -56,6 +61,7 @@ def command(
         _check_folder(target)
     from ._progress import Bars
 
+    found = _lengths(model, data, flags) if data else None
     with Bars():  # an architecture that takes long says so
         planned = planning.plan(model, optim, options=optim_args or None, budget=budget, gpu=gpu, **flags)
     for text in (*planned.warnings, *_notes(planned)):
@@ -69,7 +75,7 @@ def command(
         render.say(f"report written to {report.write(report_data(planned), html)}")
     if emit:
         _emit(model, planned, emit)
-    document = planned.to_dict()
+    document = planned.to_dict() | ({"lengths": found.to_dict()} if found else {})
     if solutions:
         document["solved"] = {"for": unknown, "largest": {s.strategy: s.value for s in solutions}}
     render.emit(document, _tables(planned, unknown, solutions), as_json)
@@ -87,6 +93,20 @@ def _unknown(solve: str | None, gpu: str | None, budget: str | None) -> str | No
     return SOLVE[solve]
 
 
+def _lengths(model: str, data: str, flags: dict[str, Any]) -> Lengths:
+    """How long the rows are, made options of the run."""
+    from lowmem.memory.lengths import of_data
+
+    found = of_data(model, data, flags["seq_len"] or Run.seq_len)
+    flags["rows"] = flags["rows"] or "packed"  # as finetune does
+    given = found.options(flags["rows"])
+    flags.update({name: value for name, value in given.items() if name == "seq_len" or flags[name] is None})
+    render.say(
+        f"{found.rows} rows of {found.typical} tokens, the longest {found.longest}; {found.cut} are cut"
+    )
+    return found
+
+
 def _check_folder(target: str | None) -> None:
     if target and not Path(target).expanduser().parent.is_dir():
         raise UserError(f"cannot write {target}: the folder {Path(target).parent} does not exist")
@@ -102,7 +122,7 @@ def _notes(planned: Plan) -> Sequence[str]:
 def _solve(planned: Plan, unknown: str | None) -> list[Solution]:
     if unknown is None or planned.budget is None:
         return []
-    from lowmem.memory.solve import largest
+    from lowmem.memory.advice.solve import largest
 
     return [largest(unknown, planned.config, planned.run, s, planned.budget) for s in planned.made]
 
@@ -121,7 +141,7 @@ def _with_solutions(planned: Plan, unknown: str | None, solutions: Sequence[Solu
 
 
 def _emit(model: str, planned: Plan, target: str) -> None:
-    from lowmem.memory.emit import text
+    from lowmem.memory.advice.emit import text
 
     best = planned.plans[0]
     path = Path(target).expanduser()

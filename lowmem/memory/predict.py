@@ -56,6 +56,7 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "dtype": config.dtype,
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_release": config.gradient_release,
+        "eval_batch_size": 0,  # what is measured is one step
         "accumulation": config.accumulation,
         "lora_rank": config.lora_rank or 0,
         "quantize": config.quantize,

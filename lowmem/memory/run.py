@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem.memory.device import gpus
@@ -51,6 +51,12 @@ class Run:
         "plain", "the Trainer's, logits at labels only, or chunked", choices=("plain", "labels", "chunked")
     )
     label_tokens: int | None = _option(None, "label positions of a micro-batch; all if not given", least=1)
+    eval_batch_size: int | None = _option(
+        None, "rows per evaluation batch; batch_size if not given, 0 for none", least=0, below=2**20
+    )
+    typical: int | None = _option(
+        None, "tokens of a typical row, where seq_len is the longest: its step is a row of its own", least=2
+    )
     keep_output: bool = _option(False, "the loop keeps the logits through backward; the Trainer does not")
     max_grad_norm: float = _option(1.0, "clip gradients together; 0 does not", least=0.0)
     lora_rank: int = _option(0, "train adapters of this rank", least=0, below=2**16, group="Adapters")
@@ -83,6 +89,15 @@ class Run:
     def tokens(self) -> int:
         """Tokens of one micro-batch."""
         return self.batch_size * self.seq_len
+
+    @property
+    def evaluation(self) -> Run | None:
+        """The run with the batch of an evaluation; None where nothing is evaluated."""
+        rows = self.batch_size if self.eval_batch_size is None else self.eval_batch_size
+        if not rows:
+            return None
+        labels = self.label_tokens and -(-self.label_tokens * rows // self.batch_size)
+        return replace(self, batch_size=rows, label_tokens=labels)
 
     @property
     def adapter(self) -> torch.dtype:

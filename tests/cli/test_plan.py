@@ -68,3 +68,20 @@ def test_assumed_units_and_lengths_are_said(tiny_model: Path) -> None:
     assert "taken as GiB" in done.stderr
     assert "512" in done.stderr
     assert "256" in done.stderr
+
+
+def test_data_says_how_long_rows_are(tiny_model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "a" * n}) + "\n" for n in (10, 20, 90, 5)))
+    asked = ["--model", str(tiny_model), "--optim", "adamw", "--data", str(rows), *SHORT]
+    done = invoke(*asked, "--rows", "padded", "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert (document["lengths"]["rows"], document["lengths"]["cut"]) == (4, 1)
+    assert document["run"]["seq_len"] == 64
+    assert document["run"]["typical"] == document["lengths"]["typical"] < 64
+    row = document["plans"][0]
+    assert row["events"]["step of a typical batch"] <= row["peak"]["allocated"]
+    done = invoke(*asked, "--rows", "full")
+    assert done.exit_code == 2
+    assert "--rows padded" in done.stderr

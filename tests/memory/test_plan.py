@@ -12,7 +12,7 @@ import torch
 from lowmem import config as run_configs
 from lowmem import create
 from lowmem.errors import UserError
-from lowmem.memory import emit, solve
+from lowmem.memory.advice import emit, solve
 from lowmem.memory.device.gpus import GIB, budget
 from lowmem.memory.pictures import report_data
 from lowmem.memory.plan import plan

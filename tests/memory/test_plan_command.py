@@ -34,6 +34,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "accumulation": {"accumulation": 2},
     "loss": {"loss": "chunked"},
     "label_tokens": {"loss": "labels", "label_tokens": 8},
+    "eval_batch_size": {"eval_batch_size": 5},
+    "typical": {"rows": "padded", "typical": 8},
     "keep_output": {"keep_output": True},
     "max_grad_norm": {"max_grad_norm": 0.0},
     "lora_rank": LORA,
