@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +175,14 @@ def drawn() -> tuple[Case, ...]:
             found.setdefault(one.create(), one)
         except UserError:
             continue
-    return tuple(found.values())
+    alone = [part_case(kind, name) for kind, name in chosen() if not _has(found.values(), kind, name)]
+    return (*found.values(), *alone)
+
+
+def _has(found: Iterable[Case], kind: str, name: str) -> bool:
+    """Whether a part is in one of them; few compositions take a rule that reads the weight."""
+    key = AXIS.get(kind, kind)
+    return any(name in str(dict(one.options).get(key, "")).split("+") for one in found)
 
 
 def draw(lot: int) -> Case:
