@@ -50,6 +50,7 @@ def command(
             "--emit", metavar="FILE", help="Write the best plan's run for `lowmem finetune --config`."
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write a run that does not fit.")] = False,
     as_json: Json = False,
     **flags: Any,
 ) -> None:
@@ -74,7 +75,7 @@ def command(
 
         render.say(f"report written to {report.write(report_data(planned), html)}")
     if emit:
-        _emit(model, planned, emit)
+        _emit(model, _solved(planned, unknown), emit, data, force)
     document = planned.to_dict() | ({"lengths": found.to_dict()} if found else {})
     if solutions:
         document["solved"] = {"for": unknown, "largest": {s.strategy: s.value for s in solutions}}
@@ -140,13 +141,37 @@ def _with_solutions(planned: Plan, unknown: str | None, solutions: Sequence[Solu
     return replace(planned, plans=tuple(rows))
 
 
-def _emit(model: str, planned: Plan, target: str) -> None:
+def _solved(planned: Plan, unknown: str | None) -> Plan:
+    """The plan of what was solved for, where the best strategy has an answer."""
+    best = planned.plans[0]
+    value = best.max_seq_len or best.max_batch_size
+    if unknown is None or not value:
+        return planned
+    solved: dict[str, Any] = {unknown: value}
+    run = dataclasses.replace(planned.run, **solved)
+    return dataclasses.replace(
+        planned, run=run, plans=(dataclasses.replace(best, fits=True), *planned.plans[1:])
+    )
+
+
+def _emit(model: str, planned: Plan, target: str, data: str | None, force: bool) -> None:
+    """Write the run of the best plan.
+
+    Raises:
+        UserError: it does not fit, and nothing forces it.
+    """
     from lowmem.memory.advice.emit import text
 
     best = planned.plans[0]
+    if best.fits is False and not force:
+        raise UserError(
+            f"{target} is not written: {best.strategy} comes nearest and misses by "
+            f"{_size(-(best.headroom_bytes or 0))} ({best.verdict}); follow its levers, or give --force"
+        )
     path = Path(target).expanduser()
-    path.write_text(text(model, planned.run, best.strategy, best.options), encoding="utf-8")
-    render.say(f"run of {best.strategy} written to {path}: lowmem finetune --config {path}")
+    path.write_text(text(model, planned.run, best.strategy, best.options, data), encoding="utf-8")
+    given = "" if data else " --data YOURS"
+    render.say(f"run of {best.strategy} written to {path}: lowmem finetune --config {path}{given}")
 
 
 def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -> list[Any]:
