@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
+from lowmem.optim.engine.cutting import policy
 from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.source import Query
@@ -92,35 +93,45 @@ def workspace_bytes(
     dtype: torch.dtype = torch.float32,
     role: str = "matrix",
     refresh: bool = False,
+    device: str = "cpu",
 ) -> int:
     """Bytes that live, at most, beside weight, gradient and state while one tensor is stepped (eager).
 
     Args:
         strategy, shape, dtype, role: as for `state_bytes`.
         refresh: at a step where the basis is found anew; False for an ordinary step.
+        device: type of the device whose policy of sizes counts.
 
     Example:
         >>> from lowmem import create
         >>> workspace_bytes(create("galore"), (1024, 4096)) <= (64 << 20) + 4 * 128 * 4096
         True
     """
-    return _workspace(strategy, shape, dtype, role, refresh)
+    return _workspace(strategy, shape, dtype, role, refresh, device)
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool) -> int:
-    return measure_workspace(strategy, shape, dtype, role, refresh)
+def _workspace(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str
+) -> int:
+    with policy(device):
+        return measure_workspace(strategy, shape, dtype, role, refresh)
 
 
 def measure_workspace(
-    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
-) -> int:
-    """`workspace_bytes` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta",
+    compile: str = "off",
+) -> int:  # fmt: skip
+    """`workspace_bytes` of any strategy by the policy that is named, not remembered.
+
+    Args:
+        device: where it runs, "cpu" under a fake-tensor mode; compile: whether pieces are compiled ones.
+    """
     if strategy.slices(strategy.rule_name(role, shape), role, shape):
         shape = shape[1:]  # one matrix of the stack after the other
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
     gradient = _gradient(strategy, p)
-    optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
+    optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile=compile)
     optimizer.init_state()
     group, held = optimizer.place(p).group, optimizer.state[p]
     group["step"] = 0 if refresh else _between(strategy.rules[optimizer.rule_name(p)].period)

@@ -3,7 +3,7 @@
 Both come from the strategy's own code on the meta device (`count`), so a strategy that can run can be
 planned. Where kernels are compiled, the arithmetic of a chunk stays in registers: then only what the frame
 itself allocates (padded tails, projected gradients, reductions) is counted, otherwise every temporary of
-the eager code.
+the eager code. The sizes of pieces are those of the device that is planned for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lowmem.memory.trace.extrapolate import kind
 from lowmem.memory.trace.replica import Parameter, Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.engine.cutting import policy
 from lowmem.optim.source import Source
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
@@ -111,10 +112,10 @@ def _sizes(
 
 def _scratch(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> int:
     if compiled:
-        return _compiled_scratch(strategy, p.shape, p.dtype, p.role)
+        return _compiled_scratch(strategy, p.shape, p.dtype, p.role, device)
     if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
         return _drawn_scratch(strategy, p.shape, p.dtype, p.role)
-    return count.workspace_bytes(strategy, p.shape, p.dtype, p.role, True)
+    return count.workspace_bytes(strategy, p.shape, p.dtype, p.role, True, device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -124,10 +125,13 @@ def _drawn_scratch(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtyp
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled_scratch(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> int:
+def _compiled_scratch(
+    strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str, device: str
+) -> int:
+    cut = "off" if device == "cpu" else "on"  # pieces are padded in cache there, and stay small either way
     drawn = patch.object(directions, "_kernel", lambda *args: lambda *tensors: None)
-    with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn:
-        return count.measure_workspace(strategy, shape, dtype, role, True)
+    with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn, policy(device):
+        return count.measure_workspace(strategy, shape, dtype, role, True, compile=cut)
 
 
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -168,6 +168,10 @@ class Pointwise(AnyRule):
         """The fp32 numbers that the step needs, once for each tensor; none."""
         return None
 
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """What `scalars` gives for each age of "age", a row for each; None where they depend on more."""
+        return None
+
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk.
 
@@ -259,6 +263,10 @@ class Projector:
         """What `down`, `up` and `pair` of one step read: what is held, unless it must be drawn or decoded."""
         return s
 
+    def rounded(self, s: State, dtype: torch.dtype) -> State:
+        """What was opened, cast once for all products of a step where nothing else reads it."""
+        return s
+
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The projected gradient, fp32."""
         raise NotImplementedError
@@ -281,7 +289,7 @@ class Split:
     """A step inside a subspace, as those see it who look beyond.
 
     Args:
-        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N).
+        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N); pair: its factors, if any.
         low: R, the projected gradient; step: N, what the inner rule made of it.
         scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
         ok: 0-D bool, False where no step is taken; hp: of this step.
@@ -290,6 +298,7 @@ class Split:
     g: Blocks
     rest: Blocks
     lifted: Blocks
+    pair: tuple[Tensor, Tensor] | None
     low: Tensor
     step: Tensor
     scale: float

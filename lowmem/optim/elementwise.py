@@ -1,15 +1,12 @@
 """What a paper writes of an element-wise rule, and the rule that is made of it.
 
-A paper says which moments there are, how they move with a gradient, and which step
-they give. That is all an `Elementwise` says. How moments are held, cut, padded,
-guarded and compiled is the same for every one of them and written once, in `Coded`:
+A paper says which moments there are, how they move with a gradient, and which step they give:
+an `Elementwise`. How they are held, cut, padded, guarded and compiled is written once, in `Coded`:
 
     old = decode(held);  new = old where g is not finite, else move(g, old);  held = encode(new)
     d = direction(g, new, old)
 
-There are two halves because of what lies between them: the step is taken from the
-moments as they will be held, and the root that it takes of one of them is the root
-that a codec may hold (`Moments.root`).
+In halves, as the step's root of a moment as it will be held is what a codec may hold (`Moments.root`).
 
     class Lion(Elementwise):
         moments = {"exp_avg": Moment()}
@@ -35,7 +32,7 @@ from lowmem.optim.changes import Change, Permutation, Rotation
 from lowmem.optim.codecs.blockwise import STATES, Codec, codec
 from lowmem.optim.codecs.blockwise import Dense as Uncoded
 from lowmem.optim.contract import Pointwise
-from lowmem.optim.engine.ages import numbers_of
+from lowmem.optim.engine import ages
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.state import Constants, State, part, prefixed
@@ -265,10 +262,15 @@ class Coded(Pointwise):
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """The rule's numbers of this age, then what is given; fp32."""
-        numbers = numbers_of(self.rule, s.get("age") if self.rule.ages else None, hp)
+        numbers = ages.numbers_of(self.rule, s.get("age") if self.rule.ages else None, hp)
         if not self.rule.given:
             return numbers
         return torch.cat((numbers, torch.stack([s[name].float() for name in self.rule.given])))
+
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """The rule's numbers of every age, where all elements are of one."""
+        alone = self.rule.ages and not self.rule.given and not s["age"].dim()
+        return ages.table(self.rule, hp, s["age"].device) if alone else None
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Decode, move, guard, step, encode."""

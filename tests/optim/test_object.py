@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -709,3 +710,23 @@ def test_a_converted_distributed_checkpoint_resumes_exactly(case: Case, tmp_path
     advance(second, fresh, range(9, 9 + GAP))
     assert same(weights(fresh.parameters()), weights(model.parameters()))
     assert same(state_of(second), state_of(optimizer))
+
+
+def test_threads_of_two_devices_each_put_the_callers_settings_aside() -> None:
+    """Autograd has a thread for each device; one that steps does not speak for the other."""
+    weights = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = lowmem.LowMemOptimizer(weights, lowmem.create("adamw"), lr=0.1)
+    seen: list[bool] = []
+
+    def step() -> None:
+        with torch.enable_grad():
+            optimizer.step_param(weights[1], torch.ones(4))
+            with optimizer._at_work():
+                seen.append(torch.is_grad_enabled())
+
+    with optimizer._at_work():
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    assert seen == [False]
+    assert bool((weights[1] < 1.0).all())

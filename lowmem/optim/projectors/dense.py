@@ -220,6 +220,10 @@ class Orthonormal(Projector):
         new, ok = self.find(self.frame, s["basis"], g, hp)
         return self.frame.replace_(s["basis"], new, ok, g.shape, say)
 
+    def rounded(self, s: State, dtype: torch.dtype) -> State:
+        """The basis, cast."""
+        return {"basis": s["basis"].to(dtype)}
+
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """See Frame."""
         return self.frame.down(s["basis"], g)
