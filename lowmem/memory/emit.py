@@ -17,7 +17,6 @@ def run_config(model: str, run: Run, strategy: str, options: Mapping[str, Any]) 
         UserError: the plan has something that `lowmem finetune` does not do.
     """
     problems = {
-        "autocast": (run.autocast, "weights are trained in their own dtype, without autocast"),
         "attention": (run.attention == "eager", "the model's own choice of attention is used"),
         "strategy": (strategy == "custom", "a strategy composed in Python has no name"),
     }
@@ -27,6 +26,7 @@ def run_config(model: str, run: Run, strategy: str, options: Mapping[str, Any]) 
     values: dict[str, Any] = {
         "model": model,
         "dtype": run.dtype,
+        "autocast": run.autocast_dtype if run.autocast else "none",
         "optim": strategy,
         "optim_args": ",".join(f"{k}={_word(v)}" for k, v in options.items()),
         "seq_len": run.seq_len,

@@ -121,7 +121,7 @@ class Dense(Blocks):
     def __init__(self, tensor: Tensor, factor: Tensor | None = None) -> None:
         shape = matrix_shape(tensor.shape)
         dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-        view = factor is None and tensor.is_contiguous()
+        view = factor is None and tensor.layout == torch.strided and tensor.is_contiguous()
         super().__init__(shape, None, tensor.device, dtype, 0 if view else 8)
         self.tensor = tensor
         self.factor = factor

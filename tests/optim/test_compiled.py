@@ -187,14 +187,11 @@ def test_a_private_name_that_is_gone_is_done_without(
 ) -> None:
     """The step is right for any number of rows, and what is missing is said once, to who debugs."""
     if gone == "current_callable":
-        inner = torch._inductor.compile_fx.compile_fx_inner
-        monkeypatch.setattr(
-            torch._inductor.compile_fx, "compile_fx_inner", lambda *a, **k: inner(*a, **k).__call__
-        )
-    look = compiling._look
-    monkeypatch.setattr(
-        compiling, "_look", lambda home, x: ABSENT if x == gone.split(".")[-1] else look(home, x)
-    )
+        home = importlib.import_module("torch._inductor.compile_fx")
+        inner = home.compile_fx_inner
+        monkeypatch.setattr(home, "compile_fx_inner", lambda *a, **more: inner(*a, **more).__call__)
+    look, last = compiling._look, gone.rpartition(".")[-1]
+    monkeypatch.setattr(compiling, "_look", lambda home, x: ABSENT if x == last else look(home, x))
     monkeypatch.setattr(compiling, "_say", functools.cache(compiling._say.__wrapped__))
     caplog.set_level("DEBUG", logger=compiling.log.name)
     kernels = [compiled(add), compiled(add)]
