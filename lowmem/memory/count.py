@@ -11,7 +11,7 @@ ones that are counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,35 @@ def measure_workspace(
     with tracker:
         tracker.enter("step", "workspace")
         optimizer.step_param(p, gradient)
+    peak = tracker.peak().total - before
+    tracker.stop()
+    return max(0, peak)
+
+
+def together_bytes(strategy: Strategy, tensors: Sequence[Tensor], roles: Sequence[str], compile: str) -> int:
+    """Bytes that live, at most, while a step takes small tensors, all at once, by the policy that is named.
+
+    Args:
+        tensors: like the parameters, on meta; roles: of each; compile: as in `measure_workspace`.
+    """
+    params = [nn.Parameter(torch.empty_like(x, device="meta")) for x in tensors]
+    groups = [
+        {"params": [(f"w{i}", p) for i, p in enumerate(params) if roles[i] == role], "role": role}
+        for role in sorted(set(roles))
+    ]
+    optimizer = LowMemOptimizer(groups, strategy, compile=compile)
+    optimizer.init_state()
+    for group in optimizer.param_groups:
+        group["step"] = FAR
+    for p in params:
+        p.grad = torch.empty_like(p)
+    tracker = Tracker()
+    held = [t for p in params for t in (p, p.grad, *optimizer.state[p].values())]
+    tracker.register([*held, *optimizer._constants.values()], "weights")
+    before = tracker.live
+    with tracker:
+        tracker.enter("step", "workspace")
+        optimizer.step()
     peak = tracker.peak().total - before
     tracker.stop()
     return max(0, peak)

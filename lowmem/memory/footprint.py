@@ -9,7 +9,9 @@ the eager code. The sizes of pieces are those of the device that is planned for.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +25,8 @@ from lowmem.memory.trace.extrapolate import kind
 from lowmem.memory.trace.replica import Parameter, Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.engine.cutting import policy
+from lowmem.optim.engine.cutting import POLICIES, policy
+from lowmem.optim.engine.together import ELEMENTS, TENSORS
 from lowmem.optim.source import Source
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
@@ -41,6 +44,7 @@ class Footprint:
         tensors: size of each state tensor as the device rounds it.
         scratch: greatest transient bytes while a parameter is stepped, by its name.
         compiled: whether the step is compiled.
+        together: greatest transient bytes while small ones are stepped together.
     """
 
     strategy: Strategy
@@ -48,6 +52,7 @@ class Footprint:
     tensors: tuple[int, ...]
     scratch: Mapping[str, int]
     compiled: bool
+    together: int = 0
 
     @property
     def held(self) -> int:
@@ -56,8 +61,8 @@ class Footprint:
 
     @property
     def worst(self) -> int:
-        """Greatest scratch of any parameter."""
-        return max(self.scratch.values(), default=0)
+        """Greatest scratch of a step."""
+        return max([self.together, *self.scratch.values()])
 
 
 def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> Footprint:
@@ -75,7 +80,8 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     grain = run.granularity
     rounded = tuple(-(-size // grain) * grain for size in best)
     scratch = {p.name: _scratch(strategy, p, compiled, run.device) for p in parameters}
-    return Footprint(strategy, sum(best), rounded, scratch, compiled)
+    small = _together(strategy, _smallest(parameters, run.device), compiled, run.device)
+    return Footprint(strategy, sum(best), rounded, scratch, compiled, small)
 
 
 def evaluates(strategy: Strategy) -> Source | None:
@@ -143,6 +149,28 @@ def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return kernel(self, rule, *rest)
 
     return choose
+
+
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
+
+
+def _smallest(parameters: Sequence[Parameter], device: str) -> Sizes:
+    """Shape, dtype and role of those that step together on a device, the largest as many as fit at once."""
+    limit = POLICIES.get(device, POLICIES["cuda"]).together
+    found = sorted((_product(p.shape), p.name, p) for p in parameters if _product(p.shape) < limit)[::-1]
+    total = itertools.accumulate((size for size, _, _ in found), initial=0)
+    first = [p for (_, _, p), before in zip(found, total, strict=False) if before <= ELEMENTS]
+    return tuple((tuple(p.shape), p.dtype, p.role) for p in first[:TENSORS])
+
+
+@functools.lru_cache(maxsize=256)
+def _together(strategy: Strategy, small: Sizes, compiled: bool, device: str) -> int:
+    if not small or not strategy.source.needs_autograd:
+        return 0
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype, _ in small]
+    fused = patch.object(Chunks, "kernel", _fused(Chunks.kernel)) if compiled else nullcontext()
+    with fused, policy(device):
+        return count.together_bytes(strategy, tensors, [r for _, _, r in small], "on" if compiled else "off")
 
 
 @dataclass(frozen=True)

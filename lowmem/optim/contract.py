@@ -172,6 +172,10 @@ class Pointwise(AnyRule):
         """What `scalars` gives for each age of "age", a row for each; None where they depend on more."""
         return None
 
+    def joins(self, s: State) -> bool:
+        """Whether small tensors may step as rows of one, with `scalars` for each row, (k, rows, 1)."""
+        return False
+
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk.
 

@@ -6,8 +6,6 @@ an `Elementwise`. How they are held, cut, padded, guarded and compiled is writte
     old = decode(held);  new = old where g is not finite, else move(g, old);  held = encode(new)
     d = direction(g, new, old)
 
-In halves, as the step's root of a moment as it will be held is what a codec may hold (`Moments.root`).
-
     class Lion(Elementwise):
         moments = {"exp_avg": Moment()}
         def numbers(self, t, hp): return hp.betas
@@ -146,8 +144,7 @@ def coded(rule: Elementwise, states: str | Mapping[str, str] = "fp32") -> Coded:
 
     Args:
         rule: what a paper writes.
-        states: precision of every moment, or of each by name (fp32 where it is not named). A moment
-            with a least precision of its own is not held in less.
+        states: of every moment, or of each by name (else fp32); not below a moment's own least.
 
     Raises:
         UserError: an unknown precision or moment, or one that a moment does not work with.
@@ -272,6 +269,11 @@ class Coded(Pointwise):
         alone = self.rule.ages and not self.rule.given and not s["age"].dim()
         return ages.table(self.rule, hp, s["age"].device) if alone else None
 
+    def joins(self, s: State) -> bool:
+        """Where neither elements nor columns share anything."""
+        alone = all(moment.each == 1 for moment in self.rule.moments.values()) and not self.rule.given
+        return alone and not ("age" in s and s["age"].dim())
+
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Decode, move, guard, step, encode."""
         x = Beside(self._numbers(s, hp), hp.weight)
@@ -284,7 +286,7 @@ class Coded(Pointwise):
     @staticmethod
     def _numbers(s: State, hp: ChunkHyper) -> tuple[Tensor, ...]:
         """The numbers as 0-D tensors; where columns have ages, for each element those of its column."""
-        if hp.scalars.dim() == 1:
+        if hp.scalars.dim() != 2:  # (k,), or (k, rows, 1) where rows are of several tensors
             return hp.scalars.unbind()
         column = (hp.position // s["stride"]) % hp.scalars.shape[1]
         return tuple(numbers[column] for numbers in hp.scalars.unbind())
@@ -299,10 +301,8 @@ class Coded(Pointwise):
         return Moments(moved)
 
     def _held(self, new: Moments, s: State, hp: ChunkHyper) -> State:
-        state: State = {}
-        for name, _, held in self._pairs():
-            state |= prefixed(name, held.encode(new[name], hp, s, new.known_root(name)))
-        return state
+        coded = ((n, held.encode(new[n], hp, s, new.known_root(n))) for n, _, held in self._pairs())
+        return {key: value for name, held in coded for key, value in prefixed(name, held).items()}
 
     def check_rebase(self, kind: str) -> None:
         """Rotating needs whole moments, and a rule that says how those without a sign turn."""

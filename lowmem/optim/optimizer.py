@@ -307,8 +307,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
             if not self._evidence and not source.needs_autograd:
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
-            for p, g in source.gradients(self.named_parameters(), self._evidence):
-                self.step_param(p, g)
+            with self.chunks.together():
+                for p, g in source.gradients(self.named_parameters(), self._evidence):
+                    self.step_param(p, g)
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
@@ -326,8 +327,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
         held = [state for state in self.state.values() if isinstance(state, dict)]
-        tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
-        tensors += self._constants.values()
+        tensors = [*self._constants.values(), *(t for s in held for t in s.values() if isinstance(t, Tensor))]
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 

@@ -131,3 +131,17 @@ def test_a_projected_matrix_is_few_launches(dtype: torch.dtype, counted: Launche
     assert products + counted.kernels - 1 <= 6 * matrices
     assert counted.total - 1 <= 8 * matrices
     assert counted.uploads <= 1
+
+
+def test_small_tensors_are_stepped_together(counted: Launches) -> None:
+    """Norms and adapters: a few launches for many of them."""
+    vectors = [(f"norm{i}", nn.Parameter(torch.empty(HIDDEN, device=META))) for i in range(128)]
+    adapters = [(f"lora{i}", nn.Parameter(torch.empty(16, HIDDEN, device=META))) for i in range(64)]
+    groups = [{"params": vectors, "role": "vector"}, {"params": adapters, "role": "matrix"}]
+    optimizer = lowmem.LowMemOptimizer(groups, lowmem.create("adamw"), lr=1e-3, compile="on")
+    advance(optimizer, 1)
+    with counted:
+        advance(optimizer, 2)
+    assert counted.kernels == 1 + (64 * 16 * HIDDEN >> 20)
+    assert counted.total <= 0.5 * parameters(optimizer)
+    assert counted.uploads <= 1

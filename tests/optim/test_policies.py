@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.memory.count import workspace_bytes
-from lowmem.memory.footprint import _compiled_scratch
+from lowmem.memory.footprint import _compiled_scratch, footprint
+from lowmem.memory.run import Run
+from lowmem.memory.trace.replica import Parameter
 from lowmem.optim.engine.cutting import policy
 
-SHAPES = {"odd.weight": (1030, 1030), "wide.weight": (96, 512), "bias": (77,), "norm.weight": (512,)}
+VECTORS = {"bias": (77,), "norm.weight": (512,), "one": (1,), "long": (5003,)}
+SHAPES: dict[str, tuple[int, ...]] = {"odd.weight": (1030, 1030), "wide.weight": (96, 512), **VECTORS}
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
     ("adamw", {}, FP32),
@@ -42,9 +46,10 @@ def start(
     name: str, options: dict[str, Any], dtype: torch.dtype, **more: Any
 ) -> tuple[Any, list[nn.Parameter]]:
     params = [nn.Parameter(draw(shape, 1, i).to(dtype)) for i, shape in enumerate(SHAPES.values())]
+    named = list(zip(SHAPES, params, strict=True))
     groups = [
-        {"params": [(n, p)], "role": "matrix" if p.dim() == 2 else "vector", "weight_decay": 0.1 * p.dim()}
-        for n, p in zip(SHAPES, params, strict=True)
+        {"params": [(n, p) for n, p in named if p.dim() == dim], "role": role, "weight_decay": 0.1 * dim}
+        for dim, role in ((2, "matrix"), (1, "vector"))
     ]
     return lowmem.LowMemOptimizer(groups, lowmem.create(name, **options), lr=1e-2, **more), params
 
@@ -55,8 +60,8 @@ def advance(optimizer: Any, params: list[nn.Parameter], steps: range) -> None:
             group["lr"] = 1e-2 / (step + 1)
         for i, p in enumerate(params):
             p.grad = draw(tuple(p.shape), 2 + step, i).to(p.dtype)
-            if step == 1 and i == 1:
-                p.grad[3, 5] = float("nan")
+            if step == 1 and i in (1, 2):
+                p.grad.view(-1)[5] = float("nan")
         optimizer.step()
 
 
@@ -90,6 +95,8 @@ def test_eager_steps_are_the_same_bits_and_resume_across(
             p.data.copy_(q)
         advance(other, moved, range(2, 3))
     assert_same(left(whole, params), left(other, moved))
+    if name == "galore":
+        assert any(key[-3] for key in other.chunks._kernels)  # small ones stepped together
     third.load_state_dict(torch.load(file))
     advance(third, copied, range(2, 3))
     assert_same(left(whole, params)[:-1], left(third, copied)[:-1])
@@ -120,3 +127,14 @@ def test_a_card_is_planned_by_its_own_pieces_inside_the_bound(name: str) -> None
     assert planned["cuda"] <= bound + 12 * 4096 * 128
     if name == "galore":  # the half of a product, where the CPU makes a chunk of it
         assert planned["cuda"] - planned["cpu"] > 32 << 20
+
+
+def test_tensors_that_step_together_are_planned_together() -> None:
+    """A card holds copies of what it steps at once; a CPU steps one after the other."""
+    small = [Parameter(f"norm{i}", (4096,), FP32, "vector") for i in range(300)]
+    strategy = lowmem.create("adamw")
+    run = Run(compile="on")
+    card, cpu = (footprint(strategy, small, replace(run, device=d)) for d in ("cuda", "cpu"))
+    copies = 256 * 4096 * 4 * 4  # weights, gradients and two moments
+    assert cpu.together == 0
+    assert copies <= card.together == card.worst <= 64 << 20

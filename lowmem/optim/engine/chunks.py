@@ -19,7 +19,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,7 @@ from lowmem.optim.engine.cutting import LADDER, Span, sizes, walk
 from lowmem.optim.engine.kernels import LARGEST, Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.run import Run
+from lowmem.optim.engine.together import Together
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.state import State
 from lowmem.optim.writers import Nearest, Writer
@@ -69,6 +71,18 @@ class Chunks:
 
     def __post_init__(self) -> None:
         keep_heap()
+        self._small = Together(self)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Small tensors that are stepped inside may wait for each other, until the end of it at most."""
+        self._small.open = True
+        try:
+            yield
+            self._small.flush()
+        finally:
+            self._small = Together(self) if self._small.waits else self._small
+            self._small.open = False
 
     def apply_(
         self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
@@ -81,6 +95,8 @@ class Chunks:
             s: the rule's state and constants; extra: the writer's state.
             hp: of this step.
         """
+        if self._small.takes(rule, writer, p, g, s, extra, hp):
+            return
         ok, speeds = self.true(p.device), hp.rates(dtype=_precision(p))
         table = self._table(rule, s, hp) if self._alone(rule, g, p.numel()) else None
         if table is None:
@@ -211,15 +227,28 @@ class Chunks:
         guard: Guard,
         asks: Asks,
         counts: bool,
+        together: bool = False,
     ) -> Kernel:
         """The kernel for (rows, width) chunks like these: made once, compiled where `live`."""
         # rule and writer fix what the state looks like; both outlive the frame, so their ids name them;
         # a compiler takes a single row as something else than a number of rows
-        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, guard, asks, counts, w.shape[0] == 1, live)
+        name = (
+            id(rule),
+            id(writer),
+            w.dtype,
+            g.dtype,
+            w.device,
+            guard,
+            asks,
+            counts,
+            together,
+            w.shape[0] == 1,
+            live,
+        )
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
             step = body(rule, writer, keys, held, guard, asks, counts)
-            if live and not any(key[-1] for key in self._kernels):
+            if live and not any(known[-1] for known in self._kernels):
                 log.info("compiling the optimizer's kernels: the first step takes some seconds more")
             self._kernels[name] = compiled(step) if live else step
         return self._kernels[name]

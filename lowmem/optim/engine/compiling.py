@@ -145,7 +145,7 @@ class Compiled:
         self._fixed = [
             (i, tensor.shape)
             for i, tensor in enumerate(tensors)
-            if tensor is not None and not (tensor.dim() == 2 and tensor.shape[0] == opened)
+            if tensor is not None and _place_of_rows(tensor, opened) is None
         ]
         # past the wrapper around it, which serves caches and profilers of torch.compile
         within = _look(self._graphs[0], "current_callable")
@@ -258,10 +258,16 @@ def _rows(tensors: Sequence[Tensor | None]) -> int:
     return weight.shape[0]
 
 
+def _place_of_rows(tensor: Tensor, rows: int) -> int | None:
+    """Which of a tensor's sizes is the number of rows: (rows, width), or (..., rows, 1) of more."""
+    place = 0 if tensor.dim() == 2 else tensor.dim() - 2
+    return place if tensor.dim() > 1 and tensor.shape[place] == rows else None
+
+
 def _leave_rows_open(tensors: Sequence[Tensor | None]) -> int:
     """Mark the rows of chunks as a size that changes; gives their number now."""
     rows, mark = _rows(tensors), private("torch._dynamo.mark_dynamic")
     for tensor in tensors if rows > 1 and mark else ():  # a size of 1 is always taken as fixed
-        if tensor is not None and tensor.dim() == 2 and tensor.shape[0] == rows:
-            mark(tensor, 0)
+        if tensor is not None and (place := _place_of_rows(tensor, rows)) is not None:
+            mark(tensor, place)
     return rows

@@ -45,6 +45,7 @@ class Sizes:
         eager: most elements of a piece that is not compiled. Its temporaries take up to 36 bytes for each.
         made: bytes that may be made at once of a step to be written, such as a lifted product, where the
             writer is compiled; made_eager: where it is not. 0 for those of a piece alone.
+        together: tensors with fewer elements step together; 0 for none.
         at_hand: what a tensor holds can be read on the host without waiting, and uploads are free.
     """
 
@@ -52,6 +53,7 @@ class Sizes:
     eager: int
     made: int
     made_eager: int
+    together: int
     at_hand: bool
 
     def look(self, takes: int, compiled: bool) -> int:
@@ -60,8 +62,8 @@ class Sizes:
 
 
 POLICIES = {
-    "cpu": Sizes(LADDER, eager=LADDER[0], made=0, made_eager=0, at_hand=True),
-    "cuda": Sizes((), eager=LADDER[0], made=48 << 20, made_eager=8 << 20, at_hand=False),
+    "cpu": Sizes(LADDER, eager=LADDER[0], made=0, made_eager=0, together=0, at_hand=True),
+    "cuda": Sizes((), eager=LADDER[0], made=48 << 20, made_eager=8 << 20, together=1 << 18, at_hand=False),
 }
 """By type of device; other accelerators are like CUDA, and meta is like the CPU until one is named."""
 
