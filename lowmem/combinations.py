@@ -10,6 +10,7 @@ from typing import Any
 def problems(v: Mapping[str, Any]) -> list[str]:
     """Settings that exclude each other."""
     rules = [
+        (v["data"] == "", "data: none is named; give --data FILE, FOLDER or NAME"),
         (v["steps"] and v["epochs"], "steps and epochs: both given; give one of them"),
         (v["resume"] and v["overwrite"], "resume and overwrite: one keeps the earlier run, one replaces it"),
         (
@@ -31,7 +32,7 @@ def problems(v: Mapping[str, Any]) -> list[str]:
         ),
     ]
     found = [text for broken, text in rules if broken]
-    return found + _of_autocast(v) + _of_task(v) + _of_adapters(v) + _of_evaluation(v)
+    return found + _of_autocast(v) + _of_task(v) + of_adapters(v) + _of_evaluation(v)
 
 
 def of_precision(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
@@ -106,7 +107,7 @@ def _of_task(v: Mapping[str, Any]) -> list[str]:
     return [text for broken, text in rules if broken]
 
 
-def _of_adapters(v: Mapping[str, Any]) -> list[str]:
+def of_adapters(v: Mapping[str, Any]) -> list[str]:
     """Settings of adapters that are not trained."""
     lora = [
         name

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -107,22 +108,47 @@ def workspace_bytes(
         >>> workspace_bytes(create("galore"), (1024, 4096)) <= (64 << 20) + 4 * 128 * 4096
         True
     """
-    return _workspace(strategy, shape, dtype, role, refresh, device)
+    return workspace(strategy, shape, dtype, role, refresh, device).peak
 
 
 @functools.lru_cache(maxsize=4096)
 def _workspace(
     strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str
-) -> int:
+) -> Workspace:
     with policy(device):
         return measure_workspace(strategy, shape, dtype, role, refresh)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the step of one tensor allocates.
+
+    Args:
+        peak: bytes that live at most beside weight, gradient and state.
+        grids: (rows, width) of the index grids among them: they are kept for the next step.
+    """
+
+    peak: int
+    grids: frozenset[tuple[int, int]]
+
+    @property
+    def transient(self) -> int:
+        """Bytes that are gone after the step."""
+        return self.peak - sum(4 * (rows + width) for rows, width in self.grids)
+
+
+def workspace(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool = True, device: str = "cpu"
+) -> Workspace:
+    """What a step allocates, and keeps; arguments as `workspace_bytes`."""
+    return _workspace(strategy, shape, dtype, role, refresh, device)
 
 
 def measure_workspace(
     strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta",
     compile: str = "off",
-) -> int:  # fmt: skip
-    """`workspace_bytes` of any strategy by the policy that is named, not remembered.
+) -> Workspace:  # fmt: skip
+    """`workspace` of any strategy by the policy that is named, not remembered.
 
     Args:
         device: where it runs, "cpu" under a fake-tensor mode; compile: whether pieces are compiled ones.
@@ -144,7 +170,7 @@ def measure_workspace(
         optimizer.step_param(p, gradient)
     peak = tracker.peak().total - before
     tracker.stop()
-    return max(0, peak)
+    return Workspace(max(0, peak), frozenset(optimizer.chunks.grids))
 
 
 def together_bytes(strategy: Strategy, tensors: Sequence[Tensor], roles: Sequence[str], compile: str) -> int:
