@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.config import RunConfig, dump
 from lowmem.console import Console
-from lowmem.errors import UserError
+from lowmem.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from lowmem.data.load import Data
@@ -74,13 +74,18 @@ def arguments(config: RunConfig) -> Any:
     """
     import torch
 
-    from lowmem.combinations import missing_tracker
-    from lowmem.training.arguments import trl_config
+    from lowmem.combinations import missing_tracker, of_precision
+    from lowmem.training.arguments import build_strategy, trl_config
     from lowmem.training.tasks import options
 
     if problem := missing_tracker(config.report_to):
         raise UserError(problem)
-    cuda = torch.cuda.is_available()
+    cuda, half = torch.cuda.is_available(), config.autocast == "float16"
+    if half and not cuda:
+        raise UserError("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
+    source = build_strategy(config.optim, config.optim_args or None).source
+    if lost := of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd):
+        raise ConfigError(lost)
     common = {
         "output_dir": str(config.output_path),
         "optim": config.optim,
@@ -111,7 +116,8 @@ def arguments(config: RunConfig) -> Any:
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit,
-        "bf16": False,  # the weights themselves are in `dtype`: nothing is cast at each use
+        "bf16": config.autocast == "bfloat16",  # by default weights are in `dtype` and nothing is cast
+        "fp16": half,
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "report_to": config.report_to,

@@ -20,7 +20,7 @@ FREE = {"errors", "texts", "values", "combinations", "config", "configs", "conso
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "state"},
+        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "engine.parcel", "state"},
         {"blocks"},
         {"hyper", "changes"},
         {"contract"},

@@ -115,7 +115,6 @@ class Pointwise(AnyRule):
         fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
-        reads_weight: `ChunkHyper.weight` must be there, so that the rule cannot step inside another.
         chunk: the most elements (a multiple of `grain`) that should fit the cache in an eager step.
         measures: where `ChunkHyper.measures`, the new state has sums over the tensor in it, from which
             `factor_` finds what the step is multiplied by. An element that is not finite counts as none.
@@ -173,6 +172,14 @@ class Pointwise(AnyRule):
     def scalars(self, s: State, hp: Hyper) -> Tensor | None:
         """The fp32 numbers that the step needs, once for each tensor; none."""
         return None
+
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """What `scalars` gives for each age of "age", a row for each; None where they depend on more."""
+        return None
+
+    def joins(self, s: State) -> bool:
+        """Whether small tensors may step as rows of one, with `scalars` for each row, (k, rows, 1)."""
+        return False
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk.
@@ -265,6 +272,10 @@ class Projector:
         """What `down`, `up` and `pair` of one step read: what is held, unless it must be drawn or decoded."""
         return s
 
+    def rounded(self, s: State, dtype: torch.dtype) -> State:
+        """What was opened, cast once for all products of a step where nothing else reads it."""
+        return s
+
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The projected gradient, fp32."""
         raise NotImplementedError
@@ -287,7 +298,7 @@ class Split:
     """A step inside a subspace, as those see it who look beyond.
 
     Args:
-        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N).
+        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N); pair: its factors, if any.
         low: R, the projected gradient; step: N, what the inner rule made of it.
         scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
         ok: 0-D bool, False where no step is taken; hp: of this step.
@@ -296,6 +307,7 @@ class Split:
     g: Blocks
     rest: Blocks
     lifted: Blocks
+    pair: tuple[Tensor, Tensor] | None
     low: Tensor
     step: Tensor
     scale: float

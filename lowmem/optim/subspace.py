@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
+from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape, product
 from lowmem.optim.changes import Unrelated
 from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, is_pointwise
 from lowmem.optim.engine.chunks import all_finite
+from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.residuals import Drop
 from lowmem.optim.state import Constant, Constants, State, apply_in_place, prefixed, scoped
@@ -137,6 +138,11 @@ class Subspace(Rule):
         """Whether R is looked at once N is made."""
         return self.projector.follows or self.inner.reads_later or self._absorbs(shape)
 
+    def _rounds(self, g: Blocks, hp: Hyper) -> bool:
+        """Whether the basis is cast once: products alone read it, and a launch costs more than memory."""
+        products = isinstance(g, Dense) and g.dtype == hp.weight.dtype and not self._looks(g.shape)
+        return products and not sizes(g.device).at_hand
+
     def _carries_ages(self) -> bool:
         return self.on_refresh == "rotate" and self.projector.changes == "permute"
 
@@ -196,6 +202,8 @@ class Subspace(Rule):
         moving, held = scoped(s, "projector"), scoped(s, "residual")
         basis = self.projector.opened(moving, hp)
         whole = g if isinstance(g, Projected) else self.residual.inject(held, g, hp)
+        if self._rounds(whole, hp):
+            basis = self.projector.rounded(basis, whole.dtype)
         low = g.low if isinstance(g, Projected) else self.projector.down(basis, whole, hp)
         step = low.clone() if self._looks(g.shape) else low
         inside = self._step_inside(low, step, scoped(s, "inner"), hp)
@@ -205,7 +213,7 @@ class Subspace(Rule):
         if self.projector.follows:
             commits.append(lambda: apply_in_place(moving, self.projector.follow(moving, split)))
         if absorbed is None:
-            blocks, pair, scale = split.lifted, self.projector.pair(basis, step, g.shape), split.scale
+            blocks, pair, scale = split.lifted, split.pair, split.scale
         else:
             blocks, pair, scale = (_sum(split, absorbed) if self.residual.lifts else absorbed), None, 1.0
         return Direction(blocks, pair, scale, inside.lr, inside.decay, inside.ok, _chain(commits))
@@ -234,10 +242,13 @@ class Subspace(Rule):
         self, basis: State, whole: Blocks, low: Tensor, step: Tensor, inside: Inside, hp: Hyper
     ) -> Split:
         up, shape = self.projector.up, whole.shape
+        pair = self.projector.pair(basis, step, shape)
+        lifted = Blocks(shape, lambda i, j: up(basis, step, i, j, hp), whole.device)
         return Split(
             g=whole,
             rest=Blocks(shape, lambda i, j: whole.rows(i, j) - up(basis, low, i, j, hp), whole.device),
-            lifted=Blocks(shape, lambda i, j: up(basis, step, i, j, hp), whole.device),
+            lifted=lifted if pair is None else product(pair, hp.weight.dtype),
+            pair=pair,
             low=low,
             step=step,
             scale=self.scale * inside.scale,

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine import noise
+from lowmem.optim.engine.compiling import Kernel, compiled
 from lowmem.optim.engine.cutting import pad, read_flat, write_flat
-from lowmem.optim.engine.kernels import Kernel, compiled
 from lowmem.optim.writers import HALF
 
 log = logging.getLogger(__name__)

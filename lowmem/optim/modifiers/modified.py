@@ -153,6 +153,10 @@ class Modified(Pointwise):
         """Those of the rule."""
         return self.rule.scalars(s, hp)
 
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """That of the rule."""
+        return self.rule.table(s, hp)
+
     def moment(self, name: str, s: State) -> Tensor:
         """That of the rule."""
         return self.rule.moment(name, s)
@@ -285,7 +289,7 @@ class ModifiedRule(Rule):
         ok = torch.ones((), dtype=torch.bool, device=g.device) if d.ok is None else d.ok
         sums = torch.stack([step.sums(i, j, hp) for i, j in walk(step.ranges(), g.device)]).sum(0)
         factor = self.chain.factor_(hp.total(sums), s, ok, d.scale)
-        lr = hp.vector(hp.lr)[0] if d.lr is None else d.lr
+        lr = hp.rate if d.lr is None else d.lr
         return replace(d, blocks=step, pair=None, lr=lr * factor)
 
 

@@ -265,6 +265,10 @@ class Orthonormal(Framed):
         new, ok = self.find(self.frame, s["basis"], g, hp)
         return self.frame.replace_(s["basis"], new, ok, g.shape, say)
 
+    def rounded(self, s: State, dtype: torch.dtype) -> State:
+        """The basis, cast."""
+        return {"basis": s["basis"].to(dtype)}
+
 
 def check_rank(rank: float) -> None:
     """Refuse a size that is neither a number from 1 on nor a share below 1."""
