@@ -69,6 +69,7 @@ class Hyper:
         weight: the weight before the step, (m, n); its dtype is the precision of large products.
         advance: the frame's `Chunks.advance_`, for rules that hold a pointwise rule.
         first: the state was created for this step.
+        heads: into which the weight's rows are cut, where it makes queries or keys; 0 elsewhere.
         constant: cache of small tensors.
         group: the parameter group that the numbers are from, as it is at any time.
     """
@@ -83,6 +84,7 @@ class Hyper:
     weight: Blocks
     advance: Callable[..., Tensor]
     first: bool = False
+    heads: int = 0
     constant: Lookup = field(default_factory=Lookup)
     group: Mapping[str, Any] = field(default_factory=dict)
 

@@ -95,6 +95,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "betas": tuple(betas),
             "role": "matrix",
             "roles": "{}",
+            "heads": "{}",
             "step": 0,
             "since": 0,
             "previous_norm": -1.0,
@@ -207,6 +208,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             weight=Dense(weight),
             advance=self.chunks.advance_,
             first=first,
+            heads=place.heads,
             constant=self._lookup,
             group=group,
         )

@@ -100,7 +100,7 @@ def muon(
     states: str,
     momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.95,
     nesterov: bool = True,
-    iterations: Annotated[int, Limits(least=1)] = 5,
+    iterations: Annotated[int, Limits(least=0)] = 5,
     scaling: Literal["rms", "aspect"] = "rms",
     codes: Literal["dynamic", "linear"] = "dynamic",
 ) -> AnyRule:
@@ -109,7 +109,7 @@ def muon(
     Args:
         momentum: Share of the old momentum.
         nesterov: Look ahead by the fresh gradient.
-        iterations: Of Newton and Schulz.
+        iterations: Of Newton and Schulz; 0 for the exact factor, by eigenvectors.
         scaling: Steps as long as AdamW's, or longer for tall matrices alone.
         codes: Map of 8-bit codes; linear ones have a scale for 2048 elements.
     """

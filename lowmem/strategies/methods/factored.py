@@ -82,3 +82,21 @@ register(
         rule="sm3",
     )
 )
+
+register(
+    Method(
+        "adam_mini",
+        """Adam with one second moment for each row, or head.
+
+            W <- (1 - lr wd) W - lr m_hat / (sqrt(v_hat) + eps),  v averages the mean of G^2 over a block
+
+        A block is a head of query and key weights, which the model tells, a row of other matrices, and all
+        of a norm or bias. Take AdamW's lr and betas. A fused query-key-value weight goes row by row.
+
+        Bytes for an (m, n) weight: 4 m n + 4 m + 4 with fp32 states; m n + 4 ceil(m n / 256) + 4 m + 4
+        with int8.
+        """,
+        paper="2406.16793",
+        rule="adam_mini",
+    )
+)
