@@ -14,9 +14,10 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
 from lowmem.optim.changes import Rotation
-from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded, pooled, spread
+from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
 from lowmem.optim.engine.ages import _table, numbers_of
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.held import pooled, spread
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
