@@ -36,7 +36,7 @@ FLOORS = {
         {"tensors.groups", "tensors.seats"},
         {"tensors.saved"},
         {"optimizer"},
-        {"release"},
+        {"release", "evaluated"},
     ],
     "memory": [
         {"device"},

@@ -98,6 +98,10 @@ class AnyRule:
         """Carry the state of a projected matrix over a change that `check_rebase` allows: start afresh."""
         reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change.ok)
 
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """B, (m, n), where the method evaluates W + lr B; None where it evaluates the weight itself."""
+        return None
+
     def check_rebase(self, kind: str) -> None:
         """Raise where keep, reset, permute or rotate is not defined for what is held."""
         if kind in ("permute", "rotate"):

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
+from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Permutation, Rotation
 from lowmem.optim.codecs.blockwise import STATES, Codec, codec
 from lowmem.optim.codecs.blockwise import Dense as Uncoded
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import ages
 from lowmem.optim.engine.cutting import LADDER
-from lowmem.optim.held import permute_, rotate_, tables
+from lowmem.optim.held import permute_, rotate_, tables, weighted
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.state import Constants, State, part, prefixed
 
@@ -48,7 +49,7 @@ class Moment:
         states: the least precision that the rule works with (a slow average in 8 bits stands still);
             "" for any. A finer one may be asked for.
         each: elements that share a number. Above 1 the moment is held in fp32, and comes as
-            (rows, width / each): see `pooled` and `spread`.
+            (rows, width / each): see `held.pooled` and `held.spread`.
     """
 
     signed: bool = True
@@ -133,20 +134,14 @@ class Elementwise:
         """The moments after a change of basis; by default C m, which is right for linear averages alone."""
         return {name: turn(m[name]) for name in self.moments}
 
+    def centre(self, hp: Hyper) -> Mapping[str, float]:
+        """Factors of moments whose sum B makes W + lr B the weight that the paper evaluates."""
+        return {}
+
     def turns(self) -> bool:
         """Whether `rotated` is right for all moments."""
         own = type(self).rotated is not Elementwise.rotated
         return own or all(moment.signed for moment in self.moments.values())
-
-
-def pooled(x: Tensor, each: int) -> Tensor:
-    """Means over blocks of `each` elements: (rows, width) to (rows, width / each)."""
-    return x.view(x.shape[0], -1, each).mean(-1)
-
-
-def spread(x: Tensor, each: int) -> Tensor:
-    """A number of each block for all of its elements: the inverse shape of `pooled`."""
-    return x.repeat_interleave(each, dim=1)
 
 
 def coded(rule: Elementwise, states: str | Mapping[str, str] = "fp32") -> Coded:
@@ -317,6 +312,11 @@ class Coded(Pointwise):
     def _held(self, new: Moments, s: State, hp: ChunkHyper) -> State:
         coded = ((n, held.encode(new[n], hp, s, new.known_root(n))) for n, _, held in self._pairs())
         return {key: value for name, held in coded for key, value in prefixed(name, held).items()}
+
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        codecs = {name: held for name, _, held in self._pairs()}
+        return weighted(s, {name: (codecs[name], f) for name, f in self.rule.centre(hp).items()}, shape, hp)
 
     def check_rebase(self, kind: str) -> None:
         """Rotating needs whole moments, and a rule that says how those without a sign turn."""

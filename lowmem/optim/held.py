@@ -176,3 +176,30 @@ def permute_(
     if "age" in s:
         age = s["age"][change.index.clamp(min=0)]
         s["age"].copy_(torch.where(change.index >= 0, age, 0))
+
+
+def weighted(
+    s: State, moments: Mapping[str, tuple[Codec, float]], shape: tuple[int, int], hp: Hyper
+) -> Blocks | None:
+    """A sum of moments, each with a factor; None of none.
+
+    Args:
+        s: the state; moments: codec and factor by name.
+        shape: of a moment; hp: of this step.
+    """
+    held = [(HeldMoment(codec, part(s, name), s, shape, hp), f) for name, (codec, f) in moments.items()]
+
+    def rows(i: int, j: int) -> Tensor:
+        return torch.stack([factor * moment.rows(i, j) for moment, factor in held]).sum(0)
+
+    return Blocks(shape, rows, hp.weight.device) if held else None
+
+
+def pooled(x: Tensor, each: int) -> Tensor:
+    """Means over blocks of `each` elements: (rows, width) to (rows, width / each)."""
+    return x.view(x.shape[0], -1, each).mean(-1)
+
+
+def spread(x: Tensor, each: int) -> Tensor:
+    """A number of each block for all of its elements: the inverse shape of `pooled`."""
+    return x.repeat_interleave(each, dim=1)

@@ -182,6 +182,15 @@ class Subspace(Rule):
             "a subspace rule cannot be the inner rule of another; take adam, adafactor or sgd inside"
         )
 
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the inner rule says, lifted as its steps are."""
+        found = self.inner.beside(scoped(s, "inner"), self.projector.low_shape(shape), hp)
+        if found is None:
+            return None
+        low = torch.cat([found.rows(i, j) for i, j in found.ranges()]) * self.scale
+        basis, up = self.projector.opened(scoped(s, "projector"), hp), self.projector.up
+        return Blocks(shape, lambda i, j: up(basis, low, i, j, hp), found.device)
+
     def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
         """Refresh the basis when it is due, and carry the inner state over."""
         if not self.projector.due(hp):

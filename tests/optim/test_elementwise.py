@@ -14,10 +14,11 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
 from lowmem.optim.changes import Rotation
-from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded, pooled, spread
+from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
 from lowmem.optim.engine.ages import numbers_of, table
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.cutting import policy
+from lowmem.optim.held import pooled, spread
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum

@@ -161,6 +161,10 @@ class Modified(Pointwise):
         """That of the rule."""
         return self.rule.moment(name, s)
 
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        return self.rule.beside(s, shape, hp)
+
     def check_rebase(self, kind: str) -> None:
         """What is held of the length of steps is the same in any basis."""
         self.rule.check_rebase(kind)
@@ -258,6 +262,10 @@ class ModifiedRule(Rule):
     def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
         """What the rule has to do."""
         self.rule.prepare(g, scoped(s, "rule"), hp)
+
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        return self.rule.beside(scoped(s, "rule"), shape, hp)
 
     def check_rebase(self, kind: str) -> None:
         """What is held of the length of steps is the same in any basis."""
