@@ -10,12 +10,6 @@ guarded and compiled is the same for every one of them and written once, in `Cod
 There are two halves because of what lies between them: the step is taken from the
 moments as they will be held, and the root that it takes of one of them is the root
 that a codec may hold (`Moments.root`).
-
-    class Lion(Elementwise):
-        moments = {"exp_avg": Moment()}
-        def numbers(self, t, hp): return hp.betas
-        def move(self, g, m, x): return {"exp_avg": g.lerp(m["exp_avg"], x.numbers[1])}
-        def direction(self, g, m, old, x): return g.lerp(old["exp_avg"], x.numbers[0]).sign()
 """
 
 from __future__ import annotations
@@ -111,6 +105,11 @@ class Elementwise:
     reads_weight: ClassVar[bool] = False
     compilable: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
+
+    @property
+    def linear(self) -> bool:
+        """Whether the step is in units of the gradient, see `AnyRule.linear`; most are not."""
+        return False
 
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """The numbers of a step, in plain Python.
@@ -208,6 +207,11 @@ class Coded(Pointwise):
     def uses(self) -> frozenset[str]:
         """Those of the rule."""
         return self.rule.uses
+
+    @property
+    def linear(self) -> bool:
+        """That of the rule."""
+        return self.rule.linear
 
     @property
     def compilable(self) -> bool:
@@ -311,9 +315,7 @@ class Coded(Pointwise):
         if kind != "rotate" or not self.rule.moments:
             return
         if any(held != Uncoded(stream=name) for name, _, held in self._pairs()):
-            raise UserError(
-                "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
-            )
+            raise UserError("on_refresh='rotate' needs states='fp32'; take states='fp32' or 'keep'")
         own = type(self.rule).rotated is not Elementwise.rotated
         if not own and any(not moment.signed for moment in self.rule.moments.values()):
             raise UserError(

@@ -155,7 +155,11 @@ def test_a_bad_value_is_one_line_that_names_the_option(name: str) -> None:
 
 
 IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
-    ("adamw", {"rank": 4}, r"rank comes with projector=\S*power\S*; choose that, or leave it out"),
+    (
+        "adamw",
+        {"rank": 4},
+        r"rank comes with projector=\S*power\S* or rule=mlorc; choose that, or",
+    ),
     ("adamw", {"scale": 0.5}, "scale comes with a projector; choose one"),
     ("adamw", {"on_refresh": "reset"}, "on_refresh comes with a projector; choose one"),
     ("adamw", {"residual": "sign"}, "nothing to step by where everything is seen; choose a projector"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.count import model_state_bytes, workspace_bytes
+from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Dense
 from lowmem.optim.contract import AnyRule, Rest
 from lowmem.optim.elementwise import coded
@@ -18,7 +19,7 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.coordinate import Elements
 from lowmem.optim.projectors.dct import DCT
-from lowmem.optim.projectors.dense import Frame, Orthonormal
+from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Gaussian
 from lowmem.optim.residuals import ScaledGradient, ScaledRest

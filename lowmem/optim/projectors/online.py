@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
+from lowmem.optim.bases import energy, largest
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Unrelated
-from lowmem.optim.contract import Split
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Framed, energy, largest, power_iteration
+from lowmem.optim.projectors.dense import Framed, power_iteration
+from lowmem.optim.split import Split
 from lowmem.optim.state import State
 
 
@@ -45,7 +46,7 @@ class Online(Framed):
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.projectors.dense import Frame
+        >>> from lowmem.optim.bases import Frame
         >>> Online(Frame(4)).init(torch.zeros(16, 64))["basis"].shape
         torch.Size([16, 4])
     """

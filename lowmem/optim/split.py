@@ -1,0 +1,32 @@
+"""A step inside a subspace, as residuals and bases that follow it see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowmem.optim.blocks import Blocks
+from lowmem.optim.hyper import Hyper
+
+
+@dataclass(frozen=True)
+class Split:
+    """What went into a step and what came out.
+
+    Args:
+        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N).
+        low: R, the projected gradient; step: N, what the inner rule made of it.
+        scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
+        ok: 0-D bool, False where no step is taken; hp: of this step.
+    """
+
+    g: Blocks
+    rest: Blocks
+    lifted: Blocks
+    low: Tensor
+    step: Tensor
+    scale: float
+    axis: int
+    ok: Tensor
+    hp: Hyper
