@@ -242,12 +242,14 @@ class Feedback(Residual):
         return Blocks(g.shape, lambda i, j: g.rows(i, j) + owed.rows(i, j), g.device)
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
-        """No step; what is not seen is owed from now on."""
+        """No step; what is not seen is owed. What is not finite is left to the frame to refuse."""
 
         def rest(old: Tensor, start: int, stop: int) -> Tensor:
-            return split.rest.chunk(start, stop).clamp(-LARGEST_OWED, LARGEST_OWED)
+            new = split.rest.chunk(start, stop)
+            return torch.where(new.isfinite(), new.clamp(-LARGEST_OWED, LARGEST_OWED), old)
 
-        return None, lambda: self._owed(s, split.g.shape, split.hp).move_(rest, split.ok)
+        refused = None if split.sees else split.rest.map(lambda x: torch.where(x.isfinite(), 0.0, x))
+        return refused, lambda: self._owed(s, split.g.shape, split.hp).move_(rest, split.ok)
 
     def take_(self, s: State, lost: Blocks, ok: Tensor, hp: Hyper) -> None:
         """What the momentum lost, in gradients."""

@@ -17,6 +17,7 @@ class Split:
     Args:
         g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N).
         low: R, the projected gradient; step: N, what the inner rule made of it.
+        sees: an element of g that is not finite is one in low too, so that ok is False.
         scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
         ok: 0-D bool, False where no step is taken; hp: of this step.
     """
@@ -26,6 +27,7 @@ class Split:
     lifted: Blocks
     low: Tensor
     step: Tensor
+    sees: bool
     scale: float
     axis: int
     ok: Tensor

@@ -268,6 +268,7 @@ class Subspace(Rule):
             lifted=Blocks(shape, lambda i, j: up(basis, step, i, j, hp), whole.device),
             low=low,
             step=step,
+            sees=self.projector.dense,
             scale=self.scale * inside.scale,
             axis=self.projector.axis(shape),
             ok=inside.ok,

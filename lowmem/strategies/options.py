@@ -70,6 +70,9 @@ Side = Annotated[
     Literal["std", "reverse_std", "left", "right"], "Side that is projected; std is the short one."
 ]
 
+States = Literal["fp32", "bf16", "int8", "int4", "companded8"]
+"""How a moment is held, see `codecs.blockwise.STATES`."""
+
 SubsetSize = Annotated[int, Limits(least=0)]
 """Elements that share a second moment."""
 

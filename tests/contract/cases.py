@@ -201,6 +201,7 @@ def draw(lot: int) -> Case:
         words["source"] = _turn("source", lot, rng)
     if words["projector"] == "none" and words.get("schedule", "always") == "always":
         del words["residual"]
+    words |= BESIDE_ONE.get(("residual", words.get("residual", "")), {})
     taken = rng.sample(sorted(parts("modifier")), min(rng.randint(0, 2), len(parts("modifier"))))
     words |= {"modifiers": "+".join(taken)} if taken else {}
     words |= {role: rng.choice(sorted(parts("rule"))) for role in ROLES if rng.random() < 0.2}

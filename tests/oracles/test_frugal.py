@@ -178,7 +178,7 @@ def test_a_schedule_that_trains_nothing_is_refused() -> None:
         lowmem.create("frugal", projector="none", schedule="blocks", density=0.0, residual="drop")
 
 
-@pytest.mark.parametrize("split", [*SPLITS, "blocks"])
+@pytest.mark.parametrize("split", [*SPLITS, "random", "blocks"])
 def test_every_step_has_full_rank(split: str, key: str) -> None:
     """What GaLore leaves out in a window takes its step here."""
     start, grads = torch.zeros(10, 16), drive.gradients((10, 16), GAP)

@@ -126,6 +126,21 @@ def test_what_was_stepped_and_what_is_owed_are_all_gradients(projector: object, 
     assert float(owed.abs().max()) > 1.0
 
 
+@pytest.mark.parametrize("states", ["fp32", "int8"])
+def test_a_bad_element_that_is_not_seen_is_counted_and_not_owed(states: str) -> None:
+    optimizer, p = optimizer_of(Subspace(Columns(2, 1000), ADAM, Feedback.of(states)), normal(6, 12))
+    p.grad = normal(6, 12, seed=1)
+    optimizer.step()
+    seen, before = optimizer.state[p]["projector.index"].tolist(), p.detach().clone()
+    unseen = next(j for j in range(12) if j not in seen)
+    p.grad = normal(6, 12, seed=2)
+    p.grad[3, unseen] = torch.inf
+    optimizer.step()
+    assert optimizer.nonfinite() == 1
+    assert all(x.isfinite().all() for x in (*optimizer.state[p].values(), p.detach()))
+    assert (p.detach() != before).sum() == 12
+
+
 def tables_of(states: str) -> dict[str, Tensor]:
     made = Feedback.of(states).constants((6, 12))
     return {key: one.make(torch.device("cpu")) for key, one in made.items()}

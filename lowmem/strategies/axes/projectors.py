@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lowmem.optim.bases import Frame
 from lowmem.optim.contract import Projector
+from lowmem.optim.elementwise import coded
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dct import DCT
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
@@ -13,7 +14,9 @@ from lowmem.optim.projectors.dense import svd as exact
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Gaussian
 from lowmem.optim.projectors.random import random as uniform
-from lowmem.strategies.options import Gap, Limits, Rank, Side, Size
+from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.sgd import SGD
+from lowmem.strategies.options import Gap, Limits, Rank, Side, Size, States
 from lowmem.strategies.parts import part
 
 
@@ -87,6 +90,8 @@ def online(
     rank: Rank = 128,
     rate: Annotated[float, Limits(above=0.0)] = 5.0,
     penalty: Annotated[float, Limits(least=0.0)] = 0.1,
+    basis_rule: Literal["sgd", "adam"] = "sgd",
+    basis_states: States = "fp32",
     proj_type: Side = "std",
 ) -> Projector:
     """A subspace that follows every gradient by a step of descent.
@@ -94,5 +99,8 @@ def online(
     Args:
         rate: Of the basis, in units of the learning rate.
         penalty: Weight of a basis that is not orthonormal.
+        basis_rule: How a step of the basis is made.
+        basis_states: Precision of the moments of that.
     """
-    return Online(Frame(rank, proj_type), rate, penalty)
+    rule = coded(Adam(), basis_states) if basis_rule == "adam" else coded(SGD())
+    return Online(Frame(rank, proj_type), rate, penalty, rule)

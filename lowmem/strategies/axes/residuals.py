@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 from lowmem.optim.contract import Residual
 from lowmem.optim.residuals import Drop, Feedback, ScaledGradient, ScaledRest, Stateless, SubsetNormed
 from lowmem.optim.rules.subsets import Subsets
-from lowmem.strategies.options import Limits, SubsetSize
+from lowmem.strategies.options import Limits, States, SubsetSize
 from lowmem.strategies.parts import part
 
-States = Literal["fp32", "bf16", "int8", "int4", "companded8"]
 Scale = Annotated[float, Limits(least=0.0)]
 Positive = Annotated[float, Limits(above=0.0)]
 Limit = Annotated[float, Limits(least=0.0)]

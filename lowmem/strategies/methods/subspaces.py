@@ -32,9 +32,11 @@ register(
             R = P'G,  W <- (1 - lr wd) W - lr scale P Adam(R)
             P <- P - rate lr d/dP (|P P'A - A|^2 + penalty |P'P - I|^2),  A = G / |G|
 
-        No factorization after the first step. Embeddings, head, norms and biases take Adam.
+        No factorization after the first step. The paper finds 8-bit Adam for P a little better than
+        descent: basis_rule=adam,basis_states=int8. Embeddings, head, norms and biases take Adam.
 
-        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 4.
+        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 4; with
+        basis_rule=adam 8 s r + 4 more.
         """,
         paper="2408.12857",
         projector="online",
