@@ -125,6 +125,11 @@ class Subspace(Rule):
         return self.inner.uses | self.residual.uses
 
     @property
+    def own_decay(self) -> bool:
+        """That of the inner rule."""
+        return self.inner.own_decay
+
+    @property
     def period(self) -> int:
         """That of the projector."""
         return self.projector.period
