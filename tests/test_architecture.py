@@ -23,6 +23,7 @@ FLOORS = {
         {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "engine.parcel", "state"},
         {"blocks"},
         {"hyper", "changes"},
+        {"split", "bases"},
         {"contract"},
         {"codecs", "writers"},
         {"engine"},

@@ -102,7 +102,10 @@ class Blocks:
 
     def right(self, q: Tensor) -> Tensor:
         """G q in fp32: (m, n) and (n, k) to (m, k)."""
-        return torch.cat([self.rows(i, j) @ q for i, j in self.ranges()])
+        out = torch.empty(self.shape[0], q.shape[1], device=self.device)
+        for i, j in self.ranges():
+            out[i:j] = self.rows(i, j) @ q
+        return out
 
     def sum(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum over row blocks of f(block)."""

@@ -113,6 +113,11 @@ class Elementwise:
     compilable: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
 
+    @property
+    def linear(self) -> bool:
+        """Whether the step is in units of the gradient, see `AnyRule.linear`; most are not."""
+        return False
+
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """The numbers of a step, in plain Python.
 
@@ -207,6 +212,11 @@ class Coded(Pointwise):
     def uses(self) -> frozenset[str]:
         """Those of the rule."""
         return self.rule.uses
+
+    @property
+    def linear(self) -> bool:
+        """That of the rule."""
+        return self.rule.linear
 
     @property
     def chunk(self) -> int:
@@ -327,9 +337,7 @@ class Coded(Pointwise):
         if kind != "rotate" or not self.rule.moments:
             return
         if any(held != Uncoded(stream=name) for name, _, held in self._pairs()):
-            raise UserError(
-                "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
-            )
+            raise UserError("on_refresh='rotate' needs states='fp32'; take states='fp32' or 'keep'")
         if not self.rule.turns():
             raise UserError(
                 f"on_refresh='rotate' is not defined for the moments of {name}; take 'keep' or 'reset'"

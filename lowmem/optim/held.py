@@ -73,7 +73,7 @@ class HeldMoment(Blocks):
         for start in walk(range(0, total, step), self.device):
             stop = min(total, start + step)
             old = self.chunk(start, stop)
-            self._store(start, torch.where(ok, f(old, start, stop), old))
+            self._store(start, torch.where(ok, f(old, start, stop), old), ok)
 
     def towards(self, g: Blocks, rate: float) -> Blocks:
         """The average after g, old + rate (g - old), before it is encoded; the moment stays as it is."""
@@ -124,14 +124,15 @@ class HeldMoment(Blocks):
             whole = piece.shape[0] == entries
             yield key, piece, piece if whole else pad(piece, entries, self.codec.fill.get(key, 0))
 
-    def _store(self, start: int, value: Tensor) -> None:
+    def _store(self, start: int, value: Tensor, ok: Tensor) -> None:
         length, grain = value.numel(), self.codec.grain
         size = -(-length // grain) * grain
         new = self.codec.encode(
             value if size == length else pad(value, size), self._hyper(start, size), self.constants
         )
         for key, piece, _ in self._cut(start, length):
-            piece.copy_(new[key].view(-1, *piece.shape[1:])[: piece.shape[0]])
+            # encoding again what was decoded may change its scale
+            piece.copy_(torch.where(ok, new[key].view(-1, *piece.shape[1:])[: piece.shape[0]], piece))
 
     def _hyper(self, start: int, size: int) -> ChunkHyper:
         """What a codec may know; of all, it asks for random bits alone."""

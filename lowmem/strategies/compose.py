@@ -130,6 +130,8 @@ class Composition:
         rules = self._rules()
         source, writer = self.make("source"), self.make("writer")
         schedule = self.make("schedule")
+        if schedule is not None and schedule.rests and rules and rules.get("inactive", rules["matrix"]).idle:
+            self.problems.append("no matrix would ever take a step; take residual=sign, or activate some")
         if self.problems or rules is None:
             return None
         made = Strategy(rules=rules, source=source, writer=writer, schedule=schedule)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lowmem
+from lowmem.optim.bases import PROJ_TYPES, Frame
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.contract import AnyRule, Projector
 from lowmem.optim.elementwise import coded
@@ -17,7 +18,7 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dct import DCT
-from lowmem.optim.projectors.dense import PROJ_TYPES, Find, Frame, Orthonormal, power_iteration, svd
+from lowmem.optim.projectors.dense import Find, Orthonormal, power_iteration, svd
 from lowmem.optim.projectors.random import random
 from lowmem.optim.residuals import Drop, Stateless
 from lowmem.optim.rules.adam import Adam

@@ -14,7 +14,7 @@ from lowmem.optim.rules.adafactor import Adafactor
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.microadam import MicroAdam
 from lowmem.optim.rules.muon import Muon
-from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.rules.sgd import SGD, AverageGradient
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
 
@@ -35,6 +35,16 @@ def sgd() -> Elementwise:
 def signsgd() -> Elementwise:
     """The sign of the gradient; no state."""
     return SGD(sign=True)
+
+
+@part("rule")
+def average(*, bias_correction: bool = True) -> Elementwise:
+    """Momentum: an average of gradients, without a second moment.
+
+    Args:
+        bias_correction: Divide by what the average lacks in the first steps.
+    """
+    return AverageGradient(bias_correction)
 
 
 @part("rule")

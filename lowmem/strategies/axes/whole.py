@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from lowmem.optim.bases import Frame
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.rules.factored import CAME, SM3, AdamMini
 from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI
+from lowmem.optim.rules.mlorc import MLorc
 from lowmem.optim.rules.normalised import SWAN, AuON, Scaled, SinkGD
 from lowmem.optim.rules.orthonormal import AdaMuon, Dion
 from lowmem.optim.rules.smmf import SMMF
-from lowmem.strategies.options import Limits, Size
+from lowmem.optim.rules.subsets import SubsetNorm
+from lowmem.strategies.options import Limits, Size, SubsetSize
 from lowmem.strategies.parts import part
 
 
@@ -190,3 +193,24 @@ def row_norm_momentum(
         momentum: Share of the old momentum; 0 holds none.
     """
     return Scaled.of(states, momentum=momentum)
+
+
+@part("rule")
+def subset_norm(*, states: str, subset_size: SubsetSize = 0) -> AnyRule:
+    """A momentum over norms that rows, columns or other subsets share.
+
+    Args:
+        subset_size: Elements of a subset; 0 for rows of a tall matrix, columns of a wide one.
+    """
+    return SubsetNorm.of(states, size=subset_size)
+
+
+@part("rule")
+def mlorc(*, rank: Size = 4, iterations: Annotated[int, Limits(least=1)] = 1) -> AnyRule:
+    """MLorc: Adam with both moments held as products of two thin matrices.
+
+    Args:
+        rank: Columns of the thin matrices, or their share of the short side.
+        iterations: Power iterations at a step.
+    """
+    return MLorc(Frame(rank), iterations)
