@@ -299,5 +299,5 @@ def _inverse_root(a: Tensor, floor: float, below: float) -> Tensor:
     least = (floor * values[-1]).clamp(min=TINY)
     roots = torch.where(values > least, values, least).rsqrt()
     half = torch.where(values > least, roots, below * roots).sqrt()
-    vectors.mul_(half)
-    return vectors @ vectors.t()
+    scaled: Tensor = vectors.mul_(half)
+    return scaled @ scaled.t()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
+from lowmem.optim.bases import Frame, orthonormal
 from lowmem.optim.blocks import Blocks, Direction, matrix_shape
 from lowmem.optim.codecs.blockwise import Codec, Dense, codec
 from lowmem.optim.contract import SCRATCH, Rule
@@ -23,7 +24,6 @@ from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, orthonormal
 from lowmem.optim.rules.adam import LEAST_EPS
 from lowmem.optim.rules.muon import Muon
 from lowmem.optim.rules.normalised import LARGEST, TINY, inverse, row_squares
