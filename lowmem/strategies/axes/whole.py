@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.rules.factored import CAME, SM3, AdamMini
+from lowmem.optim.rules.factored import CAME, SM3, AdamMini, AdamRankOne
 from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI
 from lowmem.optim.rules.normalised import SWAN, AuON, Scaled, SinkGD
 from lowmem.optim.rules.orthonormal import AdaMuon, Dion
@@ -87,6 +87,12 @@ def sm3(
 def adam_mini(*, states: str) -> AnyRule:
     """Adam-mini: Adam with one second moment for each row, or head."""
     return AdamMini.of(states)
+
+
+@part("rule")
+def adam_rank1(*, states: str) -> AnyRule:
+    """Adam with a second moment of 4 bits under scales of rows and columns."""
+    return AdamRankOne.of(states)
 
 
 @part("rule")
