@@ -136,6 +136,11 @@ class Adafactor(Rule):
         """Neither: beta2 follows from t, and beta1, eps1 and eps2 are set where buffers are decided."""
         return frozenset()
 
+    @property
+    def own_decay(self) -> bool:
+        """In proportion to the weight's rms, as the step is."""
+        return self.scale_parameter
+
     def constants(self, shape: tuple[int, ...]) -> Constants:
         """Tables of the codecs that hold something of this shape."""
         square = self.square.constants(shape) if len(shape) < 2 else {}
