@@ -98,6 +98,10 @@ def test_what_is_held(name: str, options: dict[str, Any], size: int) -> None:
         assert lowmem.state_bytes(strategy, shape) == held.pop() == count * size
 
 
+def test_vectors_beside_4_bits_under_rows_and_columns_stay_fp32() -> None:
+    assert lowmem.state_bytes(lowmem.create("adamw_4bit_rank1"), (5000,), role="vector") == 8 * 5000 + 4
+
+
 @pytest.mark.parametrize("name", ["came", "sm3", "adam_mini", "adamw_4bit_rank1"])
 def test_zeros_stand_still_and_what_is_not_finite_is_refused(name: str) -> None:
     start, g = torch.ones(6, 9), drive.gradients((6, 9), 1)[0]

@@ -302,4 +302,5 @@ def _inverse_root(a: Tensor, floor: float, below: float) -> Tensor:
     roots = torch.where(values > least, values, least).rsqrt()
     half = torch.where(values > least, roots, below * roots).sqrt()
     vectors.mul_(half)
-    return vectors @ vectors.t()
+    root: Tensor = vectors @ vectors.t()
+    return root

@@ -158,7 +158,7 @@ def dion(
     """Dion: the orthogonal factor of a low-rank part of the momentum.
 
     Args:
-        rank: Directions that a step has, or their share of the columns; clipped to the short side.
+        rank: Directions that a step has, or their share of the short side; clipped to that side.
         momentum: Share of what was seen that stays in the momentum.
     """
     return Dion.of(states, rank=rank, momentum=momentum)

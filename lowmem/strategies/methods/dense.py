@@ -69,8 +69,8 @@ register(
 
         The arithmetic is AdamW's, in fp32. The scale of an element of the second moment is the smaller of
         its row's and its column's largest, which follows loud tokens and channels; the first
-        moment has a scale for each 128 elements, as in `adamw_4bit`. Norms and biases take Adam, with
-        moments of 4 bits from 4096 elements on.
+        moment has a scale for each 128 elements, as in `adamw_4bit`. Norms and biases take Adam with
+        fp32 moments.
 
         Bytes for an (m, n) weight, d = m n: 2 ceil(d / 2) + 4 ceil(d / 128) + 4 (m + n) + 4.
         """,
@@ -78,6 +78,7 @@ register(
         rule="adam_rank1",
         vector="adam",
         states="int4",
+        vector_states="fp32",
     )
 )
 
