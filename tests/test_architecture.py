@@ -33,7 +33,7 @@ FLOORS = {
         {"residuals", "projectors", "modifiers"},
         {"subspace"},
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
-        {"strategy"},
+        {"strategy", "tensors.heads"},
         {"tensors.groups", "tensors.seats"},
         {"tensors.saved"},
         {"optimizer"},

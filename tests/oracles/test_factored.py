@@ -81,6 +81,7 @@ def test_sm3_bounds_the_sums_of_squares_and_never_shrinks() -> None:
         ("came", {"states": "int8"}, 600 + 4 * 3 + 8 * 50),
         ("sm3", {}, 4 * 50),
         ("adam_mini", {}, 4 * 600 + 4 * 20 + 4),
+        ("adamw_4bit_rank1", {}, 300 + 4 * 5 + 300 + 4 * 50 + 4),
         ("sm3", {"momentum": 0.9, "states": "bf16"}, 2 * 600 + 4 * 50),
     ],
 )
@@ -97,7 +98,11 @@ def test_what_is_held(name: str, options: dict[str, Any], size: int) -> None:
         assert lowmem.state_bytes(strategy, shape) == held.pop() == count * size
 
 
-@pytest.mark.parametrize("name", ["came", "sm3", "adam_mini"])
+def test_vectors_beside_4_bits_under_rows_and_columns_stay_fp32() -> None:
+    assert lowmem.state_bytes(lowmem.create("adamw_4bit_rank1"), (5000,), role="vector") == 8 * 5000 + 4
+
+
+@pytest.mark.parametrize("name", ["came", "sm3", "adam_mini", "adamw_4bit_rank1"])
 def test_zeros_stand_still_and_what_is_not_finite_is_refused(name: str) -> None:
     start, g = torch.ones(6, 9), drive.gradients((6, 9), 1)[0]
     bad = g.clone()
@@ -163,3 +168,32 @@ def test_adam_mini_takes_queries_and_keys_by_heads() -> None:
             weight = getattr(model, name).weight.detach()
             expected = truth[name].step(drive.gradients(weight.shape, 1, seed=10 * step + seed)[0])
             torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (12, 7), (1, 5)])
+def test_adam_rank1_is_the_paper(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd rows share bytes of codes; they are stored in more than one block."""
+    monkeypatch.setattr("lowmem.optim.codecs.rankone.BLOCK", 44)
+    start, grads = drive.start_of(shape), drive.gradients(shape, 4)
+    truth = reference.AdamRankOne(start, 1e-2, 0.1, (0.9, 0.99))
+    hyper = {**HYPER, "betas": (0.9, 0.99)}
+    ours = drive.follow("adamw_4bit_rank1", start, grads, hyper=hyper, states="fp32")
+    for g, w in zip(grads, ours, strict=True):
+        torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=1e-6)
+
+
+def test_adam_rank1_in_4_bits_is_near_adamw() -> None:
+    """With loud columns, nearer than with scales of blocks."""
+    grads = drive.gradients((64, 64), 6)
+    loud = torch.ones(64, 64)
+    loud[:, [5, 20, 50]] = 100.0
+    exact, block, rank1 = (
+        drive.follow(name, torch.zeros(64, 64), [g * loud for g in grads], hyper={"lr": 1e-2}, **options)[-1]
+        for name, options in (
+            ("adamw", {}),
+            ("adamw", {"exp_avg_sq_states": "int4"}),
+            ("adamw_4bit_rank1", {"states": "fp32"}),
+        )
+    )
+    assert (rank1 - exact).norm() < 0.1 * exact.norm()
+    assert (rank1 - exact).norm() < 0.2 * (block - exact).norm()

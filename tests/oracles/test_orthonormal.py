@@ -280,3 +280,14 @@ def test_the_exact_factor_makes_small_singular_values_one_too(shape: tuple[int, 
     torch.testing.assert_close(factor(1.0, 0.5, 0.3, 0.1, 0.03, 0.01), u @ vh, rtol=0, atol=1e-3)
     torch.testing.assert_close(factor(1.0, 0.3, 0.1, 0.0, 0.0, 0.0), u[:, :3] @ vh[:3], rtol=0, atol=1e-3)
     assert not factor(*[0.0] * 6).any()
+
+
+@pytest.mark.parametrize("name", ["swan", "muon_8bit", "ada_muon", "auon", "dion", "sumo"])
+def test_zeros_stand_still_and_what_is_not_finite_is_refused(name: str) -> None:
+    start, g = torch.ones(6, 9), drive.gradients((6, 9), 1)[0]
+    bad, worse = g.clone(), torch.full((6, 9), torch.nan)
+    bad[2, 3] = torch.inf
+    still = drive.follow(name, start, [torch.zeros(6, 9), bad, worse, g], hyper={"lr": 0.1})
+    assert all(torch.equal(w, start) for w in still[:3])
+    assert still[3].isfinite().all()
+    assert not torch.equal(still[3], start)

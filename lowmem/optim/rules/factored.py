@@ -3,6 +3,7 @@
     CAME      row and column means of squares, and of how far steps lie from their average
     SM3       row and column maxima of sums of squares
     AdamMini  one number for each row, or head
+    AdamRankOne  4 bits, under scales of rows and columns
 
 What divides a gradient is made of the two vectors row block by row block. A vector is a
 matrix of one row: then both hold its second moment exactly, in one number for each element.
@@ -21,13 +22,14 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction, matrix_shape
 from lowmem.optim.codecs.blockwise import Codec, Dense, codec
 from lowmem.optim.codecs.factored import LARGEST, Factored, RowCol
+from lowmem.optim.codecs.rankone import RankOne, least, maxima
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adafactor import quotient
-from lowmem.optim.rules.adam import LEAST_EPS
+from lowmem.optim.rules.adam import LEAST_EPS, Adam
 from lowmem.optim.rules.normalised import row_squares
 from lowmem.optim.state import Constants, State, part, prefixed, scoped
 
@@ -162,7 +164,7 @@ class SM3(Rule):
     held: Codec | None = None
     momentum: float = 0.0
     floor: float = 0.0
-    least: ClassVar[float] = 1e-30
+    small: ClassVar[float] = 1e-30
 
     @classmethod
     def of(cls, states: str, *, momentum: float = 0.0, floor: float = 0.0) -> SM3:
@@ -197,11 +199,11 @@ class SM3(Rule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find the new maxima; the step is made from the old ones while it is written."""
         sums = scoped(s, "accumulator")
-        n = Blocks(g.shape, lambda i, j: _bound(sums, i, j).addcmul_(g.rows(i, j), g.rows(i, j)), g.device)
-        new = _maxima(n, hp)
+        n = Blocks(g.shape, lambda i, j: least(sums, i, j).addcmul_(g.rows(i, j), g.rows(i, j)), g.device)
+        new = maxima(n, hp)
         top = hp.total(new["row"].amax(), "max")
-        ok, least = top <= LARGEST, self.floor * top + self.least
-        u = Blocks(g.shape, lambda i, j: g.rows(i, j) * n.rows(i, j).add_(least).rsqrt_(), g.device)
+        ok, small = top <= LARGEST, self.floor * top + self.small
+        u = Blocks(g.shape, lambda i, j: g.rows(i, j) * n.rows(i, j).add_(small).rsqrt_(), g.device)
 
         def grow() -> None:
             for key, value in new.items():
@@ -217,22 +219,6 @@ class SM3(Rule):
             grow()
 
         return Direction(moment.towards(u, 1.0 - self.momentum), ok=ok, commit=commit)
-
-
-def _bound(sums: State, i: int, j: int) -> Tensor:
-    """Rows i..j of min(R, C); fresh."""
-    return torch.minimum(sums["row"][i:j, None], sums["col"])
-
-
-def _maxima(x: Blocks, hp: Hyper) -> State:
-    """The largest element of each row, and of each column over all shards of rows."""
-    m, n = x.shape
-    row, col = torch.zeros(m, device=x.device), torch.zeros(n, device=x.device)
-    for i, j in walk(x.ranges(), x.device):
-        rows = x.rows(i, j)
-        row[i:j] = rows.amax(1)
-        col = torch.maximum(col, rows.amax(0))
-    return {"row": row, "col": hp.total(col, "max")}
 
 
 @dataclass(frozen=True)
@@ -301,3 +287,64 @@ class AdamMini(Rule):
         if hp.heads < 2 or g.shape != hp.weight.shape:  # in a subspace, rows are directions
             return v
         return v.view(hp.heads, -1).mean(1).repeat_interleave(v.numel() // hp.heads)
+
+
+@dataclass(frozen=True)
+class AdamRankOne(Rule):
+    """Adam with its second moment in 4 bits under scales of rows and columns (arXiv 2309.01507).
+
+    The arithmetic is Adam's, in fp32; V is decoded before it, row block by row block, and encoded after the
+    write (`RankOne`). Bytes for an (m, n) weight: ceil(m n / 2) + 4 (m + n) + 4, and what the codec takes for
+    the first moment, ceil(m n / 2) + 4 ceil(m n / 128) in 4 bits.
+
+    Args:
+        held: codec of the first moment; second: how the second is held.
+
+    Example:
+        >>> sorted(AdamRankOne.of("bf16").init(torch.zeros(3, 5)))
+        ['age', 'exp_avg', 'exp_avg_sq.codes', 'exp_avg_sq.col', 'exp_avg_sq.row']
+    """
+
+    held: Codec = field(default_factory=lambda: Dense(stream="exp_avg"))
+    second: RankOne = field(default_factory=RankOne)
+    adam: ClassVar[Adam] = Adam()
+    reads_later: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, states: str) -> AdamRankOne:
+        """The rule with its first moment held as `states` says."""
+        return cls(codec(states, signed=True, stream="exp_avg"))
+
+    def init(self, x: Tensor) -> State:
+        """Both moments zero, age 0."""
+        moments = prefixed("exp_avg", self.held.init(x)) | prefixed("exp_avg_sq", self.second.init(x))
+        return {**moments, "age": torch.zeros((), dtype=torch.int32, device=x.device)}
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held)
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """The new scales take a pass; both moments move after the write."""
+        beta1, beta2 = hp.betas
+        square, moment = scoped(s, "exp_avg_sq"), HeldMoment(self.held, part(s, "exp_avg"), s, g.shape, hp)
+
+        def squares(i: int, j: int) -> Tensor:
+            return self.second.rows(square, i, j).lerp_(g.rows(i, j).square(), 1.0 - beta2)
+
+        v = Blocks(g.shape, squares, g.device)
+        new = maxima(v, hp)
+        ok = hp.total(new["row"].amax(), "max") <= LARGEST
+        s["age"].add_(ok)
+        _, _, eps, correction1, correction2 = numbers_of(self.adam, s["age"], hp).unbind()
+        m = moment.towards(g, 1.0 - beta1)
+        follow = moment.following(g, 1.0 - beta1, ok)
+
+        def step(i: int, j: int) -> Tensor:
+            return m.rows(i, j).mul_(correction1).div_(v.rows(i, j).sqrt_().mul_(correction2).add_(eps))
+
+        def commit() -> None:
+            follow()
+            self.second.store_(square, v, new, ok)
+
+        return Direction(Blocks(g.shape, step, g.device), ok=ok, commit=commit)

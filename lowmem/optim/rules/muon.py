@@ -129,6 +129,8 @@ class Muon(Rule):
         ok = hp.total(top, "max") <= torch.finfo(torch.float32).max
         # scaled by its largest element, so that no square overflows or vanishes
         x = seen.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0))
+        if self.sign:  # once it is known to be finite: signs are
+            x = x.map(torch.sign)
         if self.iterations:
             blocks = Product(self._polynomial(gram(x)), x)
         else:
@@ -142,8 +144,7 @@ class Muon(Rule):
         def rows(i: int, j: int) -> Tensor:
             new, old = g.rows(i, j), moment.rows(i, j)
             average = old + share * (new - old)
-            ahead = new + self.momentum * (average - new) if self.nesterov else average
-            return ahead.sign_() if self.sign else ahead
+            return new + self.momentum * (average - new) if self.nesterov else average
 
         return Blocks(g.shape, rows, g.device)
 
@@ -286,7 +287,8 @@ def polar(x: Blocks) -> Tensor:
     """
     first = _inverse_root(gram(x), 1e-7, 1.0)
     second = _inverse_root(gram(Product(first, x)), 1e-6, 0.0)
-    return second @ first if x.shape[0] <= x.shape[1] else first @ second
+    whole: Tensor = second @ first if x.shape[0] <= x.shape[1] else first @ second
+    return whole
 
 
 def _inverse_root(a: Tensor, floor: float, below: float) -> Tensor:
@@ -299,5 +301,6 @@ def _inverse_root(a: Tensor, floor: float, below: float) -> Tensor:
     least = (floor * values[-1]).clamp(min=TINY)
     roots = torch.where(values > least, values, least).rsqrt()
     half = torch.where(values > least, roots, below * roots).sqrt()
-    scaled: Tensor = vectors.mul_(half)
-    return scaled @ scaled.t()
+    vectors.mul_(half)
+    root: Tensor = vectors @ vectors.t()
+    return root

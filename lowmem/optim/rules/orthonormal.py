@@ -127,32 +127,39 @@ class Dion(Rule):
     bytes beside that of every step.
 
     Args:
-        frame: the rank; the basis spans columns.
+        rank: columns of P, from 1 on, or their share of the short side, below 1; clipped to that side.
         held: codec of M.
         momentum: share of what was seen that stays in M, in [0, 1).
 
     Raises:
-        UserError: a momentum outside [0, 1).
+        UserError: a number outside its range.
 
     Example:
         >>> {key: tuple(x.shape) for key, x in Dion.of("fp32", rank=2).init(torch.zeros(3, 5)).items()}
         {'momentum': (3, 5), 'basis': (2, 5)}
     """
 
-    frame: Frame
+    rank: float = 128
     held: Codec = field(default_factory=lambda: Dense(stream="momentum"))
     momentum: float = 0.95
     noise: ClassVar[float] = 1e-5
     reads_later: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.momentum < 1.0:
-            raise UserError(f"momentum must be in [0, 1), got {self.momentum}")
+        whole = self.rank >= 1.0 and self.rank % 1.0 == 0.0
+        bad = {
+            f"rank is a whole number from 1 on, or a share between 0 and 1, got {self.rank}": not (
+                whole or 0.0 < self.rank < 1.0
+            ),
+            f"momentum must be in [0, 1), got {self.momentum}": not 0.0 <= self.momentum < 1.0,
+        }
+        if any(bad.values()):
+            raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
 
     @classmethod
     def of(cls, states: str, *, rank: float = 128, momentum: float = 0.95) -> Dion:
         """Dion with its momentum held as `states` says."""
-        return cls(Frame(rank, "right"), codec(states, signed=True, stream="momentum"), momentum)
+        return cls(rank, codec(states, signed=True, stream="momentum"), momentum)
 
     @property
     def uses(self) -> frozenset[str]:
@@ -161,7 +168,8 @@ class Dion(Rule):
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Both factors beside one another."""
-        return self.frame.size(shape)[1], sum(shape)
+        short = min(shape)
+        return min(short, int(self.rank) if self.rank >= 1 else max(1, round(short * self.rank))), sum(shape)
 
     def scratch(self, shape: tuple[int, int]) -> int:
         """Each factor twice."""
@@ -169,8 +177,8 @@ class Dion(Rule):
 
     def init(self, x: Tensor) -> State:
         """A momentum of zero, and the first r coordinate axes."""
-        side, rank = self.frame.size(matrix_shape(x.shape))
-        basis = torch.eye(rank, side, device=x.device)
+        shape = matrix_shape(x.shape)
+        basis = torch.eye(self.low_shape(shape)[0], shape[1], device=x.device)
         return prefixed("momentum", self.held.init(x)) | {"basis": basis}
 
     def constants(self, shape: tuple[int, ...]) -> Constants:
@@ -188,7 +196,7 @@ class Dion(Rule):
         start = (
             hp.gaussian((basis.shape[1], basis.shape[0]), "basis").t() if hp.first or hp.step == 0 else basis
         )
-        p = orthonormal(x.right(start.t()))
+        p = torch.linalg.qr(x.right(start.t())).Q
         low = x.left(p)
         norms = row_squares(low).sqrt()
         strong = norms > self.noise * norms.amax()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from lowmem.optim.bases import Frame
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.rules.factored import CAME, SM3, AdamMini
+from lowmem.optim.rules.factored import CAME, SM3, AdamMini, AdamRankOne
 from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI
 from lowmem.optim.rules.mlorc import MLorc
 from lowmem.optim.rules.normalised import SWAN, AuON, Scaled, SinkGD
@@ -93,6 +93,12 @@ def adam_mini(*, states: str) -> AnyRule:
 
 
 @part("rule")
+def adam_rank1(*, states: str) -> AnyRule:
+    """Adam with a second moment of 4 bits under scales of rows and columns."""
+    return AdamRankOne.of(states)
+
+
+@part("rule")
 def sinkgd(
     *,
     iterations: Annotated[int, Limits(least=1)] = 5,
@@ -155,7 +161,7 @@ def dion(
     """Dion: the orthogonal factor of a low-rank part of the momentum.
 
     Args:
-        rank: Directions that a step has, or their share of the columns; clipped to the short side.
+        rank: Directions that a step has, or their share of the short side; clipped to that side.
         momentum: Share of what was seen that stays in the momentum.
     """
     return Dion.of(states, rank=rank, momentum=momentum)
