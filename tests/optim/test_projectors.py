@@ -73,8 +73,9 @@ def lift(projector: Projector, state: State, low: Tensor, like: Dense) -> Tensor
 def test_what_is_lifted_is_seen_again_and_nothing_is_counted_twice(
     projector: Projector, shape: tuple[int, int]
 ) -> None:
-    state = refreshed(projector, shape, *(normal(*shape, seed=t) for t in range(3)))
     x = Dense(normal(*shape, seed=9))
+    state = refreshed(projector, shape, *(normal(*shape, seed=t) for t in range(3)))
+    state = projector.opened(state, hyper(x.tensor))
     low = projector.down(state, x, hyper(x.tensor))
     assert tuple(low.shape) == projector.low_shape(shape)
     seen = lift(projector, state, low, x)

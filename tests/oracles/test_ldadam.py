@@ -27,6 +27,7 @@ from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.sources import Backprop
 from tests.oracles.reference_ldadam import LDAdam, efficiency
+from tests.oracles.test_mlorc import waves
 from tests.oracles.test_subspaces import BETAS, EPS, LR, near, normal, optimizer_of, steps
 
 ADAM, RANK, GAP = coded(Adam()), 3, 4
@@ -162,6 +163,14 @@ def test_what_a_gradient_without_use_leaves(bad: float, states: str) -> None:
     if math.isnan(bad):
         owed = [key for key in held if key.startswith(("residual", "projector"))]
         assert all(torch.equal(optimizer.state[p][key], held[key]) for key in owed)
+
+
+def test_the_efficiency_is_the_papers() -> None:
+    """Known numbers: the leading two directions of the first of three gradients."""
+    gradients = [g.double() for g in waves((3, 4))[1]]
+    p = torch.linalg.svd(gradients[0])[0][:, :2]
+    found = [efficiency(p, gradients[:t]) for t in (1, 2, 3)]
+    assert found == pytest.approx([0.909887, 0.795672, 0.700956], abs=1e-6)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
