@@ -97,12 +97,12 @@ class Chunks:
             s: the rule's state and constants; extra: the writer's state.
             hp: of this step.
         """
-        if self._small.takes(rule, writer, p, g, s, extra, hp):
+        policy = sizes(p.device)
+        if policy.together and self._small.takes(rule, writer, p, g, s, extra, hp):
             return
         ok, speeds = self.true(p.device), hp.rates(dtype=_precision(p))
-        table = self._table(rule, s, hp)
-        if table is not None and not self._alone(rule, g, p.numel()):
-            table = None
+        alone = not policy.at_hand and self._alone(rule, g, p.numel())
+        table = self._table(rule, s, hp) if alone else None
         if table is None:
             _age(s, 1)
         if rule.measures:

@@ -74,6 +74,7 @@ POLICIES = {
 }  # fmt: skip
 """By type of device; other accelerators are like CUDA, and meta is like the CPU until one is named."""
 
+_CPU, _CUDA = POLICIES["cpu"], POLICIES["cuda"]
 _named: ContextVar[str] = ContextVar("policy", default="")
 
 
@@ -83,8 +84,9 @@ def sizes(device: torch.device) -> Sizes:
     >>> sizes(torch.device("cpu")).at_hand, sizes(torch.device("cuda")).at_hand
     (True, False)
     """
-    name = _named.get() or ("cpu" if device.type in ("cpu", "meta") else "cuda")
-    return POLICIES[name]
+    if name := _named.get():
+        return POLICIES[name]
+    return _CPU if device.type in ("cpu", "meta") else _CUDA
 
 
 @contextmanager

@@ -128,8 +128,10 @@ class Together:
         self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
     ) -> bool:
         """Whether a tensor waits from now on; if not, it is to be stepped by itself."""
-        small = self.open and p.numel() < sizes(p.device).together and p.is_contiguous() and not g.takes
-        if not (small and hp.group and rule.joins(s)):
+        limit = sizes(p.device).together if self.open else 0
+        if not (limit and p.numel() < limit and p.is_contiguous() and not g.takes):
+            return False
+        if not (hp.group and rule.joins(s)):
             return False
         flat = g.chunk(0, p.numel())
         key = (id(rule), id(writer), p.dtype, flat.dtype, p.device, id(hp.group))
