@@ -94,7 +94,7 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     ladder = compiled and run.device == "cpu"
     shapes = _grids({shape for one in found.values() for shape in one.grids}, ladder)
     grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
-    small = _together(strategy, _smallest(parameters, run.device), compiled, run.device)
+    small = _together(strategy, _smallest(parameters, compiled, run.device), compiled, run.device)
     return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small)
 
 
@@ -180,12 +180,12 @@ def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
 
 
-def _smallest(parameters: Sequence[Parameter], device: str) -> Sizes:
+def _smallest(parameters: Sequence[Parameter], compiled: bool, device: str) -> Sizes:
     """Shape, dtype and role of those that step together on a device, the largest as many as fit at once."""
     limit = POLICIES.get(device, POLICIES["cuda"]).together
     found = sorted((_product(p.shape), p.name, p) for p in parameters if _product(p.shape) < limit)[::-1]
     total = itertools.accumulate((size for size, _, _ in found), initial=0)
-    first = [p for (_, _, p), before in zip(found, total, strict=False) if before <= ELEMENTS]
+    first = [p for (_, _, p), before in zip(found, total, strict=False) if before <= ELEMENTS[compiled]]
     return tuple((tuple(p.shape), p.dtype, p.role) for p in first[:TENSORS])
 
 

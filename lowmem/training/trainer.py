@@ -29,25 +29,13 @@ from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import LowMemArguments, LowMemFields
 from lowmem.training.callbacks import Divergence, Interruption
-from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign
+from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
 
 if TYPE_CHECKING:
     from lowmem.optim.release import Release
 
 __all__ = ["LowMemMixin", "LowMemSFTTrainer", "LowMemTrainer", "hf_optimizer"]  # noqa: F822 (made on first use)
-
-
-def _check_scaled(model: nn.Module, scaled: bool) -> None:
-    """Refuse what the loss scaler would refuse at its first step."""
-    half = next(
-        (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), None
-    )
-    if scaled and half:
-        raise UserError(
-            f"fp16: {half} is trained in float16, whose gradients no loss scaler takes; load the model with "
-            "dtype=torch.float32, autocast computes in float16"
-        )
 
 
 class LowMemMixin(WholeCheckpoints):
@@ -82,7 +70,7 @@ class LowMemMixin(WholeCheckpoints):
         """Make the strategy's optimizer with the arguments' lr, betas, eps, weight decay and decay groups."""
         if self.optimizer is None:
             args = self.args
-            _check_scaled(self.model if model is None else model, args.fp16)
+            refuse_half(self.model if model is None else model, args.fp16)
             self.optimizer = make_optimizer(
                 self.model if model is None else model,
                 self._strategy,

@@ -133,6 +133,6 @@ def test_tensors_that_step_together_are_planned_together() -> None:
     strategy = lowmem.create("adamw")
     run = Run(compile="on")
     card, cpu = (footprint(strategy, small, replace(run, device=d)) for d in ("cuda", "cpu"))
-    copies = 256 * 4096 * 4 * 4  # weights, gradients and two moments
+    copies = 300 * 4096 * 4 * 4  # weights, gradients and two moments
     assert cpu.together == 0
     assert copies <= card.together == card.worst <= 64 << 20

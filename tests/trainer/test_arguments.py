@@ -10,7 +10,7 @@ import transformers
 from lowmem.errors import ConfigError, UserError
 from lowmem.optim.writers import Split
 from lowmem.training.arguments import LowMemArguments, LowMemSFTConfig, build_strategy
-from lowmem.training.trainer import _check_scaled
+from lowmem.training.factory import refuse_half
 
 CPU = {"use_cpu": True, "report_to": "none"}
 
@@ -158,7 +158,7 @@ def test_writer_reaches_the_strategy():
 
 def test_weights_in_float16_are_refused_before_the_scaler_does():
     model = torch.nn.Linear(2, 2).half()
-    _check_scaled(model, False)
+    refuse_half(model, False)
     with pytest.raises(UserError, match=r"weight is trained in float16.*dtype=torch.float32"):
-        _check_scaled(model, True)
-    _check_scaled(model.requires_grad_(False), True)
+        refuse_half(model, True)
+    refuse_half(model.requires_grad_(False), True)

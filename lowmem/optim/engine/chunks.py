@@ -97,10 +97,12 @@ class Chunks:
             s: the rule's state and constants; extra: the writer's state.
             hp: of this step.
         """
-        if self._small.takes(rule, writer, p, g, s, extra, hp):
+        policy = sizes(p.device)
+        if policy.together and self._small.takes(rule, writer, p, g, s, extra, hp):
             return
         ok, speeds = self.true(p.device), hp.rates(dtype=_precision(p))
-        table = self._table(rule, s, hp) if self._alone(rule, g, p.numel()) else None
+        alone = not policy.at_hand and self._alone(rule, g, p.numel())
+        table = self._table(rule, s, hp) if alone else None
         if table is None:
             _age(s, 1)
         if rule.measures:
@@ -215,9 +217,8 @@ class Chunks:
 
     def _table(self, rule: Pointwise, s: State, hp: Hyper) -> Tensor | None:
         """The scalars of all ages, where the kernel that takes all of a step moves the age on the way."""
-        if sizes(hp.weight.device).at_hand or rule.measures or not self.compiles(rule):
-            return None
-        return rule.table(s, hp)
+        elsewhere = not sizes(hp.weight.device).at_hand
+        return rule.table(s, hp) if elsewhere and self.compiles(rule) and not rule.measures else None
 
     def kernel(
         self,

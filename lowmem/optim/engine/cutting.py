@@ -45,6 +45,7 @@ class Sizes:
         eager: most elements of a piece that is not compiled. Its temporaries take up to 36 bytes for each.
         made: bytes that may be made at once of a step to be written, such as a lifted product, where the
             writer is compiled; made_eager: where it is not. 0 for those of a piece alone.
+        drawn: elements of pieces of noise, largest first; few, as each takes a second or two to compile.
         together: tensors with fewer elements step together; 0 for none.
         at_hand: what a tensor holds can be read on the host without waiting, and uploads are free.
     """
@@ -53,6 +54,7 @@ class Sizes:
     eager: int
     made: int
     made_eager: int
+    drawn: tuple[int, ...]
     together: int
     at_hand: bool
 
@@ -62,11 +64,17 @@ class Sizes:
 
 
 POLICIES = {
-    "cpu": Sizes(LADDER, eager=LADDER[0], made=0, made_eager=0, together=0, at_hand=True),
-    "cuda": Sizes((), eager=LADDER[0], made=48 << 20, made_eager=8 << 20, together=1 << 18, at_hand=False),
-}
+    "cpu": Sizes(
+        LADDER, eager=LADDER[0], made=0, made_eager=0, drawn=(1 << 16, 1 << 12), together=0, at_hand=True
+    ),
+    "cuda": Sizes(
+        (), eager=LADDER[0], made=48 << 20, made_eager=8 << 20, drawn=(1 << 20, 1 << 16, 1 << 12),
+        together=1 << 18, at_hand=False,
+    ),
+}  # fmt: skip
 """By type of device; other accelerators are like CUDA, and meta is like the CPU until one is named."""
 
+_CPU, _CUDA = POLICIES["cpu"], POLICIES["cuda"]
 _named: ContextVar[str] = ContextVar("policy", default="")
 
 
@@ -76,8 +84,9 @@ def sizes(device: torch.device) -> Sizes:
     >>> sizes(torch.device("cpu")).at_hand, sizes(torch.device("cuda")).at_hand
     (True, False)
     """
-    name = _named.get() or ("cpu" if device.type in ("cpu", "meta") else "cuda")
-    return POLICIES[name]
+    if name := _named.get():
+        return POLICIES[name]
+    return _CPU if device.type in ("cpu", "meta") else _CUDA
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from lowmem.optim.hyper import Hyper
 from lowmem.optim.state import State
 from lowmem.optim.writers import Writer
 
-ELEMENTS = 1 << 20
-"""Of all that step together, at most: copies of weights and states and an eager step fit the workspace."""
+ELEMENTS = {True: 1 << 21, False: 1 << 20}
+"""Of all that step together, at most, compiled or not: copies and temporaries fit the workspace of a step."""
 TENSORS = 512
 """That step together, at most."""
 
@@ -95,11 +95,23 @@ class Group:
 
     rule: Pointwise
     writer: Writer
+    most: int
     waiting: list[Small] = field(default_factory=list)
+    elements: int = 0
 
     def has_room(self, count: int) -> bool:
         """Whether a tensor of so many elements may still join."""
-        return sum(len(one.g) for one in self.waiting) + count <= ELEMENTS and len(self.waiting) < TENSORS
+        return self.elements + count <= self.most and len(self.waiting) < TENSORS
+
+    def join(self, one: Small) -> None:
+        """Wait."""
+        self.waiting.append(one)
+        self.elements += len(one.g)
+
+    def leave(self) -> list[Small]:
+        """All that have waited."""
+        waiting, self.waiting, self.elements = self.waiting, [], 0
+        return waiting
 
 
 class Together:
@@ -116,15 +128,17 @@ class Together:
         self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
     ) -> bool:
         """Whether a tensor waits from now on; if not, it is to be stepped by itself."""
-        small = self.open and p.numel() < sizes(p.device).together and p.is_contiguous() and not g.takes
-        if not (small and hp.group and rule.joins(s)):
+        limit = sizes(p.device).together if self.open else 0
+        if not (limit and p.numel() < limit and p.is_contiguous() and not g.takes):
+            return False
+        if not (hp.group and rule.joins(s)):
             return False
         flat = g.chunk(0, p.numel())
         key = (id(rule), id(writer), p.dtype, flat.dtype, p.device, id(hp.group))
-        group = self._groups.setdefault(key, Group(rule, writer))
+        group = self._groups.setdefault(key, Group(rule, writer, ELEMENTS[self.frame.compiles(rule)]))
         if not group.has_room(len(flat)):
             self._step(group)
-        group.waiting.append(Small(p.view(-1), flat, s, extra, hp))
+        group.join(Small(p.view(-1), flat, s, extra, hp))
         return True
 
     @property
@@ -140,16 +154,15 @@ class Together:
 
     def _step(self, group: Group) -> None:
         """One step of all that wait in a group."""
-        rule, waiting = group.rule, group.waiting
+        rule, waiting = group.rule, group.leave()
         rows = self._rows_of(waiting, rule.grain if rule.grain > 1 else ROW)
         w, g = (self._gathered(flat, rows, 1) for flat in ([x.p for x in waiting], [x.g for x in waiting]))
         states = self._states(rule, waiting, rows)
-        self._launch(group, rows, w, g, [view for _, view, _ in states])
+        self._launch(rule, group.writer, waiting, rows, w, g, [view for _, view, _ in states])
         _scatter([one.p for one in waiting], w, rows, 1)
         for tensors, view, per in states:
             if per:
                 _scatter(tensors, view, rows, per)
-        group.waiting = []
 
     def _states(
         self, rule: Pointwise, waiting: Sequence[Small], rows: Rows
@@ -165,8 +178,11 @@ class Together:
             found.append((tensors, self._gathered(tensors, rows, 1), 1))
         return found
 
-    def _launch(self, group: Group, rows: Rows, w: Tensor, g: Tensor, views: Sequence[Tensor]) -> None:
-        rule, writer, waiting, frame = group.rule, group.writer, group.waiting, self.frame
+    def _launch(
+        self, rule: Pointwise, writer: Writer, waiting: Sequence[Small], rows: Rows, w: Tensor, g: Tensor,
+        views: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        frame = self.frame
         live, streams = frame.compiles(rule) and w.device.type != "meta", rule.streams + writer.streams
         kernel = frame.kernel(
             rule, writer, tuple(waiting[0].s), w, g, live, "elements", "step", False, True
