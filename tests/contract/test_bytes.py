@@ -10,7 +10,8 @@ from torch import nn
 
 import lowmem
 from lowmem.memory import count
-from tests.contract import runs, zoo
+from lowmem.training.contract import zoo
+from tests.contract import runs
 from tests.contract.cases import Case
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (9, 7), (13, 17), (61, 67), (4, 3, 2, 2)]
@@ -28,6 +29,7 @@ def on_one(case: Case, shape: tuple[int, ...], role: str, dtype: torch.dtype) ->
     return lowmem.LowMemOptimizer([group], case.create(), lr=1e-3), p
 
 
+@pytest.mark.both
 @pytest.mark.changed
 def test_planned_bytes_are_held_bytes(case: Case, dtype: torch.dtype) -> None:
     for shape, role in [*((s, "matrix") for s in SHAPES), *((s, "other") for s in VECTORS)]:

@@ -20,7 +20,8 @@ from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
 from lowmem.memory.trace.extrapolate import extrapolated, remembered
 from lowmem.models.entries import resolve
-from lowmem.strategies import available, optimizer
+from lowmem.strategies import optimizer
+from tests.enrolled import on_any_model
 from tests.memory.families import FAMILIES, batch, loss, model
 
 KEYS = {
@@ -82,7 +83,7 @@ def test_document_has_the_promised_keys_and_is_plain():
         assert entry["peak"]["allocated"] <= entry["peak"]["reserved"] < entry["peak"]["device"]
 
 
-@pytest.mark.parametrize("name", sorted(available()))
+@pytest.mark.parametrize("name", sorted(on_any_model()))
 def test_every_strategy_is_planned_and_its_state_is_what_is_held(name):
     made = model("llama", torch.bfloat16)
     held = optimizer(made, name)
