@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import lowmem.cli as cli
 from lowmem.cli import render
 from tests.models.test_broken import CONFIGS, FILES, broken
+from tests.models.test_broken import whole as whole  # a fixture
 
 runner = CliRunner()
 
@@ -30,14 +31,14 @@ def refused(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_plan_refuses_a_broken_folder(tiny_model: Path, tmp_path: Path, kind: str) -> None:
-    folder = broken(tiny_model, tmp_path, CONFIGS[kind][0])
+def test_a_plan_refuses_a_broken_folder(whole: Path, tmp_path: Path, kind: str) -> None:
+    folder = broken(whole, tmp_path, CONFIGS[kind][0])
     refused("plan", "--model", folder, "--optim", "adamw", "--seq-len", "8")
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_run_refuses_a_broken_folder(flags: list[str], tiny_model: Path, tmp_path: Path, kind: str) -> None:
-    folder = broken(tiny_model, tmp_path, FILES[kind][0])
+def test_a_run_refuses_a_broken_folder(flags: list[str], whole: Path, tmp_path: Path, kind: str) -> None:
+    folder = broken(whole, tmp_path, FILES[kind][0])
     refused("finetune", *flags, "--model", folder)
     assert not (tmp_path / "out").exists()
 
