@@ -279,3 +279,21 @@ def test_several_data_sets_are_one_value(tmp_path: Path) -> None:
     assert load(tmp_path / "run.yaml").data == text
     assert from_flags({**LEAST, "data": ["a.jsonl", "b.jsonl=2"]}).data == text
     assert build({**LEAST, "data": text}).data == text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optim": "galore(rank=8"}, "lacks a bracket"),
+        ({"optim": "galore(rank=8)", "optim_args": "rank=4"}, "give them once"),
+        ({"optim": "galore(rank=8),adamw(states=bf16)"}, "a run takes one"),
+    ],
+)
+def test_options_in_brackets_are_whole_and_given_once(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build({"model": "gpt2", **given})
+
+
+def test_options_may_stand_in_brackets_as_in_a_plan() -> None:
+    made = build({"model": "gpt2", "optim": "galore(rank=8,states=int8)"})
+    assert (made.optim, made.optim_args) == ("galore", "rank=8,states=int8")

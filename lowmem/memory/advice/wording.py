@@ -10,6 +10,7 @@ from lowmem.memory.device.gpus import Budget
 from lowmem.memory.gather import longest
 from lowmem.memory.run import Run
 from lowmem.optim.strategy import Strategy
+from lowmem.strategies import create
 
 
 def warnings(config: Any, run: Run, name: str) -> tuple[str, ...]:
@@ -114,7 +115,8 @@ def command(
     default = Run()
     for name in run.__dataclass_fields__:
         value = getattr(run, name)
-        if value == getattr(default, name):
+        implied = name == "max_grad_norm" and run.gradient_release
+        if value == getattr(default, name) or implied:
             continue
         flag = name.replace("_", "-")
         words += (
@@ -127,7 +129,10 @@ def command(
 
 
 def _named(strategy: Strategy) -> str:
-    """A strategy with every option, as `--optim` takes it."""
-    options = strategy.options
+    """A strategy with every option that is not its own default, as `--optim` takes it."""
+    own = create(strategy.name).options
+    options = {key: value for key, value in strategy.options.items() if own.get(key) != value}
+    if not options:
+        return strategy.name
     words = (str(v).lower() if isinstance(v, bool) else str(v) for v in options.values())
     return f"{strategy.name}({','.join(f'{k}={word}' for k, word in zip(options, words, strict=True))})"
