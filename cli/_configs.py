@@ -62,6 +62,7 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.tensors.checks import idle
     from lowmem.optim.writers import select
+    from lowmem.sources.quantized import misfit
     from lowmem.strategies import create, parse_options
 
     try:
@@ -72,6 +73,9 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     if "writer" in strategy.options and stored != strategy.writer:
         kept = strategy.options["writer"]
         return [f"optim: writer={kept} is for weights of 16 bits, these have 32; leave it out"]
+    adapts = bool(values["lora_rank"] or values["adapter"])
+    if problem := misfit(values["optim"], strategy.source, values["quantize"], adapts):
+        return [problem]
     if values["task"] != "sft" and not strategy.source.needs_autograd:
         return [f"optim: {values['optim']} works without gradients, task {values['task']} needs them"]
     found = idle(values["optim"], strategy.rules.values(), betas=values["betas"], eps=values["eps"])

@@ -14,10 +14,6 @@ def problems(v: Mapping[str, Any]) -> list[str]:
         (v["steps"] and v["epochs"], "steps and epochs: both given; give one of them"),
         (v["resume"] and v["overwrite"], "resume and overwrite: one keeps the earlier run, one replaces it"),
         (
-            v["quantize"] and not (v["lora_rank"] or v["adapter"]),
-            "quantize: frozen weights only; give lora_rank as well",
-        ),
-        (
             v["steps"] and v["warmup"] > v["steps"],
             f"warmup: {v['warmup']} steps of warm-up in a run of {v['steps']}; make it {v['steps']} or less",
         ),

@@ -145,7 +145,7 @@ def _check(run: Run) -> None:
 
 
 def _check_adapters(run: Run) -> None:
-    if run.quantize and not run.lora_rank:
+    if run.quantize and run.adapter and not run.lora_rank:
         raise UserError(
             "quantize keeps the base weights frozen, and is planned under LoRA: give lora_rank as well"
         )
@@ -172,7 +172,8 @@ def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Stra
         return [asked]
     wanted = named(asked) if isinstance(asked, str) else [one for part in asked for one in named(part)]
     if [name for name, _ in wanted] == ["all"]:
-        wanted = [(name, None) for name in available()]
+        # what trains scales is asked for by name: it needs another model than the rest
+        wanted = [(name, None) for name in available() if not create(name).source.quantized]
     found = []
     for name, own in wanted:
         if isinstance(name, Strategy):

@@ -16,7 +16,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, made
+from lowmem.optim.state import State, made, scoped
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
@@ -277,22 +277,25 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
         Args:
             loss_fn: gives the scalar loss of one batch.
-            model: owner of the parameters; zeroth-order sources probe inside its forward. The one
-                the optimizer was made with, if None.
+            model: owner of the parameters, where sources probe; the one it was made with, if None.
         """
-        group = self.param_groups[0]
-        query = Query(group["seed"], group["step"], len(self._evidence), self.chunks.compile)
         params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        owner = self.model if model is None else model
+        query, owner = self.query(len(self._evidence)), self.model if model is None else model
         source, settings = self.strategy.source, Settings.now()
-        if source.needs_autograd:
-            loss, evidence = source.backward(params, loss_fn, model=owner, query=query)
-        else:
-            with NEUTRAL.entered():  # what is drawn is ours, the loss is the caller's
-                loss, evidence = source.backward(params, under(settings, loss_fn), model=owner, query=query)
-        if evidence is not None:
-            self._evidence.append(evidence)
+        drawn = not source.needs_autograd  # what is drawn is ours, the loss is the caller's
+        evaluate = under(settings, loss_fn) if drawn else loss_fn
+        with NEUTRAL.entered() if drawn else nullcontext():
+            loss, evidence = source.backward(params, evaluate, model=owner, query=query)
+        self._evidence += [evidence] if evidence is not None else []
         return loss
+
+    def query(self, index: int) -> Query:
+        """The name of the index-th evaluation of the loss since the last step."""
+        group, held = self.param_groups[0], dict[str, State]()
+        if self.strategy.source.holds:
+            self.init_state()
+            held = {name: scoped(self.state[p], "source") for name, p in self.named_parameters()}
+        return Query(group["seed"], group["step"], index, self.chunks.compile, held)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Step every parameter that has a gradient; tensors that were released have had theirs."""

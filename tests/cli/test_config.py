@@ -178,7 +178,6 @@ def test_float16_trains_with_a_scaled_loss_or_not_at_all(
     [
         ({"steps": 10, "epochs": 1}, "steps and epochs: both given"),
         ({"resume": True, "overwrite": True}, "resume and overwrite"),
-        ({"quantize": "nf4"}, "give lora_rank as well"),
         ({"steps": 10, "warmup": 11}, "11 steps of warm-up in a run of 10; make it 10 or less"),
         ({"gradient_release": True, "clip": "global"}, "use clip: previous, tensor or none"),
         ({"clip": "previous"}, "clip: previous is for gradient_release; use clip: global"),

@@ -75,6 +75,10 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
             )
             + (", embeddings, head and norms in fp32" if run.kbit_prepare else "")
         )
+    elif run.quantize:
+        found.append(
+            "NF4 weights, of which the scales are trained, in fp32; embeddings, head and norms frozen"
+        )
     if run.device == "cuda":
         found.append(
             "reserved and device are simulations of the caching allocator, not yet measured on a GPU"

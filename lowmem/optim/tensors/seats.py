@@ -153,7 +153,7 @@ def seat(
 ) -> Seat:
     """The seat of a parameter with this state."""
     rule, writer = strategy.rules[rule_name], select(strategy.writer, p.dtype)
-    own = {key: tensor for key, tensor in held.items() if not key.startswith("writer.")}
+    own = {key: tensor for key, tensor in held.items() if not key.startswith(("writer.", "source."))}
     extra = scoped(held, "writer")
     if not strategy.slices(rule_name, place.role, p.shape):
         whole = Part(place.name, None, rule, writer, Held(own | constants), extra)

@@ -53,11 +53,12 @@ class WholeCheckpoints:
     _resumed: str | None = None
     _changed: Mapping[str, str] = {}
     _divergence: Divergence
+    save_log: Callable[[Path], None]
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to: strategy, options, what is trained, and how."""
         config = self._strategy.to_config()
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        named = self._strategy.source.trained(self.model)
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
         return {
             "strategy": config["name"] or config["parts"],
@@ -160,6 +161,7 @@ class WholeCheckpoints:
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
             self._name_best(staged, target)
             if self.args.should_save:
+                self.save_log(staged)
                 sealed.seal(staged, self.about())
                 publish(staged, target)
                 best = self.state.best_model_checkpoint
