@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame, orthonormal
 from lowmem.optim.blocks import Blocks, Direction, matrix_shape
 from lowmem.optim.codecs.blockwise import Codec, Dense, codec
 from lowmem.optim.contract import SCRATCH, Rule
