@@ -57,6 +57,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
+    from lowmem.combinations import of_precision
     from lowmem.models.entries import to_dtype
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.tensors.checks import idle
@@ -78,6 +79,7 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     if values["task"] != "sft" and not strategy.source.needs_autograd:
         return [f"optim: {values['optim']} works without gradients, task {values['task']} needs them"]
     found = idle(values["optim"], strategy.rules.values(), betas=values["betas"], eps=values["eps"])
+    found += of_precision(values, differentiates=strategy.source.needs_autograd)
     if strategy.source.needs_autograd:
         over_several = values["gradient_release"] and values["accumulation"] > 1
         refusal = accumulation_problem(strategy) if over_several else ""

@@ -74,19 +74,22 @@ def arguments(config: RunConfig) -> Any:
     """
     import torch
 
-    from lowmem.combinations import missing_tracker
+    from lowmem.combinations import missing_tracker, of_precision
     from lowmem.sources.quantized import misfit
     from lowmem.training.arguments import build_strategy, trl_config
     from lowmem.training.tasks import options
 
-    source = build_strategy(config.optim, config.optim_args).source
-    problems = (
+    source = build_strategy(config.optim, config.optim_args or None).source
+    cuda, half = torch.cuda.is_available(), config.autocast == "float16"
+    problems = [
         missing_tracker(config.report_to),
         misfit(config.optim, source, config.quantize, config.adapts),
-    )
+        *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
+    ]
+    if half and not cuda:
+        problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
     if found := [problem for problem in problems if problem]:
         raise ConfigError(found)
-    cuda = torch.cuda.is_available()
     common = {
         "output_dir": str(config.output_path),
         "optim": config.optim,
@@ -117,7 +120,8 @@ def arguments(config: RunConfig) -> Any:
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit,
-        "bf16": False,  # the weights themselves are in `dtype`: nothing is cast at each use
+        "bf16": config.autocast == "bfloat16",  # by default weights are in `dtype` and nothing is cast
+        "fp16": half,
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "report_to": config.report_to,

@@ -20,9 +20,10 @@ FREE = {"errors", "texts", "values", "combinations", "config", "configs", "conso
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "state"},
+        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "engine.parcel", "state"},
         {"blocks"},
         {"hyper", "changes"},
+        {"split", "bases"},
         {"contract"},
         {"codecs", "writers"},
         {"engine"},
@@ -32,11 +33,11 @@ FLOORS = {
         {"residuals", "projectors", "modifiers"},
         {"subspace"},
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
-        {"strategy"},
+        {"strategy", "tensors.heads"},
         {"tensors.groups", "tensors.seats"},
         {"tensors.saved"},
         {"optimizer"},
-        {"release"},
+        {"release", "evaluated"},
     ],
     "memory": [
         {"device"},

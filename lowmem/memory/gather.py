@@ -132,6 +132,13 @@ def _check(run: Run) -> None:
         raise UserError(f"keep_output keeps the logits of the plain loss; loss {run.loss!r} hands none over")
     if run.autocast and run.dtype == "float16":
         raise UserError("autocast with float16 weights is not planned: use bfloat16 or float32 weights")
+    if run.autocast_dtype != "bfloat16" and not run.autocast:
+        raise UserError(f"autocast_dtype {run.autocast_dtype!r} is of autocast: give autocast as well")
+    if run.autocast and run.autocast_dtype == "float16" and run.gradient_release:
+        raise UserError(
+            "gradient_release with autocast in float16: a step is skipped where any gradient overflows, "
+            "which is not known when the first tensor steps; leave it out, or take bfloat16"
+        )
     if run.gradient_release and run.max_grad_norm > 0:
         # the norm of all gradients is never known under release: nothing is clipped together
         object.__setattr__(run, "max_grad_norm", 0.0)

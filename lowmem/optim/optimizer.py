@@ -13,6 +13,7 @@ cleared, moved, added to. What is derived from them (`seats`) is found anew when
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -94,6 +95,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "betas": tuple(betas),
             "role": "matrix",
             "roles": "{}",
+            "heads": "{}",
             "step": 0,
             "since": 0,
             "previous_norm": -1.0,
@@ -116,7 +118,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._lookup = Lookup()
         self._evidence: list[Any] = []
         self._switched = -1
-        self._working = False
+        self._at = threading.local()  # hooks of several devices run in threads of their own
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "strategy": self.strategy, "released": False, "_model": None}
@@ -158,15 +160,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Nothing is recorded for autograd, and the caller's settings of torch do not count."""
-        if self._working:
+        if getattr(self._at, "work", False):
             yield
             return
         with torch.no_grad(), NEUTRAL.entered():
-            self._working = True
+            self._at.work = True
             try:
                 yield
             finally:
-                self._working = False
+                self._at.work = False
 
     @property
     def roster(self) -> Roster:
@@ -206,7 +208,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
             weight=Dense(weight),
             advance=self.chunks.advance_,
             first=first,
+            heads=place.heads,
             constant=self._lookup,
+            group=group,
         )
 
     def constants(self, p: Tensor) -> State:
@@ -308,8 +312,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
             if not self._evidence and not source.needs_autograd:
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
-            for p, g in source.gradients(self.named_parameters(), self._evidence):
-                self.step_param(p, g)
+            with self.chunks.together():
+                for p, g in source.gradients(self.named_parameters(), self._evidence):
+                    self.step_param(p, g)
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
@@ -326,10 +331,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
-        held = [*(s for s in self.state.values() if isinstance(s, dict)), self._constants]
-        tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
-        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values()
-        return sum(storage.nbytes() for storage in storages)
+        held = [state for state in self.state.values() if isinstance(state, dict)]
+        tensors = [*self._constants.values(), *(t for s in held for t in s.values() if isinstance(t, Tensor))]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.

@@ -28,7 +28,7 @@ from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.training.arguments import LowMemArguments, LowMemFields
 from lowmem.training.callbacks import Divergence, Interruption
-from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign
+from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
 from lowmem.training.zeroth.scales import admitted
 from lowmem.training.zeroth.steps import ZerothOrder
@@ -71,6 +71,7 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
         """Make the strategy's optimizer with the arguments' lr, betas, eps, weight decay and decay groups."""
         if self.optimizer is None:
             args = self.args
+            refuse_half(self.model if model is None else model, args.fp16)
             self.optimizer = make_optimizer(
                 self.model if model is None else model,
                 self._strategy,

@@ -73,9 +73,12 @@ class Loading:
         groups = []
         for old, mine, theirs, ours in zip(saved, own, names_of(saved), names_of(own), strict=True):
             names = theirs if "param_names" in old else ours
-            roles = from_text(old.get("roles", "{}"))
-            kept = {name: roles[was] for name, was in zip(names, theirs, strict=True) if was in roles}
-            groups.append({**old, "params": mine["params"], "roles": to_text(kept)})
+            found = {key: from_text(old.get(key, "{}")) for key in ("roles", "heads")}
+            kept = {
+                key: to_text({new: said[was] for new, was in zip(names, theirs, strict=True) if was in said})
+                for key, said in found.items()
+            }
+            groups.append({**old, "params": mine["params"], **kept})
             if "param_names" in mine:
                 groups[-1]["param_names"] = list(names)
         tell(saved, own)

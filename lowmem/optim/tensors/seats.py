@@ -33,12 +33,14 @@ class Place:
     Args:
         group: its parameter group; name: its name.
         role: what it is; rule: the name of the rule that it follows unless a schedule says otherwise.
+        heads: into which its rows are cut, where it makes queries or keys; 0 elsewhere.
     """
 
     group: dict[str, Any]
     name: str
     role: str
     rule: str
+    heads: int = 0
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
@@ -62,11 +64,11 @@ class Roster:
         self.places: dict[Tensor, Place] = {}
         self._since: dict[str, list[tuple[int, str]]] = {}
         for group, names in zip(groups, names_of(groups), strict=True):
-            roles = from_text(group["roles"])
+            roles, heads = from_text(group["roles"]), from_text(group["heads"])
             for name, p in zip(names, group["params"], strict=True):
                 role = refined(roles.get(name, group["role"]), p.shape)
                 rule = strategy.rule_name(role, p.shape)
-                self.places[p] = Place(group, name, role, rule)
+                self.places[p] = Place(group, name, role, rule, int(heads.get(name, 0)))
                 self._since.setdefault(rule, []).append((group["since"], name))
         self._names: dict[tuple[str, int], tuple[str, ...]] = {}
 
