@@ -54,8 +54,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         compile: auto, on or off; compiled and eager steps differ in the last bit, so
             the choice depends on the model and `steps` and is kept in the checkpoint.
         steps: of the run, where that is known; a few do not pay for compiling.
-        model: owner of the parameters: where names and roles that groups do not say are found, and
-            what sources probe inside of; it is not kept alive.
+        model: owner of the parameters, to find names and roles in and to probe; it is not kept alive.
 
     Raises:
         UserError: a number outside its range, or a writer that the weights cannot take.
@@ -87,8 +86,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "compile": compile}
         with as_ours():
             check_hyper(numbers)
-        self.strategy = strategy
-        self.released = False
+        self.strategy, self.released = strategy, False
         self._model = weakref.ref(model) if model is not None else None
         defaults = {
             **numbers,
@@ -281,11 +279,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """
         params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         query, owner = self.query(len(self._evidence)), self.model if model is None else model
-        source, settings = self.strategy.source, Settings.now()
-        drawn = not source.needs_autograd  # what is drawn is ours, the loss is the caller's
-        evaluate = under(settings, loss_fn) if drawn else loss_fn
+        drawn = not self.strategy.source.needs_autograd  # what is drawn is ours, the loss is the caller's
+        evaluate = under(Settings.now(), loss_fn) if drawn else loss_fn
         with NEUTRAL.entered() if drawn else nullcontext():
-            loss, evidence = source.backward(params, evaluate, model=owner, query=query)
+            loss, evidence = self.strategy.source.backward(params, evaluate, model=owner, query=query)
         self._evidence += [evidence] if evidence is not None else []
         return loss
 
@@ -300,10 +297,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Step every parameter that has a gradient; tensors that were released have had theirs."""
         source = self.strategy.source
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure() if source.needs_autograd else self.backward(closure)
+        with torch.enable_grad():
+            loss = None if closure is None else closure() if source.needs_autograd else self.backward(closure)
         self._roster = None  # the caller may have changed the groups
         with self._at_work():
             for name, p in self.named_parameters():
@@ -315,6 +310,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             with self.chunks.together():
                 for p, g in source.gradients(self.named_parameters(), self._evidence):
                     self.step_param(p, g)
+            source.settle_(self.named_parameters(), self._evidence)
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
@@ -333,8 +329,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Bytes of state held now: every storage once, constants included."""
         held = [state for state in self.state.values() if isinstance(state, dict)]
         tensors = [*self._constants.values(), *(t for s in held for t in s.values() if isinstance(t, Tensor))]
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.

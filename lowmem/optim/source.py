@@ -85,6 +85,9 @@ class Source(Protocol):
     def gradients(self, params: Named, evidence: Sequence[Any]) -> Iterator[tuple[nn.Parameter, Blocks]]:
         """The gradient of each parameter that has one, summed over the evidence."""
 
+    def settle_(self, params: Named, evidence: Sequence[Any]) -> None:
+        """Called when all of them have been stepped: what it holds, or keeps in bounds, is its own."""
+
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """Bytes of gradients alive at the end of a backward pass, at most."""
 

@@ -46,6 +46,9 @@ class Backprop:
             if p.grad is not None:
                 yield p, Dense(p.grad)
 
+    def settle_(self, params: Named, evidence: Sequence[Any]) -> None:
+        """Nothing."""
+
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """All gradients, or the largest one where each is released when it is used."""
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]

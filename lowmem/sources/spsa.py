@@ -162,6 +162,12 @@ class SPSA:
         for name, p in params:
             if slopes and p.requires_grad:
                 yield p, Estimate(name, p, slopes)
+
+    def settle_(self, params: Named, evidence: Sequence[Evidence]) -> None:
+        """What the structure does with stepped tensors."""
+        slopes = [slope for slopes in evidence for slope in slopes]
+        for name, p in params:
+            if slopes and p.requires_grad:
                 self.structure.settle_(name, p, slopes)
 
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
