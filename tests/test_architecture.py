@@ -20,7 +20,7 @@ FREE = {"errors", "texts", "values", "combinations", "config", "configs", "conso
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "state"},
+        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "state", "shards"},
         {"blocks"},
         {"hyper", "changes"},
         {"contract"},
@@ -34,6 +34,7 @@ FLOORS = {
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
         {"strategy"},
         {"tensors.groups", "tensors.seats"},
+        {"tensors.steps"},
         {"tensors.saved"},
         {"optimizer"},
         {"release"},

@@ -26,6 +26,7 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.engine.cutting import LADDER
 from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.shards import Shape
 from lowmem.optim.state import Constants, State, reset_
 
 Commit = Callable[[], None]
@@ -71,6 +72,10 @@ class AnyRule:
     @property
     def keeps_sum(self) -> bool:
         """The whole gradient is needed."""
+        return False
+
+    def shards(self, shape: Shape) -> bool:
+        """Whether rows may be stepped where they lie: what goes over all rows goes through `Hyper.total`."""
         return False
 
     def scratch(self, shape: tuple[int, int]) -> int:
@@ -156,6 +161,10 @@ class Pointwise(AnyRule):
         """None."""
         return frozenset()
 
+    def shards(self, shape: Shape) -> bool:
+        """Where every shard starts on a block."""
+        return shape.shard.starts_on(self.grain)
+
     def moment(self, name: str, s: State) -> Tensor:
         """A moment of a chunk as it is held before the step: fp32, a number for each element."""
         raise NotImplementedError(f"{type(self).__name__} holds no {name} that can be read")
@@ -183,6 +192,10 @@ class Rule(AnyRule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Every step: update the state, give the step to be taken."""
         raise NotImplementedError(f"{type(self).__name__} takes no step")
+
+    def unsound(self, g: Blocks, s: State, hp: Hyper) -> Tensor | None:
+        """0-D fp32, 1 where rows held here forbid the step; None where none can, or `update` sums up."""
+        return None
 
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """What is summed over micro-batches instead of the gradient, where the rule `keeps_sum`; fp32."""
@@ -237,6 +250,10 @@ class Projector:
 
     def complete(self, shape: tuple[int, int]) -> bool:
         """Whether up(down(G)) = G: nothing is left for a residual."""
+        return False
+
+    def shards(self, shape: Shape) -> bool:
+        """Whether rows of a matrix may be projected where they lie; `low_shape` says if R is spread too."""
         return False
 
     def init(self, x: Tensor) -> State:
@@ -304,9 +321,10 @@ class Residual:
     Attributes:
         reads_rest: the rest, or the whole gradient, is looked at; if not, the projection is enough.
         lifts: the lifted step is taken too; if not, `absorb` gives all of the step.
-        needs: what the projector must be, of "dense" and "orthonormal".
+        needs: what the projector must be, of "dense" and "orthonormal"; shards: rows may be absorbed here.
     """
 
+    shards: ClassVar[bool] = False
     reads_rest: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -137,6 +137,7 @@ class HeldMoment(Blocks):
         device, hp, streams = self.device, self.hp, self.codec.streams
         true = torch.ones((), dtype=torch.bool, device=device)
         rates = hp.vector(hp.lr, hp.decay, dtype=torch.float32)
+        start += hp.offset
         keys = noise.key_tensor([(hp.seed, hp.step, hp.name, s, start >> 32) for s in streams], device)
         place = noise.positions(start, size if streams else 0, device)
         return ChunkHyper(rates, rates[0], rates[1], true, true, place, keys, streams)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine import noise
+from lowmem.optim.shards import Shard, shard_in
 
 
 @functools.lru_cache(1 << 16)
@@ -59,6 +60,8 @@ class Hyper:
         weight: the weight before the step, (m, n); its dtype is the precision of large products.
         advance: the frame's `Chunks.advance_`, for rules that hold a pointwise rule.
         first: the state was created for this step.
+        shard: which rows of the tensor these are, where they are spread over ranks.
+        sound: 0-D bool, where all ranks have agreed already whether the gradient is finite (`Rule.unsound`).
         constant: cache of small tensors.
     """
 
@@ -73,6 +76,8 @@ class Hyper:
     advance: Callable[..., Tensor]
     first: bool = False
     constant: Lookup = field(default_factory=Lookup)
+    shard: Shard | None = None
+    sound: Tensor | None = None
 
     @property
     def decay(self) -> float:
@@ -85,8 +90,20 @@ class Hyper:
 
     @property
     def share(self) -> float:
-        """The part of the tensor that is held here; one device holds it all today."""
-        return 1.0
+        """The part of the tensor that is held here."""
+        return 1.0 if self.shard is None else self.shard.rows / self.shard.full[0]
+
+    @property
+    def offset(self) -> int:
+        """Elements of the tensor before those held here."""
+        return 0 if self.shard is None else self.shard.first * self.shard.width
+
+    def inside(self, shape: tuple[int, int]) -> Hyper:
+        """What a rule may know that steps a projected gradient of this shape: all of it is here, or rows."""
+        if self.shard is None:
+            return self
+        shard = shard_in(shape)
+        return replace(self, shard=shard, sound=self.sound if shard else None)
 
     def due(self, gap: int) -> bool:
         """Whether a refresh with this gap falls on this step: at first, then staggered by name."""
@@ -97,10 +114,10 @@ class Hyper:
         return (self.step + stagger(self.name, gap)) // gap
 
     def total(self, x: Tensor, op: str = "sum") -> Tensor:
-        """Reduce over the shards of the tensor ("sum" or "max"); one device holds it all today."""
+        """Reduce over the shards of the tensor, "sum" or "max"; the same bits on all ranks."""
         if op not in ("sum", "max"):
             raise ValueError(f"total over shards: op is 'sum' or 'max', got {op!r}")
-        return x
+        return x if self.shard is None else self.shard.total(x, op)
 
     def gaussian(self, shape: tuple[int, int], use: str, gap: int = 1) -> Tensor:
         """A standard normal matrix named by (seed, window of `gap` steps, parameter, use)."""

@@ -26,13 +26,15 @@ from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.hyper import Hyper, Lookup
+from lowmem.optim.shards import Shard
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, made
+from lowmem.optim.state import State, made, stored
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
 from lowmem.optim.tensors.saved import Loading
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
+from lowmem.optim.tensors.steps import Step, agree, begin, hyper
 
 Params = Iterable[Any]
 
@@ -115,6 +117,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
         self._lookup = Lookup()
         self._evidence: list[Any] = []
+        self._begun: dict[Tensor, Step] = {}
         self._switched = -1
         self._working = False
 
@@ -177,8 +180,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def place(self, p: Tensor) -> Place:
         """The group, name and role of a parameter."""
-        if p not in self.roster.places:
-            self._roster = None  # accelerate swaps the tensors in param_groups
+        if p not in self.roster.places:  # accelerate swaps the tensors in param_groups
+            self._roster = None
         return self.roster[p]
 
     def named_parameters(self) -> Named:
@@ -189,30 +192,20 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """The name of the rule that the next step of a parameter follows."""
         return self.roster.rule_at(p, self.place(p).group["step"])
 
-    def hyper(self, p: Tensor, part: Part | None = None, first: bool = False) -> Hyper:
-        """What a rule may know of the next step of a parameter, or of a part of it."""
+    def hyper(
+        self, p: Tensor, part: Part | None = None, first: bool = False, weight: Blocks | None = None,
+        shard: Shard | None = None,
+    ) -> Hyper:  # fmt: skip
+        """What a rule may know of the next step of a parameter, or of a part of it, or of some rows."""
         place = self.place(p)
-        group, name = place.group, part.name if part else place.name
-        weight = part.of(p.detach()) if part else p.detach()
-        beta1, beta2 = group["betas"]
-        return Hyper(
-            step=int(group["step"]),
-            name=name,
-            seed=int(group["seed"]),
-            lr=float(group["lr"]),
-            betas=(float(beta1), float(beta2)),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            weight=Dense(weight),
-            advance=self.chunks.advance_,
-            first=first,
-            constant=self._lookup,
-        )
+        weight = weight or Dense(part.of(p.detach()) if part else p.detach())
+        name = part.name if part else place.name
+        return hyper(place.group, name, weight, self.chunks.advance_, self._lookup, first, shard)
 
     def constants(self, p: Tensor) -> State:
         """The constants of a parameter's rule, each held once for a device."""
-        wanted = self.strategy.constants(self.rule_name(p), p.shape, self.place(p).role)
-        return made(wanted, p.device, self._constants)
+        role, rule_name = self.place(p).role, self.rule_name(p)
+        return made(self.strategy.constants(rule_name, p.shape, role), p.device, self._constants)
 
     def ready(self, p: Tensor) -> tuple[Seat, bool]:
         """What a parameter's step needs, and whether its state is new."""
@@ -222,7 +215,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if known and known.fits(rule_name, held):
             return known, False
         if fresh := not held:
-            held.update(self.strategy.init(rule_name, p, self.place(p).role))
+            held.update(self.place(p).fresh(self.strategy, rule_name, p))
         self._seats[p] = seat(self.strategy, self.place(p), rule_name, p, held, self.constants(p))
         return self._seats[p], fresh
 
@@ -262,11 +255,32 @@ class LowMemOptimizer(torch.optim.Optimizer):
             return
         g = Dense(g) if isinstance(g, Tensor) else g
         check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
+        if self.roster.spread:
+            (self._begun.pop(p, None) or self._begin(p, g)).finish(self.chunks)
+            return
         seat, fresh = self.ready(p)
-        if self.strategy.rules[seat.rule_name].idle:
+        if seat.idle:
             return
         for part in seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
+
+    def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
+        seat, fresh = self.ready(p)
+        return begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
+
+    def _together(
+        self, pairs: Iterable[tuple[nn.Parameter, Blocks]]
+    ) -> Iterable[tuple[nn.Parameter, Blocks]]:
+        """Gradients whose ranks have agreed where they must: once for all of them."""
+        if not self.roster.spread:
+            return pairs
+        found = list(pairs)
+        judged = (self.place(p).judged(self.strategy, self.rule_name(p)) for p, _ in found)
+        self._begun = {p: self._begin(p, g) for (p, g), yes in zip(found, judged, strict=True) if yes}
+        for step in self._begun.values():
+            step.prepare()
+        agree(self._begun.values())
+        return found
 
     def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
         """Evaluate the loss and leave what the step needs.
@@ -292,8 +306,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Step every parameter that has a gradient; tensors that were released have had theirs."""
-        source = self.strategy.source
-        loss = None
+        source, loss = self.strategy.source, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure() if source.needs_autograd else self.backward(closure)
@@ -305,7 +318,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             if not self._evidence and not source.needs_autograd:
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
-            for p, g in source.gradients(self.named_parameters(), self._evidence):
+            for p, g in self._together(source.gradients(self.named_parameters(), self._evidence)):
                 self.step_param(p, g)
         self._evidence.clear()
         for group in self.param_groups:
@@ -325,9 +338,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Bytes of state held now: every storage once, constants included."""
         held = [state for state in self.state.values() if isinstance(state, dict)]
         tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
-        tensors += self._constants.values()
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        return stored([*tensors, *self._constants.values()])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.
@@ -335,14 +346,5 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
-        loading = Loading(self.strategy)
-        hooks = (
-            self.register_load_state_dict_pre_hook(loading.read),
-            self.register_load_state_dict_post_hook(loading.store, prepend=True),
-        )
-        try:
-            with NEUTRAL.entered():
-                super().load_state_dict(dict(state_dict))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with NEUTRAL.entered(), Loading(self.strategy).around(self):
+            super().load_state_dict(dict(state_dict))

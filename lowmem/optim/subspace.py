@@ -30,9 +30,10 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
 from lowmem.optim.changes import Unrelated
 from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, is_pointwise
-from lowmem.optim.engine.chunks import all_finite
+from lowmem.optim.engine.chunks import all_finite, unsound
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.residuals import Drop
+from lowmem.optim.shards import Shape, shard_in
 from lowmem.optim.state import Constant, Constants, State, apply_in_place, prefixed, scoped
 
 ON_REFRESH = ("keep", "reset", "rotate")
@@ -118,6 +119,21 @@ class Subspace(Rule):
         """Where nobody looks at the whole gradient between refreshes, and there is a between."""
         return not (self.residual.reads_rest or self.projector.follows) and self.period != 1
 
+    def shards(self, shape: Shape) -> bool:
+        """Where all parts take rows, and shards of R, if it is spread, start on a block of the inner rule."""
+        if not (self.projector.shards(shape) and self.residual.shards):
+            return False
+        low = self.projector.low_shape(matrix_shape(shape))
+        return not isinstance(low, Shape) or self.inner.shards(low)
+
+    def unsound(self, g: Blocks, s: State, hp: Hyper) -> Tensor | None:
+        """Of what is seen, where R is spread; where it is not, all ranks have it."""
+        if shard_in(self.projector.low_shape(g.shape)) is None:
+            return None
+        if isinstance(g, Projected) or not self.projector.dense:
+            return unsound(g.low if isinstance(g, Projected) else self.project(g, s, hp))
+        return g.sum(unsound).clamp(max=1.0)  # a dense basis sees every element
+
     def scratch(self, shape: tuple[int, int]) -> int:
         """R, R once more where it is looked at after the step, and what the inner rule takes."""
         low = self.projector.low_shape(shape)
@@ -180,7 +196,8 @@ class Subspace(Rule):
         change = self.projector.refresh(scoped(s, "projector"), owed, hp, inner, say=rotates)
         if self.on_refresh != "keep":
             change = change if rotates else Unrelated(change.ok)
-            self.inner.rebase_(inner, change, self.projector.low_shape(g.shape), hp)
+            low = self.projector.low_shape(g.shape)
+            self.inner.rebase_(inner, change, low, hp.inside(low))
 
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """down(G) for accumulation over micro-batches; fp32."""
@@ -212,7 +229,8 @@ class Subspace(Rule):
             low: R; step: R too, and N afterwards. They are one tensor where nobody looks at R again.
             inner: the inner rule's state and constants; hp: of this step.
         """
-        g = Dense(low)
+        shape = self.projector.low_shape(hp.weight.shape)
+        g, hp = Dense(low, shape=shape), hp.inside(shape)
         self.inner.prepare(g, inner, hp)
         if is_pointwise(self.inner):
             return Inside(hp.advance(self.inner, step, inner, hp))

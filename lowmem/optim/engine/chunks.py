@@ -100,7 +100,8 @@ class Chunks:
         aged = "age" in s and s["age"].dim() > 0  # numbers for each element are five more temporaries
         cuts = list(walk(self.spans(rule, flat.numel(), LADDER[1 if aged else 0]), low.device))
         guard: Guard = "given"
-        if ok is None and len(cuts) == 1 and not rule.measures:  # the kernel that steps finds out on the way
+        alone = hp.shard is None and len(cuts) == 1
+        if ok is None and alone and not rule.measures:  # the kernel that steps finds out on the way
             guard, ok = "found", torch.empty((), dtype=torch.bool, device=low.device)
         elif ok is None:
             ok = all_finite(low, hp)
@@ -216,8 +217,19 @@ class Chunks:
 
 def all_finite(x: Tensor, hp: Hyper) -> Tensor:
     """0-D bool, the same for all shards."""
+    if hp.sound is not None:
+        return hp.sound
+    return _finite(x) if hp.shard is None else hp.total(unsound(x), "max") == 0.0
+
+
+def unsound(x: Tensor) -> Tensor:
+    """0-D fp32: 1 where an element is not finite, else 0."""
+    return (~_finite(x)).float() if x.numel() else torch.zeros((), device=x.device)
+
+
+def _finite(x: Tensor) -> Tensor:
     least, most = x.aminmax()
-    return hp.total(most - least, "max") <= LARGEST  # false for NaN and Inf
+    return most - least <= LARGEST  # false for NaN and Inf
 
 
 def _precision(p: Tensor) -> torch.dtype:
@@ -322,7 +334,7 @@ class _Run:
         """Where elements are in the tensor: the chunk, its rows, and the columns in a row."""
         if not self.layout.placed:
             return None, None, None
-        index = start & 0xFFFFFFFF
+        index = (start + self.hp.offset) & 0xFFFFFFFF
         signed = index - (1 << 32) if index >= 1 << 31 else index
         return self.hp.vector(signed, dtype=torch.int32)[0], *self.frame.grid(rows, width, self.device)
 
@@ -330,7 +342,7 @@ class _Run:
         """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
         if not self.layout.streams:
             return None
-        upper = start >> 32
+        upper = (start + self.hp.offset) >> 32
         if upper not in self._words:
             hp = self.hp
             names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.layout.streams]

@@ -26,6 +26,7 @@ from lowmem.optim.changes import Change, Permutation
 from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Frame, check_gap
+from lowmem.optim.shards import Shape, total
 from lowmem.optim.state import Constant, Constants, State
 
 
@@ -97,6 +98,10 @@ class DCT(Projector):
         side, rank = self.frame.size(shape)
         return side == rank
 
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the basis."""
+        return True
+
     def init(self, x: Tensor) -> State:
         """The r slowest cosines."""
         rank = self.frame.size(matrix_shape(x.shape))[1]
@@ -123,10 +128,10 @@ class DCT(Projector):
     def _norms(self, c: Tensor, g: Blocks) -> Tensor:
         """The norm of what the gradient has of each cosine, (s,)."""
         if self.axis(g.shape) == 1:
-            return g.sum(lambda rows: self._powers(rows @ c.t(), 0))
+            return total(g.shape, g.sum(lambda rows: self._powers(rows @ c.t(), 0)))
         height = max(1, 4 * BLOCK // g.shape[1])
-        parts = [self._powers(g.left(c[a : a + height].t()), 1) for a in range(0, c.shape[0], height)]
-        return torch.cat(parts)
+        panels = (c[a : a + height].t() for a in range(0, c.shape[0], height))
+        return torch.cat([self._powers(self.frame.down(panel, g), 1) for panel in panels])
 
     def _powers(self, x: Tensor, dim: int) -> Tensor:
         return x.abs().sum(dim) if self.norm == 1 else x.square().sum(dim)

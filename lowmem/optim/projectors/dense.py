@@ -22,6 +22,7 @@ from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.changes import Change, Rotation, Unrelated
 from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
+from lowmem.optim.shards import Shape, resized, shard_in, total, whole
 from lowmem.optim.state import State
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
@@ -47,21 +48,22 @@ class Frame:
 
     def left(self, shape: tuple[int, int]) -> bool:
         """Whether the basis spans the rows' index (m); square weights are projected on the right."""
-        m, n = shape
+        m, n = whole(shape)
         if self.proj_type in ("left", "right"):
             return self.proj_type == "left"
         return (m < n) == (self.proj_type == "std")
 
     def size(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(s, r) of the basis."""
-        side = shape[0] if self.left(shape) else shape[1]
+        m, n = whole(shape)
+        side = m if self.left(shape) else n
         rank = int(self.rank) if self.rank >= 1 else max(1, round(side * self.rank))
-        return side, min(rank, *shape)
+        return side, min(rank, m, n)
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """(r, n) on the left, (m, r) on the right."""
+        """(r, n) on the left, all of it on every rank; (m, r) on the right, spread as the matrix is."""
         rank = self.size(shape)[1]
-        return (rank, shape[1]) if self.left(shape) else (shape[0], rank)
+        return (rank, shape[1]) if self.left(shape) else resized(shape, rank)
 
     def init(self, x: Tensor) -> State:
         """The first r coordinate axes: orthonormal before any gradient was seen.
@@ -72,21 +74,34 @@ class Frame:
         return {"basis": torch.eye(rank, side, device=x.device).t()}
 
     def down(self, basis: Tensor, g: Blocks) -> Tensor:
-        """P' G or G P."""
-        return g.left(basis) if self.left(g.shape) else g.right(basis)
+        """P' G or G P; of rows here, P' G of all."""
+        if not self.left(g.shape):
+            return g.right(basis)
+        return total(g.shape, g.left(own_rows(basis, g.shape)))
 
     def across(self, low: Tensor, g: Blocks) -> Tensor:
-        """G R' or G' R, (s, r): the other half of a power iteration."""
-        return g.right(low.t()) if self.left(g.shape) else g.left(low).t()
+        """G R' or G' R, (s, r): the other half of a power iteration; of all rows."""
+        if not self.left(g.shape):
+            return total(g.shape, g.left(low)).t()
+        shard, own = shard_in(g.shape), g.right(low.t())
+        return own if shard is None else shard.gathered(own)
+
+    def largest(self, low: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
+        """`largest` of a projected gradient, be it spread or not."""
+        if shard_in(self.low_shape(g.shape)) is None:
+            return largest(low)
+        low = low if low.numel() else low.new_zeros(1)
+        return usable(total(g.shape, low.abs().amax(), "max"))
 
     def up(self, basis: Tensor, low: Tensor, i: int, j: int, weight: Blocks) -> Tensor:
         """Rows of P R or R P', in the precision of the weight."""
-        a, b = (basis[i:j], low) if self.left(weight.shape) else (low[i:j], basis.t())
+        left = self.left(weight.shape)
+        a, b = (own_rows(basis, weight.shape)[i:j], low) if left else (low[i:j], basis.t())
         return a.to(weight.dtype) @ b.to(weight.dtype)
 
     def pair(self, basis: Tensor, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The two factors of the lifted matrix."""
-        return (basis, low) if self.left(shape) else (low, basis.t())
+        return (own_rows(basis, shape), low) if self.left(shape) else (low, basis.t())
 
     def replace_(self, basis: Tensor, new: Tensor, ok: Tensor, shape: tuple[int, int], say: bool) -> Change:
         """Store a new basis where ok, and say how the coordinates change."""
@@ -100,10 +115,20 @@ class Frame:
         return 0 if self.left(shape) else 1
 
 
+def own_rows(basis: Tensor, shape: tuple[int, int]) -> Tensor:
+    """What of a basis on the left belongs to the rows held here; every rank has all of it."""
+    shard = shard_in(shape)
+    return basis if shard is None else shard.own(basis)
+
+
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest magnitude, 1 where x is not usable; and a 0-D bool: all finite and not all zero."""
     low, high = x.aminmax()
-    top = torch.maximum(high, -low)
+    return usable(torch.maximum(high, -low))
+
+
+def usable(top: Tensor) -> tuple[Tensor, Tensor]:
+    """A largest magnitude, 1 where it is not finite or 0; and a 0-D bool, whether it is."""
     ok = torch.isfinite(top) & (top != 0)
     return torch.where(ok, top, 1.0), ok
 
@@ -115,8 +140,9 @@ def unit(x: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def energy(g: Blocks, top: Tensor) -> Tensor:
-    """|G / top|^2, 0-D fp32."""
-    return g.sum(lambda rows: torch.linalg.vector_norm(rows / top, dtype=torch.float64).square()).float()
+    """|G / top|^2 of all rows, 0-D fp32."""
+    own = g.sum(lambda rows: torch.linalg.vector_norm(rows / top, dtype=torch.float64).square())
+    return total(g.shape, own).float()
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -149,7 +175,7 @@ def power_iteration(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[
 def _iterate(frame: Frame, q: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
     """One power iteration; of its own so that R is gone before the next one is made."""
     low = frame.down(q, g)
-    top, good = largest(low)
+    top, good = frame.largest(low, g)
     # in place: a second copy of R would double the workspace of a refresh
     y, fine = unit(frame.across(low.div_(top), g), q)
     return orthonormal(y), good & fine
@@ -158,11 +184,13 @@ def _iterate(frame: Frame, q: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
 def svd(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
     """The r leading singular vectors, exactly (arXiv 2403.03507).
 
-    Costs O(m n s) and an fp32 copy of the gradient with its factors. Signs
-    follow the basis before, since an SVD leaves them open.
+    Costs O(m n s) and an fp32 copy of the gradient with its factors: on every rank,
+    where rows are spread. Signs follow the basis before, since an SVD leaves them open.
     """
-    whole, ok = unit(torch.cat([g.rows(i, j) for i, j in g.ranges()]), torch.zeros((), device=basis.device))
-    u, _, vh = torch.linalg.svd(whole, full_matrices=False)
+    copy, shard = torch.cat([g.rows(i, j) for i, j in g.ranges()]), shard_in(g.shape)
+    copy = copy if shard is None else shard.gathered(copy)
+    scaled, ok = unit(copy, torch.zeros((), device=basis.device))
+    u, _, vh = torch.linalg.svd(scaled, full_matrices=False)
     rank = basis.shape[1]
     new = (u[:, :rank] if frame.left(g.shape) else vh[:rank].t()).contiguous()
     return new * torch.where((new * basis).sum(0) < 0, -1.0, 1.0), ok
@@ -172,7 +200,7 @@ def svd(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tens
 class Orthonormal(Projector):
     """An orthonormal basis that is found anew every `update_proj_gap` steps.
 
-    Holds 4 s r bytes, s the side it spans.
+    Holds 4 s r bytes, s the side it spans; where rows are spread, on every rank.
 
     Args:
         frame: rank and side.
@@ -201,6 +229,10 @@ class Orthonormal(Projector):
         """True where the rank reaches the side."""
         side, rank = self.frame.size(shape)
         return side == rank
+
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the basis."""
+        return True
 
     def init(self, x: Tensor) -> State:
         """See Frame."""

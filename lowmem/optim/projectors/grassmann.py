@@ -31,7 +31,7 @@ def tangent(frame: Frame, basis: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
     """T = 2 (A - P P'A) (P'A)', A = G / |G|, singular values at most 1; and whether G has one."""
     low = frame.down(basis, g)
     # in units of the largest number that P'G has, so that no square overflows
-    top, ok = largest(low)
+    top, ok = frame.largest(low, g)
     pulled = frame.across(low.div_(top), g).div_(top)
     # P'G A' is exactly P' times this: the tangent has no part in the basis
     pulled = pulled.addmm_(basis, basis.t() @ pulled, alpha=-1.0)

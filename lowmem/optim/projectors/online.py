@@ -25,7 +25,8 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import Projector, Split
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, energy, largest, power_iteration
+from lowmem.optim.projectors.dense import Frame, energy, power_iteration
+from lowmem.optim.shards import Shape
 from lowmem.optim.state import State
 
 
@@ -68,6 +69,10 @@ class Online(Projector):
         """See Frame."""
         return self.frame.low_shape(shape)
 
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the basis."""
+        return True
+
     def init(self, x: Tensor) -> State:
         """See Frame."""
         return self.frame.init(x)
@@ -98,7 +103,7 @@ class Online(Projector):
         """One step of descent on L."""
         basis, g = s["basis"], split.g
         # in units of the largest number that R has, so that no square overflows
-        top, ok = largest(split.low)
+        top, ok = self.frame.largest(split.low, g)
         low = split.low.div_(top)  # the weight is written: nobody looks at R again
         pulled = self.frame.across(low, g).div_(top)  # G Y, as (s, r)
         norm = energy(g, top)

@@ -20,6 +20,7 @@ from lowmem.optim.changes import Change, Rotation, Unrelated
 from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Frame, check_gap, orthonormal, power_iteration
+from lowmem.optim.shards import Shape
 from lowmem.optim.state import State
 
 
@@ -92,6 +93,10 @@ class Drawn(Projector):
         """See Frame."""
         return self.frame.low_shape(shape)
 
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the basis."""
+        return True
+
     def complete(self, shape: tuple[int, int]) -> bool:
         """True where the rank reaches the side."""
         side, rank = self.frame.size(shape)
@@ -161,6 +166,10 @@ class Gaussian(Projector):
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """See Frame."""
         return self.frame.low_shape(shape)
+
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the sketch."""
+        return True
 
     def _sketch(self, hp: Hyper) -> Tensor:
         size = self.frame.size(hp.weight.shape)

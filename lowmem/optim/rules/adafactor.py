@@ -37,6 +37,7 @@ from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.moments import Momentum, Square
+from lowmem.optim.shards import Shape, total, whole
 from lowmem.optim.state import Constants, State, part, prefixed
 
 
@@ -125,6 +126,10 @@ class Adafactor(Rule):
         square = self.square.constants(shape) if len(shape) < 2 else {}
         return {**square, **(self.momentum.constants(shape) if self.momentum else {})}
 
+    def shards(self, shape: Shape) -> bool:
+        """Where the momentum does; columns are averaged over all rows."""
+        return self.momentum is None or self.momentum.shards(shape)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Divide by the root of the second moment, clip, find the step size."""
         find = self._vector if "square.row" not in s else self._matrix
@@ -152,7 +157,7 @@ class Adafactor(Rule):
         for i, j in walk(g.ranges(), g.device):
             norms[i:j] = _norms(g.rows(i, j) * q)
         norms.mul_(p)
-        p.mul_(self._shrink(torch.dot(norms, norms), g.shape[0] * g.shape[1], hp))
+        p.mul_(self._shrink(torch.dot(norms, norms), g.shape, hp))
 
         def rows(i: int, j: int) -> Tensor:
             return (g.rows(i, j) * q).mul_(p[i:j, None])
@@ -165,11 +170,12 @@ class Adafactor(Rule):
         ok = torch.isfinite(hp.total(u.abs().amax(), "max").square())
         held = {key: s[key] for key in sorted(s) if not key.startswith("momentum")}
         hp.advance(self.square, u, held, hp, ok)
-        return Dense(u, self._shrink(torch.dot(u[0], u[0]), u.numel(), hp)), ok
+        return Dense(u, self._shrink(torch.dot(u[0], u[0]), g.shape, hp)), ok
 
-    def _shrink(self, squares: Tensor, count: int, hp: Hyper) -> Tensor:
-        """min(1, clip_threshold / rms(U)), from the sum of U^2 over the `count` elements held here."""
-        mean = hp.total(squares) * (hp.share / count / self.clip_threshold**2)
+    def _shrink(self, squares: Tensor, shape: tuple[int, int], hp: Hyper) -> Tensor:
+        """min(1, clip_threshold / rms(U)), from the sum of U^2 over the rows held here."""
+        m, n = whole(shape)
+        mean = hp.total(squares) * (1.0 / (m * n) / self.clip_threshold**2)
         return mean.rsqrt_().clamp_(max=1.0)
 
     def _alpha(self, s: State, hp: Hyper) -> Tensor:
@@ -181,9 +187,9 @@ class Adafactor(Rule):
             alpha = torch.minimum(least, alpha * age / self.warmup) if self.warmup else least
         if not self.scale_parameter:
             return alpha
-        m, n = hp.weight.shape
+        (m, n), shape = whole(hp.weight.shape), hp.weight.shape  # spread, even where the gradient is not
         squares = hp.weight.sum(lambda rows: _norms(rows).double().square().sum())
-        return alpha * hp.total(squares * (hp.share / (m * n))).sqrt().clamp(min=self.eps2)
+        return alpha * total(shape, squares * (1.0 / (m * n))).sqrt().clamp(min=self.eps2)
 
     def check_rebase(self, kind: str) -> None:
         """Means over rows and columns do not determine those in another basis."""

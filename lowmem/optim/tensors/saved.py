@@ -11,7 +11,8 @@ A state is that of the step before the clock of its group: the next step may swi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ class Loading:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.found: dict[Tensor, State] = {}
+
+    @contextmanager
+    def around(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """The hooks stand while torch loads."""
+        hooks = (
+            optimizer.register_load_state_dict_pre_hook(self.read),
+            optimizer.register_load_state_dict_post_hook(self.store, prepend=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def read(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Check and copy the state of every parameter; what is left of the state dict is torch's.
@@ -84,16 +98,13 @@ class Loading:
     def _holds(self, roster: Roster) -> bool:
         """Whether a parameter that trains has state in its ordinary role."""
         trained = [(p, place) for p, place in roster.places.items() if p.requires_grad and p.numel()]
-        return any(
-            self.strategy.init(place.rule, torch.empty_like(p, device="meta"), place.role)
-            for p, place in trained
-        )
+        return any(place.fresh(self.strategy, place.rule, p, "meta") for p, place in trained)
 
     def _exact(self, roster: Roster, p: Tensor, given: Mapping[str, Tensor]) -> State:
         """A copy of a parameter's state, in the order and with the strides that kernels were given."""
         place = roster[p]
         rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
-        needed = self.strategy.init(rule_name, torch.empty_like(p, device="meta"), place.role)
+        needed = place.fresh(self.strategy, rule_name, p, "meta")
         check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
         return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
 
