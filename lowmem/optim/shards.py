@@ -104,9 +104,9 @@ class Shard:
 
         padded = own.new_zeros(self.chunk, *own.shape[1:])
         padded[: own.shape[0]] = own
-        out = own.new_empty(self.ranks * self.chunk, *own.shape[1:])
-        dist.all_gather_into_tensor(out, padded, group=self.group)
-        return out[: self.full[0]]
+        out = own.new_empty(self.ranks, *padded.shape)
+        dist.all_gather(list(out.unbind()), padded, group=self.group)
+        return out.flatten(0, 1)[: self.full[0]]
 
 
 class Shape(tuple[int, ...]):
