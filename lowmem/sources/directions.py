@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine import noise
-from lowmem.optim.engine.cutting import pad, read_flat, write_flat
+from lowmem.optim.engine.cutting import read_flat, write_flat
 from lowmem.optim.engine.kernels import Kernel, compiled
 from lowmem.optim.writers import HALF
 
@@ -84,19 +84,20 @@ class Direction:
             pen.fill(out[at - first : at - first + size], None, at)
         return out[start - first : stop - first]
 
-    def displaced(self, parameter: str, w: Tensor, distance: float) -> Tensor:
-        """A copy w + distance z of a weight in its own dtype and layout."""
-        out = torch.empty_like(w)
+    def displaced(self, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
+        """A copy w + distance z of a weight in its own dtype and layout; of its elements from `start` on."""
+        out, end = torch.empty_like(w), start + w.numel()
         pen = _Pen(self, parameter, w.device, distance)
-        for at, size in pieces(0, w.numel(), w.device, fixed=self.compile):
-            length = min(size, w.numel() - at)
-            old = read_flat(w, at, length)
-            if length == size and w.is_contiguous():
-                pen.fill(out.view(-1)[at : at + size], old, at)
+        for at, size in pieces(start, end, w.device, fixed=self.compile):
+            first, last = max(at, start), min(at + size, end)
+            old = read_flat(w, first - start, last - first)
+            if last - first == size and w.is_contiguous():
+                pen.fill(out.view(-1)[at - start : at - start + size], old, at)
                 continue
             new = torch.empty(size, dtype=w.dtype, device=w.device)
-            pen.fill(new, pad(old, size), at)
-            write_flat(out, at, new[:length])
+            padded = torch.nn.functional.pad(old, (first - at, at + size - last))
+            pen.fill(new, padded, at)
+            write_flat(out, first - start, new[first - at : last - at])
         return out
 
 

@@ -35,6 +35,7 @@ from lowmem.optim.source import Named, Query
 from lowmem.optim.writers import HALF
 from lowmem.sources.directions import Direction
 from lowmem.sources.probe import Prober
+from lowmem.sources.spread import SpreadProber, is_spread
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ class SPSA:
             UserError: a compiled model, or a loss that is not a scalar.
         """
         _refuse_compiled(model)
-        prober, slopes, values = Prober(params, model), [], []
+        slopes, values = [], []
+        prober = SpreadProber(params, model) if is_spread(params) else Prober(params, model)
         with torch.no_grad(), _evaluating(model):
             for k in range(self.queries):
                 z = Direction(self.noise, (query.seed, query.step, query.index, k), query.compile)
@@ -187,8 +189,8 @@ def _refuse_compiled(model: nn.Module | None) -> None:
             )
 
 
-def _shift(z: Direction, distance: float) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, w: z.displaced(name, w, distance)
+def _shift(z: Direction, distance: float) -> Callable[..., Tensor]:
+    return lambda name, w, start=0: z.displaced(name, w, distance, start)
 
 
 def _checked(loss: Tensor) -> Tensor:

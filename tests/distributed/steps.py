@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.optim.contract import is_pointwise
 from tests.contract import cases
-from tests.distributed.zoo import Zoo, gradient
+from tests.distributed.zoo import Zoo, gradient, loss_of
 
 STEPS, BAD = 6, 3
 LR = 0.02
@@ -87,3 +87,25 @@ TWO_PATHS = ("diffgrad",)
 def key(case: cases.Case, dtype: torch.dtype) -> str:
     """A file's name."""
     return f"{case!s}{str(dtype)[6:]}"
+
+
+LOOPS = {
+    "adamw": {},
+    "galore": {"rank": 4, "update_proj_gap": 2},
+    "muon": {},
+    "mezo": {"eps_perturb": 0.01},
+}
+"""Methods that go through a whole loop, with a backward pass or without."""
+
+
+def advance(optimizer: lowmem.LowMemOptimizer, model: nn.Module, step: int) -> Tensor:
+    """One step of a loop."""
+    if optimizer.strategy.source.needs_autograd:
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+    loss = optimizer.backward(lambda: loss_of(model, step), model)
+    optimizer.step()
+    return loss

@@ -20,6 +20,10 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_strategies_step_as_on_one_device(references: Path, tmp_path: Path) -> None:
+def test_strategies_step_as_on_one_device(references: Path) -> None:
     wrong = {ranks: together("step", ranks, references) for ranks in (2, 3, 4)}
     assert not any(wrong.values()), wrong
+
+
+def test_a_plain_loop_has_the_losses_of_one_process(tmp_path: Path) -> None:
+    assert together("loop", 2, tmp_path) == []

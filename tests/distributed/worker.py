@@ -15,9 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import lowmem
 from tests.contract.cases import Case
 from tests.distributed import steps
-from tests.distributed.zoo import Zoo
+from tests.distributed.zoo import Net, Zoo
 
 Found = list[str]
 Task = Callable[[Path, Any], Found]
@@ -79,7 +80,34 @@ def one(case: Case, dtype: torch.dtype, folder: Path, mesh: Any) -> Found:
     return found
 
 
-TASKS: dict[str, Task] = {"step": step_all}
+def plain_loop(given: Path, mesh: Any) -> Found:
+    """Forward, backward and step, as a user writes them: the losses and weights of one process."""
+    found = []
+    for name, options in steps.LOOPS.items():
+        losses, models = [], [Net(), Net()]
+        fully_shard(models[1].up, mesh=mesh)
+        fully_shard(models[1], mesh=mesh)
+        assert all(isinstance(p, DTensor) for p in models[1].parameters()), "nothing was sharded"
+        for model in models:
+            optimizer = lowmem.optimizer(model, name, lr=0.01, **options)
+            for step in range(4):
+                losses.append(float(steps.advance(optimizer, model, step)))
+        apart = [abs(a - b) for a, b in zip(losses[:4], losses[4:], strict=True)]
+        if not max(apart) <= 1e-5:
+            found.append(f"{name}: losses are {apart} apart")
+        for (key, one), p in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            off = _most(p, one)
+            if not off <= 1e-4:
+                found.append(f"{name} {key}: {off:.1e} apart")
+    return found
+
+
+def _most(p: Any, one: torch.Tensor) -> float:
+    off = (p.detach().to_local() - rows(one.detach(), p)).abs()
+    return float(off.max()) if off.numel() else 0.0
+
+
+TASKS: dict[str, Task] = {"step": step_all, "loop": plain_loop}
 
 
 def main(task: str, rank: int, ranks: int, given: Path, folder: Path) -> None:

@@ -53,3 +53,26 @@ def gradient(shape: tuple[int, ...], step: int, i: int, bad: bool) -> Tensor:
     if bad:
         g.view(-1)[-1] = torch.nan
     return g
+
+
+class Net(nn.Module):
+    """A small network that runs forward: what has a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(23, 12)
+        self.up = nn.Linear(12, 37)
+        self.norm = nn.LayerNorm(37)
+        self.head = nn.Linear(37, 23, bias=False)
+        for i, p in enumerate(self.parameters()):
+            p.data.copy_(normal(p.shape, -3, i) * 0.3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.up(self.embed(tokens)).tanh()))
+        return logits
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    """The same batch on every rank."""
+    tokens = torch.arange(16) * (step + 2) % 23
+    return nn.functional.cross_entropy(model(tokens).float(), (5 * tokens + 3) % 23)
