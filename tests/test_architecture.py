@@ -34,7 +34,7 @@ FLOORS = {
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
         {"strategy"},
         {"tensors.groups", "tensors.seats"},
-        {"tensors.steps"},
+        {"tensors.steps", "tensors.outside"},
         {"tensors.saved"},
         {"optimizer"},
         {"release"},

@@ -32,9 +32,9 @@ from lowmem.optim.state import State, made, stored
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
-from lowmem.optim.tensors.saved import Loading
+from lowmem.optim.tensors.saved import Loading, saved
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
-from lowmem.optim.tensors.steps import Step, agree, begin, hyper
+from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
 
 Params = Iterable[Any]
 
@@ -204,8 +204,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def constants(self, p: Tensor) -> State:
         """The constants of a parameter's rule, each held once for a device."""
-        role, rule_name = self.place(p).role, self.rule_name(p)
-        return made(self.strategy.constants(rule_name, p.shape, role), p.device, self._constants)
+        wanted = self.strategy.constants(self.rule_name(p), p.shape, self.place(p).role)
+        return made(wanted, p.device, self._constants)
 
     def ready(self, p: Tensor) -> tuple[Seat, bool]:
         """What a parameter's step needs, and whether its state is new."""
@@ -247,12 +247,11 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: a gradient of another shape or device, sparse, or not of real numbers.
         """
-        with self._at_work():
-            self._step_param(p, g)
+        if p.numel():
+            with self._at_work():
+                self._step_param(p, g)
 
     def _step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
-        if not p.numel():
-            return
         g = Dense(g) if isinstance(g, Tensor) else g
         check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
         if self.roster.spread:
@@ -275,11 +274,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if not self.roster.spread:
             return pairs
         found = list(pairs)
-        judged = (self.place(p).judged(self.strategy, self.rule_name(p)) for p, _ in found)
-        self._begun = {p: self._begin(p, g) for (p, g), yes in zip(found, judged, strict=True) if yes}
-        for step in self._begun.values():
-            step.prepare()
-        agree(self._begun.values())
+        joint = [(p, g) for p, g in found if self.place(p).judged(self.strategy, self.rule_name(p))]
+        self._begun = agreed({p: self._begin(p, g) for p, g in joint})
         return found
 
     def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
@@ -293,13 +289,13 @@ class LowMemOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         query = Query(group["seed"], group["step"], len(self._evidence), self.chunks.compile)
         params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        owner = self.model if model is None else model
-        source, settings = self.strategy.source, Settings.now()
+        owner, source = self.model if model is None else model, self.strategy.source
         if source.needs_autograd:
             loss, evidence = source.backward(params, loss_fn, model=owner, query=query)
         else:
+            loss_fn = under(Settings.now(), loss_fn)
             with NEUTRAL.entered():  # what is drawn is ours, the loss is the caller's
-                loss, evidence = source.backward(params, under(settings, loss_fn), model=owner, query=query)
+                loss, evidence = source.backward(params, loss_fn, model=owner, query=query)
         if evidence is not None:
             self._evidence.append(evidence)
         return loss
@@ -336,9 +332,13 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
-        held = [state for state in self.state.values() if isinstance(state, dict)]
-        tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
+        tensors = [t for held in self.state.values() if isinstance(held, dict) for t in held.values()]
         return stored([*tensors, *self._constants.values()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
+        self._roster = None
+        return saved(self, super().state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.

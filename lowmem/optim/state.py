@@ -77,9 +77,10 @@ def part(state: Mapping[str, Tensor], name: str) -> State:
     return {"": state[name]} if name in state else scoped(state, name)
 
 
-def stored(tensors: Iterable[Tensor]) -> int:
-    """Bytes of what tensors lie in, every storage once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+def stored(held: Iterable[Any]) -> int:
+    """Bytes of what tensors lie in, every storage once; what else is held does not count."""
+    storages = [x.untyped_storage() for x in held if isinstance(x, Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def apply_in_place(state: State, new: Mapping[str, Tensor]) -> None:

@@ -13,33 +13,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 import lowmem
 from tests.contract.cases import Case
-from tests.distributed import steps
+from tests.distributed import resharding, steps
+from tests.distributed.placing import rows, sharded, spread
 from tests.distributed.zoo import Net, Zoo
 
 Found = list[str]
 Task = Callable[[Path, Any], Found]
-
-
-def sharded(dtype: torch.dtype, mesh: Any) -> Zoo:
-    """The zoo, its rows spread."""
-    model = Zoo().to(dtype)
-    fully_shard(model, mesh=mesh)
-    assert all(isinstance(p, DTensor) for p in model.parameters()), "nothing was sharded"
-    return model
-
-
-def rows(whole: torch.Tensor, p: Any) -> torch.Tensor:
-    """The rows of a tensor that this rank holds of a parameter."""
-    return spread(whole, p).to_local()
-
-
-def spread(whole: torch.Tensor, like: Any) -> Any:
-    """A tensor that every rank has, placed like a parameter."""
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def step_all(folder: Path, mesh: Any) -> Found:
@@ -107,7 +90,12 @@ def _most(p: Any, one: torch.Tensor) -> float:
     return float(off.max()) if off.numel() else 0.0
 
 
-TASKS: dict[str, Task] = {"step": step_all, "loop": plain_loop}
+TASKS: dict[str, Task] = {
+    "step": step_all,
+    "loop": plain_loop,
+    "save": resharding.save_all,
+    "load": resharding.load_all,
+}
 
 
 def main(task: str, rank: int, ranks: int, given: Path, folder: Path) -> None:

@@ -22,12 +22,26 @@ from lowmem.errors import CheckpointError
 from lowmem.optim.schedules import Always
 from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.outside import Outside
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
 
 log = logging.getLogger(__name__)
 
 Group = dict[str, Any]
+
+
+def saved(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
+    """The state dict that torch has packed, with every state as it stands in checkpoints."""
+    outside, roster = Outside(optimizer.strategy), optimizer.roster
+    indices = [i for group in packed["param_groups"] for i in group["params"]]
+    state = dict(packed["state"])
+    for i, p in zip(indices, [p for group in optimizer.param_groups for p in group["params"]], strict=True):
+        if state.get(i):
+            place = roster[p]
+            rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
+            state[i] = outside.out(place, rule_name, p, state[i])
+    return {**packed, "state": state}
 
 
 class Loading:
@@ -39,6 +53,7 @@ class Loading:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self.outside = Outside(strategy)
         self.found: dict[Tensor, State] = {}
 
     @contextmanager
@@ -105,6 +120,7 @@ class Loading:
         place = roster[p]
         rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
         needed = place.fresh(self.strategy, rule_name, p, "meta")
+        given = self.outside.back(place, rule_name, p, given, needed)
         check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
         return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
 

@@ -147,5 +147,13 @@ def agree(steps: Iterable[Step]) -> None:
             step.sound = flag == 0.0
 
 
+def agreed(steps: dict[Tensor, Step]) -> dict[Tensor, Step]:
+    """Steps that are prepared, and of which all ranks have said what they find."""
+    for step in steps.values():
+        step.prepare()
+    agree(steps.values())
+    return steps
+
+
 def _shard(step: Step) -> Shard:
     return cast("Shard", step.seat.shard)
