@@ -2,12 +2,11 @@
 
 There are two kinds of rule, because two things cannot be one:
 
-* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules
-  over codecs, MicroAdam). Its step is a pure function of a flat chunk: the frame
-  cuts, pads, guards, writes and stores, and compiles the function with the writer.
-* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at
-  gradients as `Blocks`, keeps its state up to date itself, and returns a
-  `Direction` that the frame writes.
+* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs,
+  MicroAdam). Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes and
+  stores, and compiles the function with the writer.
+* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at gradients as `Blocks`,
+  keeps its state up to date itself, and returns a `Direction` that the frame writes.
 
 What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 """
@@ -45,6 +44,7 @@ class AnyRule:
         reads_weight: element by element (`ChunkHyper.weight`), so that the rule cannot step inside another.
         period: steps between steps that take longer or hold more; 0 for none.
         keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
+        own_decay: weight decay goes with the length of the step that the rule takes, not by lr alone.
     """
 
     idle: ClassVar[bool] = False
@@ -75,7 +75,12 @@ class AnyRule:
         return False
 
     def shards(self, shape: Shape) -> bool:
-        """Whether rows may be stepped where they lie: what goes over all rows goes through `Hyper.total`."""
+        """Whether rows may be stepped where they lie: by blocks, or with all sums by `Hyper.total`."""
+        return is_pointwise(self) and shape.shard.starts_on(self.grain)
+
+    @property
+    def own_decay(self) -> bool:
+        """Decay is decoupled."""
         return False
 
     def scratch(self, shape: tuple[int, int]) -> int:
@@ -114,7 +119,6 @@ class Pointwise(AnyRule):
         fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
-        reads_weight: `ChunkHyper.weight` must be there, so that the rule cannot step inside another.
         chunk: the most elements (a multiple of `grain`) that should fit the cache in an eager step.
         measures: where `ChunkHyper.measures`, the new state has sums over the tensor in it, from which
             `factor_` finds what the step is multiplied by. An element that is not finite counts as none.
@@ -160,10 +164,6 @@ class Pointwise(AnyRule):
     def readable(self) -> frozenset[str]:
         """None."""
         return frozenset()
-
-    def shards(self, shape: Shape) -> bool:
-        """Where every shard starts on a block."""
-        return shape.shard.starts_on(self.grain)
 
     def moment(self, name: str, s: State) -> Tensor:
         """A moment of a chunk as it is held before the step: fp32, a number for each element."""
@@ -253,7 +253,7 @@ class Projector:
         return False
 
     def shards(self, shape: Shape) -> bool:
-        """Whether rows of a matrix may be projected where they lie; `low_shape` says if R is spread too."""
+        """Whether rows may be projected where they lie; `low_shape` says if R is spread too."""
         return False
 
     def init(self, x: Tensor) -> State:

@@ -30,7 +30,7 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
 from lowmem.optim.changes import Unrelated
 from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, is_pointwise
-from lowmem.optim.engine.chunks import all_finite, unsound
+from lowmem.optim.engine.finite import all_finite, unsound
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.residuals import Drop
 from lowmem.optim.shards import Shape, shard_in
@@ -108,6 +108,11 @@ class Subspace(Rule):
     def uses(self) -> frozenset[str]:
         """Those of the inner rule."""
         return self.inner.uses
+
+    @property
+    def own_decay(self) -> bool:
+        """That of the inner rule."""
+        return self.inner.own_decay
 
     @property
     def period(self) -> int:

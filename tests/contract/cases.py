@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lowmem.strategies import parts
 from lowmem.strategies.method import AXES, ROLES, methods
 from lowmem.strategies.parts import KINDS
 from lowmem.strategies.registry import beside
+from tests.enrolled import of_kind, on_any_model
 
 GAP = 4
 CARRIER = "adamw"
@@ -88,7 +89,7 @@ def part_case(kind: str, name: str, **changes: Any) -> Case:
 
 def chosen() -> list[tuple[str, str]]:
     """Every part that is a choice: those that leave an ordinary optimizer are in every method."""
-    return [(kind, name) for kind in KINDS for name in parts(kind) if name not in AXES.values()]
+    return [(kind, name) for kind in KINDS for name in of_kind(kind) if name not in AXES.values()]
 
 
 def part_cases() -> list[Case]:
@@ -98,7 +99,7 @@ def part_cases() -> list[Case]:
 
 def plain() -> list[Case]:
     """Every method as it comes."""
-    return [case(name) for name in lowmem.available()]
+    return [case(name) for name in on_any_model()]
 
 
 def each() -> list[Case]:
@@ -129,9 +130,8 @@ def changed() -> list[Case]:
         own += {"rule": ["states"], "projector": ["on_refresh"]}.get(kind, [])
         for key in (key for key in own if key in table):
             found += [part_case(kind, name, **{key: value}) for value in others(table[key])]
-    for name, method in methods().items():
-        entry = lowmem.available()[name]
-        sets = [key for key in method.defaults if key in entry.options and key not in entry.axes]
+    for name, entry in on_any_model().items():
+        sets = [key for key in methods()[name].defaults if key in entry.options and key not in entry.axes]
         found += [case(name, **{key: v}) for key in sets for v in others(entry.options[key])]
     return found
 
@@ -175,7 +175,14 @@ def drawn() -> tuple[Case, ...]:
             found.setdefault(one.create(), one)
         except UserError:
             continue
-    return tuple(found.values())
+    alone = [part_case(kind, name) for kind, name in chosen() if not _has(found.values(), kind, name)]
+    return (*found.values(), *alone)
+
+
+def _has(found: Iterable[Case], kind: str, name: str) -> bool:
+    """Whether a part is in one of them; few compositions take a rule that reads the weight."""
+    key = AXIS.get(kind, kind)
+    return any(name in str(dict(one.options).get(key, "")).split("+") for one in found)
 
 
 def draw(lot: int) -> Case:
@@ -206,7 +213,7 @@ def draw(lot: int) -> Case:
 
 def _turn(kind: str, lot: int, rng: random.Random) -> str:
     """Every part of a kind in turn, in another order in every round."""
-    names = sorted(parts(kind))
+    names = of_kind(kind)
     turn, place = divmod(lot, len(names))
     random.Random(f"{kind}{turn}").shuffle(names)
     return names[place]

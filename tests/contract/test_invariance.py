@@ -11,7 +11,8 @@ from torch import nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.tensors.groups import param_groups
-from tests.contract import runs, zoo
+from lowmem.training.contract import zoo
+from tests.contract import runs
 from tests.contract.cases import Case
 
 SHAPES = {"tall.weight": (24, 8), "wide.weight": (8, 24), "square.weight": (16, 16), "prime.weight": (13, 17)}

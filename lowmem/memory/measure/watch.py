@@ -134,6 +134,9 @@ class Watch:
             self.tracker.claim_for(buffer, "weights", kind_of(name.rpartition(".")[0]))
         for p, constant in quantized.constants(self.model):
             self.tracker.claim_for(constant, "weights", self._names[p])
+        for grid in getattr(getattr(self.optimizer, "chunks", None), "grids", {}).values():
+            for tensor in grid:
+                self.tracker.claim_for(tensor, "workspace", "(shared)")
         self._claim_state()
 
     def _claim_state(self) -> None:

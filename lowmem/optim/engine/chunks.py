@@ -29,13 +29,17 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import cutting, noise
 from lowmem.optim.engine.cutting import LADDER, Span, pad, read_flat, walk, write_flat
-from lowmem.optim.engine.kernels import LARGEST, Asks, Guard, Kernel, body, compiled
+from lowmem.optim.engine.finite import all_finite
+from lowmem.optim.engine.kernels import Asks, Guard, Kernel, body, compiled
 from lowmem.optim.engine.layout import layout
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.state import State
 from lowmem.optim.writers import Nearest, Writer
 
 log = logging.getLogger(__name__)
+
+GRIDS = 64
+"""Grids that are kept."""
 
 
 @functools.cache
@@ -125,6 +129,7 @@ class Chunks:
             _add_product_(p, direction.pair, -hp.lr * direction.scale, ok, hp)
             return
         rule, s = direction.then or (None, {})
+        _age(s, ok)
         guard: Guard = "elements" if direction.ok is None else "given"
         speeds = rates(hp, direction, _precision(p))
         if rule is not None and rule.measures:
@@ -208,28 +213,16 @@ class Chunks:
         """First elements of the rows, (rows, 1), and places in a row, (width,); int32."""
         key = (rows, width, device)
         if key not in self._grids:
-            if len(self._grids) > 64:
+            if len(self._grids) >= GRIDS:
                 self._grids.clear()
             first = torch.arange(rows, dtype=torch.int32, device=device) * width
             self._grids[key] = (first[:, None], torch.arange(width, dtype=torch.int32, device=device))
         return self._grids[key]
 
-
-def all_finite(x: Tensor, hp: Hyper) -> Tensor:
-    """0-D bool, the same for all shards."""
-    if hp.sound is not None:
-        return hp.sound
-    return _finite(x) if hp.shard is None else hp.total(unsound(x), "max") == 0.0
-
-
-def unsound(x: Tensor) -> Tensor:
-    """0-D fp32: 1 where an element is not finite, else 0."""
-    return (~_finite(x)).float() if x.numel() else torch.zeros((), device=x.device)
-
-
-def _finite(x: Tensor) -> Tensor:
-    least, most = x.aminmax()
-    return most - least <= LARGEST  # false for NaN and Inf
+    @property
+    def grids(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """The grids made so far by (rows, width): they stay from one step to the next."""
+        return {(rows, width): grid for (rows, width, _), grid in self._grids.items()}
 
 
 def _precision(p: Tensor) -> torch.dtype:

@@ -235,6 +235,11 @@ class ModifiedRule(Rule):
         return self.rule.reads_weight or self.chain.reads_weight
 
     @property
+    def own_decay(self) -> bool:
+        """That of the rule."""
+        return self.rule.own_decay
+
+    @property
     def keeps_sum(self) -> bool:
         """Where the rule does and no modifier looks at the whole gradient."""
         return self.rule.keeps_sum and not self.chain.reads_gradient

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class Track:
     """
 
     rate: float = 1.0
+    of_all_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.rate > 0.0:
@@ -96,6 +98,7 @@ class Walk:
     """
 
     angle: float = 0.5
+    of_all_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.angle <= math.pi / 2:

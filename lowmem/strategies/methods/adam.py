@@ -1,4 +1,4 @@
-"""AdamW in every precision."""
+"""AdamW: in every precision."""
 
 from lowmem.strategies.method import Method, register
 

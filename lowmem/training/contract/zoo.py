@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.input_layernorm = nn.LayerNorm(WIDTH)
         self.up_proj = nn.Linear(WIDTH, 31, bias=False)
         self.down_proj = nn.Linear(31, 17)
-        self.c_proj = Conv1D(13, 17)
+        self.c_proj = Conv1D(13, 17)  # type: ignore[no-untyped-call]
         self.o_proj = nn.Linear(13, 13, bias=False)
         self.conv = nn.Conv2d(1, 5, (3, 2), bias=False)
         self.out_proj = nn.Linear(5 * 11 * 12, WIDTH)
@@ -31,7 +31,8 @@ class Block(nn.Module):
         y = F.gelu(self.up_proj(self.input_layernorm(x)))
         y = self.o_proj(self.c_proj(self.down_proj(y)))
         image = (y.unsqueeze(-1) * y.unsqueeze(-2)).unsqueeze(1)  # of full rank, as its gradients are then
-        return x + self.out_proj(self.conv(image).flatten(1))
+        out: Tensor = x + self.out_proj(self.conv(image).flatten(1))
+        return out
 
 
 class Zoo(nn.Module):
@@ -46,7 +47,8 @@ class Zoo(nn.Module):
         self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.lm_head(self.norm(self.layer(self.embed_tokens(ids)))).float()
+        logits: Tensor = self.lm_head(self.norm(self.layer(self.embed_tokens(ids))))
+        return logits.float()
 
 
 def build(dtype: torch.dtype = torch.float32, seed: int = 0) -> Zoo:
@@ -64,15 +66,18 @@ def batch(step: int, size: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, step: int, size: int = 16) -> Tensor:
+    """The loss of a step's batch."""
     ids, target = batch(step, size)
     return F.cross_entropy(model(ids), target)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
+    """The loss over every token."""
     ids = torch.arange(VOCABULARY)
     return float(F.cross_entropy(model(ids), (5 * ids + 3) % VOCABULARY))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
