@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.optim.contract import is_pointwise
+from lowmem.optim.release import release
 from tests.contract import cases
 from tests.distributed.zoo import Zoo, gradient, loss_of
 
@@ -96,6 +97,8 @@ LOOPS = {
     "mezo": {"eps_perturb": 0.01},
 }
 """Methods that go through a whole loop, with a backward pass or without."""
+RELEASED = ("adamw", "galore")
+"""Those that step inside backward too."""
 
 
 def advance(optimizer: lowmem.LowMemOptimizer, model: nn.Module, step: int) -> Tensor:
@@ -109,3 +112,19 @@ def advance(optimizer: lowmem.LowMemOptimizer, model: nn.Module, step: int) -> T
     loss = optimizer.backward(lambda: loss_of(model, step), model)
     optimizer.step()
     return loss
+
+
+def loop(name: str, model: nn.Module, clip: str) -> list[float]:
+    """Losses, and the norms of gradients where each is clipped and released."""
+    optimizer, told = lowmem.optimizer(model, name, lr=0.01, **LOOPS[name]), []
+    handle = release(optimizer, clip=clip, max_norm=0.1) if clip else None
+    for step in range(4):
+        if handle is None:
+            told.append(float(advance(optimizer, model, step)))
+            continue
+        loss = loss_of(model, step)
+        loss.backward()
+        assert all(p.grad is None for p in model.parameters()), "a gradient was not released"
+        told += [float(loss.detach()), handle.grad_norm()]
+        optimizer.step()
+    return told

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import lowmem
+from lowmem.memory.count import model_state_bytes
 from tests.contract.cases import Case
 from tests.distributed import resharding, steps
 from tests.distributed.placing import rows, sharded, spread
@@ -57,6 +57,9 @@ def one(case: Case, dtype: torch.dtype, folder: Path, mesh: Any) -> Found:
         if not apart <= most * moved:
             way = optimizer.ready(p)[0].way
             found.append(f"{name} by {way}: {apart / moved:.1e} of the way apart, {most:.0e} allowed")
+    planned = model_state_bytes(case.create(), Zoo().to(dtype), ranks=mesh.size(), rank=mesh.get_rank())
+    if planned != (held := optimizer.state_bytes()):
+        found.append(f"holds {held} bytes of state, {planned} were counted")
     here, there = (x**0.5 for x in noise)
     if not here <= steps.WORSE * there:
         found.append(f"is {here:.1e} from steps in fp32, one device {there:.1e}")
@@ -66,22 +69,17 @@ def one(case: Case, dtype: torch.dtype, folder: Path, mesh: Any) -> Found:
 def plain_loop(given: Path, mesh: Any) -> Found:
     """Forward, backward and step, as a user writes them: the losses and weights of one process."""
     found = []
-    for name, options in steps.LOOPS.items():
-        losses, models = [], [Net(), Net()]
+    for name, clip in (*((name, "") for name in steps.LOOPS), *((name, "tensor") for name in steps.RELEASED)):
+        models = [Net(), Net()]
         fully_shard(models[1].up, mesh=mesh)
         fully_shard(models[1], mesh=mesh)
         assert all(isinstance(p, DTensor) for p in models[1].parameters()), "nothing was sharded"
-        for model in models:
-            optimizer = lowmem.optimizer(model, name, lr=0.01, **options)
-            for step in range(4):
-                losses.append(float(steps.advance(optimizer, model, step)))
-        apart = [abs(a - b) for a, b in zip(losses[:4], losses[4:], strict=True)]
-        if not max(apart) <= 1e-5:
-            found.append(f"{name}: losses are {apart} apart")
-        for (key, one), p in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-            off = _most(p, one)
-            if not off <= 1e-4:
-                found.append(f"{name} {key}: {off:.1e} apart")
+        one, many = (steps.loop(name, model, clip) for model in models)
+        if not max(abs(a - b) for a, b in zip(one, many, strict=True)) <= 1e-5:
+            found.append(f"{name} {clip}: {many} are not the losses of one process, {one}")
+        for (key, whole), p in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            if not (off := _most(p, whole)) <= 1e-4:
+                found.append(f"{name} {clip} {key}: {off:.1e} apart")
     return found
 
 
