@@ -14,7 +14,7 @@ from lowmem.optim.release import release
 from tests.contract import cases
 from tests.distributed.zoo import Zoo, gradient, loss_of
 
-STEPS, BAD = 6, 3
+STEPS, BAD = 5, 2
 LR = 0.02
 
 

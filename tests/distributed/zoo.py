@@ -11,9 +11,7 @@ from tests.contract.test_bits import normal
 SHAPES = {
     "tall": (37, 12),
     "wide": (12, 40),
-    "square": (13, 13),
     "one_row": (1, 9),
-    "two_rows": (2, 24),
     "aligned": (64, 128),
     "misaligned": (45, 100),
     "vector": (70,),
