@@ -31,6 +31,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 """What stands beside a part of a kind that means nothing alone."""
 AXIS = {"modifier": "modifiers"}
 """The axis of a kind that is not called like it."""
+AXIS_OF = {axis: kind for kind, axis in AXIS.items()}
 DRAWS = 150
 
 
@@ -92,19 +93,18 @@ def chosen() -> list[tuple[str, str]]:
     return [(kind, name) for kind in KINDS for name in of_kind(kind) if name not in AXES.values()]
 
 
-def part_cases() -> list[Case]:
-    """Every part once, in the plainest method."""
-    return [part_case(kind, name) for kind, name in chosen()]
-
-
 def plain() -> list[Case]:
     """Every method as it comes."""
     return [case(name) for name in on_any_model()]
 
 
 def each() -> list[Case]:
-    """Every method as it comes and every part, a composition once."""
-    return list({one.create(): one for one in (*part_cases(), *plain())}.values())
+    """Every method as it comes, and every part that none of them has, in the plainest method."""
+    words = [{a: o.default for a, o in entry.axes.items()} for entry in on_any_model().values()]
+    has = {
+        (AXIS_OF.get(a, a), name) for told in words for a, text in told.items() for name in text.split("+")
+    }
+    return [*plain(), *(part_case(kind, name) for kind, name in chosen() if (kind, name) not in has)]
 
 
 def others(option: Any) -> list[Any]:

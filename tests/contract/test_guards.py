@@ -31,6 +31,7 @@ def spoiled(model: zoo.Zoo, seed: int) -> dict[str, torch.Tensor]:
     return where
 
 
+@pytest.mark.both
 @pytest.mark.changed
 def test_bad_elements_keep_their_weight_and_are_counted(case: Case, dtype: torch.dtype) -> None:
     for at in (0, 2):
