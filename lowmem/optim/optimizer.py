@@ -327,7 +327,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def nonfinite(self) -> int:
-        """Elements whose gradient or new fp16 weight was not finite: not stepped. Reads from the device."""
+        """Elements here that were not stepped: gradient or new fp16 weight not finite. Reads the device."""
         return self.chunks.skipped()
 
     def state_bytes(self) -> int:

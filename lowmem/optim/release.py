@@ -108,8 +108,8 @@ class Release:
 
     def _projecting(self, p: nn.Parameter, rule: AnyRule) -> bool:
         """Whether the projected gradient of a tensor suffices in this window."""
-        if not rule.keeps_sum or not self.optimizer.state.get(p):
-            return False
+        if self._shard is not None or not rule.keeps_sum or not self.optimizer.state.get(p):
+            return False  # of sharded gradients little is held
         # of a stack, some matrices may be refreshed and others not
         whole = len(self.optimizer.ready(p)[0].parts) == 1
         return whole and not (rule.period and self.optimizer.hyper(p).due(rule.period))
@@ -207,8 +207,6 @@ def _problems(optimizer: LowMemOptimizer, steps: int, clip: str, max_norm: float
         )
     if steps > 1 and strategy.source.needs_autograd:
         found.append(accumulation_problem(strategy))
-        if optimizer.roster.spread:
-            found.append("gradient release with accumulation: parameters are sharded; take accumulation 1")
     return found
 
 

@@ -26,6 +26,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lowmem.errors import UserError
 
@@ -186,6 +187,10 @@ def local(x: Tensor) -> Tensor:
     return own
 
 
+_KNOWN: Any = WeakIdKeyDictionary()
+"""The rows of parameters that were asked for before: finding them takes as long as a small kernel."""
+
+
 def shard_of(x: Tensor) -> Shard | None:
     """The rows of a parameter that are held here; None where that is all of it.
 
@@ -195,6 +200,13 @@ def shard_of(x: Tensor) -> Shard | None:
     placements = getattr(x, "placements", None)
     if placements is None:
         return None
+    if x not in _KNOWN:
+        _KNOWN[x] = _found(x, placements)
+    known: Shard | None = _KNOWN[x]
+    return known
+
+
+def _found(x: Tensor, placements: Sequence[Any]) -> Shard | None:
     spread = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     if not spread:
         return None

@@ -55,8 +55,9 @@ def walk(
 def reference(case: cases.Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights of one device; under "small", those of tensors that follow the rule of small ones."""
     model = Zoo().to(dtype)
-    walk(case, model, lambda g: g)
+    count = walk(case, model, lambda g: g).nonfinite()
     found = {name: p.detach() for name, p in model.named_parameters()}
+    found["nonfinite"] = torch.tensor(count)
     if "small" in case.create().rules:
         model = Zoo().to(dtype)
         walk(case, model, lambda g: g, small=True)

@@ -25,5 +25,6 @@ def test_strategies_step_as_on_one_device(references: Path) -> None:
     assert not any(wrong.values()), wrong
 
 
-def test_a_plain_loop_has_the_losses_of_one_process(tmp_path: Path) -> None:
-    assert together("loop", 2, tmp_path) == []
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_plain_loop_has_the_losses_of_one_process(ranks: int, tmp_path: Path) -> None:
+    assert together("loop", ranks, tmp_path) == []

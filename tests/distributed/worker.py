@@ -60,6 +60,10 @@ def one(case: Case, dtype: torch.dtype, folder: Path, mesh: Any) -> Found:
     planned = model_state_bytes(case.create(), Zoo().to(dtype), ranks=mesh.size(), rank=mesh.get_rank())
     if planned != (held := optimizer.state_bytes()):
         found.append(f"holds {held} bytes of state, {planned} were counted")
+    counted = torch.tensor(optimizer.nonfinite())
+    dist.all_reduce(counted)
+    if not any(steps.cut(optimizer, p) for p in model.parameters()) and counted != wanted["nonfinite"]:
+        found.append(f"{counted} elements were not stepped, on one device {wanted['nonfinite']}")
     here, there = (x**0.5 for x in noise)
     if not here <= steps.WORSE * there:
         found.append(f"is {here:.1e} from steps in fp32, one device {there:.1e}")
@@ -69,6 +73,8 @@ def one(case: Case, dtype: torch.dtype, folder: Path, mesh: Any) -> Found:
 def plain_loop(given: Path, mesh: Any) -> Found:
     """Forward, backward and step, as a user writes them: the losses and weights of one process."""
     found = []
+    if mesh.size() == 4:  # copies of each shard on two ranks
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
     for name, clip in (*((name, "") for name in steps.LOOPS), *((name, "tensor") for name in steps.RELEASED)):
         models = [Net(), Net()]
         fully_shard(models[1].up, mesh=mesh)

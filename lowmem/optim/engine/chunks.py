@@ -155,6 +155,11 @@ class Chunks:
             run.measure(p, g.chunk(start, start + length), start, size)
         return torch.stack((rates[0] * rule.factor_(s, ok, hp), rates[1]))
 
+    @functools.cached_property
+    def aside(self) -> Chunks:
+        """Another one, for steps that are counted elsewhere."""
+        return Chunks(self.compile)
+
     def spans(self, rule: Pointwise | None, count: int, most: int = LADDER[0]) -> tuple[Span, ...]:
         """Ladder sizes where kernels are compiled; otherwise at most `most` elements, padded to the grain."""
         if self.compile and (rule is None or rule.compilable):

@@ -76,6 +76,8 @@ class Step:
         if self.seat.joint and not self.prepared:
             self.prepare()
             agree([self])
+        if self.seat.way == "whole" and self.seat.shard and self.seat.shard.rank:
+            chunks = chunks.aside  # all ranks take this step, and one counts what it leaves out
         for part in self.seat.parts:
             part.step_(chunks, self.weight, self.g, self.hyper(part), prepared=self.prepared)
         if self.seat.shard and self.seat.way == "whole":
