@@ -13,9 +13,10 @@ cleared, moved, added to. What is derived from them (`seats`) is found anew when
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, made, stored
+from lowmem.optim.state import State, made, scoped, stored
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
@@ -96,6 +97,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "betas": tuple(betas),
             "role": "matrix",
             "roles": "{}",
+            "heads": "{}",
             "step": 0,
             "since": 0,
             "previous_norm": -1.0,
@@ -119,7 +121,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._evidence: list[Any] = []
         self._begun: dict[Tensor, Step] = {}
         self._switched = -1
-        self._working = False
+        self._at = threading.local()  # hooks of several devices run in threads of their own
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "strategy": self.strategy, "released": False, "_model": None}
@@ -161,15 +163,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Nothing is recorded for autograd, and the caller's settings of torch do not count."""
-        if self._working:
+        if getattr(self._at, "work", False):
             yield
             return
         with torch.no_grad(), NEUTRAL.entered():
-            self._working = True
+            self._at.work = True
             try:
                 yield
             finally:
-                self._working = False
+                self._at.work = False
 
     @property
     def roster(self) -> Roster:
@@ -199,8 +201,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """What a rule may know of the next step of a parameter, or of a part of it, or of some rows."""
         place = self.place(p)
         weight = weight or Dense(part.of(p.detach()) if part else p.detach())
-        name = part.name if part else place.name
-        return hyper(place.group, name, weight, self.chunks.advance_, self._lookup, first, shard)
+        return hyper(place, (part or place).name, weight, self.chunks.advance_, self._lookup, first, shard)
 
     def constants(self, p: Tensor) -> State:
         """The constants of a parameter's rule, each held once for a device."""
@@ -258,23 +259,19 @@ class LowMemOptimizer(torch.optim.Optimizer):
             (self._begun.pop(p, None) or self._begin(p, g)).finish(self.chunks)
             return
         seat, fresh = self.ready(p)
-        if seat.idle:
-            return
-        for part in seat.parts:
+        for part in () if seat.idle else seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
     def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
         seat, fresh = self.ready(p)
         return begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
 
-    def _together(
-        self, pairs: Iterable[tuple[nn.Parameter, Blocks]]
-    ) -> Iterable[tuple[nn.Parameter, Blocks]]:
+    def _together(self, pairs: Params) -> Params:
         """Gradients whose ranks have agreed where they must: once for all of them."""
         if not self.roster.spread:
             return pairs
         found = list(pairs)
-        joint = [(p, g) for p, g in found if self.place(p).judged(self.strategy, self.rule_name(p))]
+        joint = (pair for pair in found if self.place(pair[0]).judged(self.strategy, self.rule_name(pair[0])))
         self._begun = agreed({p: self._begin(p, g) for p, g in joint})
         return found
 
@@ -283,22 +280,25 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
         Args:
             loss_fn: gives the scalar loss of one batch.
-            model: owner of the parameters; zeroth-order sources probe inside its forward. The one
-                the optimizer was made with, if None.
+            model: owner of the parameters, where sources probe; the one it was made with, if None.
         """
-        group = self.param_groups[0]
-        query = Query(group["seed"], group["step"], len(self._evidence), self.chunks.compile)
         params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        owner, source = self.model if model is None else model, self.strategy.source
-        if source.needs_autograd:
-            loss, evidence = source.backward(params, loss_fn, model=owner, query=query)
-        else:
-            loss_fn = under(Settings.now(), loss_fn)
-            with NEUTRAL.entered():  # what is drawn is ours, the loss is the caller's
-                loss, evidence = source.backward(params, loss_fn, model=owner, query=query)
-        if evidence is not None:
-            self._evidence.append(evidence)
+        query, owner = self.query(len(self._evidence)), self.model if model is None else model
+        source, settings = self.strategy.source, Settings.now()
+        drawn = not source.needs_autograd  # what is drawn is ours, the loss is the caller's
+        evaluate = under(settings, loss_fn) if drawn else loss_fn
+        with NEUTRAL.entered() if drawn else nullcontext():
+            loss, evidence = source.backward(params, evaluate, model=owner, query=query)
+        self._evidence += [evidence] if evidence is not None else []
         return loss
+
+    def query(self, index: int) -> Query:
+        """The name of the index-th evaluation of the loss since the last step."""
+        group, held = self.param_groups[0], dict[str, State]()
+        if self.strategy.source.holds:
+            self.init_state()
+            held = {name: scoped(self.state[p], "source") for name, p in self.named_parameters()}
+        return Query(group["seed"], group["step"], index, self.chunks.compile, held)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Step every parameter that has a gradient; tensors that were released have had theirs."""
@@ -314,8 +314,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
             if not self._evidence and not source.needs_autograd:
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
-            for p, g in self._together(source.gradients(self.named_parameters(), self._evidence)):
-                self.step_param(p, g)
+            with self.chunks.together():
+                for p, g in self._together(source.gradients(self.named_parameters(), self._evidence)):
+                    self.step_param(p, g)
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
@@ -337,7 +338,6 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
-        self._roster = None
         return saved(self, super().state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -156,6 +156,18 @@ def total(shape: Sequence[int], x: Tensor, op: str = "sum") -> Tensor:
     return x if shard is None else shard.total(x, op)
 
 
+class ByRows:
+    """What a rule or a projector says of some rows of a matrix; by default that it cannot do with them."""
+
+    def shards(self, shape: Shape) -> bool:
+        """Whether rows may be stepped, or projected, where they lie, with all sums by `Hyper.total`."""
+        return False
+
+    def unsound(self, g: Any, s: dict[str, Tensor], hp: Any) -> Tensor | None:
+        """0-D fp32, 1 where the rows of g here forbid the step; None where none can, or sums tell of it."""
+        return None
+
+
 class Like:
     """What `init` looks at: the rows of a tensor that a rank would hold.
 

@@ -143,10 +143,11 @@ class Strategy:
         return self.rules[rule_name].constants(tuple(one))
 
     def init(self, rule_name: str, x: Tensor, role: str = "matrix") -> State:
-        """Fresh state of a weight like x of this role that follows this rule: the rule's and the writer's."""
+        """Fresh state of a weight like x under this rule: the rule's, the writer's and the source's."""
         rule = self.rules[rule_name]
         state = stacks.init(rule, x) if self.slices(rule_name, role, x.shape) else rule.init(x)
-        return state | prefixed("writer", select(self.writer, x.dtype).init(x))
+        beside = {"writer": select(self.writer, x.dtype).init(x), "source": self.source.init(x)}
+        return state | {key: t for name, own in beside.items() for key, t in prefixed(name, own).items()}
 
 
 def _restored(rules: Any, source: Any, writer: Any, schedule: Any, config: Mapping[str, Any]) -> Strategy:

@@ -158,9 +158,17 @@ class Modified(Pointwise):
         """Those of the rule."""
         return self.rule.scalars(s, hp)
 
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """That of the rule."""
+        return self.rule.table(s, hp)
+
     def moment(self, name: str, s: State) -> Tensor:
         """That of the rule."""
         return self.rule.moment(name, s)
+
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        return self.rule.beside(s, shape, hp)
 
     def check_rebase(self, kind: str) -> None:
         """What is held of the length of steps is the same in any basis."""
@@ -268,6 +276,10 @@ class ModifiedRule(Rule):
         """What the rule has to do."""
         self.rule.prepare(g, scoped(s, "rule"), hp)
 
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        return self.rule.beside(scoped(s, "rule"), shape, hp)
+
     def check_rebase(self, kind: str) -> None:
         """What is held of the length of steps is the same in any basis."""
         self.rule.check_rebase(kind)
@@ -298,7 +310,7 @@ class ModifiedRule(Rule):
         ok = torch.ones((), dtype=torch.bool, device=g.device) if d.ok is None else d.ok
         sums = torch.stack([step.sums(i, j, hp) for i, j in walk(step.ranges(), g.device)]).sum(0)
         factor = self.chain.factor_(hp.total(sums), s, ok, d.scale)
-        lr = hp.vector(hp.lr)[0] if d.lr is None else d.lr
+        lr = hp.rate if d.lr is None else d.lr
         return replace(d, blocks=step, pair=None, lr=lr * factor)
 
 

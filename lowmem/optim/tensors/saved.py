@@ -33,13 +33,13 @@ Group = dict[str, Any]
 
 def saved(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
     """The state dict that torch has packed, with every state as it stands in checkpoints."""
-    outside, roster = Outside(optimizer.strategy), optimizer.roster
+    outside = Outside(optimizer.strategy)
     indices = [i for group in packed["param_groups"] for i in group["params"]]
     state = dict(packed["state"])
     for i, p in zip(indices, [p for group in optimizer.param_groups for p in group["params"]], strict=True):
         if state.get(i):
-            place = roster[p]
-            rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
+            place = optimizer.place(p)
+            rule_name = optimizer.roster.rule_at(p, max(0, place.group["step"] - 1))
             state[i] = outside.out(place, rule_name, p, state[i])
     return {**packed, "state": state}
 
@@ -102,9 +102,12 @@ class Loading:
         groups = []
         for old, mine, theirs, ours in zip(saved, own, names_of(saved), names_of(own), strict=True):
             names = theirs if "param_names" in old else ours
-            roles = from_text(old.get("roles", "{}"))
-            kept = {name: roles[was] for name, was in zip(names, theirs, strict=True) if was in roles}
-            groups.append({**old, "params": mine["params"], "roles": to_text(kept)})
+            found = {key: from_text(old.get(key, "{}")) for key in ("roles", "heads")}
+            kept = {
+                key: to_text({new: said[was] for new, was in zip(names, theirs, strict=True) if was in said})
+                for key, said in found.items()
+            }
+            groups.append({**old, "params": mine["params"], **kept})
             if "param_names" in mine:
                 groups[-1]["param_names"] = list(names)
         tell(saved, own)

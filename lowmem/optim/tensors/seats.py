@@ -35,6 +35,7 @@ class Place:
     Args:
         group: its parameter group; name: its name.
         role: what it is; rule: the name of the rule that it follows unless a schedule says otherwise.
+        heads: into which its rows are cut, where it makes queries or keys; 0 elsewhere.
         shard: which of its rows are here, where they are spread over ranks.
     """
 
@@ -42,6 +43,7 @@ class Place:
     name: str
     role: str
     rule: str
+    heads: int = 0
     shard: Shard | None = None
 
     def judged(self, strategy: Strategy, rule_name: str) -> bool:
@@ -89,13 +91,13 @@ class Roster:
         self.places: dict[Tensor, Place] = {}
         self._since: dict[str, list[tuple[int, str]]] = {}
         for group, names in zip(groups, names_of(groups), strict=True):
-            roles = from_text(group["roles"])
+            roles, heads = from_text(group["roles"]), from_text(group["heads"])
             for name, p in zip(names, group["params"], strict=True):
                 role = refined(roles.get(name, group["role"]), p.shape)
                 refuse_flattened(p)
                 shard = shard_of(p)
                 rule = strategy.rule_name(role, p.shape, shard)
-                self.places[p] = Place(group, name, role, rule, shard)
+                self.places[p] = Place(group, name, role, rule, int(heads.get(name, 0)), shard)
                 self._since.setdefault(rule, []).append((group["since"], name))
         self.spread = any(hasattr(p, "device_mesh") for p in self.places)
         self._names: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -192,7 +194,7 @@ def seat(
 ) -> Seat:
     """The seat of a parameter with this state."""
     rule, writer = strategy.rules[rule_name], select(strategy.writer, p.dtype)
-    own = {key: tensor for key, tensor in held.items() if not key.startswith("writer.")}
+    own = {key: tensor for key, tensor in held.items() if not key.startswith(("writer.", "source."))}
     extra = scoped(held, "writer")
     shard = place.shard
     way: Way = strategy.way(rule_name, place.role, shard) if shard else "rows"

@@ -11,9 +11,9 @@ number for each such tensor, in one exchange for each process group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from lowmem.optim.contract import Rule
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.shards import Shard, local, matrix
-from lowmem.optim.tensors.seats import Part, Seat
+from lowmem.optim.tensors.seats import Part, Place, Seat
 
 Hypers = Callable[[Part, Blocks, Shard | None], Hyper]
 """What the rule of a part may know of its step, by the weight and the rows of it that are here."""
@@ -85,10 +85,11 @@ class Step:
 
 
 def hyper(
-    group: Mapping[str, Any], name: str, weight: Blocks, advance: Callable[..., Tensor], constant: Lookup,
+    place: Place, name: str, weight: Blocks, advance: Callable[..., Tensor], constant: Lookup,
     first: bool, shard: Shard | None,
 ) -> Hyper:  # fmt: skip
-    """What a rule may know of a step, from the parameter group."""
+    """What a rule may know of a step, from the parameter's place."""
+    group = place.group
     beta1, beta2 = group["betas"]
     return Hyper(
         step=int(group["step"]),
@@ -101,8 +102,10 @@ def hyper(
         weight=weight,
         advance=advance,
         first=first,
+        heads=place.heads,
         constant=constant,
         shard=shard,
+        group=group,
     )
 
 
