@@ -72,6 +72,12 @@ class RunConfig:
 
     model: str = _knob(MISSING, "Model", "name (see `lowmem models`), local path or Hub id")
     dtype: str = _knob("bfloat16", "Model", "of the weights", choices=("bfloat16", "float16", "float32"))
+    autocast: str = _knob(
+        "none",
+        "Model",
+        "compute in it over float32 weights or under adapters; float16 scales the loss",
+        choices=("none", "bfloat16", "float16"),
+    )
     lora_rank: int | None = _knob(
         None, "Model", "train LoRA adapters of this rank only", least=1, below=2**16
     )

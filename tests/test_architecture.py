@@ -20,9 +20,18 @@ FREE = {"errors", "texts", "values", "combinations", "config", "configs", "conso
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "state"},
+        {
+            "tensors.checks",
+            "codecs.dynamic",
+            "engine.noise",
+            "engine.cutting",
+            "engine.parcel",
+            "state",
+            "shards",
+        },
         {"blocks"},
         {"hyper", "changes"},
+        {"split", "bases"},
         {"contract"},
         {"codecs", "writers"},
         {"engine"},
@@ -32,11 +41,12 @@ FLOORS = {
         {"residuals", "projectors", "modifiers"},
         {"subspace"},
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
-        {"strategy"},
+        {"strategy", "tensors.heads"},
         {"tensors.groups", "tensors.seats"},
+        {"tensors.steps", "tensors.outside"},
         {"tensors.saved"},
         {"optimizer"},
-        {"release"},
+        {"release", "evaluated"},
     ],
     "memory": [
         {"device"},

@@ -11,19 +11,23 @@ ones that are counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lowmem.errors import UserError
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
+from lowmem.optim.engine.cutting import policy
 from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.shards import Shard
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
+from lowmem.optim.tensors.seats import fresh
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
@@ -36,7 +40,13 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def state_bytes(
-    strategy: Strategy, shape: Shape, dtype: torch.dtype = torch.float32, role: str = "matrix"
+    strategy: Strategy,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    role: str = "matrix",
+    *,
+    ranks: int = 1,
+    rank: int = 0,
 ) -> int:
     """Bytes of optimizer state held for one weight, exactly; constants shared by all weights not included.
 
@@ -44,14 +54,34 @@ def state_bytes(
         strategy: from `create`.
         shape: of the weight; dtype: of the weight.
         role: what the weight is (`lowmem.optim.tensors.roles.ROLES`), or "other".
+        ranks: processes over which FSDP2 spreads its rows; rank: the one that is asked for (rank 0 has most).
+
+    Raises:
+        UserError: a rank that is none of so many.
 
     Example:
         >>> from lowmem import create
-        >>> state_bytes(create("adamw"), (3, 5))
-        124
+        >>> state_bytes(create("adamw"), (3, 5)), state_bytes(create("adamw"), (3, 5), ranks=2)
+        (124, 84)
     """
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return _bytes(strategy.init(strategy.rule_name(role, shape), x, role).values())
+    shard = _shard(shape, ranks, rank)
+    return _held_bytes(strategy, strategy.rule_name(role, shape, shard), role, shape, dtype, shard)
+
+
+def _shard(shape: Shape, ranks: int, rank: int) -> Shard | None:
+    """The rows of a tensor that a rank holds; None where there is one rank, or no rows."""
+    if not 0 <= rank < ranks:
+        raise UserError(f"ranks is at least 1 and rank one of 0 to ranks - 1, got ranks={ranks}, rank={rank}")
+    return Shard.of(shape, ranks, rank) if ranks > 1 and shape else None
+
+
+def _held_bytes(
+    strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None
+) -> int:
+    device = torch.device("meta")
+    if shard is not None:
+        return _bytes(fresh(strategy, rule_name, role, shard, dtype, device).values())
+    return _bytes(strategy.init(rule_name, torch.empty(shape, dtype=dtype, device=device), role).values())
 
 
 def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> list[int]:
@@ -66,23 +96,30 @@ def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> 
     return [constant.make(device).untyped_storage().nbytes() for constant in found.values()]
 
 
-def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0) -> int:
+def model_state_bytes(
+    strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0, ranks: int = 1, rank: int = 0
+) -> int:
     """Bytes of optimizer state for the trainable parameters of a model, constants included.
 
     Args:
-        strategy: from `create`; model: on any device, meta too.
+        strategy: from `create`; model: on any device, meta too, not sharded.
         step: for schedules that change which tensors hold state; seed: of the run.
+        ranks, rank: as for `state_bytes`.
     """
     found = roles.find(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ordinary = {name: strategy.rule_name(found.get(name, "matrix"), p.shape) for name, p in trained.items()}
+    shards = {name: _shard(tuple(p.shape), ranks, rank) for name, p in trained.items()}
+    ordinary = {
+        name: strategy.rule_name(found.get(name, "matrix"), p.shape, shards[name])
+        for name, p in trained.items()
+    }
     cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
     total, rules = 0, strategy.rules_at(ordinary, step, seed)
     for name, p in trained.items():
         role = found.get(name, "matrix")
         key = (rules[name], role, tuple(p.shape), p.dtype)
         if key not in cache:
-            cache[key] = _bytes(strategy.init(rules[name], torch.empty_like(p, device="meta"), role).values())
+            cache[key] = _held_bytes(strategy, *key, shards[name])
         total += cache[key]
     return total + sum(shared_sizes(strategy, [(rule, role, shape) for rule, role, shape, _ in cache]))
 
@@ -93,24 +130,29 @@ def workspace_bytes(
     dtype: torch.dtype = torch.float32,
     role: str = "matrix",
     refresh: bool = False,
+    device: str = "cpu",
 ) -> int:
     """Bytes that live, at most, beside weight, gradient and state while one tensor is stepped (eager).
 
     Args:
         strategy, shape, dtype, role: as for `state_bytes`.
         refresh: at a step where the basis is found anew; False for an ordinary step.
+        device: type of the device whose policy of sizes counts.
 
     Example:
         >>> from lowmem import create
         >>> workspace_bytes(create("galore"), (1024, 4096)) <= (64 << 20) + 4 * 128 * 4096
         True
     """
-    return _workspace(strategy, shape, dtype, role, refresh).peak
+    return workspace(strategy, shape, dtype, role, refresh, device).peak
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool) -> Workspace:
-    return measure_workspace(strategy, shape, dtype, role, refresh)
+def _workspace(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str
+) -> Workspace:
+    with policy(device):
+        return measure_workspace(strategy, shape, dtype, role, refresh)
 
 
 @dataclass(frozen=True)
@@ -131,20 +173,27 @@ class Workspace:
         return self.peak - sum(4 * (rows + width) for rows, width in self.grids)
 
 
-def workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str) -> Workspace:
-    """What a step at which the basis is found anew allocates, and keeps; arguments as `state_bytes`."""
-    return _workspace(strategy, shape, dtype, role, True)
+def workspace(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool = True, device: str = "cpu"
+) -> Workspace:
+    """What a step allocates, and keeps; arguments as `workspace_bytes`."""
+    return _workspace(strategy, shape, dtype, role, refresh, device)
 
 
 def measure_workspace(
-    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
-) -> Workspace:
-    """`workspace` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta",
+    compile: str = "off",
+) -> Workspace:  # fmt: skip
+    """`workspace` of any strategy by the policy that is named, not remembered.
+
+    Args:
+        device: where it runs, "cpu" under a fake-tensor mode; compile: whether pieces are compiled ones.
+    """
     if strategy.slices(strategy.rule_name(role, shape), role, shape):
         shape = shape[1:]  # one matrix of the stack after the other
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
     gradient = _gradient(strategy, p)
-    optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
+    optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile=compile)
     optimizer.init_state()
     group, held = optimizer.place(p).group, optimizer.state[p]
     group["step"] = 0 if refresh else _between(strategy.rules[optimizer.rule_name(p)].period)
@@ -158,6 +207,35 @@ def measure_workspace(
     peak = tracker.peak().total - before
     tracker.stop()
     return Workspace(max(0, peak), frozenset(optimizer.chunks.grids))
+
+
+def together_bytes(strategy: Strategy, tensors: Sequence[Tensor], roles: Sequence[str], compile: str) -> int:
+    """Bytes that live, at most, while a step takes small tensors, all at once, by the policy that is named.
+
+    Args:
+        tensors: like the parameters, on meta; roles: of each; compile: as in `measure_workspace`.
+    """
+    params = [nn.Parameter(torch.empty_like(x, device="meta")) for x in tensors]
+    groups = [
+        {"params": [(f"w{i}", p) for i, p in enumerate(params) if roles[i] == role], "role": role}
+        for role in sorted(set(roles))
+    ]
+    optimizer = LowMemOptimizer(groups, strategy, compile=compile)
+    optimizer.init_state()
+    for group in optimizer.param_groups:
+        group["step"] = FAR
+    for p in params:
+        p.grad = torch.empty_like(p)
+    tracker = Tracker()
+    held = [t for p in params for t in (p, p.grad, *optimizer.state[p].values())]
+    tracker.register([*held, *optimizer._constants.values()], "weights")
+    before = tracker.live
+    with tracker:
+        tracker.enter("step", "workspace")
+        optimizer.step()
+    peak = tracker.peak().total - before
+    tracker.stop()
+    return max(0, peak)
 
 
 def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:

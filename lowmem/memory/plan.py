@@ -38,6 +38,7 @@ from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import EVALUATION, Trace
 from lowmem.memory.trace.tracker import Moment
 from lowmem.optim.strategy import Strategy
+from lowmem.sources.quantized import misfit
 
 AGREEMENT = 0.1  # percent by which the two methods may differ
 TYPICAL = "step of a typical batch"
@@ -199,8 +200,15 @@ def limit_of(gpu: str | None, budget: str | int | None, capability: float | None
 
 
 def suited(run: Run, strategy: Strategy) -> Run:
-    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release."""
-    if strategy.source.needs_autograd:
+    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release.
+
+    Raises:
+        UserError: the strategy trains other weights than the run has.
+    """
+    source = strategy.source
+    if problem := misfit(strategy.name or "the strategy", source, run.quantize, run.adapts):
+        raise UserError(problem)
+    if source.needs_autograd:
         return run
     return replace(run, gradient_checkpointing=False, gradient_release=False, accumulation=1)
 

@@ -22,8 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem.optim.engine.cutting import sizes, walk
+from lowmem.optim.shards import Shape, matrix
+
+CAST = 8 << 20
+"""Bytes of factors that are kept cast between the rows of a product."""
 BLOCK = 1 << 20
-"""Elements of a row block, at most (one row at least)."""
+"""Elements of a row block of which sums are added up, at most (one row at least); the same everywhere."""
 
 
 def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
@@ -32,6 +37,9 @@ def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     >>> matrix_shape((8, 3, 3, 3)), matrix_shape((5,)), matrix_shape(())
     ((8, 27), (1, 5), (1, 1))
     """
+    if isinstance(shape, Shape):
+        found: tuple[int, int] = matrix(shape.shard)
+        return found
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
@@ -41,12 +49,13 @@ class Blocks:
     """An (m, n) matrix given by a function of a row range.
 
     Args:
-        shape: (m, n).
+        shape: (m, n); a `shards.Shape` where these are some rows of a larger matrix.
         rows: maps (i, j) to the rows i..j, (j - i, n), in any floating dtype; None where a subclass has
             its own `rows`. A bound method of the object itself would be a reference cycle, and what it
             holds (a gradient) would live until the garbage collector runs.
         device: where rows live.
         dtype: precision of matrix products with it (fp32, or bf16 where the data is bf16).
+        takes: bytes that looking makes for each element, on the way; 0 where a chunk is a view.
     """
 
     def __init__(
@@ -55,10 +64,12 @@ class Blocks:
         rows: Callable[[int, int], Tensor] | None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        takes: int = 16,
     ) -> None:
         self.shape = shape
         self.device = device
         self.dtype = dtype
+        self.takes = takes
         self._rows = rows
 
     def rows(self, i: int, j: int) -> Tensor:
@@ -76,10 +87,10 @@ class Blocks:
         return flat[start - first * n : stop - first * n]
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Row ranges of at most `BLOCK` elements that cover the matrix."""
+        """Row ranges of at most `BLOCK` elements that cover the matrix; one without rows if it has none."""
         m, n = self.shape
-        height = max(1, BLOCK // n)
-        for i in range(0, m, height):
+        height = max(1, BLOCK // max(1, n))
+        for i in range(0, max(1, m), height):
             yield i, min(m, i + height)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Blocks:
@@ -95,12 +106,22 @@ class Blocks:
 
     def right(self, q: Tensor) -> Tensor:
         """G q in fp32: (m, n) and (n, k) to (m, k)."""
-        return torch.cat([self.rows(i, j) @ q for i, j in self.ranges()])
+        out = torch.empty(self.shape[0], q.shape[1], device=self.device)
+        for i, j in self.ranges():
+            out[i:j] = self.rows(i, j) @ q
+        return out
 
     def sum(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum over row blocks of f(block)."""
         parts = [f(self.rows(i, j)) for i, j in self.ranges()]
         return torch.stack(parts).sum(0)
+
+    def peak(self) -> Tensor:
+        """The largest magnitude, 0-D; 0 where there are no elements."""
+        if not self.shape[0] * self.shape[1]:
+            return torch.zeros((), device=self.device)
+        parts = [self.rows(i, j).abs().amax() for i, j in walk(self.ranges(), self.device)]
+        return torch.stack(parts).amax()
 
 
 class Dense(Blocks):
@@ -109,12 +130,16 @@ class Dense(Blocks):
     Args:
         tensor: any shape and floating dtype; seen as `matrix_shape`.
         factor: 0-D fp32 on the same device (the clip factor), or None for 1.
+        shape: (m, n) as a part of a larger matrix; that of the tensor, if None.
     """
 
-    def __init__(self, tensor: Tensor, factor: Tensor | None = None) -> None:
-        shape = matrix_shape(tensor.shape)
+    def __init__(
+        self, tensor: Tensor, factor: Tensor | None = None, shape: tuple[int, int] | None = None
+    ) -> None:
+        shape = matrix_shape(tensor.shape) if shape is None else shape
         dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-        super().__init__(shape, None, tensor.device, dtype)
+        view = factor is None and tensor.layout == torch.strided and tensor.is_contiguous()
+        super().__init__(shape, None, tensor.device, dtype, 0 if view else 8)
         self.tensor = tensor
         self.factor = factor
 
@@ -153,6 +178,53 @@ class Dense(Blocks):
     def _scaled(self, product: Tensor) -> Tensor:
         product = product.float()
         return product if self.factor is None else product.mul_(self.factor)
+
+
+class Slice(Blocks):
+    """Some rows of a matrix that is drawn where it is looked at.
+
+    Args:
+        whole: the matrix; shape: of the rows, with where they are.
+    """
+
+    def __init__(self, whole: Blocks, shape: Shape) -> None:
+        super().__init__(matrix_shape(shape), None, whole.device, whole.dtype)
+        self.whole, self.first = whole, shape.shard.first
+        self.offset = self.first * shape.shard.width
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j of those here."""
+        return self.whole.rows(self.first + i, self.first + j)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Flat elements of those here."""
+        return self.whole.chunk(self.offset + start, self.offset + stop)
+
+
+def product(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Blocks:
+    """A B as Blocks, (m, k) by (k, n): rows are made when they are looked at.
+
+    Args:
+        pair: A and B, fp32; dtype: precision of the product.
+    """
+    shape, device = (pair[0].shape[0], pair[1].shape[1]), pair[0].device
+    small = dtype.itemsize * (pair[0].numel() + pair[1].numel()) <= CAST
+
+    def cast(i: int, j: int) -> tuple[Tensor, Tensor]:
+        return pair[0][i:j].to(dtype), pair[1].to(dtype)
+
+    @functools.cache
+    def held() -> tuple[Tensor, Tensor]:
+        return cast(0, shape[0])
+
+    def rows(i: int, j: int) -> Tensor:
+        if small and not sizes(device).at_hand:  # a launch costs more than a little memory there
+            a, b = held()
+            return a[i:j] @ b
+        a, b = cast(i, j)
+        return a @ b
+
+    return Blocks(shape, rows, device, takes=dtype.itemsize)
 
 
 class Projected(Blocks):

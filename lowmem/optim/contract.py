@@ -2,12 +2,11 @@
 
 There are two kinds of rule, because two things cannot be one:
 
-* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules
-  over codecs, MicroAdam). Its step is a pure function of a flat chunk: the frame
-  cuts, pads, guards, writes and stores, and compiles the function with the writer.
-* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at
-  gradients as `Blocks`, keeps its state up to date itself, and returns a
-  `Direction` that the frame writes.
+* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs,
+  MicroAdam). Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes and
+  stores, and compiles the function with the writer.
+* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at gradients as `Blocks`,
+  keeps its state up to date itself, and returns a `Direction` that the frame writes.
 
 What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 """
@@ -15,7 +14,6 @@ What a part needs or forbids is declared on it. It holds nothing itself: state i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
 import torch
@@ -26,6 +24,8 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.engine.cutting import LADDER
 from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.shards import ByRows, Shape
+from lowmem.optim.split import Split
 from lowmem.optim.state import Constants, State, reset_
 
 Commit = Callable[[], None]
@@ -34,7 +34,7 @@ SCRATCH = 64 << 20
 """Bytes that a step may take beside what grows with a projected gradient."""
 
 
-class AnyRule:
+class AnyRule(ByRows):
     """What both kinds of rule have.
 
     Attributes:
@@ -42,6 +42,7 @@ class AnyRule:
         idle: no step, no decay, no state, and no use for a gradient.
         reads_later: what a `Direction` commits looks at the gradient once more.
         reads_weight: element by element (`ChunkHyper.weight`), so that the rule cannot step inside another.
+        linear: the step is in units of the gradient: of twice the gradients, it is twice as long.
         period: steps between steps that take longer or hold more; 0 for none.
         keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
         own_decay: weight decay goes with the length of the step that the rule takes, not by lr alone.
@@ -57,6 +58,11 @@ class AnyRule:
     @property
     def reads_weight(self) -> bool:
         """Most rules do not."""
+        return False
+
+    @property
+    def linear(self) -> bool:
+        """Most rules divide by the size of gradients."""
         return False
 
     @property
@@ -98,6 +104,10 @@ class AnyRule:
         """Carry the state of a projected matrix over a change that `check_rebase` allows: start afresh."""
         reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change.ok)
 
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """B, (m, n), where the method evaluates W + lr B; None where it evaluates the weight itself."""
+        return None
+
     def check_rebase(self, kind: str) -> None:
         """Raise where keep, reset, permute or rotate is not defined for what is held."""
         if kind in ("permute", "rotate"):
@@ -115,7 +125,6 @@ class Pointwise(AnyRule):
         fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
-        reads_weight: `ChunkHyper.weight` must be there, so that the rule cannot step inside another.
         chunk: the most elements (a multiple of `grain`) that should fit the cache in an eager step.
         measures: where `ChunkHyper.measures`, the new state has sums over the tensor in it, from which
             `factor_` finds what the step is multiplied by. An element that is not finite counts as none.
@@ -162,6 +171,10 @@ class Pointwise(AnyRule):
         """None."""
         return frozenset()
 
+    def shards(self, shape: Shape) -> bool:
+        """Where every shard starts on a block."""
+        return shape.shard.starts_on(self.grain)
+
     def moment(self, name: str, s: State) -> Tensor:
         """A moment of a chunk as it is held before the step: fp32, a number for each element."""
         raise NotImplementedError(f"{type(self).__name__} holds no {name} that can be read")
@@ -173,6 +186,14 @@ class Pointwise(AnyRule):
     def scalars(self, s: State, hp: Hyper) -> Tensor | None:
         """The fp32 numbers that the step needs, once for each tensor; none."""
         return None
+
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """What `scalars` gives for each age of "age", a row for each; None where they depend on more."""
+        return None
+
+    def joins(self, s: State) -> bool:
+        """Whether small tensors may step as rows of one, with `scalars` for each row, (k, rows, 1)."""
+        return False
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk.
@@ -195,24 +216,12 @@ class Rule(AnyRule):
         raise NotImplementedError(f"{type(self).__name__} keeps no sum")
 
 
-@dataclass(frozen=True)
-class Rest(Rule):
-    """The rule of a tensor that is put aside: no step, no decay, no gradient, no state."""
-
-    idle: ClassVar[bool] = True
-
-    @property
-    def uses(self) -> frozenset[str]:
-        """Nothing."""
-        return frozenset()
-
-
 def is_pointwise(rule: AnyRule) -> TypeGuard[Pointwise]:
     """Which of the two kinds a rule is."""
     return isinstance(rule, Pointwise)
 
 
-class Projector:
+class Projector(ByRows):
     """Where a gradient is seen: R = down(G). Shapes are those of the (m, n) matrix.
 
     Attributes:
@@ -221,6 +230,7 @@ class Projector:
         orthonormal: down(up(R)) = R, and up(down(G)) is the nearest to G that can be seen.
         follows: the basis moves after every step (`follow`).
         period: steps between refreshes; 0 for never.
+        reads: the moment of the inner rule that a refresh looks at; "" for none.
     """
 
     changes: ClassVar[str] = "reset"
@@ -232,6 +242,11 @@ class Projector:
     def period(self) -> int:
         """Never."""
         return 0
+
+    @property
+    def reads(self) -> str:
+        """None."""
+        return ""
 
     def axis(self, shape: tuple[int, int]) -> int:
         """The axis of G, and of R, that a dense basis spans: 0 where R is (r, n), 1 where it is (m, r)."""
@@ -265,6 +280,10 @@ class Projector:
         """What `down`, `up` and `pair` of one step read: what is held, unless it must be drawn or decoded."""
         return s
 
+    def rounded(self, s: State, dtype: torch.dtype) -> State:
+        """What was opened, cast once for all products of a step where nothing else reads it."""
+        return s
+
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The projected gradient, fp32."""
         raise NotImplementedError
@@ -282,40 +301,24 @@ class Projector:
         return {}
 
 
-@dataclass(frozen=True)
-class Split:
-    """A step inside a subspace, as those see it who look beyond.
-
-    Args:
-        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N).
-        low: R, the projected gradient; step: N, what the inner rule made of it.
-        scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
-        ok: 0-D bool, False where no step is taken; hp: of this step.
-    """
-
-    g: Blocks
-    rest: Blocks
-    lifted: Blocks
-    low: Tensor
-    step: Tensor
-    scale: float
-    axis: int
-    ok: Tensor
-    hp: Hyper
-
-
 class Residual:
     """What becomes of the part of a gradient that its projection does not see.
 
     Attributes:
         reads_rest: the rest, or the whole gradient, is looked at; if not, the projection is enough.
         lifts: the lifted step is taken too; if not, `absorb` gives all of the step.
-        needs: what the projector must be, of "dense" and "orthonormal".
+        needs: what the projector must be, of "dense" and "orthonormal"; shards: rows may be absorbed here.
+        needs_linear: the inner rule must be `linear`.
+        uses: settings of the parameter group that are read, of betas and eps.
+        takes: the moment of the inner rule of which `take_` is told what a change of basis loses; "".
     """
 
+    shards: ClassVar[bool] = False
     reads_rest: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
+    needs_linear: ClassVar[bool] = False
+    uses: ClassVar[frozenset[str]] = frozenset()
 
     def init(self, x: Tensor) -> State:
         """State for a tensor like x; nothing."""
@@ -332,6 +335,14 @@ class Residual:
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """The step that the rest takes, or None; and what to do once the weight is written."""
         return None, None
+
+    @property
+    def takes(self) -> str:
+        """None."""
+        return ""
+
+    def take_(self, s: State, lost: Blocks, ok: Tensor, hp: Hyper) -> None:
+        """What was lost of what it `takes`, lifted, (m, n); where ok (0-D bool) is False, nothing was."""
 
     def aside(self) -> AnyRule | None:
         """The rule of a tensor that a schedule puts aside, where there is one."""

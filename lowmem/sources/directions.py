@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine import noise
-from lowmem.optim.engine.cutting import pad, read_flat, write_flat
-from lowmem.optim.engine.kernels import Kernel, compiled
+from lowmem.optim.engine.compiling import Kernel, compiled
+from lowmem.optim.engine.cutting import read_flat, sizes, write_flat
 from lowmem.optim.writers import HALF
 
 log = logging.getLogger(__name__)
@@ -32,16 +32,13 @@ log = logging.getLogger(__name__)
 CELL = 1 << 8
 """Pieces start and end on its multiples."""
 
-SIZES = (1 << 20, 1 << 16, 1 << 12)
-"""Elements of a piece; few sizes, because each takes a second or two to compile."""
-
 
 def pieces(start: int, stop: int, device: torch.device, *, fixed: bool) -> Iterator[tuple[int, int]]:
     """Whole cells that cover start..stop as (first element, size); none crosses a multiple of 2^32.
 
     Args:
         start, stop: elements; device: where they live.
-        fixed: sizes from the list alone, for compiled code.
+        fixed: sizes of the device's policy alone, for compiled code.
 
     Example:
         >>> list(pieces(5000, 70_000, torch.device("cpu"), fixed=True))
@@ -49,13 +46,13 @@ def pieces(start: int, stop: int, device: torch.device, *, fixed: bool) -> Itera
         >>> list(pieces(5000, 6000, torch.device("cpu"), fixed=False))
         [(4864, 1280)]
     """
-    sizes = SIZES[1:] if device.type == "cpu" else SIZES  # where a launch costs more than a cache saves
-    cell = SIZES[-1] if fixed else CELL
+    drawn = sizes(device).drawn
+    cell = drawn[-1] if fixed else CELL
     at = start // cell * cell
     while at < stop:
         room = (1 << 32) - at % (1 << 32)
         left = min(-(-(stop - at) // cell) * cell, room)
-        size = next(s for s in sizes if s <= left) if fixed else min(left, sizes[0])
+        size = next(s for s in drawn if s <= left) if fixed else min(left, drawn[0])
         yield at, size
         at += size
 
@@ -88,19 +85,20 @@ class Direction:
         """Elements start..stop of scale z for a parameter, flat fp32."""
         return self.pen(parameter, like, scale).draw(start, stop)
 
-    def displaced(self, parameter: str, w: Tensor, distance: float) -> Tensor:
-        """A copy of a weight, distance along z, in its own dtype and layout."""
-        out = torch.empty_like(w)
+    def displaced(self, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
+        """A copy of a weight, distance along z, in its dtype and layout; the elements from `start` on."""
+        out, end = torch.empty_like(w), start + w.numel()
         pen = self.pen(parameter, w, distance)
-        for at, size in pieces(0, w.numel(), w.device, fixed=self.compile):
-            length = min(size, w.numel() - at)
-            old = read_flat(w, at, length)
-            if length == size and w.is_contiguous():
-                pen.fill(out.view(-1)[at : at + size], old, at)
+        for at, size in pieces(start, end, w.device, fixed=self.compile):
+            first, last = max(at, start), min(at + size, end)
+            old = read_flat(w, first - start, last - first)
+            if last - first == size and w.is_contiguous():
+                pen.fill(out.view(-1)[at - start : at - start + size], old, at)
                 continue
             new = torch.empty(size, dtype=w.dtype, device=w.device)
-            pen.fill(new, pad(old, size), at)
-            write_flat(out, at, new[:length])
+            padded = torch.nn.functional.pad(old, (first - at, at + size - last))
+            pen.fill(new, padded, at)
+            write_flat(out, first - start, new[first - at : last - at])
         return out
 
 

@@ -155,8 +155,16 @@ def _clips(args: Any) -> bool:
 def _engines(args: Any) -> list[str]:
     """Engines that flatten or shard parameters, which a strategy per tensor cannot see through."""
     rules = [
-        (args.deepspeed, "deepspeed: it flattens parameters, a strategy needs their shapes; leave it out"),
-        (args.fsdp, "fsdp: sharded parameters are not supported yet; leave it out, or train with plain DDP"),
+        (
+            args.deepspeed,
+            "deepspeed: it flattens parameters, a strategy needs their shapes; shard with fully_shard "
+            "instead, in a loop of your own",
+        ),
+        (
+            args.fsdp,
+            "fsdp: the Trainer does not shard yet; leave it out and train with plain DDP, or shard the model "
+            "with torch.distributed.fsdp.fully_shard in a loop of your own",
+        ),
         (
             args.optim_target_modules,
             "optim_target_modules: a strategy finds the matrices by itself; leave it out",
@@ -192,7 +200,8 @@ def _released(args: Any, strategy: Strategy) -> list[str]:
         ),
         (
             args.gradient_release and args.fp16,
-            "fp16: loss scaling needs all gradients before the first step; use bf16=True instead",
+            "fp16: a step is skipped where any scaled gradient overflows, which is not known when the first "
+            "tensor steps; leave gradient_release out, or use bf16=True on a card that has it",
         ),
         (
             args.gradient_release and args.auto_find_batch_size,

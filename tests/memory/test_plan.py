@@ -214,6 +214,8 @@ def test_every_option_is_emitted_or_refused_by_name():
         "gpt2", Run(gradient_release=True, max_grad_norm=0.0, adapter="ia3"), "adamw", {}
     )
     assert (released.gradient_release, released.clip, released.adapter) == (True, "auto", "ia3")
+    mixed = Run(dtype="float32", autocast=True, autocast_dtype="float16")
+    assert emit.run_config("gpt2", mixed, "adamw", {}).autocast == "float16"
     assert emit.run_config("gpt2", Run(max_grad_norm=0.0), "adamw", {}).clip == "none"
     assert emit.run_config("gpt2", Run(max_grad_norm=0.5), "adamw", {}).max_grad_norm == 0.5
     assert [
@@ -228,7 +230,6 @@ def test_every_option_is_emitted_or_refused_by_name():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("autocast", True),
         ("attention", "eager"),
         ("keep_output", True),
         ("eval_batch_size", 8),

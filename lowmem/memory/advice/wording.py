@@ -26,10 +26,15 @@ def warnings(config: Any, run: Run, name: str) -> tuple[str, ...]:
         found.append(
             f"{name} soft-caps its attention scores, which no fused kernel of torch does: eager is planned"
         )
-    if run.is_old and (run.dtype == "bfloat16" or run.autocast):
+    if run.dtype == "float16" and not run.lora_rank:
+        found.append(
+            "gradients in float16 vanish below 6e-8, `lowmem finetune` refuses to train by them: plan with "
+            "--dtype float32 --autocast --autocast-dtype float16, or a strategy without gradients"
+        )
+    if run.is_old and (run.dtype == "bfloat16" or (run.autocast and run.autocast_dtype == "bfloat16")):
         found.append(
             f"a card of compute capability {run.compute_capability} has no bf16 arithmetic: it is emulated, "
-            "slowly, and no fused attention takes it; use --dtype float16 or float32"
+            "slowly, and no fused attention takes it; use --dtype float32 --autocast --autocast-dtype float16"
         )
     return tuple(found)
 
@@ -53,7 +58,8 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
     }
     found = [
         f"torch {torch.__version__}, transformers {transformers.__version__}; {attention}; model eager",
-        f"{run.dtype} weights" + (" under bf16 autocast" if run.autocast else ", no autocast"),
+        f"{run.dtype} weights"
+        + (f" under autocast in {run.autocast_dtype}" if run.autocast else ", no autocast"),
         losses[run.loss],
         rows[run.rows],
         "the peak of a step from the second on; a refresh of the basis is included",
@@ -68,6 +74,10 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
                 else ""
             )
             + (", embeddings, head and norms in fp32" if run.kbit_prepare else "")
+        )
+    elif run.quantize:
+        found.append(
+            "NF4 weights, of which the scales are trained, in fp32; embeddings, head and norms frozen"
         )
     if run.device == "cuda":
         found.append(

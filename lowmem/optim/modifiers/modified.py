@@ -28,6 +28,7 @@ from lowmem.optim.engine.cutting import walk
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.modifiers.chain import SUMS, Chain
 from lowmem.optim.modifiers.modifier import Modifier
+from lowmem.optim.shards import Shape
 from lowmem.optim.state import Constants, State, prefixed, scoped
 
 
@@ -133,6 +134,10 @@ class Modified(Pointwise):
         """Where a modifier asks for sums."""
         return self.chain.count > 0
 
+    def shards(self, shape: Shape) -> bool:
+        """Where the rule does."""
+        return self.rule.shards(shape)
+
     def scratch(self, shape: tuple[int, int]) -> int:
         """That of the rule."""
         return self.rule.scratch(shape)
@@ -153,9 +158,17 @@ class Modified(Pointwise):
         """Those of the rule."""
         return self.rule.scalars(s, hp)
 
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """That of the rule."""
+        return self.rule.table(s, hp)
+
     def moment(self, name: str, s: State) -> Tensor:
         """That of the rule."""
         return self.rule.moment(name, s)
+
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        return self.rule.beside(s, shape, hp)
 
     def check_rebase(self, kind: str) -> None:
         """What is held of the length of steps is the same in any basis."""
@@ -239,6 +252,14 @@ class ModifiedRule(Rule):
         """Where the rule does and no modifier looks at the whole gradient."""
         return self.rule.keeps_sum and not self.chain.reads_gradient
 
+    def shards(self, shape: Shape) -> bool:
+        """Where the rule does."""
+        return self.rule.shards(shape)
+
+    def unsound(self, g: Blocks, s: State, hp: Hyper) -> Tensor | None:
+        """What the rule says."""
+        return self.rule.unsound(g, scoped(s, "rule"), hp)
+
     def scratch(self, shape: tuple[int, int]) -> int:
         """That of the rule."""
         return self.rule.scratch(shape)
@@ -254,6 +275,10 @@ class ModifiedRule(Rule):
     def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
         """What the rule has to do."""
         self.rule.prepare(g, scoped(s, "rule"), hp)
+
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        return self.rule.beside(scoped(s, "rule"), shape, hp)
 
     def check_rebase(self, kind: str) -> None:
         """What is held of the length of steps is the same in any basis."""
@@ -285,7 +310,7 @@ class ModifiedRule(Rule):
         ok = torch.ones((), dtype=torch.bool, device=g.device) if d.ok is None else d.ok
         sums = torch.stack([step.sums(i, j, hp) for i, j in walk(step.ranges(), g.device)]).sum(0)
         factor = self.chain.factor_(hp.total(sums), s, ok, d.scale)
-        lr = hp.vector(hp.lr)[0] if d.lr is None else d.lr
+        lr = hp.rate if d.lr is None else d.lr
         return replace(d, blocks=step, pair=None, lr=lr * factor)
 
 

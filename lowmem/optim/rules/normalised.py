@@ -2,6 +2,7 @@
 
     SinkGD    rows and columns in turn, until all have size one
     Scaled    rows, or columns, once; SCALE takes a momentum for the head alone
+    AuON      a momentum, as a whole, to norm one
     SWAN      rows around their mean, then all singular values
 
 What is divided is seen over its largest element, so that no square overflows or
@@ -18,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.errors import UserError
+from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.codecs.blockwise import Codec, codec
 from lowmem.optim.contract import SCRATCH, Rule
@@ -27,6 +28,7 @@ from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.layerwise import LEAST_SPREAD
 from lowmem.optim.rules.muon import Product, gram, left_, newton_schulz
+from lowmem.optim.shards import Shape, whole
 from lowmem.optim.state import Constants, State, part, prefixed
 
 TINY = torch.finfo(torch.float32).tiny
@@ -35,8 +37,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 def unit(g: Blocks, hp: Hyper) -> tuple[Blocks, Tensor]:
     """The matrix over its largest element, and a 0-D bool: all of it is finite."""
-    top = torch.stack([g.rows(i, j).abs().amax() for i, j in walk(g.ranges(), g.device)]).amax()
-    top = hp.total(top, "max")
+    top = hp.total(g.peak(), "max")
     ok = top <= LARGEST
     return g.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0)), ok
 
@@ -90,6 +91,10 @@ class SinkGD(Rule):
         """Neither."""
         return frozenset()
 
+    def shards(self, shape: Shape) -> bool:
+        """Always: sizes of columns are summed."""
+        return True
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find both vectors; the product with G is left to the write."""
         x, ok = unit(g, hp)
@@ -101,7 +106,7 @@ class SinkGD(Rule):
                 rows = x.rows(i, j) * b
                 a[i:j] = inverse(row_squares(rows), n)
                 columns += rows.mul_(a[i:j, None]).square_().sum(0)
-            b = b * inverse(hp.total(columns), m / hp.share)
+            b = b * inverse(hp.total(columns), whole(g.shape)[0])
         blocks = Blocks(g.shape, lambda i, j: (x.rows(i, j) * b).mul_(a[i:j, None]), g.device)
         return Direction(blocks, scale=self.alpha, ok=ok)
 
@@ -156,6 +161,10 @@ class Scaled(Rule):
         """The codec's tables."""
         return tables(self.held) if self.held else {}
 
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of the momentum."""
+        return self.held is None or shape.shard.starts_on(self.held.grain)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find the sizes; the division is left to the write."""
         if self.held is None:
@@ -168,14 +177,97 @@ class Scaled(Rule):
 
     def _divided(self, x: Blocks, hp: Hyper) -> Blocks:
         """Rows, or columns, over their rms."""
-        m, n = x.shape
+        m, n = whole(x.shape)
         if not self.columns:
             return x.map(lambda rows: rows * inverse(row_squares(rows), n)[:, None])
         squares = torch.zeros(n, device=x.device)
         for i, j in walk(x.ranges(), x.device):
             squares += x.rows(i, j).square().sum(0)
-        q = inverse(hp.total(squares), m / hp.share)
+        q = inverse(hp.total(squares), m)
         return x.map(lambda rows: rows * q)
+
+
+@dataclass(frozen=True)
+class AuON(Rule):
+    """The momentum over its norm, shorter where a few elements are all of it (arXiv 2509.24320).
+
+        M <- M + (1 - momentum)(G - M),  U = (1 - momentum) G + momentum M,  X = U / |U|
+        D = s X / rms(cosh(gamma X)),  s = sqrt(max(1, m / n)), or 0.2 sqrt(m n)
+
+    Of a large matrix, the elements of X are so small that their cosh is 1: the rule is a normalised
+    momentum. Published code steps by U, neither normalised nor scaled ("released"). Bytes for an (m, n)
+    weight: what the codec takes, 4 m n in fp32.
+
+    Args:
+        held: codec of the momentum.
+        momentum: share of the old momentum, in [0, 1).
+        gamma: how much large elements count, above 0.
+        scaling: aspect (the paper's), rms (steps as long as AdamW's) or released.
+
+    Raises:
+        UserError: a number or word outside its range.
+
+    Example:
+        >>> sorted(AuON.of("int8").init(torch.zeros(3, 5)))
+        ['momentum.codes', 'momentum.scale']
+    """
+
+    held: Codec
+    momentum: float = 0.95
+    gamma: float = 1.5
+    scaling: str = "aspect"
+    scalings: ClassVar[tuple[str, ...]] = ("aspect", "rms", "released")
+    reads_later: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        word = self.scaling
+        bad = {
+            f"momentum must be in [0, 1), got {self.momentum}": not 0.0 <= self.momentum < 1.0,
+            f"gamma must be above 0, got {self.gamma}": not self.gamma > 0.0,
+            f"unknown scaling {word!r}; {nearest(word, self.scalings)}": word not in self.scalings,
+        }
+        if any(bad.values()):
+            raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
+
+    @classmethod
+    def of(cls, states: str, *, momentum: float = 0.95, gamma: float = 1.5, scaling: str = "aspect") -> AuON:
+        """The rule with its momentum held as `states` says."""
+        return cls(codec(states, signed=True, stream="momentum"), momentum, gamma, scaling)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither."""
+        return frozenset()
+
+    def init(self, x: Tensor) -> State:
+        """A momentum of zero."""
+        return prefixed("momentum", self.held.init(x))
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held)
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Two sums over the matrix; what is divided is left to the write."""
+        share = 1.0 - self.momentum
+        moment = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp)
+        average = moment.towards(g, share)
+        u = Blocks(g.shape, lambda i, j: g.rows(i, j).lerp(average.rows(i, j), self.momentum), g.device)
+        x, ok = unit(u, hp)
+        over = inverse(_sum(x.map(torch.square), hp), 1.0)
+        wide = x.map(lambda rows: (rows * (self.gamma * over)).cosh_().square_())
+        m, n = g.shape
+        spread = (_sum(wide, hp) / (m / hp.share * n)).rsqrt()
+        if self.scaling == "released":
+            return Direction(u.map(lambda rows: rows * spread), ok=ok, commit=moment.following(g, share, ok))
+        scale = math.sqrt(max(1.0, m / n)) if self.scaling == "aspect" else 0.2 * math.sqrt(m * n)
+        step = x.map(lambda rows: rows * (over * spread))
+        return Direction(step, scale=scale, ok=ok, commit=moment.following(g, share, ok))
+
+
+def _sum(x: Blocks, hp: Hyper) -> Tensor:
+    """The sum of all elements, 0-D."""
+    return hp.total(torch.stack([x.rows(i, j).sum(1).sum() for i, j in walk(x.ranges(), x.device)]).sum())
 
 
 @dataclass(frozen=True)
