@@ -20,7 +20,15 @@ FREE = {"errors", "texts", "values", "combinations", "config", "configs", "conso
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "engine.parcel", "state"},
+        {
+            "tensors.checks",
+            "codecs.dynamic",
+            "engine.noise",
+            "engine.cutting",
+            "engine.parcel",
+            "state",
+            "shards",
+        },
         {"blocks"},
         {"hyper", "changes"},
         {"split", "bases"},
@@ -35,6 +43,7 @@ FLOORS = {
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
         {"strategy", "tensors.heads"},
         {"tensors.groups", "tensors.seats"},
+        {"tensors.steps", "tensors.outside"},
         {"tensors.saved"},
         {"optimizer"},
         {"release", "evaluated"},

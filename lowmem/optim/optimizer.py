@@ -27,13 +27,15 @@ from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.hyper import Hyper, Lookup
+from lowmem.optim.shards import Shard
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, made, scoped
+from lowmem.optim.state import State, made, scoped, stored
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
-from lowmem.optim.tensors.saved import Loading
+from lowmem.optim.tensors.saved import Loading, saved
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
+from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
 
 Params = Iterable[Any]
 
@@ -115,6 +117,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
         self._lookup = Lookup()
         self._evidence: list[Any] = []
+        self._begun: dict[Tensor, Step] = {}
         self._switched = -1
         self._at = threading.local()  # hooks of several devices run in threads of their own
 
@@ -177,8 +180,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def place(self, p: Tensor) -> Place:
         """The group, name and role of a parameter."""
-        if p not in self.roster.places:
-            self._roster = None  # accelerate swaps the tensors in param_groups
+        if p not in self.roster.places:  # accelerate swaps the tensors in param_groups
+            self._roster = None
         return self.roster[p]
 
     def named_parameters(self) -> Named:
@@ -189,27 +192,14 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """The name of the rule that the next step of a parameter follows."""
         return self.roster.rule_at(p, self.place(p).group["step"])
 
-    def hyper(self, p: Tensor, part: Part | None = None, first: bool = False) -> Hyper:
-        """What a rule may know of the next step of a parameter, or of a part of it."""
+    def hyper(
+        self, p: Tensor, part: Part | None = None, first: bool = False, weight: Blocks | None = None,
+        shard: Shard | None = None,
+    ) -> Hyper:  # fmt: skip
+        """What a rule may know of the next step of a parameter, or of a part of it, or of some rows."""
         place = self.place(p)
-        group, name = place.group, part.name if part else place.name
-        weight = part.of(p.detach()) if part else p.detach()
-        beta1, beta2 = group["betas"]
-        return Hyper(
-            step=int(group["step"]),
-            name=name,
-            seed=int(group["seed"]),
-            lr=float(group["lr"]),
-            betas=(float(beta1), float(beta2)),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            weight=Dense(weight),
-            advance=self.chunks.advance_,
-            first=first,
-            heads=place.heads,
-            constant=self._lookup,
-            group=group,
-        )
+        weight = weight or Dense(part.of(p.detach()) if part else p.detach())
+        return hyper(place, (part or place).name, weight, self.chunks.advance_, self._lookup, first, shard)
 
     def constants(self, p: Tensor) -> State:
         """The constants of a parameter's rule, each held once for a device."""
@@ -224,7 +214,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if known and known.fits(rule_name, held):
             return known, False
         if fresh := not held:
-            held.update(self.strategy.init(rule_name, p, self.place(p).role))
+            held.update(self.place(p).fresh(self.strategy, rule_name, p))
         self._seats[p] = seat(self.strategy, self.place(p), rule_name, p, held, self.constants(p))
         return self._seats[p], fresh
 
@@ -256,19 +246,32 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: a gradient of another shape or device, sparse, or not of real numbers.
         """
-        with self._at_work():
-            self._step_param(p, g)
+        if p.numel():
+            with self._at_work():
+                self._step_param(p, g)
 
     def _step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
-        if not p.numel():
-            return
         g = Dense(g) if isinstance(g, Tensor) else g
         check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
-        seat, fresh = self.ready(p)
-        if self.strategy.rules[seat.rule_name].idle:
+        if self.roster.spread:
+            (self._begun.pop(p, None) or self._begin(p, g)).finish(self.chunks)
             return
-        for part in seat.parts:
+        seat, fresh = self.ready(p)
+        for part in () if seat.idle else seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
+
+    def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
+        seat, fresh = self.ready(p)
+        return begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
+
+    def _together(self, pairs: Params) -> Params:
+        """Gradients whose ranks have agreed where they must: once for all of them."""
+        if not self.roster.spread:
+            return pairs
+        found = list(pairs)
+        joint = (pair for pair in found if self.place(pair[0]).judged(self.strategy, self.rule_name(pair[0])))
+        self._begun = agreed({p: self._begin(p, g) for p, g in joint})
+        return found
 
     def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
         """Evaluate the loss and leave what the step needs.
@@ -308,7 +311,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
             with self.chunks.together():
-                for p, g in source.gradients(self.named_parameters(), self._evidence):
+                for p, g in self._together(source.gradients(self.named_parameters(), self._evidence)):
                     self.step_param(p, g)
             source.settle_(self.named_parameters(), self._evidence)
         self._evidence.clear()
@@ -322,14 +325,17 @@ class LowMemOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def nonfinite(self) -> int:
-        """Elements whose gradient or new fp16 weight was not finite: not stepped. Reads from the device."""
+        """Elements here that were not stepped: gradient or new fp16 weight not finite. Reads the device."""
         return self.chunks.skipped()
 
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
-        held = [state for state in self.state.values() if isinstance(state, dict)]
-        tensors = [*self._constants.values(), *(t for s in held for t in s.values() if isinstance(t, Tensor))]
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+        tensors = [t for held in self.state.values() if isinstance(held, dict) for t in held.values()]
+        return stored([*tensors, *self._constants.values()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
+        return saved(self, super().state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.
@@ -337,14 +343,5 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
-        loading = Loading(self.strategy)
-        hooks = (
-            self.register_load_state_dict_pre_hook(loading.read),
-            self.register_load_state_dict_post_hook(loading.store, prepend=True),
-        )
-        try:
-            with NEUTRAL.entered():
-                super().load_state_dict(dict(state_dict))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with NEUTRAL.entered(), Loading(self.strategy).around(self):
+            super().load_state_dict(dict(state_dict))

@@ -6,7 +6,7 @@ alone, so that it runs on the meta device: the code that allocates is the code t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -75,6 +75,12 @@ def prefixed(scope: str, state: Mapping[str, T]) -> dict[str, T]:
 def part(state: Mapping[str, Tensor], name: str) -> State:
     """What a codec holds of one moment: the inverse of `prefixed`."""
     return {"": state[name]} if name in state else scoped(state, name)
+
+
+def stored(held: Iterable[Any]) -> int:
+    """Bytes of what tensors lie in, every storage once; what else is held does not count."""
+    storages = [x.untyped_storage() for x in held if isinstance(x, Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def apply_in_place(state: State, new: Mapping[str, Tensor]) -> None:

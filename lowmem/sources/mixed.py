@@ -46,7 +46,7 @@ class Mixed(Free):
 
     def init(self, x: Tensor) -> State:
         """A mean of zero."""
-        return {"mean": torch.zeros_like(x, memory_format=torch.contiguous_format)}
+        return {"mean": torch.zeros(x.shape, dtype=x.dtype, device=x.device)}
 
     def share(self, step: int, speed: float) -> float:
         """a, b1 or b2 of a step: 1 at first, then half a cosine, then its last value.

@@ -28,6 +28,7 @@ from lowmem.optim.engine.cutting import walk
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.modifiers.chain import SUMS, Chain
 from lowmem.optim.modifiers.modifier import Modifier
+from lowmem.optim.shards import Shape
 from lowmem.optim.state import Constants, State, prefixed, scoped
 
 
@@ -132,6 +133,10 @@ class Modified(Pointwise):
     def measures(self) -> bool:
         """Where a modifier asks for sums."""
         return self.chain.count > 0
+
+    def shards(self, shape: Shape) -> bool:
+        """Where the rule does."""
+        return self.rule.shards(shape)
 
     def scratch(self, shape: tuple[int, int]) -> int:
         """That of the rule."""
@@ -246,6 +251,14 @@ class ModifiedRule(Rule):
     def keeps_sum(self) -> bool:
         """Where the rule does and no modifier looks at the whole gradient."""
         return self.rule.keeps_sum and not self.chain.reads_gradient
+
+    def shards(self, shape: Shape) -> bool:
+        """Where the rule does."""
+        return self.rule.shards(shape)
+
+    def unsound(self, g: Blocks, s: State, hp: Hyper) -> Tensor | None:
+        """What the rule says."""
+        return self.rule.unsound(g, scoped(s, "rule"), hp)
 
     def scratch(self, shape: tuple[int, int]) -> int:
         """That of the rule."""

@@ -11,7 +11,8 @@ A state is that of the step before the clock of its group: the next step may swi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,12 +22,26 @@ from lowmem.errors import CheckpointError
 from lowmem.optim.schedules import Always
 from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.outside import Outside
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
 
 log = logging.getLogger(__name__)
 
 Group = dict[str, Any]
+
+
+def saved(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
+    """The state dict that torch has packed, with every state as it stands in checkpoints."""
+    outside = Outside(optimizer.strategy)
+    indices = [i for group in packed["param_groups"] for i in group["params"]]
+    state = dict(packed["state"])
+    for i, p in zip(indices, [p for group in optimizer.param_groups for p in group["params"]], strict=True):
+        if state.get(i):
+            place = optimizer.place(p)
+            rule_name = optimizer.roster.rule_at(p, max(0, place.group["step"] - 1))
+            state[i] = outside.out(place, rule_name, p, state[i])
+    return {**packed, "state": state}
 
 
 class Loading:
@@ -38,7 +53,21 @@ class Loading:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self.outside = Outside(strategy)
         self.found: dict[Tensor, State] = {}
+
+    @contextmanager
+    def around(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """The hooks stand while torch loads."""
+        hooks = (
+            optimizer.register_load_state_dict_pre_hook(self.read),
+            optimizer.register_load_state_dict_post_hook(self.store, prepend=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def read(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Check and copy the state of every parameter; what is left of the state dict is torch's.
@@ -87,16 +116,14 @@ class Loading:
     def _holds(self, roster: Roster) -> bool:
         """Whether a parameter that trains has state in its ordinary role."""
         trained = [(p, place) for p, place in roster.places.items() if p.requires_grad and p.numel()]
-        return any(
-            self.strategy.init(place.rule, torch.empty_like(p, device="meta"), place.role)
-            for p, place in trained
-        )
+        return any(place.fresh(self.strategy, place.rule, p, "meta") for p, place in trained)
 
     def _exact(self, roster: Roster, p: Tensor, given: Mapping[str, Tensor]) -> State:
         """A copy of a parameter's state, in the order and with the strides that kernels were given."""
         place = roster[p]
         rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
-        needed = self.strategy.init(rule_name, torch.empty_like(p, device="meta"), place.role)
+        needed = place.fresh(self.strategy, rule_name, p, "meta")
+        given = self.outside.back(place, rule_name, p, given, needed)
         check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
         return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
 
