@@ -89,8 +89,10 @@ class AnyRule:
         """What is rare, such as a refresh; branches on `hp.step` alone. Called by whoever holds the rule."""
 
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Carry the state of a projected matrix over a change that `check_rebase` allows: start afresh."""
-        reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change.ok)
+        """Carry the state over a change of coordinates that `check_rebase` allows: start afresh."""
+        like = torch.empty(1, 1, device=hp.weight.device)
+        fresh = {**self.init(like), **self.init(like[0])}  # a vector may be held otherwise
+        reset_(s, {key: value for key, value in fresh.items() if key in s}, change.ok)
 
     def check_rebase(self, kind: str) -> None:
         """Raise where keep, reset, permute or rotate is not defined for what is held."""

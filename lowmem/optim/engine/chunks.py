@@ -124,6 +124,7 @@ class Chunks:
             _add_product_(p, direction.pair, -hp.lr * direction.scale, ok, hp)
             return
         rule, s = direction.then or (None, {})
+        _age(s, ok)
         guard: Guard = "elements" if direction.ok is None else "given"
         speeds = rates(hp, direction, _precision(p))
         if rule is not None and rule.measures:
