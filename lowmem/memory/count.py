@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.schedules import Always
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
+from lowmem.optim.tensors.resting import trains
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
@@ -73,7 +76,7 @@ def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, se
         step: for schedules that change which tensors hold state; seed: of the run.
     """
     found = roles.find(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if trains(p)}
     ordinary = {name: strategy.rule_name(found.get(name, "matrix"), p.shape) for name, p in trained.items()}
     cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
     total, rules = 0, strategy.rules_at(ordinary, step, seed)
@@ -116,6 +119,7 @@ def measure_workspace(
     strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
 ) -> int:
     """`workspace_bytes` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+    strategy = replace(strategy, schedule=Always())  # while the tensor is active
     if strategy.slices(strategy.rule_name(role, shape), role, shape):
         shape = shape[1:]  # one matrix of the stack after the other
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
@@ -159,5 +163,5 @@ def workspace_table(strategy: Strategy, model: nn.Module, *, refresh: bool) -> M
     return {
         name: workspace_bytes(strategy, tuple(p.shape), p.dtype, found.get(name, "matrix"), refresh)
         for name, p in model.named_parameters()
-        if p.requires_grad
+        if trains(p)
     }

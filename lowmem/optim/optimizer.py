@@ -27,10 +27,11 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, made
+from lowmem.optim.state import State, held_bytes, made
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
+from lowmem.optim.tensors.resting import arrange_, mark_, rests, trains
 from lowmem.optim.tensors.saved import Loading
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
 
@@ -117,11 +118,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._evidence: list[Any] = []
         self._switched = -1
         self._working = False
+        arrange_(self.roster, self.strategy.rules)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "strategy": self.strategy, "released": False, "_model": None}
+        own = {"strategy": self.strategy, "released": False, "_model": None}
+        return {**super().__getstate__(), **own, "_resting": [p for p in self.roster.places if rests(p)]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for p in state.pop("_resting", []):
+            mark_(p)  # a copy of a parameter does not know it
         super().__setstate__(state)
         self._derive()
 
@@ -149,6 +154,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 param_group.update(before)
                 raise
         self._roster = None
+        if hasattr(self, "chunks"):  # torch adds the first ones while the optimizer is made
+            arrange_(self.roster, self.strategy.rules)
 
     @property
     def model(self) -> nn.Module | None:
@@ -189,21 +196,17 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """The name of the rule that the next step of a parameter follows."""
         return self.roster.rule_at(p, self.place(p).group["step"])
 
+    def resting(self, p: Tensor) -> bool:
+        """Whether a parameter takes no part in the next step."""
+        return self.strategy.rules[self.rule_name(p)].idle
+
     def hyper(self, p: Tensor, part: Part | None = None, first: bool = False) -> Hyper:
         """What a rule may know of the next step of a parameter, or of a part of it."""
         place = self.place(p)
-        group, name = place.group, part.name if part else place.name
-        weight = part.of(p.detach()) if part else p.detach()
-        beta1, beta2 = group["betas"]
         return Hyper(
-            step=int(group["step"]),
-            name=name,
-            seed=int(group["seed"]),
-            lr=float(group["lr"]),
-            betas=(float(beta1), float(beta2)),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            weight=Dense(weight),
+            **place.numbers(),
+            name=part.name if part else place.name,
+            weight=Dense(part.of(p.detach()) if part else p.detach()),
             advance=self.chunks.advance_,
             first=first,
             constant=self._lookup,
@@ -228,20 +231,19 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def _switch(self, step: int) -> None:
         """Drop what is held for the step before, all at once, where roles may change at this one."""
-        schedule = self.strategy.schedule
-        if self._switched != step and schedule.switches(step):
+        if self._switched != step and self.strategy.schedule.switches(step):
             self._switched = step
             self._seats.clear()
             self._constants.clear()  # those that only resting tensors read are not held
-            for p, place in self.roster.places.items():
-                if schedule.moves(place.rule):
-                    self.state.pop(p, None)
+            for p in self.roster.restarting(step):
+                self.state.pop(p, None)
 
     def init_state(self) -> None:
         """Make the state of every parameter now, as the first step would."""
+        arrange_(self.roster, self.strategy.rules)
         with self._at_work():
             for _, p in self.named_parameters():
-                if p.requires_grad and p.numel():
+                if trains(p) and p.numel() and not self.resting(p):
                     self.ready(p)
 
     def step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
@@ -258,13 +260,11 @@ class LowMemOptimizer(torch.optim.Optimizer):
             self._step_param(p, g)
 
     def _step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
-        if not p.numel():
-            return
         g = Dense(g) if isinstance(g, Tensor) else g
         check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
-        seat, fresh = self.ready(p)
-        if self.strategy.rules[seat.rule_name].idle:
+        if not p.numel() or self.resting(p):
             return
+        seat, fresh = self.ready(p)
         for part in seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
@@ -310,6 +310,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
+        if self.strategy.schedule.switches(self.param_groups[0]["step"]):
+            arrange_(self.roster, self.strategy.rules)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -323,11 +325,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
-        held = [state for state in self.state.values() if isinstance(state, dict)]
-        tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
-        tensors += self._constants.values()
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        return held_bytes([*self.state.values(), self._constants])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.
@@ -346,3 +344,4 @@ class LowMemOptimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        arrange_(self.roster, self.strategy.rules)

@@ -28,6 +28,7 @@ from lowmem.optim.blocks import Blocks, Dense, Projected
 from lowmem.optim.contract import AnyRule, Rule
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.resting import awake, trains
 
 CLIP = ("none", "tensor", "previous")
 
@@ -58,8 +59,9 @@ class Release:
         group = self.optimizer.param_groups[0]
         known = float(group["previous_norm"])
         for _, p in self.optimizer.named_parameters():
-            if p.requires_grad:
-                hook = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+            if trains(p):
+                with awake(p):
+                    hook = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
                 self._handles.append(hook)
                 if known >= 0.0:
                     self._previous.setdefault(p.device, torch.tensor(known, device=p.device))
@@ -89,10 +91,10 @@ class Release:
     def _on_gradient(self, p: nn.Parameter) -> None:
         if p.grad is None:
             return
-        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
-        if rule.idle:
+        if self.optimizer.resting(p):
             p.grad = None
             return
+        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
         if (not self.sync or p in self._low) and self._projecting(p, rule):
             self._accumulate(p, p.grad, rule)
             p.grad = None

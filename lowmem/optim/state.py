@@ -6,7 +6,7 @@ alone, so that it runs on the meta device: the code that allocates is the code t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,6 +52,14 @@ class Held(State):
         super().__init__(state)
         self.parts: dict[str, Held] = {}
         self.layouts: dict[tuple[int, int, bool], Any] = {}
+
+
+def held_bytes(states: Iterable[Any]) -> int:
+    """Bytes of the tensors in some states, every storage once; what is no state has none."""
+    held = [state for state in states if isinstance(state, dict)]
+    tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def scoped(state: Mapping[str, Tensor], scope: str) -> State:

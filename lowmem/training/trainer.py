@@ -27,6 +27,7 @@ from lowmem.errors import ConfigError, UserError
 from lowmem.models.attention import applies, attend_by_example
 from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.tensors import resting
 from lowmem.training.arguments import LowMemArguments, LowMemFields
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign
@@ -212,6 +213,7 @@ class LowMemMixin(WholeCheckpoints):
         """Attach the hooks of gradient release once model and optimizer are what they will be."""
         self._steps = max_steps
         result = super()._prepare_for_training(max_steps, *args, **kwargs)  # type: ignore[misc]
+        resting.arrange_(self.lowmem_optimizer.roster, self._strategy.rules)
         if self.args.gradient_release:
             from lowmem.optim.release import release
 
@@ -234,6 +236,8 @@ class LowMemMixin(WholeCheckpoints):
         if self._release is not None:
             self._release.remove()
             self._release = None
+        if self.optimizer is not None:
+            resting.wake_all_(self.lowmem_optimizer.roster)
 
 
 class LowMemTrainer(LowMemMixin, Trainer):  # type: ignore[misc]

@@ -45,6 +45,12 @@ def feed(optimizer: Any, model: nn.Module, seed: int, scale: float = 1.0) -> dic
     return grads
 
 
+def stepping(optimizer: Any, model: nn.Module) -> set[str]:
+    """Names of the tensors that the next step moves: a schedule may let others rest."""
+    rules = optimizer.strategy.rules
+    return {name for name, p in model.named_parameters() if not rules[optimizer.rule_name(p)].idle}
+
+
 def state_of(optimizer: Any) -> dict[int, dict[str, Tensor]]:
     """The state tensors, by the position of their parameter."""
     params = [p for group in optimizer.param_groups for p in group["params"]]

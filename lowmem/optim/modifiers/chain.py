@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,17 +29,24 @@ def _word(modifier: Modifier) -> str:
 class Chain:
     """Modifiers in the order in which they take a step, the one nearest to the rule first.
 
+    Args:
+        pacing: where factors are held that need no sums, if no other does: they are known before the step.
+
     Raises:
         UserError: a modifier twice.
     """
 
     modifiers: tuple[Modifier, ...]
+    pacing: tuple[str, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         words = [_word(modifier) for modifier in self.modifiers]
         twice = sorted({word for word in words if words.count(word) > 1})
         if twice:
             raise UserError(f"modifier {' and '.join(twice)} is given twice; once is enough")
+        paces = [modifier.paces and not self.count for modifier in self.modifiers]
+        keys = [f"modified.{word}.pace" for word, own in zip(words, paces, strict=True) if own]
+        object.__setattr__(self, "pacing", tuple(keys))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -65,12 +72,6 @@ class Chain:
     def resets(self) -> bool:
         """Whether any of them lets the rule forget its moments."""
         return any(modifier.resets for modifier in self.modifiers)
-
-    @functools.cached_property
-    def pacing(self) -> tuple[str, ...]:
-        """Where the factors are held that need no sums, if no other does; they are known before the step."""
-        words = [_word(modifier) for modifier in self.modifiers if modifier.paces and not self.count]
-        return tuple(f"modified.{word}.pace" for word in words)
 
     def problems(self, rule: AnyRule) -> Iterator[str]:
         """What a rule cannot serve, with the remedy."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError, nearest
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_hyper
+from lowmem.optim.tensors.resting import trains
 from lowmem.optim.tensors.roles import ROLES, find, to_text
 from lowmem.optim.writers import select
 
@@ -41,7 +42,7 @@ def param_groups(
     found = find(model)
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {}
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if trains(p):
             groups.setdefault(decay_names is None or name in decay_names, []).append((name, p))
     return [
         {

@@ -11,7 +11,7 @@ A state is that of the step before the clock of its group: the next step may swi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lowmem.errors import CheckpointError
 from lowmem.optim.schedules import Always
 from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.resting import trains
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
 
@@ -52,9 +53,11 @@ class Loading:
         roster = Roster(groups, self.strategy)
         indices = [i for group in saved["param_groups"] for i in group["params"]]
         states = saved["state"]
-        if not any(i in states for i in indices) and any(g["step"] for g in groups) and self._holds(roster):
+        params = [p for group in own for p in group["params"]]
+        held = {p for i, p in zip(indices, params, strict=True) if states.get(i)}
+        if any(g["step"] for g in groups) and self._lost(roster, held):
             raise lost(max(group["step"] for group in groups))
-        for i, p in zip(indices, [p for group in own for p in group["params"]], strict=True):
+        for i, p in zip(indices, params, strict=True):
             if i in states:
                 self.found[p] = self._exact(roster, p, states[i])
         rest = {key: value for key, value in states.items() if key not in set(indices)}
@@ -81,13 +84,20 @@ class Loading:
         tell(saved, own)
         return groups
 
-    def _holds(self, roster: Roster) -> bool:
-        """Whether a parameter that trains has state in its ordinary role."""
-        trained = [(p, place) for p, place in roster.places.items() if p.requires_grad and p.numel()]
-        return any(
-            self.strategy.init(place.rule, torch.empty_like(p, device="meta"), place.role)
-            for p, place in trained
-        )
+    def _lost(self, roster: Roster, held: Collection[Tensor]) -> bool:
+        """Whether none of those has state that should; where tensors take turns, of those in turn."""
+        schedule, rules = self.strategy.schedule, self.strategy.rules
+        turns, found = any(rule.idle for rule in rules.values()), False
+        for p, place in roster.places.items():
+            rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
+            counts = not turns or schedule.restarts(place.name, place.rule)
+            if not (counts and trains(p) and p.numel()) or rules[rule_name].idle:
+                continue
+            if p in held:
+                return False
+            expected = self.strategy.init(rule_name, torch.empty_like(p, device="meta"), place.role)
+            found = found or bool(expected)
+        return found
 
     def _exact(self, roster: Roster, p: Tensor, given: Mapping[str, Tensor]) -> State:
         """A copy of a parameter's state, in the order and with the strides that kernels were given."""

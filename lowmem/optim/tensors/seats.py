@@ -40,6 +40,14 @@ class Place:
     role: str
     rule: str
 
+    def numbers(self) -> dict[str, Any]:
+        """What `Hyper` takes from the group, as plain numbers: a scheduler may have put a tensor there."""
+        group = self.group
+        whole = {key: int(group[key]) for key in ("step", "seed")}
+        real = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        beta1, beta2 = group["betas"]
+        return {**whole, **real, "betas": (float(beta1), float(beta2))}
+
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
     """The names of each group's parameters; those without are numbered over all groups."""
@@ -82,6 +90,13 @@ class Roster:
         place = self[p]
         names = self._taking_part(place.rule, step)
         return self.schedule.role(place.name, place.rule, names, step, place.group["seed"])
+
+    def restarting(self, step: int) -> Iterator[Tensor]:
+        """The parameters whose state is made anew where rules may change at this step."""
+        for p, place in self.places.items():
+            changed = self.rule_at(p, step) != self.rule_at(p, max(0, step - 1))
+            if changed or self.schedule.restarts(place.name, place.rule):
+                yield p
 
     def _taking_part(self, rule: str, step: int) -> tuple[str, ...]:
         """The tensors of a rule that a schedule divides: those that join do so when roles next change."""

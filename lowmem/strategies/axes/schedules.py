@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from lowmem.optim.schedules import Always, RandomBlocks, Schedule
+from lowmem.optim.schedules import Always, Layers, RandomBlocks, Schedule
 from lowmem.strategies.options import Gap, Limits
 from lowmem.strategies.parts import part
 
@@ -26,3 +26,22 @@ def blocks(
         switch_gap: Steps until others have their turn.
     """
     return RandomBlocks(density, switch_gap)
+
+
+@part("schedule")
+def layers(
+    *,
+    switch_gap: Gap = 50,
+    order: Literal["random", "ascending", "descending", "drawn"] = "random",
+    count: Annotated[int, Limits(least=1, small=1)] = 1,
+    ends: bool = False,
+) -> Schedule:
+    """Some of the layers at a time, with all of their tensors; the others hold no state.
+
+    Args:
+        switch_gap: Steps until others have their turn.
+        order: Every layer once in a sweep (at random, from the first or from the last), or drawn each time.
+        count: Layers that are active together.
+        ends: Let embedding, head and last norm, which are of no layer, be active throughout.
+    """
+    return Layers(switch_gap, order, count, ends)

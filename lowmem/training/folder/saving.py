@@ -20,6 +20,7 @@ from torch import nn
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.models import sealed
 from lowmem.models.adapters import name_base
+from lowmem.optim.tensors.resting import trains
 from lowmem.training.callbacks import Divergence
 from lowmem.training.folder import checkpoint, settings
 from lowmem.training.folder.lock import held
@@ -56,7 +57,7 @@ class WholeCheckpoints:
     def about(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to: strategy, options, what is trained, and how."""
         config = self._strategy.to_config()
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        named = [(n, p) for n, p in self.model.named_parameters() if trains(p)]
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
         return {
             "strategy": config["name"] or config["parts"],
@@ -216,7 +217,7 @@ class WholeCheckpoints:
 
 def nonfinite_weights(model: nn.Module) -> list[str]:
     """Names of the trainable tensors that hold a number that is not finite."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    named = [(n, p) for n, p in model.named_parameters() if trains(p) and p.numel()]
     bounds = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]  # NaN wins over both
     return [name for (name, _), finite in zip(named, bounds, strict=True) if not finite]
 

@@ -1,0 +1,46 @@
+"""Which tensors are active when: what a schedule does to the step that is traced.
+
+Of the windows of a schedule, the one whose backward pass reaches furthest is traced: gradients exist for
+its tensors alone, and layers above the first of them still pass gradients on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lowmem.optim.strategy import Strategy
+
+if TYPE_CHECKING:
+    from lowmem.memory.trace.replica import Parameter
+
+MOST = 64
+"""Windows that are looked at."""
+FAR = 20_000
+"""Steps among which they are looked for."""
+
+
+def special(strategy: Strategy) -> Strategy | None:
+    """The strategy, where a step is not a forward and a backward pass with a gradient for every tensor."""
+    idle = any(rule.idle for rule in strategy.rules.values())
+    return strategy if idle or not strategy.source.needs_autograd else None
+
+
+def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[Mapping[str, str]]:
+    """The rule of each parameter by name, for every window of the schedule that may differ."""
+    ordinary = {p.name: strategy.rule_name(p.role, p.shape) for p in parameters}
+    steps = [0, *(s for s in range(1, FAR) if strategy.schedule.switches(s))][:MOST]
+    for step in steps:
+        yield strategy.rules_at(ordinary, step, 0)
+
+
+def resting(strategy: Strategy | None, parameters: Sequence[Parameter]) -> frozenset[str]:
+    """Names of the parameters that no gradient is made for, while the first that can be is active."""
+    if strategy is None or not any(rule.idle for rule in strategy.rules.values()):
+        return frozenset()
+    found = [
+        tuple(i for i, p in enumerate(parameters) if not strategy.rules[rules[p.name]].idle)
+        for rules in windows(strategy, parameters)
+    ]
+    active = min(found)
+    return frozenset(p.name for i, p in enumerate(parameters) if i not in active)
