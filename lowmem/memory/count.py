@@ -68,18 +68,21 @@ def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> 
     return [constant.make(device).untyped_storage().nbytes() for constant in found.values()]
 
 
-def model_state_bytes(strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0) -> int:
+def model_state_bytes(
+    strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0, decided: str = ""
+) -> int:
     """Bytes of optimizer state for the trainable parameters of a model, constants included.
 
     Args:
         strategy: from `create`; model: on any device, meta too.
         step: for schedules that change which tensors hold state; seed: of the run.
+        decided: of the optimizer's groups, for schedules that go by gradients.
     """
     found = roles.find(model)
     trained = {name: p for name, p in model.named_parameters() if trains(p)}
     ordinary = {name: strategy.rule_name(found.get(name, "matrix"), p.shape) for name, p in trained.items()}
     cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
-    total, rules = 0, strategy.rules_at(ordinary, step, seed)
+    total, rules = 0, strategy.rules_at(ordinary, step, seed, decided)
     for name, p in trained.items():
         role = found.get(name, "matrix")
         key = (rules[name], role, tuple(p.shape), p.dtype)

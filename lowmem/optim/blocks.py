@@ -75,6 +75,17 @@ class Blocks:
         flat = look(first, -(-stop // n)).contiguous().view(-1)  # of a single row, reshape gives it strided
         return flat[start - first * n : stop - first * n]
 
+    def take(self, index: Tensor) -> Tensor:
+        """Elements at flat row-major places, ascending, in fp32; zero where a place is below 0."""
+        n, out = self.shape[1], torch.zeros(index.numel(), device=self.device)
+        for i, j in self.ranges():
+            flat = self.rows(i, j).reshape(-1)
+            for a in range(0, index.numel(), BLOCK):
+                place = index[a : a + BLOCK].long() - i * n
+                inside = (place >= 0) & (place < flat.numel()) & (index[a : a + BLOCK] >= 0)
+                out[a : a + BLOCK] += torch.where(inside, flat[place.clamp(0, flat.numel() - 1)], 0.0)
+        return out
+
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Row ranges of at most `BLOCK` elements that cover the matrix."""
         m, n = self.shape
@@ -137,6 +148,17 @@ class Dense(Blocks):
             return super().chunk(start, stop)
         piece = self._flat[start:stop]
         return piece if self.factor is None else piece.float() * self.factor
+
+    def take(self, index: Tensor) -> Tensor:
+        """Each element once, whatever the layout."""
+        n, out = self.shape[1], torch.zeros(index.numel(), device=self.device)
+        for a in range(0, index.numel(), BLOCK // 4):
+            piece = index[a : a + BLOCK // 4]
+            place = piece.clamp(min=0).long()
+            found = self._matrix[place // n, place % n].float()
+            found = found if self.factor is None else found * self.factor
+            out[a : a + BLOCK // 4] = torch.where(piece >= 0, found, 0.0)
+        return out
 
     def left(self, q: Tensor) -> Tensor:
         """One product in the data's own precision: the whole matrix is never cast."""

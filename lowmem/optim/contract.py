@@ -43,6 +43,7 @@ class AnyRule:
         reads_later: what a `Direction` commits looks at the gradient once more.
         reads_weight: element by element (`ChunkHyper.weight`), so that the rule cannot step inside another.
         period: steps between steps that take longer or hold more; 0 for none.
+        partial: some of the elements alone are stepped, and decay.
         keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
     """
 
@@ -56,6 +57,11 @@ class AnyRule:
     @property
     def reads_weight(self) -> bool:
         """Most rules do not."""
+        return False
+
+    @property
+    def partial(self) -> bool:
+        """All of a tensor is stepped."""
         return False
 
     @property
@@ -216,6 +222,8 @@ class Projector:
         dense: the basis spans one side, and R has a channel for each index of the other.
         orthonormal: down(up(R)) = R, and up(down(G)) is the nearest to G that can be seen.
         follows: the basis moves after every step (`follow`).
+        partial: what is not seen stays as it is; it does not decay either.
+        everywhere: any tensor can be seen through it, not matrices alone.
         period: steps between refreshes; 0 for never.
     """
 
@@ -223,6 +231,8 @@ class Projector:
     dense: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = True
     follows: ClassVar[bool] = False
+    partial: ClassVar[bool] = False
+    everywhere: ClassVar[bool] = False
 
     @property
     def period(self) -> int:

@@ -31,7 +31,7 @@ from lowmem.optim.state import State, held_bytes, made
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
-from lowmem.optim.tensors.resting import arrange_, mark_, rests, trains
+from lowmem.optim.tensors.resting import arrange_, decide_, mark_, observe_, rests, trains
 from lowmem.optim.tensors.saved import Loading
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
 
@@ -98,6 +98,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "step": 0,
             "since": 0,
             "previous_norm": -1.0,
+            "decided": "",
             "seed": seed,
             "strategy": json.dumps(strategy.to_config(), sort_keys=True),
         }
@@ -265,6 +266,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if not p.numel() or self.resting(p):
             return
         seat, fresh = self.ready(p)
+        observe_(self.strategy.schedule, seat, g)
         for part in seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
@@ -311,6 +313,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
         if self.strategy.schedule.switches(self.param_groups[0]["step"]):
+            decide_(self.strategy.schedule, self.roster, self.state)
             arrange_(self.roster, self.strategy.rules)
         return loss
 

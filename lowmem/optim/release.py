@@ -107,7 +107,8 @@ class Release:
 
     def _projecting(self, p: nn.Parameter, rule: AnyRule) -> bool:
         """Whether the projected gradient of a tensor suffices in this window."""
-        if not rule.keeps_sum or not self.optimizer.state.get(p):
+        watched = self.optimizer.strategy.schedule.observes
+        if not rule.keeps_sum or watched or not self.optimizer.state.get(p):
             return False
         # of a stack, some matrices may be refreshed and others not
         whole = len(self.optimizer.ready(p)[0].parts) == 1
@@ -207,7 +208,7 @@ def accumulation_problem(strategy: Strategy) -> str:
     rule, name = strategy.rules["matrix"], strategy.name
     if rule.period == 1:
         return f"gradient release with accumulation: {name} refreshes at every step; take update_proj_gap > 1"
-    if rule.keeps_sum:
+    if rule.keeps_sum and not strategy.schedule.observes:
         return ""
     remedy = "take accumulation 1, no gradient release, or galore"
     return f"gradient release with accumulation: {name} needs the whole gradient of a window; {remedy}"

@@ -98,16 +98,20 @@ class Strategy:
         shrinks = name in ("matrix", "other") and is_pointwise(self.rules[name])
         return "small" if shrinks and "small" in self.rules and math.prod(shape) < SMALL else name
 
-    def rules_at(self, ordinary: Mapping[str, str], step: int, seed: int) -> dict[str, str]:
+    def rules_at(
+        self, ordinary: Mapping[str, str], step: int, seed: int, decided: str = ""
+    ) -> dict[str, str]:
         """The names of the rules that tensors follow after so many completed steps.
 
         Args:
             ordinary: tensor to `rule_name`, of all tensors.
-            step: completed steps; seed: of the run.
+            step: completed steps; seed: of the run; decided: by a schedule that goes by gradients.
         """
         names = {rule: tuple(n for n, r in ordinary.items() if r == rule) for rule in set(ordinary.values())}
         switched = self.schedule.role
-        return {name: switched(name, rule, names[rule], step, seed) for name, rule in ordinary.items()}
+        return {
+            name: switched(name, rule, names[rule], step, seed, decided) for name, rule in ordinary.items()
+        }
 
     def slices(self, rule_name: str, role: str, shape: Sequence[int]) -> bool:
         """Whether a tensor is a stack of matrices that are stepped one by one."""
@@ -120,9 +124,12 @@ class Strategy:
         return self.rules[rule_name].constants(tuple(one))
 
     def init(self, rule_name: str, x: Tensor, role: str = "matrix") -> State:
-        """Fresh state of a weight like x of this role that follows this rule: the rule's and the writer's."""
+        """Fresh state of a weight like x of this role and rule: the rule's, the schedule's, the writer's."""
         rule = self.rules[rule_name]
+        if rule.idle:
+            return {}
         state = stacks.init(rule, x) if self.slices(rule_name, role, x.shape) else rule.init(x)
+        state |= prefixed("schedule", self.schedule.init(rule_name, x))
         return state | prefixed("writer", select(self.writer, x.dtype).init(x))
 
 

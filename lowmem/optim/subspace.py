@@ -98,6 +98,8 @@ class Subspace(Rule):
             found.append(_refusal(self.inner.check_rebase, carried))
         if self.inner.reads_weight:
             found.append("a rule that reads the weight cannot step inside a subspace; take projector=none")
+        if self.projector.partial and self.residual.reads_rest:
+            found.append("what this projector does not see stays as it is: take residual=drop")
         lacking = [word for word in sorted(self.residual.needs) if not getattr(self.projector, word)]
         if lacking:
             found.append(f"the residual needs a projector with {' and '.join(lacking)} basis; take power")
@@ -116,7 +118,13 @@ class Subspace(Rule):
     @property
     def keeps_sum(self) -> bool:
         """Where nobody looks at the whole gradient between refreshes, and there is a between."""
-        return not (self.residual.reads_rest or self.projector.follows) and self.period != 1
+        looks = self.residual.reads_rest or self.projector.follows or self.projector.partial
+        return not looks and self.period != 1
+
+    @property
+    def partial(self) -> bool:
+        """That of the projector."""
+        return self.projector.partial
 
     def scratch(self, shape: tuple[int, int]) -> int:
         """R, R once more where it is looked at after the step, and what the inner rule takes."""
@@ -194,6 +202,9 @@ class Subspace(Rule):
         low = g.low if isinstance(g, Projected) else self.projector.down(basis, whole, hp)
         step = low.clone() if self._looks(g.shape) else low
         inside = self._step_inside(low, step, scoped(s, "inner"), hp)
+        if self.projector.partial and hp.weight_decay:
+            own = self.scale * inside.scale
+            step.add_(self.projector.down(basis, hp.weight, hp), alpha=hp.weight_decay / own)
         split = self._split(basis, whole, low, step, inside, hp)
         absorbed, commit = self.residual.absorb(held, split) if self._absorbs(g.shape) else (None, None)
         commits = [inside.commit, commit]
@@ -203,7 +214,8 @@ class Subspace(Rule):
             blocks, pair, scale = split.lifted, self.projector.pair(basis, step, g.shape), split.scale
         else:
             blocks, pair, scale = (_sum(split, absorbed) if self.residual.lifts else absorbed), None, 1.0
-        return Direction(blocks, pair, scale, inside.lr, inside.decay, inside.ok, _chain(commits))
+        decay = hp.vector(1.0)[0] if self.projector.partial else inside.decay
+        return Direction(blocks, pair, scale, inside.lr, decay, inside.ok, _chain(commits))
 
     def _step_inside(self, low: Tensor, step: Tensor, inner: State, hp: Hyper) -> Inside:
         """Make a step of a projected gradient, in place.

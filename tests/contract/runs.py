@@ -92,6 +92,7 @@ class Record:
     saved: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     bytes_held: int = 0
+    decided: str = ""
 
 
 @functools.cache
@@ -106,6 +107,7 @@ def record(case: Case, dtype: torch.dtype) -> Record:
         out.held.append(
             {i: {k: (v.dtype, v.shape) for k, v in s.items()} for i, s in state_of(optimizer).items()}
         )
+    out.decided = optimizer.param_groups[0]["decided"]
     out.weights, out.state = zoo.weights(model), state_of(optimizer)
     out.bytes_held = sum(v.nbytes for s in out.state.values() for v in s.values())
     return out

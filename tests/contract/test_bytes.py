@@ -39,7 +39,8 @@ def test_planned_bytes_are_held_bytes(case: Case, dtype: torch.dtype) -> None:
                 optimizer.step()
             else:
                 optimizer.step(lambda p=p: p.float().sum())
-        assert lowmem.state_bytes(case.create(), shape, dtype, role) == held(optimizer), shape
+        planned = 0 if optimizer.resting(p) else lowmem.state_bytes(case.create(), shape, dtype, role)
+        assert planned == held(optimizer), shape
 
 
 @pytest.mark.changed
@@ -51,7 +52,8 @@ def test_planned_bytes_of_a_model_are_held_bytes(case: Case, dtype: torch.dtype)
     optimizer, model = runs.run(case, dtype, 2)
     assert optimizer.state_bytes() == planned
     assert count.model_state_bytes(case.create(), model) == planned
-    at_the_end = count.model_state_bytes(case.create(), skeleton, step=runs.STEPS - 1)
+    last = {"step": runs.STEPS - 1, "decided": whole.decided}
+    at_the_end = count.model_state_bytes(case.create(), skeleton, **last)
     assert at_the_end >= whole.bytes_held  # the rest are constants that all tensors share
 
 

@@ -65,7 +65,7 @@ def test_a_scheduler_is_followed(case: Case) -> None:
 
 OWN_RATES = {"square", "momentum"}
 """What Adafactor holds: its averages go by options of its own."""
-NO_MOMENTS = {"age", "projector", "residual", "writer", *OWN_RATES}
+NO_MOMENTS = {"age", "projector", "residual", "writer", "schedule", *OWN_RATES}
 
 
 def averages(held: dict[str, torch.Tensor]) -> bool:
@@ -106,6 +106,8 @@ def test_decay_is_decoupled_and_keeps_to_its_group(case: Case) -> None:
     """With a loss that does not depend on the weights, decay is all there is."""
     if case.create().options.get("scale_parameter"):
         pytest.skip("as published it decays in proportion to its own step, lr rms(W): see its oracle")
+    if any(rule.partial for rule in case.create().rules.values()):
+        pytest.skip("what it does not step does not decay: see its oracle")
     model = zoo.build()
     before = zoo.weights(model)
     decay_names = {name for name in before if "norm" not in name and "bias" not in name}
@@ -122,6 +124,8 @@ def test_decay_is_decoupled_and_keeps_to_its_group(case: Case) -> None:
 @pytest.mark.plain
 def test_small_decay_reaches_bf16_weights(case: Case, writer: str) -> None:
     """1 - 1e-3 rounds to 1 in bf16; the writer may not lose it."""
+    if any(rule.partial for rule in case.create().rules.values()):
+        pytest.skip("what it does not step does not decay: see its oracle")
     options = {**dict(case.options), "writer": writer}
     model = nn.ParameterList([torch.ones(64, 64, dtype=torch.bfloat16)])
     optimizer = Case(case.name, tuple(options.items())).optimizer(model, lr=1e-2, weight_decay=0.1)
@@ -142,7 +146,6 @@ def test_groups_of_ones_own_keep_their_numbers(case: Case) -> None:
     optimizer.param_groups[0]["lr"] = 0.0
     before, active = zoo.weights(model), runs.stepping(optimizer, model)
     moving = active & set(optimizer.param_groups[1]["param_names"])
-    assert moving
     runs.advance(optimizer, model, 0)
     for name, p in model.named_parameters():
         assert torch.equal(p.detach(), before[name]) != (name in moving), name

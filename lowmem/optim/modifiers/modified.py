@@ -87,6 +87,11 @@ class Around(AnyRule):
         return self.rule.period
 
     @property
+    def partial(self) -> bool:
+        """That of the rule."""
+        return self.rule.partial
+
+    @property
     def reads_weight(self) -> bool:
         """Where the rule or a modifier does."""
         return self.rule.reads_weight or self.chain.reads_weight

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
+from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.tensors.seats import Roster
+from lowmem.optim.schedules import Schedule
+from lowmem.optim.state import scoped
+from lowmem.optim.tensors.seats import Roster, Seat
 
 _MARK = "_lowmem_rests"
 
@@ -76,3 +80,32 @@ def wake_all_(roster: Roster) -> None:
     """Let all that was put aside require gradients again: at the end of a run."""
     for p in roster.places:
         wake_(p)
+
+
+def observe_(schedule: Schedule, seat: Seat, g: Blocks) -> None:
+    """Show a gradient to a schedule, where it holds something of the tensor."""
+    if schedule.observes and "schedule.seen" in seat.held:
+        schedule.observe_(scoped(seat.held, "schedule"), g)
+
+
+def decide_(schedule: Schedule, roster: Roster, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Let a schedule decide by what it has seen, and begin to look anew; reads from the devices, once each.
+
+    Args:
+        roster: all parameters; state: of the optimizer.
+    """
+    if not schedule.observes:
+        return
+    watched = {p: state[p]["schedule.seen"] for p in roster.places if "schedule.seen" in state.get(p, {})}
+    seen: dict[str, float] = {}
+    for device in {x.device for x in watched.values()}:
+        here = [p for p in watched if p.device == device]
+        sums = torch.stack([watched[p] for p in here]).tolist()
+        seen |= {roster[p].name: total / n for p, (total, n) in zip(here, sums, strict=True) if n}
+    group = next(iter(roster.places.values())).group
+    names = [place.name for place in roster.places.values() if place.rule == "matrix"]
+    decided = schedule.decide(group["decided"], seen, names, group["step"], group["seed"])
+    for place in roster.places.values():
+        place.group["decided"] = decided
+    for x in watched.values():
+        x.zero_()

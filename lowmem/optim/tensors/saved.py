@@ -55,8 +55,9 @@ class Loading:
         states = saved["state"]
         params = [p for group in own for p in group["params"]]
         held = {p for i, p in zip(indices, params, strict=True) if states.get(i)}
-        if any(g["step"] for g in groups) and self._lost(roster, held):
-            raise lost(max(group["step"] for group in groups))
+        step = max((g["step"] for g in groups), default=0)
+        if step and (missing := self._missing(roster, held)):
+            raise lost(step, missing)
         for i, p in zip(indices, params, strict=True):
             if i in states:
                 self.found[p] = self._exact(roster, p, states[i])
@@ -78,25 +79,29 @@ class Loading:
             names = theirs if "param_names" in old else ours
             roles = from_text(old.get("roles", "{}"))
             kept = {name: roles[was] for name, was in zip(names, theirs, strict=True) if was in roles}
-            groups.append({**old, "params": mine["params"], "roles": to_text(kept)})
+            groups.append({"decided": "", **old, "params": mine["params"], "roles": to_text(kept)})
             if "param_names" in mine:
                 groups[-1]["param_names"] = list(names)
         tell(saved, own)
         return groups
 
-    def _lost(self, roster: Roster, held: Collection[Tensor]) -> bool:
-        """Whether none of those has state that should; where tensors take turns, of those in turn."""
+    def _missing(self, roster: Roster, held: Collection[Tensor]) -> str:
+        """Whose state is missing: all of it, or that of a tensor which had its turn; nothing, if empty."""
         schedule, rules = self.strategy.schedule, self.strategy.rules
-        turns, found = any(rule.idle for rule in rules.values()), False
+        turns, found = any(rule.idle for rule in rules.values()), ""
         for p, place in roster.places.items():
             rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
-            counts = not turns or schedule.restarts(place.name, place.rule)
-            if not (counts and trains(p) and p.numel()) or rules[rule_name].idle:
+            divided = schedule.restarts(place.name, place.rule) or (
+                schedule.observes and rule_name == "matrix"
+            )
+            if rules[rule_name].idle or not trains(p) or not p.numel() or (turns and not divided):
                 continue
-            if p in held:
-                return False
-            expected = self.strategy.init(rule_name, torch.empty_like(p, device="meta"), place.role)
-            found = found or bool(expected)
+            if p in held and not turns:
+                return ""
+            if p not in held and self.strategy.init(
+                rule_name, torch.empty_like(p, device="meta"), place.role
+            ):
+                found = f"optimizer state of {place.name!r}" if turns else "optimizer state"
         return found
 
     def _exact(self, roster: Roster, p: Tensor, given: Mapping[str, Tensor]) -> State:
@@ -160,10 +165,10 @@ def check_groups(saved: Mapping[str, Any], groups: Sequence[Group]) -> None:
         )
 
 
-def lost(steps: int) -> CheckpointError:
-    """The error for a state dict of a run under way that holds no state."""
+def lost(steps: int, what: str) -> CheckpointError:
+    """The error for a state dict of a run under way that does not hold what it should."""
     return CheckpointError(
-        f"the checkpoint is of step {steps} and holds no optimizer state: torch.distributed.checkpoint reads "
+        f"the checkpoint is of step {steps} and holds no {what}: torch.distributed.checkpoint reads "
         f"what the optimizer that it loads into holds already; call init_state() on it first, or use "
         f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
     )

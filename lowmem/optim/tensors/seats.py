@@ -87,9 +87,9 @@ class Roster:
 
     def rule_at(self, p: Tensor, step: int) -> str:
         """The name of the rule that a parameter follows after so many completed steps."""
-        place = self[p]
+        place, group = self[p], self[p].group
         names = self._taking_part(place.rule, step)
-        return self.schedule.role(place.name, place.rule, names, step, place.group["seed"])
+        return self.schedule.role(place.name, place.rule, names, step, group["seed"], group["decided"])
 
     def restarting(self, step: int) -> Iterator[Tensor]:
         """The parameters whose state is made anew where rules may change at this step."""
@@ -166,7 +166,7 @@ def seat(
 ) -> Seat:
     """The seat of a parameter with this state."""
     rule, writer = strategy.rules[rule_name], select(strategy.writer, p.dtype)
-    own = {key: tensor for key, tensor in held.items() if not key.startswith("writer.")}
+    own = {key: tensor for key, tensor in held.items() if not key.startswith(("writer.", "schedule."))}
     extra = scoped(held, "writer")
     if not strategy.slices(rule_name, place.role, p.shape):
         whole = Part(place.name, None, rule, writer, Held(own | constants), extra)

@@ -48,3 +48,45 @@ register(
         ends=True,
     )
 )
+
+register(
+    Method(
+        "misa",
+        """Adam on a few matrices at a time, those more often whose gradients are larger.
+
+            every `switch_gap` steps: first those that never had a turn, then by lot,
+            with chances in proportion to exp(min(5, eta g^2)), g the smoothed norm of their gradients
+            W <- (1 - lr wd) W - lr Adam(G) while it is its turn; else W stays
+
+        A matrix that is drawn again keeps its moments. Embedding, head, norms and biases rest (ends=true
+        takes them in). The share is one of the number of matrices, where the paper's is of parameters. The
+        paper takes lr 5e-5 for fine-tuning, and a share of 0.25 from scratch.
+
+        Bytes for an (m, n) weight, fp32 states: 8 m n + 20 while it is its turn, else 0.
+        """,
+        paper="2511.00056",
+        rule="adam",
+        schedule="importance",
+    )
+)
+
+register(
+    Method(
+        "grades",
+        """Adam on each matrix until its gradients have settled; then it is frozen for good.
+
+            s_w = mean over `switch_gap` steps of mean |G|
+            frozen after `grace` steps where |s_w - s_(w-1)| < threshold (by=size: where s_w < threshold)
+
+        A frozen matrix frees its state, and no gradient is made for it: the backward pass becomes cheaper
+        while the run goes on. Means are over elements, so that one threshold suits every size; the released
+        code sums over elements, and keeps a copy of all weights to see how they change. Set grace to about
+        half of the run.
+
+        Bytes for an (m, n) weight, fp32 states: 8 m n + 20 until it is frozen, then 0.
+        """,
+        paper="2509.01842",
+        rule="adam",
+        schedule="convergence",
+    )
+)
