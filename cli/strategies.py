@@ -12,7 +12,7 @@ from lowmem.errors import UserError, nearest
 from . import render
 from .app import Json
 
-_SHAPE = (4096, 4096)  # a weight of a 7B model; state is counted for it, in bfloat16
+_SHAPE = (4096, 11008)  # a weight of a 7B model; state is counted for it, in bfloat16
 
 
 def command(
@@ -53,6 +53,7 @@ def _summary(entry: Any) -> dict[str, Any]:
     state = state_bytes(create(entry.name), _SHAPE, torch.bfloat16)
     return {
         "name": entry.name,
+        "family": entry.family,
         "summary": entry.summary,
         "paper": entry.paper,
         "state_bytes": state,
@@ -62,12 +63,23 @@ def _summary(entry: Any) -> dict[str, Any]:
 
 def _table(documents: list[dict[str, Any]]) -> list[Any]:
     columns = ["strategy", "what it does", "state bytes per weight", "paper"]
-    rows = [(d["name"], d["summary"], _per_weight(d), d["paper"]) for d in documents]
+    width = max(len(d["name"]) for d in documents)
+    tables = []
+    for family, found in _families(documents).items():
+        rows = [(d["name"].ljust(width), d["summary"], _per_weight(d), d["paper"]) for d in found]
+        tables.append(render.table(family, columns, rows, right=[columns[2]]))
     note = (
         "lowmem strategies NAME shows the axes and options of one, --parts what every axis may be; all take "
         "bfloat16 and float32 weights."
     )
-    return [render.table("", columns, rows, right=[columns[2]]), note]
+    return [*tables, note]
+
+
+def _families(documents: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for document in documents:
+        found.setdefault(document["family"], []).append(document)
+    return dict(sorted(found.items()))
 
 
 def _per_weight(document: dict[str, Any]) -> str:
@@ -147,9 +159,11 @@ def _parts_tables(listed: dict[str, list[dict[str, Any]]]) -> list[Any]:
 
 def _markdown(documents: list[dict[str, Any]]) -> str:
     lines = ["| strategy | what it does | state bytes per weight | paper |", "|---|---|---|---|"]
-    for d in documents:
-        paper = f"[{d['paper']}](https://arxiv.org/abs/{d['paper']})"
-        lines.append(f"| `{d['name']}` | {d['summary']} | {_per_weight(d)} | {paper} |")
+    for family, found in _families(documents).items():
+        lines.append(f"| **{family}** | | | |")
+        for d in found:
+            paper = f"[{d['paper']}](https://arxiv.org/abs/{d['paper']})"
+            lines.append(f"| `{d['name']}` | {d['summary']} | {_per_weight(d)} | {paper} |")
     shape = " x ".join(map(str, _SHAPE))
     return "\n".join(
         [

@@ -72,6 +72,10 @@ class Strategy:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (dict(self.rules), self.source, self.writer, self.schedule, self.to_config())
 
+    def __str__(self) -> str:
+        told = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}({told})" if self.name else text_of(self)
+
     def called(self, name: str, options: Mapping[str, Plain]) -> Strategy:
         """The same strategy under a name, with the options that make it."""
         made = replace(self)

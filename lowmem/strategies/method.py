@@ -11,6 +11,8 @@ frame. A method says where it differs from `NEUTRAL`; a user may change everythi
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +56,7 @@ class Method:
     def __init__(self, name: str, doc: str, *, paper: str, **defaults: Plain) -> None:
         self.name, self.doc, self.paper = name, inspect.cleandoc(doc), paper
         self.summary = self.doc.split("\n", 1)[0]
+        self.module = ""
         self.defaults: Mapping[str, Plain] = defaults
         if "rule" not in defaults or not self.summary:
             raise ValueError(f"method {name!r} needs a rule, and a line that says what it is")
@@ -61,6 +64,12 @@ class Method:
     def word(self, axis: str, given: Mapping[str, Any]) -> Any:
         """The choice on an axis: the user's, the method's, or the neutral one."""
         return given.get(axis, self.defaults.get(axis, AXES.get(axis, "")))
+
+    @property
+    def family(self) -> str:
+        """What its module says it holds: the first words of the docstring, up to a colon or full stop."""
+        doc = inspect.getdoc(sys.modules.get(self.module)) or self.module
+        return re.split(r"[:.\n]", doc, maxsplit=1)[0]
 
     def __repr__(self) -> str:
         return f"Method({self.name!r})"
@@ -70,13 +79,14 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Make a method known by its name.
+    """Make a method known by its name; it belongs to the family of the module that calls this.
 
     Raises:
         ValueError: a name that exists.
     """
     if method.name in _METHODS:
         raise ValueError(f"strategy {method.name!r} is registered twice; rename one of them")
+    method.module = sys._getframe(1).f_globals["__name__"]
     _METHODS[method.name] = method
     return method
 

@@ -35,7 +35,7 @@ class Entry:
     """A named strategy, as it comes.
 
     Args:
-        name: as `create` takes it; summary: one line; paper: arXiv id.
+        name: as `create` takes it; summary: one line; paper: arXiv id; family: what it is listed under.
         options: axes and options of the parts that it comes with, with its defaults, by name.
         doc: equation, bytes and limits.
     """
@@ -45,6 +45,7 @@ class Entry:
     paper: str
     options: Mapping[str, Option]
     doc: str
+    family: str
 
     @property
     def axes(self) -> dict[str, Option]:
@@ -61,7 +62,7 @@ def available() -> dict[str, Entry]:
     """
     load()
     return {
-        name: Entry(name, method.summary, method.paper, beside(name), method.doc)
+        name: Entry(name, method.summary, method.paper, beside(name), method.doc, method.family)
         for name, method in methods().items()
     }
 
@@ -168,7 +169,10 @@ def optimizer(
     Args:
         params: a model; or parameters, (name, parameter) pairs, or groups of either, as torch takes them.
         strategy: its name, or one that was made; options: of a named one.
-        lr, betas, eps, weight_decay: as in AdamW.
+        lr: learning rate.
+        betas: decays of the averages.
+        eps: added to a root before it divides.
+        weight_decay: decoupled, as in AdamW.
         decay_names: names of a model's parameters that decay; all, if None.
         seed: of the run; compile: auto, on or off.
         model: owner of the parameters, where those are given: names and roles are found in it.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-import io
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.contract import zoo
+from lowmem.training.contract import zoo
+from lowmem.training.contract.check import from_file, state_of, to_file
 from tests.contract.cases import GAP, Case
+
+__all__ = [
+    *("advance", "feed", "finish", "from_file", "record", "run", "same", "state_of", "stepping", "to_file"),
+]
 
 STEPS = 2 * GAP + 2
 SAVED = (1, GAP - 1, GAP, GAP + 1)
@@ -43,43 +47,6 @@ def feed(optimizer: Any, model: nn.Module, seed: int, scale: float = 1.0) -> dic
     optimizer.step()
     optimizer.zero_grad()
     return grads
-
-
-def stepping(optimizer: Any, model: nn.Module) -> set[str]:
-    """Names of the tensors that the next step moves: a schedule may let others rest."""
-    rules = optimizer.strategy.rules
-    return {name for name, p in model.named_parameters() if not rules[optimizer.rule_name(p)].idle}
-
-
-def state_of(optimizer: Any) -> dict[int, dict[str, Tensor]]:
-    """The state tensors, by the position of their parameter."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return {i: dict(optimizer.state[p]) for i, p in enumerate(params) if p in optimizer.state}
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, dtypes and shapes included; NaN equals NaN."""
-    if isinstance(a, Tensor):
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return False
-        return torch.equal(a, b) or (
-            a.is_floating_point() and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-        )
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
-
-
-def to_file(payload: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(payload, buffer)
-    return buffer.getvalue()
-
-
-def from_file(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=True)
 
 
 @dataclass

@@ -18,6 +18,8 @@ MODULE = '''
 
 from dataclasses import dataclass
 
+import torch
+
 import lowmem.strategies as strategies
 from lowmem.optim.projectors.coordinate import Columns
 from lowmem.optim.elementwise import Elementwise
@@ -50,6 +52,23 @@ def narrow(*, rank: strategies.Size = 2, update_proj_gap: strategies.Gap = 100):
     return Columns(rank, update_proj_gap)
 
 
+@dataclass(frozen=True)
+class Leaky(Elementwise):
+    """Draws from the global generator, which no checkpoint holds."""
+
+    ages, uses = False, frozenset()
+
+    def direction(self, g, m, old, x):
+        return g * torch.rand_like(g)
+
+
+@strategies.part("rule")
+def leaky():
+    """Draws from the global generator."""
+    return Leaky()
+
+
+strategies.register(strategies.Method("leaking", "Never the same.", paper="0000.00000", rule="leaky"))
 strategies.register(strategies.Method(
     "halfway", "Half a step in a few columns. Bytes for (m, n): 4 r.", paper="0000.00000",
     projector="narrow", rule="halved", rank=5,
@@ -97,10 +116,24 @@ print(planned.state_bytes, planned.strategy)
 
 def test_the_command_line_knows_it(environment: dict[str, str]) -> None:
     listed = json.loads(lines(environment, *LOWMEM, "strategies", "--json"))
-    assert "halfway" in [one["name"] for one in listed]
+    families = {one["name"]: one["family"] for one in listed}
+    assert families["halfway"] == "A rule, a projector and a method that lowmem does not have"
+    assert families["galore"] == families["fira"] == "Leading subspaces"
     found = json.loads(lines(environment, *LOWMEM, "strategies", "--parts", "--json"))
     assert "narrow" in [one["name"] for one in found["projector"]]
     assert "halved" in [one["name"] for one in found["rule"]]
+
+
+def test_the_contract_is_asked_of_it(environment: dict[str, str]) -> None:
+    told = json.loads(lines(environment, *LOWMEM, "check", "halfway", "--json"))
+    assert told["kept"]
+    assert {finding["promise"] for finding in told["findings"]} >= {"counted", "resumed", "released"}
+    words = [sys.executable, *LOWMEM, "check", "leaking", "--json"]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "leaking does not keep what every strategy promises: released, resumed" in done.stderr
+    problems = {f["promise"]: f["problem"] for f in json.loads(done.stdout)["findings"] if f["problem"]}
+    assert problems["resumed"] == "after a resume the weights are others"
 
 
 def test_the_contract_suite_knows_it(environment: dict[str, str]) -> None:

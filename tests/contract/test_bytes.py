@@ -10,7 +10,8 @@ from torch import nn
 
 import lowmem
 from lowmem.memory import count
-from tests.contract import runs, zoo
+from lowmem.training.contract import zoo
+from tests.contract import runs
 from tests.contract.cases import Case
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (9, 7), (13, 17), (61, 67), (4, 3, 2, 2)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from tests.contract import runs, zoo
+from lowmem.training.contract import zoo
+from lowmem.training.contract.check import all_finite, seen
+from tests.contract import runs
 from tests.contract.cases import Case
 
 BAD = [float("nan"), float("inf"), float("-inf")]
@@ -29,19 +29,6 @@ def spoiled(model: zoo.Zoo, seed: int) -> dict[str, torch.Tensor]:
         where[name].view(-1)[p.numel() // 2] = True
         p.grad[where[name]] = BAD[i % len(BAD)]
     return where
-
-
-def all_finite(optimizer: object, model: zoo.Zoo) -> bool:
-    floating = [v for s in runs.state_of(optimizer).values() for v in s.values() if v.is_floating_point()]
-    return all(torch.isfinite(v).all() for v in [*floating, *model.parameters()])
-
-
-def seen(optimizer: Any, model: zoo.Zoo) -> int:
-    """Tensors of which every element is looked at; a projection that drops coordinates leaves some out."""
-    active = runs.stepping(optimizer, model)
-    parameters = [p for name, p in model.named_parameters() if name in active]
-    rules = [optimizer.strategy.rules[optimizer.rule_name(p)] for p in parameters]
-    return sum(not hasattr(rule, "projector") or rule.residual.reads_rest for rule in rules)
 
 
 @pytest.mark.changed

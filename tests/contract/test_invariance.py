@@ -11,7 +11,8 @@ from torch import nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.tensors.groups import param_groups
-from tests.contract import runs, zoo
+from lowmem.training.contract import zoo
+from tests.contract import runs
 from tests.contract.cases import Case
 
 SHAPES = {"0.tall": (24, 8), "0.wide": (8, 24), "0.square": (16, 16), "0.prime": (13, 17)}

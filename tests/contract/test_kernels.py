@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lowmem.sources import directions
-from tests.contract import cases, runs, zoo
+from lowmem.training.contract import zoo
+from tests.contract import cases, runs
 from tests.contract.cases import Case
 
 COMPOSED = [

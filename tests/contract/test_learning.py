@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.contract import runs, zoo
+from lowmem.training.contract import zoo
+from tests.contract import runs
 from tests.contract.cases import Case
 
 STEPS = 40

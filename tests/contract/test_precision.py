@@ -10,7 +10,8 @@ from torch import nn
 
 import lowmem
 from lowmem.errors import UserError
-from tests.contract import runs, zoo
+from lowmem.training.contract import zoo
+from tests.contract import runs
 from tests.contract.cases import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler

@@ -23,7 +23,8 @@ from lowmem.sources import Backprop
 from lowmem.strategies import Method, parse_options, part, parts, register
 from lowmem.strategies.compose import fixed
 from lowmem.strategies.parts import KINDS
-from tests.contract import cases, zoo
+from lowmem.training.contract import zoo
+from tests.contract import cases
 from tests.contract.cases import Case
 
 

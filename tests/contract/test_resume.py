@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lowmem.errors import CheckpointError
-from tests.contract import runs, zoo
+from lowmem.training.contract import zoo
+from tests.contract import runs
 from tests.contract.cases import Case
 
 

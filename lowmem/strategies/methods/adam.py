@@ -1,4 +1,4 @@
-"""AdamW in every precision, and made safe from spikes."""
+"""AdamW: in every precision, and made safe from spikes."""
 
 from lowmem.strategies.method import Method, register
 

@@ -1,4 +1,4 @@
-"""Block-wise methods: some layers step at a time, the others rest without gradient and without state."""
+"""Block by block: some tensors step at a time, the others rest without gradient and without state."""
 
 from lowmem.strategies.method import Method, register
 

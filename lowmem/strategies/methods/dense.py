@@ -1,4 +1,4 @@
-"""Element-wise rules on whole weights: nothing is projected, every moment is as large as its weight."""
+"""Element by element: rules on whole weights, where every moment is as large as its weight."""
 
 from lowmem.strategies.method import Method, register
 

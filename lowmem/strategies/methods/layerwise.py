@@ -1,4 +1,4 @@
-"""Momentum with one number for a whole tensor instead of a second moment."""
+"""One number a tensor: momentum with a norm in the place of a second moment."""
 
 from lowmem.strategies.method import Method, register
 

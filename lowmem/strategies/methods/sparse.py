@@ -1,4 +1,4 @@
-"""Sparse methods: few entries of a gradient, or of a weight."""
+"""Sparse: few entries of a gradient, or of a weight."""
 
 from lowmem.strategies.method import Method, register
 

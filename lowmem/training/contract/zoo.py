@@ -24,7 +24,8 @@ class First(nn.Module):
         self.down_proj = nn.Linear(31, 17)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(self.input_layernorm(x))))
+        out: Tensor = self.down_proj(F.gelu(self.up_proj(self.input_layernorm(x))))
+        return out
 
 
 class Second(nn.Module):
@@ -32,7 +33,7 @@ class Second(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.c_proj = Conv1D(13, 17)
+        self.c_proj = Conv1D(13, 17)  # type: ignore[no-untyped-call]
         self.o_proj = nn.Linear(13, 13, bias=False)
         self.conv = nn.Conv2d(1, 5, (3, 2), bias=False)
         self.out_proj = nn.Linear(5 * 11 * 12, WIDTH)
@@ -40,7 +41,8 @@ class Second(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.o_proj(self.c_proj(x))
         image = (y.unsqueeze(-1) * y.unsqueeze(-2)).unsqueeze(1)  # of full rank, as its gradients are then
-        return self.out_proj(self.conv(image).flatten(1))
+        out: Tensor = self.out_proj(self.conv(image).flatten(1))
+        return out
 
 
 class Zoo(nn.Module):
@@ -56,8 +58,8 @@ class Zoo(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
-        y = x + self.layers[1](self.layers[0](x))
-        return self.lm_head(self.norm(y)).float()
+        logits: Tensor = self.lm_head(self.norm(x + self.layers[1](self.layers[0](x))))
+        return logits.float()
 
 
 def build(dtype: torch.dtype = torch.float32, seed: int = 0) -> Zoo:
@@ -75,15 +77,18 @@ def batch(step: int, size: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, step: int, size: int = 16) -> Tensor:
+    """The loss of a step's batch."""
     ids, target = batch(step, size)
     return F.cross_entropy(model(ids), target)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
+    """The loss over every token."""
     ids = torch.arange(VOCABULARY)
     return float(F.cross_entropy(model(ids), (5 * ids + 3) % VOCABULARY))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
