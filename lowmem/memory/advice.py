@@ -17,8 +17,7 @@ from lowmem.memory.footprint import Footprint, Peak, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import as_peak
 from lowmem.memory.trace.extrapolate import extrapolated
-from lowmem.memory.trace.replica import Parameter
-from lowmem.memory.trace.windows import special
+from lowmem.memory.trace.windows import Parameter, special
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 from lowmem.strategies import create

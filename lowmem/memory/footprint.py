@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.memory import count
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import kind
-from lowmem.memory.trace.replica import Parameter, Trace
+from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
-from lowmem.memory.trace.windows import windows
+from lowmem.memory.trace.windows import Parameter, windows
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays

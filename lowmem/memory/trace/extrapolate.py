@@ -16,8 +16,9 @@ from typing import Any
 
 from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
-from lowmem.memory.trace.replica import Parameter, Trace, trace
+from lowmem.memory.trace.replica import Trace, trace
 from lowmem.memory.trace.tracker import Moment
+from lowmem.memory.trace.windows import Parameter
 from lowmem.models.entries import parameter_count, skeleton
 from lowmem.optim.strategy import Strategy
 

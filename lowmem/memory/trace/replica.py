@@ -32,21 +32,11 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, trainable
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.tracker import Moment, Tracker
-from lowmem.memory.trace.windows import resting
+from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.optim.source import Query, Source
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.checks import pays
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    role: str
 
 
 @dataclass(frozen=True)

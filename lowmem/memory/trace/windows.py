@@ -7,17 +7,26 @@ its tensors alone, and layers above the first of them still pass gradients on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+
+import torch
 
 from lowmem.optim.strategy import Strategy
-
-if TYPE_CHECKING:
-    from lowmem.memory.trace.replica import Parameter
 
 MOST = 64
 """Windows that are looked at."""
 FAR = 20_000
 """Steps among which they are looked for."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    role: str
 
 
 def special(strategy: Strategy) -> Strategy | None:
