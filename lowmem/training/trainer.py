@@ -28,7 +28,7 @@ from lowmem.models.attention import applies, attend_by_example
 from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors import resting
-from lowmem.training.arguments import LowMemArguments, LowMemFields
+from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign
 from lowmem.training.folder.saving import WholeCheckpoints
@@ -100,7 +100,8 @@ class LowMemMixin(WholeCheckpoints):
             return self._divergence.see(self._probe(model, inputs, num_items_in_batch, last))
         if self._release is not None:
             self._release.sync = last
-        return self._divergence.see(super().training_step(model, inputs, num_items_in_batch))  # type: ignore[misc]
+        with own_name(self.args):
+            return self._divergence.see(super().training_step(model, inputs, num_items_in_batch))  # type: ignore[misc]
 
     def _probe(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, last: bool
