@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.training.contract import zoo
-from lowmem.training.contract.check import from_file, state_of, to_file
+from lowmem.training.contract.check import from_file, same, state_of, stepping, to_file
 from tests.contract.cases import GAP, Case
 
 __all__ = [
-    *("advance", "feed", "finish", "from_file", "record", "run", "same", "state_of", "stepping", "to_file"),
-]
+    "advance", "feed", "finish", "from_file", "record", "run", "same", "state_of", "stepping", "to_file",
+]  # fmt: skip
 
 STEPS = 2 * GAP + 2
 SAVED = (1, GAP - 1, GAP, GAP + 1)
