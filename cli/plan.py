@@ -17,8 +17,9 @@ from ._flags import run_flags
 from .app import Json
 
 if TYPE_CHECKING:
+    from lowmem.memory.advice.solve import Solution
+    from lowmem.memory.lengths import Lengths
     from lowmem.memory.plan import Plan, StrategyPlan
-    from lowmem.memory.solve import Solution
 
 SOLVE = {"seq-len": "seq_len", "batch-size": "batch_size"}
 
@@ -38,6 +39,10 @@ def command(
         str | None,
         typer.Option("--solve", metavar="seq-len|batch-size", help="Find the largest that fits."),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Rows as for finetune: how long they are is read, with the tokenizer."),
+    ] = None,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report.")] = None,
     emit: Annotated[
         str | None,
@@ -45,6 +50,7 @@ def command(
             "--emit", metavar="FILE", help="Write the best plan's run for `lowmem finetune --config`."
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write a run that does not fit.")] = False,
     as_json: Json = False,
     **flags: Any,
 ) -> None:
@@ -56,6 +62,7 @@ def command(
         _check_folder(target)
     from ._progress import Bars
 
+    found = _lengths(model, data, flags) if data else None
     with Bars():  # an architecture that takes long says so
         planned = planning.plan(model, optim, options=optim_args or None, budget=budget, gpu=gpu, **flags)
     for text in (*planned.warnings, *_notes(planned)):
@@ -68,8 +75,8 @@ def command(
 
         render.say(f"report written to {report.write(report_data(planned), html)}")
     if emit:
-        _emit(model, planned, emit)
-    document = planned.to_dict()
+        _emit(model, _solved(planned, unknown), emit, data, force)
+    document = planned.to_dict() | ({"lengths": found.to_dict()} if found else {})
     if solutions:
         document["solved"] = {"for": unknown, "largest": {s.strategy: s.value for s in solutions}}
     render.emit(document, _tables(planned, unknown, solutions), as_json)
@@ -87,6 +94,20 @@ def _unknown(solve: str | None, gpu: str | None, budget: str | None) -> str | No
     return SOLVE[solve]
 
 
+def _lengths(model: str, data: str, flags: dict[str, Any]) -> Lengths:
+    """How long the rows are, made options of the run."""
+    from lowmem.memory.lengths import of_data
+
+    found = of_data(model, data, flags["seq_len"] or Run.seq_len)
+    flags["rows"] = flags["rows"] or "packed"  # as finetune does
+    given = found.options(flags["rows"])
+    flags.update({name: value for name, value in given.items() if name == "seq_len" or flags[name] is None})
+    render.say(
+        f"{found.rows} rows of {found.typical} tokens, the longest {found.longest}; {found.cut} are cut"
+    )
+    return found
+
+
 def _check_folder(target: str | None) -> None:
     if target and not Path(target).expanduser().parent.is_dir():
         raise UserError(f"cannot write {target}: the folder {Path(target).parent} does not exist")
@@ -102,7 +123,7 @@ def _notes(planned: Plan) -> Sequence[str]:
 def _solve(planned: Plan, unknown: str | None) -> list[Solution]:
     if unknown is None or planned.budget is None:
         return []
-    from lowmem.memory.solve import largest
+    from lowmem.memory.advice.solve import largest
 
     return [largest(unknown, planned.config, planned.run, s, planned.budget) for s in planned.made]
 
@@ -120,13 +141,37 @@ def _with_solutions(planned: Plan, unknown: str | None, solutions: Sequence[Solu
     return replace(planned, plans=tuple(rows))
 
 
-def _emit(model: str, planned: Plan, target: str) -> None:
-    from lowmem.memory.emit import text
+def _solved(planned: Plan, unknown: str | None) -> Plan:
+    """The plan of what was solved for, where the best strategy has an answer."""
+    best = planned.plans[0]
+    value = best.max_seq_len or best.max_batch_size
+    if unknown is None or not value:
+        return planned
+    solved: dict[str, Any] = {unknown: value}
+    run = dataclasses.replace(planned.run, **solved)
+    return dataclasses.replace(
+        planned, run=run, plans=(dataclasses.replace(best, fits=True), *planned.plans[1:])
+    )
+
+
+def _emit(model: str, planned: Plan, target: str, data: str | None, force: bool) -> None:
+    """Write the run of the best plan.
+
+    Raises:
+        UserError: it does not fit, and nothing forces it.
+    """
+    from lowmem.memory.advice.emit import text
 
     best = planned.plans[0]
+    if best.fits is False and not force:
+        raise UserError(
+            f"{target} is not written: {best.strategy} comes nearest and misses by "
+            f"{_size(-(best.headroom_bytes or 0))} ({best.verdict}); follow its levers, or give --force"
+        )
     path = Path(target).expanduser()
-    path.write_text(text(model, planned.run, best.strategy, best.options), encoding="utf-8")
-    render.say(f"run of {best.strategy} written to {path}: lowmem finetune --config {path}")
+    path.write_text(text(model, planned.run, best.strategy, best.options, data), encoding="utf-8")
+    given = "" if data else " --data YOURS"
+    render.say(f"run of {best.strategy} written to {path}: lowmem finetune --config {path}{given}")
 
 
 def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -> list[Any]:

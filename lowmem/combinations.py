@@ -10,6 +10,7 @@ from typing import Any
 def problems(v: Mapping[str, Any]) -> list[str]:
     """Settings that exclude each other."""
     rules = [
+        (v["data"] == "", "data: none is named; give --data FILE, FOLDER or NAME"),
         (v["steps"] and v["epochs"], "steps and epochs: both given; give one of them"),
         (v["resume"] and v["overwrite"], "resume and overwrite: one keeps the earlier run, one replaces it"),
         (
@@ -30,7 +31,7 @@ def problems(v: Mapping[str, Any]) -> list[str]:
             f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
         ),
     ]
-    return [text for broken, text in rules if broken] + _of_task(v) + _of_adapters(v) + _of_evaluation(v)
+    return [text for broken, text in rules if broken] + _of_task(v) + of_adapters(v) + _of_evaluation(v)
 
 
 def _of_task(v: Mapping[str, Any]) -> list[str]:
@@ -61,7 +62,7 @@ def _of_task(v: Mapping[str, Any]) -> list[str]:
     return [text for broken, text in rules if broken]
 
 
-def _of_adapters(v: Mapping[str, Any]) -> list[str]:
+def of_adapters(v: Mapping[str, Any]) -> list[str]:
     """Settings of adapters that are not trained."""
     lora = [
         name

@@ -125,9 +125,9 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     from lowmem.data.mix import mixed
     from lowmem.data.rows.template import check_template
     from lowmem.models.adapters import published_name
+    from lowmem.models.peft_methods import adapter_config
     from lowmem.training import tasks
     from lowmem.training.callbacks import Peak, Report
-    from lowmem.training.peft_methods import adapter_config
 
     console.start("load")
     given: dict[str, Any] = {"data_format": config.data_format, "columns": config.column_names}
@@ -229,9 +229,7 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
 
     if config.eval_steps:
         trainer.add_callback(HeldOut(trainer, config.eval_steps, config.early_stopping, config.keep_best))
-    planned = config.task == "sft" and not config.adapter and not config.adapter_args
-    predict = of_run(config) if planned else _unplanned
-    profiler = Profiler(predict, config.model, _run(config), folder=config.output_path)
+    profiler = Profiler(of_run(config), config.model, _run(config), folder=config.output_path)
     console.start("train", config.steps)
     began = time.perf_counter()
     try:
@@ -253,10 +251,6 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
         "peak": peak,
         "profile": _profile(profiler, console) if config.report else None,
     }
-
-
-def _unplanned(measured: Any, strategy: Any) -> tuple[None, list[str]]:
-    return None, ["Nothing was predicted: the plan knows supervised fine-tuning, whole or by LoRA."]
 
 
 def _run(config: RunConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ FREE = {"errors", "texts", "values", "combinations", "config", "configs", "conso
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"tensors.checks", "codecs.dynamic", "engine.noise", "engine.cutting", "state"},
+        {"tensors.checks", "tensors.marks", "codecs.dynamic", "engine.noise", "engine.cutting", "state"},
         {"blocks"},
         {"hyper", "changes"},
         {"contract"},
@@ -46,10 +46,11 @@ FLOORS = {
         {"trace", "closed_form"},
         {"count", "gather"},
         {"footprint"},
-        {"surface", "wording"},
-        {"advice"},
+        {"surface", "lengths", "advice.wording"},
+        {"advice.levers"},
         {"plan"},
-        {"pictures", "solve", "emit"},
+        {"pictures", "advice.solve", "advice.emit"},
+        {"advice.search"},
         {"predict", "measure"},
     ],
 }

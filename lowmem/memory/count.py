@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lowmem.optim.schedules import Always
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
-from lowmem.optim.tensors.resting import trains
+from lowmem.optim.tensors.marks import trains
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
@@ -110,18 +110,41 @@ def workspace_bytes(
         >>> workspace_bytes(create("galore"), (1024, 4096)) <= (64 << 20) + 4 * 128 * 4096
         True
     """
-    return _workspace(strategy, shape, dtype, role, refresh)
+    return _workspace(strategy, shape, dtype, role, refresh).peak
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool) -> int:
+def _workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool) -> Workspace:
     return measure_workspace(strategy, shape, dtype, role, refresh)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the step of one tensor allocates.
+
+    Args:
+        peak: bytes that live at most beside weight, gradient and state.
+        grids: (rows, width) of the index grids among them: they are kept for the next step.
+    """
+
+    peak: int
+    grids: frozenset[tuple[int, int]]
+
+    @property
+    def transient(self) -> int:
+        """Bytes that are gone after the step."""
+        return self.peak - sum(4 * (rows + width) for rows, width in self.grids)
+
+
+def workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str) -> Workspace:
+    """What a step at which the basis is found anew allocates, and keeps; arguments as `state_bytes`."""
+    return _workspace(strategy, shape, dtype, role, True)
 
 
 def measure_workspace(
     strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
-) -> int:
-    """`workspace_bytes` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+) -> Workspace:
+    """`workspace` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
     strategy = replace(strategy, schedule=Always())  # while the tensor is active
     if strategy.slices(strategy.rule_name(role, shape), role, shape):
         shape = shape[1:]  # one matrix of the stack after the other
@@ -140,7 +163,7 @@ def measure_workspace(
         optimizer.step_param(p, gradient)
     peak = tracker.peak().total - before
     tracker.stop()
-    return max(0, peak)
+    return Workspace(max(0, peak), frozenset(optimizer.chunks.grids))
 
 
 def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -18,17 +19,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory import count
+from lowmem.memory.count import Workspace
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import kind
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
 from lowmem.memory.trace.windows import Parameter, windows
-from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.engine.chunks import GRIDS, Chunks
+from lowmem.optim.engine.cutting import compiled_spans
+from lowmem.optim.engine.layout import ROW
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
 from lowmem.sources import directions
 
-STEP, RELEASE = "optimizer step", "release step"
+STEP, RELEASE, SAVE = "optimizer step", "release step", "save"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Footprint:
         tensors: size of each state tensor as the device rounds it.
         scratch: greatest transient bytes while a parameter is stepped, by its name.
         compiled: whether the step is compiled.
+        grids: size of each index grid that random rounding keeps from the first step on.
     """
 
     strategy: Strategy
@@ -47,11 +52,17 @@ class Footprint:
     tensors: tuple[int, ...]
     scratch: Mapping[str, int]
     compiled: bool
+    grids: tuple[int, ...] = ()
 
     @property
     def held(self) -> int:
         """State as the device rounds it."""
         return sum(self.tensors)
+
+    @property
+    def kept(self) -> int:
+        """Workspace that stays between steps."""
+        return sum(self.grids)
 
     @property
     def worst(self) -> int:
@@ -73,8 +84,23 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
         best = max(best, sizes, key=sum)
     grain = run.granularity
     rounded = tuple(-(-size // grain) * grain for size in best)
-    scratch = {p.name: _scratch(strategy, p, compiled, run.device) for p in parameters}
-    return Footprint(strategy, sum(best), rounded, scratch, compiled)
+    found = {p.name: _workspace(strategy, p, compiled, run.device) for p in parameters}
+    scratch = {name: one.transient for name, one in found.items()}
+    shapes = _grids({shape for one in found.values() for shape in one.grids}, compiled)
+    grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
+    return Footprint(strategy, sum(best), rounded, scratch, compiled, grids)
+
+
+def _grids(shapes: set[tuple[int, int]], compiled: bool) -> list[tuple[int, int]]:
+    """(rows, width) of the grids that an optimizer keeps, from those of eager steps."""
+    if compiled:  # rows have one length there, and chunks come in few sizes
+        shapes = {
+            (size // width, width)
+            for rows, long in shapes
+            for width in (long if rows > 1 else ROW,)
+            for _, _, size in compiled_spans(rows * long)
+        }
+    return sorted(shapes, key=sum)[-GRIDS:]
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -96,22 +122,22 @@ def _sizes(
     return [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, role).values()]
 
 
-def _scratch(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> int:
+def _workspace(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> Workspace:
     if compiled:
-        return _compiled_scratch(strategy, p.shape, p.dtype, p.role)
+        return _compiled(strategy, p.shape, p.dtype, p.role)
     if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
-        return _drawn_scratch(strategy, p.shape, p.dtype, p.role)
-    return count.workspace_bytes(strategy, p.shape, p.dtype, p.role, True)
+        return _drawn(strategy, p.shape, p.dtype, p.role)
+    return count.workspace(strategy, p.shape, p.dtype, p.role)
 
 
 @functools.lru_cache(maxsize=4096)
-def _drawn_scratch(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> int:
+def _drawn(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Workspace:
     with FakeTensorMode():
         return count.measure_workspace(strategy, shape, dtype, role, True, "cpu")
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled_scratch(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> int:
+def _compiled(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Workspace:
     drawn = patch.object(directions, "_kernel", lambda *args: lambda *tensors: None)
     with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn:
         return count.measure_workspace(strategy, shape, dtype, role, True)
@@ -142,18 +168,29 @@ class Peak:
         return sum(self.at_peak.values())
 
 
-def combine(trace: Trace, held: Footprint) -> Peak:
+def saving(trace: Trace, run: Run) -> Moment:
+    """What lives while a checkpoint is written: files are written from the tensors themselves.
+
+    On a CUDA device each is copied to the host for it, one after the other.
+    """
+    weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
+    library = -(-run.library // run.granularity) * run.granularity
+    return Moment(SAVE, dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "workspace": library}, -1)
+
+
+def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = MappingProxyType({})) -> Peak:
     """The peak of a step from the second on, when optimizer state exists.
 
     Args:
         trace: of the model.
         held: of the strategy.
+        beside: what happens between steps, by name.
     """
-    moments = {name: _with(m, held.held, 0) for name, m in trace.moments.items()}
+    moments = {name: _with(m, held, 0) for name, m in {**trace.moments, **beside}.items()}
     if STEP in trace.moments:
-        moments[STEP] = _with(trace.moments[STEP], held.held, held.worst)
+        moments[STEP] = _with(trace.moments[STEP], held, held.worst)
     scratch = {kind(name): size for name, size in held.scratch.items()}
-    steps = [_with(m, held.held, scratch.get(kind(name), 0)) for name, m in trace.releases.items()]
+    steps = [_with(m, held, scratch.get(kind(name), 0)) for name, m in trace.releases.items()]
     if steps:
         moments[RELEASE] = max(steps, key=lambda m: m.total)
     binding = max(moments, key=lambda name: moments[name].total)
@@ -161,8 +198,8 @@ def combine(trace: Trace, held: Footprint) -> Peak:
     return Peak(binding, {k: moments[binding].bytes.get(k, 0) for k in CATEGORIES}, totals)
 
 
-def _with(moment: Moment, state: int, workspace: int) -> Moment:
+def _with(moment: Moment, held: Footprint, scratch: int) -> Moment:
     more = dict(moment.bytes)
-    more["optimizer_state"] = more.get("optimizer_state", 0) + state
-    more["workspace"] = more.get("workspace", 0) + workspace
+    more["optimizer_state"] = more.get("optimizer_state", 0) + held.held
+    more["workspace"] = more.get("workspace", 0) + held.kept + scratch
     return Moment(moment.event, more, moment.at)

@@ -10,12 +10,23 @@ from typing import Any
 
 from torch import nn
 
+from lowmem.combinations import of_adapters
 from lowmem.errors import UserError, nearest
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
 from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
+from lowmem.models.peft_methods import adapter_config
 from lowmem.optim.strategy import Strategy
+
+NOT_PLANNED = {
+    "dpo": "holds two answers and a reference model",
+    "orpo": "holds two answers at once",
+    "kto": "holds answers with others' prompts, and a reference model",
+    "reward": "trains a head of another shape on two answers",
+    "grpo": "generates answers, with a cache that grows",
+}
+"""Tasks of `lowmem finetune` whose steps differ from those of supervised fine-tuning."""
 
 
 def model_config(model: Any) -> tuple[str, Any]:
@@ -54,8 +65,9 @@ def as_it_is(given: Given, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     own = given.options()
     asked = {name: value for name, value in options.items() if value is not None}
-    for name in ("lora_rank", "lora_targets", "adapter_dtype", "quantize", "kbit_prepare", "double_quant"):
-        if asked.get(name):
+    for f in fields(Run):
+        name = f.name
+        if f.metadata["group"] == "Adapters" and asked.get(name):
             raise UserError(
                 f"{name}: a model object is planned as it is; adapt or quantise it before, or give its name"
             )
@@ -104,8 +116,15 @@ def _check(run: Run) -> None:
         if least is not None and not least <= value < f.metadata["below"]:
             limits = f"at least {least} and below {int(f.metadata['below'])}"
             raise UserError(f"{f.name} must be {limits}, got {value}")
-    if run.quantize and not run.lora_rank:
-        raise UserError("quantize keeps the base weights frozen: give lora_rank as well")
+    if run.task != "sft":
+        why = NOT_PLANNED.get(run.task)
+        if why is None:
+            raise UserError(f"task {run.task!r} is not allowed; {nearest(run.task, ['sft', *NOT_PLANNED])}")
+        raise UserError(
+            f"task {run.task} is not planned: it {why}; measure a few steps instead, with "
+            f"`lowmem finetune --task {run.task} --steps 3`"
+        )
+    _check_adapters(run)
     if not run.quantize and (run.kbit_prepare or not run.double_quant):
         given = "kbit_prepare" if run.kbit_prepare else "double_quant"
         raise UserError(f"{given} is about 4-bit weights: give quantize='nf4' as well")
@@ -116,6 +135,18 @@ def _check(run: Run) -> None:
     if run.gradient_release and run.max_grad_norm > 0:
         # the norm of all gradients is never known under release: nothing is clipped together
         object.__setattr__(run, "max_grad_norm", 0.0)
+
+
+def _check_adapters(run: Run) -> None:
+    if run.quantize and not run.lora_rank:
+        raise UserError(
+            "quantize keeps the base weights frozen, and is planned under LoRA: give lora_rank as well"
+        )
+    settings = {f.name: getattr(run, f.name) for f in fields(run)} | {"lora_rank": run.lora_rank or None}
+    problems = of_adapters(settings)
+    if problems:
+        raise UserError("; ".join(problems))
+    adapter_config(run)
 
 
 def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Strategy]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lowmem.memory import advice
 from lowmem.memory import plan as planning
+from lowmem.memory.advice.levers import waterfall
 from lowmem.memory.footprint import Footprint, footprint
 from lowmem.memory.gather import longest
 from lowmem.memory.surface import Surface
@@ -27,7 +27,7 @@ def report_data(plan: Plan) -> dict[str, Any]:
     document = plan.to_dict()
     for entry, row, strategy in zip(document["plans"], plan.plans, plan.made, strict=True):
         entry.update(extras(plan, row, strategy))
-    document["waterfall"] = advice.waterfall(plan.config, plan.run, plan.made[0])
+    document["waterfall"] = waterfall(plan.config, plan.run, plan.made[0])
     document["grid"] = [_grid(plan, strategy) for strategy in plan.made[:MAPS]]
     document["assumptions"] = list(plan.assumptions)
     document["warnings"] = list(plan.warnings)

@@ -3,7 +3,7 @@
     plan(model, strategy, ...) -> Plan      one model, one run, one or many strategies
     Plan.to_dict()                          exactly the keys of `lowmem plan --json`
     pictures.report_data(plan)              the same, and what the pictures need, in the shapes `report` names
-    solve.largest("seq_len", ...)           the longest sequence, or the largest batch, that fits a budget
+    advice.solve.largest(...)               the longest sequence, or the largest batch, that fits a budget
 
 How: the real model takes one real training step without weights (`replica`), which gives the live bytes
 at every named event; the strategies' own code counts state and scratch (`footprint`); closed forms say the
@@ -22,22 +22,27 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lowmem.errors import UserError
-from lowmem.memory import advice, closed_form, gather, wording
-from lowmem.memory.advice import Lever
-from lowmem.memory.device.allocator import Verdict, simulate
+from lowmem.memory import closed_form, gather
+from lowmem.memory.advice import levers as advice
+from lowmem.memory.advice import wording
+from lowmem.memory.advice.levers import Lever
+from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict, simulate
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.device.gpus import budget as parse_budget
 from lowmem.memory.device.gpus import gpu as find_gpu
-from lowmem.memory.footprint import Footprint, Peak, combine, footprint
+from lowmem.memory.footprint import SAVE, Footprint, Peak, combine, footprint, saving
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
-from lowmem.memory.trace.extrapolate import remembered
+from lowmem.memory.trace.extrapolate import evaluated, remembered
 from lowmem.memory.trace.given import Given
-from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.replica import EVALUATION, Trace
+from lowmem.memory.trace.tracker import Moment
 from lowmem.memory.trace.windows import special
 from lowmem.optim.strategy import Strategy
 
 AGREEMENT = 0.1  # percent by which the two methods may differ
+TYPICAL = "step of a typical batch"
+WORDS = (None, FITS, RETRIES, OUT)  # best first
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class StrategyPlan:
         peak: allocated, reserved, device (None on a CPU, which has no caching allocator).
         event, events: the one that binds, and every event's bytes.
         certainty: of each row: exact, bound or estimate.
-        fits, verdict, headroom_bytes: at the budget; the verdict is fits, fits with retries or out of memory.
+        fits, verdict, headroom_bytes: at the budget; the verdict is fits, fits with retries (the allocator
+            hands memory back and asks again, which costs time: not counted as fitting) or out of memory.
         why: sentences. levers: the peak after each.
         max_seq_len, max_batch_size: where they were solved for.
         cross_check: closed form against trace, in percent; None where no form is known.
@@ -153,7 +159,7 @@ def plan(
         advise: whether to plan the levers as well (a second or two).
         **run_options: the fields of `Run`: batch_size=1, seq_len=2048, dtype="bfloat16", attention="sdpa",
             rows="full", gradient_checkpointing, gradient_release, accumulation, loss="plain", lora_rank,
-            quantize, autocast, max_grad_norm, device="cuda".
+            quantize, autocast, max_grad_norm, eval_batch_size, typical, device="cuda".
 
     Raises:
         UserError: an unknown name or option, or an architecture that cannot be planned, with the reason.
@@ -174,7 +180,7 @@ def plan(
         limit = parse_budget(budget, run.compute_capability)
     asked, run = run, gather.on_card(run, limit) if limit is not None else run
     rows = [row(config, run, one, limit, advise=advise) for one in made]
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].fits is False, rows[i].peak["allocated"]))
+    order = sorted(range(len(rows)), key=lambda i: (WORDS.index(rows[i].verdict), rows[i].peak["allocated"]))
     info = _info(name, config, run, made[0])
     plans = tuple(rows[i] for i in order)
     return Plan(
@@ -206,12 +212,14 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     run = suited(run, strategy)
     found = traced(config, run, strategy)
     held = footprint(strategy, found.parameters, run)
-    peak = combine(found, held)
+    step, peak = combine(found, held), combine(found, held, _beside(config, run, found))
     levers = advice.levers(config, run, held) if advise else ()
-    check = _cross_check(config, run, held, peak)
+    check = _cross_check(config, run, held, step)
     spared = advice.roles(strategy, found.parameters) if advise else []
     why = [*advice.sentences(peak, levers, run), *spared, *_agreement(check)]
     verdict = None if limit is None else simulated(found, held, limit.capacity)
+    if verdict is not None and limit is not None and peak.allocated > limit.capacity:
+        verdict = replace(verdict, fits=False)  # an evaluation is not among the steps
     room = None if limit is None or verdict is None else _headroom(limit, verdict, peak, found, held)
     return StrategyPlan(
         strategy=strategy.name or "custom",
@@ -220,15 +228,30 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
         at_peak=dict(peak.at_peak),
         peak=_sizes(found, held, peak, limit, run),
         event=peak.event,
-        events=dict(peak.events),
+        events={**peak.events, **_typical(config, run, held)},
         certainty=_certainty(run, held),
-        fits=None if verdict is None else verdict.fits,
+        fits=None if verdict is None else verdict.word == FITS,
         verdict=None if verdict is None else verdict.word,
         headroom_bytes=room,
         why=tuple(why),
         levers=levers,
         cross_check=check,
     )
+
+
+def _beside(config: Any, run: Run, found: Trace) -> dict[str, Moment]:
+    """What happens between steps: evaluations and saves."""
+    evaluation = run.evaluation
+    evaluations = {EVALUATION: evaluated(config, evaluation)} if evaluation is not None else {}
+    return {**evaluations, SAVE: saving(found, run)}
+
+
+def _typical(config: Any, run: Run, held: Footprint) -> dict[str, int]:
+    """The peak of a step over rows of the typical length, where one is known."""
+    if run.typical is None:
+        return {}
+    usual = replace(run, seq_len=min(run.typical, run.seq_len), typical=None)
+    return {TYPICAL: advice.quick_peak(config, usual, held).allocated}
 
 
 def simulated(found: Trace, held: Footprint, capacity: int | None) -> Verdict:
@@ -241,7 +264,8 @@ def simulated(found: Trace, held: Footprint, capacity: int | None) -> Verdict:
     if found.releases:
         name = max(found.releases, key=lambda n: found.releases[n].total + held.scratch.get(n, 0))
         scratch = [(found.releases[name].at, held.scratch.get(name, 0))]
-    return simulate(tracker.stream, tracker.sizes, start, held.tensors, scratch, capacity=capacity)
+    kept = (*held.tensors, *held.grids)
+    return simulate(tracker.stream, tracker.sizes, start, kept, scratch, capacity=capacity)
 
 
 def _sizes(
@@ -257,7 +281,7 @@ def _sizes(
 def _headroom(limit: Budget, verdict: Verdict, peak: Peak, found: Trace, held: Footprint) -> int:
     """Bytes to spare or missing: to the tensors where it fits, to what is reserved where it does not."""
     spare = limit.capacity - peak.allocated
-    if verdict.fits or spare < 0:
+    if verdict.word == FITS or spare < 0:
         return spare
     reserved = simulated(found, held, None).reserved
     return min(-1, limit.usable - limit.outside - reserved)
@@ -274,6 +298,9 @@ def _certainty(run: Run, held: Footprint) -> dict[str, str]:
         "activations": traced,
         "logits": "bound" if run.loss == "labels" and run.label_tokens is None else traced,
         "workspace": "estimate" if held.compiled else "bound",
+        "save": "exact",
+        **({EVALUATION: traced} if run.evaluation else {}),
+        **({TYPICAL: traced} if run.typical else {}),
         "allocated": traced,
         "reserved": "estimate",
         "device": "estimate",

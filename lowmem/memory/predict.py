@@ -12,6 +12,7 @@ from typing import Any
 from lowmem.config import RunConfig
 from lowmem.errors import UserError
 
+ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "adapter", "adapter_args")
 Prediction = tuple[dict[str, Any] | None, list[str]]
 
 
@@ -56,9 +57,12 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "dtype": config.dtype,
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_release": config.gradient_release,
+        "eval_batch_size": 0,  # what is measured is one step
         "accumulation": config.accumulation,
         "lora_rank": config.lora_rank or 0,
+        **{name: getattr(config, name) for name in ADAPTERS},
         "quantize": config.quantize,
+        "task": config.task,
         "max_grad_norm": config.max_grad_norm if config.clip in ("auto", "global") else 0.0,
         "device": measured.get("device", "cpu"),
         "compute_capability": _capability(measured.get("device", "cpu")),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lowmem.memory.device import gpus
-
-if TYPE_CHECKING:
-    import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -51,10 +48,24 @@ class Run:
         "plain", "the Trainer's, logits at labels only, or chunked", choices=("plain", "labels", "chunked")
     )
     label_tokens: int | None = _option(None, "label positions of a micro-batch; all if not given", least=1)
+    eval_batch_size: int | None = _option(
+        None, "rows per evaluation batch; batch_size if not given, 0 for none", least=0, below=2**20
+    )
+    typical: int | None = _option(
+        None, "tokens of a typical row, where seq_len is the longest: its step is a row of its own", least=2
+    )
     keep_output: bool = _option(False, "the loop keeps the logits through backward; the Trainer does not")
     max_grad_norm: float = _option(1.0, "clip gradients together; 0 does not", least=0.0)
     lora_rank: int = _option(0, "train adapters of this rank", least=0, below=2**16, group="Adapters")
+    lora_alpha: float | None = _option(
+        None, "scale of LoRA; twice the rank when not given", least=0, group="Adapters"
+    )
+    lora_dropout: float = _option(
+        0.0, "share of the adapters' inputs left out", least=0, below=1, group="Adapters"
+    )
     lora_targets: str = _option("all-linear", "modules that get adapters, with commas", group="Adapters")
+    adapter: str | None = _option(None, "another method of PEFT by its name", group="Adapters")
+    adapter_args: str = _option("", "options of PEFT's method, as in use_dora=true", group="Adapters")
     adapter_dtype: str | None = _option(
         None, "dtype of the adapters, if not TRL's choice", choices=DTYPES, group="Adapters"
     )
@@ -65,6 +76,7 @@ class Run:
     kbit_prepare: bool = _option(
         False, "peft's prepare_model_for_kbit_training: fp32 where nothing is packed", group="Adapters"
     )
+    task: str = _option("sft", "what is learned; sft is planned, the others are not yet")
     compile: str = _option(
         "auto", "compile the optimizer's step", choices=("auto", "on", "off"), group="Device"
     )
@@ -85,13 +97,23 @@ class Run:
         return self.batch_size * self.seq_len
 
     @property
-    def adapter(self) -> torch.dtype:
-        """Dtype of the adapters."""
-        import torch
+    def evaluation(self) -> Run | None:
+        """The run with the batch of an evaluation; None where nothing is evaluated."""
+        rows = self.batch_size if self.eval_batch_size is None else self.eval_batch_size
+        if not rows:
+            return None
+        labels = self.label_tokens and -(-self.label_tokens * rows // self.batch_size)
+        return replace(self, batch_size=rows, label_tokens=labels)
 
-        name = self.adapter_dtype or ("bfloat16" if self.quantize else "float32")
-        found: torch.dtype = getattr(torch, name)
-        return found
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained and the model's own weights stay."""
+        return bool(self.lora_rank or self.adapter)
+
+    @property
+    def dtype_of_adapters(self) -> str:
+        """Dtype of the adapters, by name."""
+        return self.adapter_dtype or ("bfloat16" if self.quantize else "float32")
 
     @property
     def is_old(self) -> bool:

@@ -105,7 +105,7 @@ def _evaluate(fit: _Fit, name: str, x: Sequence[float]) -> Moment:
 
 def formula(config: Any, run: Run, held: Footprint) -> tuple[str, int]:
     """Binding event and peak by closed form, the strategy's bytes included."""
-    totals = {name: size + held.held for name, size in closed_form.events(config, run).items()}
+    totals = {name: size + held.held + held.kept for name, size in closed_form.events(config, run).items()}
     for name in totals:  # a released tensor steps inside the layers' backward
         if name == STEP or (run.gradient_release and name.startswith(("first", "last"))):
             totals[name] += held.worst

@@ -251,7 +251,7 @@ def parameter_count(model: torch.nn.Module) -> int:
 
 def trainable_count(model: torch.nn.Module) -> int:
     """Number of parameters that are trained; tied weights count once."""
-    from lowmem.optim.tensors.resting import trains
+    from lowmem.optim.tensors.marks import trains
 
     return sum(p.numel() for p in model.parameters() if trains(p))
 

@@ -209,7 +209,8 @@ class Direction:
         decay: 0-D fp32 tensor, likewise.
         ok: 0-D bool; False leaves the weight as it is. None for True.
         commit: what is left to do once the weight is written; it may still read D.
-        then: a pointwise rule that turns D into the step while it is written, and its state.
+        then: a pointwise rule that turns D into the step while it is written, and its state; the frame
+            moves its age.
     """
 
     blocks: Blocks

@@ -45,6 +45,7 @@ class AnyRule:
         period: steps between steps that take longer or hold more; 0 for none.
         partial: some of the elements alone are stepped, and decay.
         keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
+        own_decay: weight decay goes with the length of the step that the rule takes, not by lr alone.
     """
 
     idle: ClassVar[bool] = False
@@ -77,6 +78,11 @@ class AnyRule:
     @property
     def keeps_sum(self) -> bool:
         """The whole gradient is needed."""
+        return False
+
+    @property
+    def own_decay(self) -> bool:
+        """Decay is decoupled."""
         return False
 
     def scratch(self, shape: tuple[int, int]) -> int:

@@ -30,15 +30,18 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.blocks import BLOCK
 from lowmem.optim.changes import Change, Permutation, Rotation
 from lowmem.optim.codecs.blockwise import STATES, Codec, codec
 from lowmem.optim.codecs.blockwise import Dense as Uncoded
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.ages import numbers_of
-from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.engine.cutting import LADDER
+from lowmem.optim.held import permute_, rotate_, tables
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.state import Constants, State, part, prefixed
+
+FEW = 4
+"""More moments than this are taken in smaller chunks."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,12 @@ class Beside:
     Args:
         numbers: what `Elementwise.numbers` gave for this age, then what is `given`; 0-D fp32 each, or
             (rows, width) where columns have ages of their own.
+        lr: of this step, 0-D, for moments in units of the weight; a direction may not depend on it.
         weight: the weight in fp32, (rows, width), for a rule that declares `reads_weight`.
     """
 
     numbers: tuple[Tensor, ...]
+    lr: Tensor
     weight: Tensor | None = None
 
 
@@ -132,6 +137,11 @@ class Elementwise:
     def rotated(self, m: Mapping[str, Tensor], turn: Rotation, age: Tensor, hp: Hyper) -> dict[str, Tensor]:
         """The moments after a change of basis; by default C m, which is right for linear averages alone."""
         return {name: turn(m[name]) for name in self.moments}
+
+    def turns(self) -> bool:
+        """Whether `rotated` is right for all moments."""
+        own = type(self).rotated is not Elementwise.rotated
+        return own or all(moment.signed for moment in self.moments.values())
 
 
 def pooled(x: Tensor, each: int) -> Tensor:
@@ -210,6 +220,11 @@ class Coded(Pointwise):
         return self.rule.uses
 
     @property
+    def chunk(self) -> int:
+        """Fewer elements where there are many moments."""
+        return LADDER[0] if len(self.codecs) <= FEW else LADDER[1]
+
+    @property
     def compilable(self) -> bool:
         """That of the rule."""
         return self.rule.compilable
@@ -272,7 +287,7 @@ class Coded(Pointwise):
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Decode, move, guard, step, encode."""
-        x = Beside(self._numbers(s, hp), hp.weight)
+        x = Beside(self._numbers(s, hp), hp.lr, hp.weight)
         old = Moments({name: held.decode(part(s, name), s) for name, _, held in self._pairs()})
         new = self._moved(g, old, x, hp)
         d = self.rule.direction(g, new, old, x)
@@ -292,15 +307,15 @@ class Coded(Pointwise):
         moved = self.rule.move(g, old, x)
         for name, moment, _ in self._pairs():
             # what blocks share counts an element that is not finite as zero
-            guard = hp.keep if moment.each == 1 else hp.keep_whole
-            moved[name] = guard(moved[name], old[name])
+            moved[name] = (hp.keep if moment.each == 1 else hp.keep_whole)(moved[name], old[name])
         return Moments(moved)
 
     def _held(self, new: Moments, s: State, hp: ChunkHyper) -> State:
-        state: State = {}
-        for name, _, held in self._pairs():
-            state |= prefixed(name, held.encode(new[name], hp, s, new.known_root(name)))
-        return state
+        return {
+            key: codes
+            for name, _, held in self._pairs()
+            for key, codes in prefixed(name, held.encode(new[name], hp, s, new.known_root(name))).items()
+        }
 
     def check_rebase(self, kind: str) -> None:
         """Rotating needs whole moments, and a rule that says how those without a sign turn."""
@@ -314,8 +329,7 @@ class Coded(Pointwise):
             raise UserError(
                 "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
             )
-        own = type(self.rule).rotated is not Elementwise.rotated
-        if not own and any(not moment.signed for moment in self.rule.moments.values()):
+        if not self.rule.turns():
             raise UserError(
                 f"on_refresh='rotate' is not defined for the moments of {name}; take 'keep' or 'reset'"
             )
@@ -323,26 +337,8 @@ class Coded(Pointwise):
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
         """Forget, permute or rotate."""
         if isinstance(change, Rotation):
-            self._rotate_(s, change, shape, hp)
+            rotate_(s, self.rule.moments, self.rule.rotated, change, shape, hp)
         elif isinstance(change, Permutation):
-            self._permute_(s, change, shape, hp)
+            permute_(s, {name: held for name, _, held in self._pairs()}, change, shape, hp)
         else:
             super().rebase_(s, change, shape, hp)
-
-    def _rotate_(self, s: State, turn: Rotation, shape: tuple[int, int], hp: Hyper) -> None:
-        """Strip by strip, so that what is made of a strip stays small."""
-        axis, age = 1 - turn.axis, s.get("age", turn.ok)
-        width = max(1, BLOCK // shape[1 - axis])
-        for start in range(0, shape[axis] if self.rule.moments else 0, width):
-            length = min(width, shape[axis] - start)
-            strip = {name: s[name].narrow(axis, start, length) for name in self.rule.moments}
-            for name, value in self.rule.rotated(strip, turn, age, hp).items():
-                strip[name].copy_(value)
-
-    def _permute_(self, s: State, change: Permutation, shape: tuple[int, int], hp: Hyper) -> None:
-        """Coordinates take their moments and their ages along; new ones begin at zero, with age 0."""
-        for name, _, held in self._pairs():
-            HeldMoment(held, part(s, name), s, shape, hp).permute_(change.index, change.axis, change.ok)
-        if "age" in s:
-            age = s["age"][change.index.clamp(min=0)]
-            s["age"].copy_(torch.where(change.index >= 0, age, 0))

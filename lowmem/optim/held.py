@@ -8,17 +8,18 @@ by blocks like a gradient, and moves it by blocks: decode, move, encode.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import BLOCK, Blocks
+from lowmem.optim.changes import Permutation, Rotation
 from lowmem.optim.codecs.blockwise import Codec
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import pad, pieces, walk
 from lowmem.optim.hyper import ChunkHyper, Hyper
-from lowmem.optim.state import Constant, Constants, State
+from lowmem.optim.state import Constant, Constants, State, part
 
 
 def tables(codec: Codec) -> Constants:
@@ -140,3 +141,39 @@ class HeldMoment(Blocks):
         keys = noise.key_tensor([(hp.seed, hp.step, hp.name, s, start >> 32) for s in streams], device)
         place = noise.positions(start, size if streams else 0, device)
         return ChunkHyper(rates, rates[0], rates[1], true, true, place, keys, streams)
+
+
+def rotate_(
+    s: State, names: Collection[str], rotated: Callable[..., Mapping[str, Tensor]], turn: Rotation,
+    shape: tuple[int, int], hp: Hyper,
+) -> None:  # fmt: skip
+    """Turn moments that are held in fp32, strip by strip, so that what is made of a strip stays small.
+
+    Args:
+        s: the state; names: of the moments.
+        rotated: (moments, turn, age, hp) to the moments as they are afterwards.
+        turn: the change; shape: of a moment; hp: of this step.
+    """
+    axis, age = 1 - turn.axis, s.get("age", turn.ok)
+    width = max(1, BLOCK // shape[1 - axis])
+    for start in range(0, shape[axis] if names else 0, width):
+        length = min(width, shape[axis] - start)
+        strip = {name: s[name].narrow(axis, start, length) for name in names}
+        for name, value in rotated(strip, turn, age, hp).items():
+            strip[name].copy_(value)
+
+
+def permute_(
+    s: State, codecs: Mapping[str, Codec], change: Permutation, shape: tuple[int, int], hp: Hyper
+) -> None:
+    """Coordinates take their moments and their ages along; new ones begin at zero, with age 0.
+
+    Args:
+        s: the state; codecs: of the moments, by name.
+        change: which goes where; shape: of a moment; hp: of this step.
+    """
+    for name, held in codecs.items():
+        HeldMoment(held, part(s, name), s, shape, hp).permute_(change.index, change.axis, change.ok)
+    if "age" in s:
+        age = s["age"][change.index.clamp(min=0)]
+        s["age"].copy_(torch.where(change.index >= 0, age, 0))

@@ -31,7 +31,8 @@ from lowmem.optim.state import State, held_bytes, made
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
-from lowmem.optim.tensors.resting import arrange_, decide_, mark_, observe_, rests, trains
+from lowmem.optim.tensors.marks import mark_, rests, trains
+from lowmem.optim.tensors.resting import arrange_, observe_, turn_
 from lowmem.optim.tensors.saved import Loading
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
 
@@ -312,9 +313,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
-        if self.strategy.schedule.switches(self.param_groups[0]["step"]):
-            decide_(self.strategy.schedule, self.roster, self.state)
-            arrange_(self.roster, self.strategy.rules)
+        turn_(self.strategy, self.roster, self.state)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

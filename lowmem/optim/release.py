@@ -28,7 +28,7 @@ from lowmem.optim.blocks import Blocks, Dense, Projected
 from lowmem.optim.contract import AnyRule, Rule
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.tensors.resting import awake, trains
+from lowmem.optim.tensors.marks import awake, trains
 
 CLIP = ("none", "tensor", "previous")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
+from lowmem.optim.tensors.marks import trains
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -37,15 +38,26 @@ class Query:
     compile: bool = False
 
 
+def trainable(model: nn.Module) -> Named:
+    """Names and parameters that are trained, now or in turn, in the order of the model, tied ones once."""
+    return [(name, p) for name, p in model.named_parameters() if trains(p)]
+
+
 class Source(Protocol):
     """Where gradients come from; a frozen dataclass.
 
     Attributes:
         needs_autograd: whether a graph is recorded; without it no activation is saved.
+        quantized: whether it trains the scales of quantized weights instead of a model's parameters.
     """
 
     @property
     def needs_autograd(self) -> bool: ...
+    @property
+    def quantized(self) -> bool: ...
+
+    def trained(self, model: nn.Module) -> Named:
+        """What it has to train: parameters that require gradients, or other tensors; tied ones once."""
 
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query

@@ -111,6 +111,11 @@ class Subspace(Rule):
         return self.inner.uses
 
     @property
+    def own_decay(self) -> bool:
+        """That of the inner rule."""
+        return self.inner.own_decay
+
+    @property
     def period(self) -> int:
         """That of the projector."""
         return self.projector.period

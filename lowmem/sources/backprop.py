@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.source import Named, Query
+from lowmem.optim.source import Named, Query, trainable
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class Backprop:
     """`loss.backward()`; the evidence is `p.grad`."""
 
     needs_autograd: bool = True
+    quantized: bool = False
+
+    def trained(self, model: nn.Module) -> Named:
+        """Parameters that require gradients."""
+        return trainable(model)
 
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query

@@ -3,8 +3,8 @@
 Element i of a parameter's part of a direction is a hash of i under keys mixed
 from (seed, step, evaluation, parameter's name): both probes and the update draw
 the same numbers, whatever is drawn before them, in what pieces and where.
-Signs have the smaller variance and are three times cheaper; Gaussian numbers are
-the paper's. Pieces are whole cells of some elements, so that a logarithm takes
+Signs have the smaller variance and are far cheaper, 32 of them to a word; Gaussian
+numbers are the paper's. Pieces are whole cells of some elements, so that a logarithm takes
 the same path through the code whatever the cutting.
 
 A displaced weight w + eps z is rounded at random with the right mean: near 1 the
@@ -62,7 +62,7 @@ def pieces(start: int, stop: int, device: torch.device, *, fixed: bool) -> Itera
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction z.
+    """One direction z, each of its elements independent of the others.
 
     Args:
         noise: rademacher or gaussian.
@@ -74,20 +74,24 @@ class Direction:
     name: tuple[int, ...]
     compile: bool = False
 
-    def draw(self, parameter: str, start: int, stop: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    def pen(self, parameter: str, like: Tensor, scale: float = 1.0) -> Pen:
+        """What writes scale z for a parameter.
+
+        Args:
+            parameter: its name.
+            like: the weight, not displaced; structured directions look at its shape or its values.
+            scale: factor of z.
+        """
+        return Pen(self, parameter, like, scale)
+
+    def draw(self, parameter: str, like: Tensor, start: int, stop: int, scale: float = 1.0) -> Tensor:
         """Elements start..stop of scale z for a parameter, flat fp32."""
-        cells = list(pieces(start, stop, device, fixed=self.compile))
-        first = cells[0][0] if cells else start
-        out = torch.empty(sum(size for _, size in cells), device=device)
-        pen = _Pen(self, parameter, device, scale)
-        for at, size in cells:
-            pen.fill(out[at - first : at - first + size], None, at)
-        return out[start - first : stop - first]
+        return self.pen(parameter, like, scale).draw(start, stop)
 
     def displaced(self, parameter: str, w: Tensor, distance: float) -> Tensor:
-        """A copy w + distance z of a weight in its own dtype and layout."""
+        """A copy of a weight, distance along z, in its own dtype and layout."""
         out = torch.empty_like(w)
-        pen = _Pen(self, parameter, w.device, distance)
+        pen = self.pen(parameter, w, distance)
         for at, size in pieces(0, w.numel(), w.device, fixed=self.compile):
             length = min(size, w.numel() - at)
             old = read_flat(w, at, length)
@@ -100,15 +104,31 @@ class Direction:
         return out
 
 
-class _Pen:
-    """Writes pieces of scale z for one parameter."""
+class Pen:
+    """Writes pieces of scale z for one parameter.
 
-    def __init__(self, z: Direction, parameter: str, device: torch.device, scale: float) -> None:
-        self.noise, self.device = z.noise, device
-        self.live = z.compile and device.type != "meta"
+    Args:
+        z: the direction; parameter: its name; like: the weight, not displaced; scale: factor of z.
+    """
+
+    def __init__(self, z: Direction, parameter: str, like: Tensor, scale: float) -> None:
+        self.noise, self.device, self.compile = z.noise, like.device, z.compile
         self.name: tuple[int | str, ...] = ("direction", *z.name, parameter)
-        self.factor = torch.full((), scale, dtype=torch.float32, device=device)
+        self.factor = torch.full((), scale, dtype=torch.float32, device=self.device)
         self._keys: dict[int, Tensor] = {}
+
+    def draw(self, start: int, stop: int) -> Tensor:
+        """Elements start..stop, flat fp32, new memory at each call."""
+        cells = list(pieces(start, stop, self.device, fixed=self.compile))
+        first = cells[0][0] if cells else start
+        out = torch.empty(sum(size for _, size in cells), device=self.device)
+        for at, size in cells:
+            self.fill(out[at - first : at - first + size], None, at)
+        return out[start - first : stop - first]
+
+    def gradient(self, start: int, stop: int) -> Tensor:
+        """What elements start..stop are stepped by: scale z itself."""
+        return self.draw(start, stop)
 
     def keys(self, at: int) -> Tensor:
         """Those of z and of the rounding; the upper half of a 64-bit index is part of the name."""
@@ -120,23 +140,51 @@ class _Pen:
 
     def fill(self, out: Tensor, w: Tensor | None, at: int) -> None:
         """Write scale z, or w + scale z; the first element has the index `at`."""
-        low = at & 0xFFFFFFFF
-        signed = low - (1 << 32) if low >= 1 << 31 else low
-        position = torch.full((), signed, dtype=torch.int32, device=self.device)
-        run = _kernel(self.noise, None if w is None else w.dtype, out.numel(), self.device, self.live)
+        position = torch.full((), wrapped(at), dtype=torch.int32, device=self.device)
+        live = self.compile and self.device.type != "meta"
+        run = _kernel(self.noise, None if w is None else w.dtype, out.numel(), self.device, live)
         run(out, w, position, self.keys(at), self.factor)
 
 
-def _body(kind: str, half: bool) -> Kernel:
-    def run(out: Tensor, w: Tensor | None, position: Tensor, keys: Tensor, factor: Tensor) -> None:
+def wrapped(index: int) -> int:
+    """The lower 32 bits of an index, as int32 has them."""
+    low = index & 0xFFFFFFFF
+    return low - (1 << 32) if low >= 1 << 31 else low
+
+
+def numbers(kind: str, position: Tensor, size: int, keys: Tensor) -> Tensor:
+    """Noise of `size` elements, flat fp32.
+
+    Args:
+        kind: rademacher (32 signs to a word, so the size and the position are multiples of 32) or gaussian.
+        position: 0-D int32, index of the first element; keys: (2 or more, 2) int32.
+    """
+    device = position.device
+    if kind == "gaussian":
+        index = torch.arange(size, dtype=torch.int32, device=device) + position
+        return noise.normal(index, keys[0], keys[1])
+    first = (position >> 5) & 0x7FFFFFF
+    words = noise.bits(torch.arange(size >> 5, dtype=torch.int32, device=device) + first, keys[0])
+    places = torch.arange(32, dtype=torch.int32, device=device)
+    return (2 * ((words.unsqueeze(1) >> places) & 1) - 1).view(-1).float()
+
+
+def displace(out: Tensor, w: Tensor, shift: Tensor, position: Tensor, key: Tensor) -> None:
+    """Write w + shift, a 16-bit result rounded at random under the key."""
+    x = w.to(torch.promote_types(w.dtype, torch.float32)) + shift
+    if out.dtype in HALF:
         index = torch.arange(out.shape[0], dtype=torch.int32, device=out.device) + position
-        z = noise.signs(index, keys[0]) if kind == "rademacher" else noise.normal(index, keys[0], keys[1])
-        x = z * factor
-        if w is not None:
-            x = w.to(torch.promote_types(w.dtype, torch.float32)) + x
-        if half:
-            x = noise.round_stochastic(x, out.dtype, noise.bits(index, keys[2]))
-        out.copy_(x)
+        x = noise.round_stochastic(x, out.dtype, noise.bits(index, key))
+    out.copy_(x)
+
+
+def _body(kind: str) -> Kernel:
+    def run(out: Tensor, w: Tensor | None, position: Tensor, keys: Tensor, factor: Tensor) -> None:
+        x = numbers(kind, position, out.shape[0], keys) * factor
+        if w is None:
+            out.copy_(x)
+        else:
+            displace(out, w, x, position, keys[2])
 
     return run
 
@@ -144,7 +192,7 @@ def _body(kind: str, half: bool) -> Kernel:
 @functools.lru_cache(maxsize=256)
 def _kernel(kind: str, dtype: torch.dtype | None, size: int, device: torch.device, live: bool) -> Kernel:
     """What fills one piece; compiled for exactly these arguments."""
-    body = _body(kind, dtype in HALF)
+    body = _body(kind)
     if not live:
         return body
     log.info("compiling what draws %s noise for %d elements", kind, size)

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from lowmem.optim.source import Named
+from lowmem.sources.quantized import owned
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +105,24 @@ class Prober:
                 return loss
             held |= caught
 
+    @property
+    def known(self) -> bool:
+        """Whether all reads of these weights have been watched before."""
+        found = _KNOWN.get(self.model) if self.model is not None else None
+        return found is not None and found.names == frozenset(self.names.values())
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Weights that are read past their owners, as far as that is known."""
+        found = _KNOWN.get(self.model) if self.model is not None else None
+        return found.held if found is not None else frozenset(self.names.values())
+
     def _silent(self) -> frozenset[Slot]:
         return frozenset((id(module), name) for module, name, _ in self.slots if id(module) not in self._ran)
 
     def _evaluate(self, loss_fn: Callable[[], Tensor], shift: Shift, held: frozenset[str]) -> Tensor:
         self._shift, self._ran = shift, set()
-        with self._hooked(), self._watch or nullcontext():
+        with self.hooked(self._enter, self._leave), self._watch or nullcontext():
             try:
                 for name, p in self.params:
                     if name in held:
@@ -119,13 +132,14 @@ class Prober:
                 self._restore()
 
     @contextmanager
-    def _hooked(self) -> Iterator[None]:
+    def hooked(self, enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+        """Call these before and after each owner of a parameter runs, the second one also when it raises."""
         owners = {id(module): module for module, _, _ in self.slots}
         handles: list[Any] = []
         try:
             for module in owners.values():
-                handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+                handles.append(module.register_forward_pre_hook(enter, prepend=True))
+                handles.append(module.register_forward_hook(leave, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -133,13 +147,13 @@ class Prober:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._ran.add(id(module))
-        for p in module._parameters.values():
-            if p is not None and id(p) in self.names:
+        for p in owned(module).values():
+            if id(p) in self.names:
                 self._displace(p)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        for p in module._parameters.values():
-            if p is not None and self._depth[id(p)]:
+        for p in owned(module).values():
+            if self._depth[id(p)]:
                 self._depth[id(p)] -= 1
                 if not self._depth[id(p)]:
                     self._put_back(id(p))
@@ -225,8 +239,8 @@ def _slots(model: nn.Module | None, names: Mapping[int, str]) -> list[tuple[nn.M
     return [
         (module, own, names[id(p)])
         for module in modules
-        for own, p in module._parameters.items()
-        if p is not None and id(p) in names
+        for own, p in owned(module).items()
+        if id(p) in names
     ]
 
 

@@ -1,4 +1,4 @@
-"""Gradients from two values of the loss (SPSA; MeZO, arXiv 2305.17333).
+"""Gradients from values of the loss alone (SPSA; MeZO, arXiv 2305.17333).
 
     c = (L(w + eps z) - L(w - eps z)) / (2 eps),    G = c z,    E G = grad L + O(eps^2)
 
@@ -11,9 +11,11 @@ loss by the number of parts.
 The probes see the same batch in eval mode, without dropout. The loss must be
 fp32: the two values differ by 2 eps c, which is below the spacing of 16-bit
 numbers near 1. Where one of them is not finite the gradient is NaN, so that the
-frame leaves every weight and counts it.
+frame leaves every weight and counts it. Where several processes share a batch
+they exchange the values of the loss, and nothing else.
 
-Memory: one module's displaced copies at a time and a piece of noise.
+Memory: one module's displaced copies at a time and a piece of noise; as many
+copies as there are directions `at_once`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -33,8 +35,12 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.source import Named, Query
 from lowmem.optim.writers import HALF
+from lowmem.sources.batched import evaluate_at_once
 from lowmem.sources.directions import Direction
-from lowmem.sources.probe import Prober
+from lowmem.sources.estimators import Estimator, TwoSided
+from lowmem.sources.probe import Prober, Shift
+from lowmem.sources.replicas import mean
+from lowmem.sources.structures import Free, Structure
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +59,19 @@ Evidence = tuple[Slope, ...]
 
 @dataclass(frozen=True)
 class SPSA:
-    """Two-sided differences along random directions.
+    """Differences of the loss along random directions.
 
     Args:
         eps: radius of the perturbation, for each unit of noise.
         noise: gaussian, or rademacher (signs).
-        queries: directions of one evaluation, averaged; each takes two forward passes.
+        queries: directions of one evaluation, averaged.
+        estimator: which points are evaluated, and what is made of the values.
+        clip: a slope ends at plus and minus this; 0 for never. It bounds a step, and biases its length.
+        at_once: points that one forward pass evaluates, each with its own displaced weights.
+        structure: which directions are drawn.
 
     Raises:
-        UserError: a radius or number of queries that is not positive, or unknown noise.
+        UserError: a number outside its range, or unknown noise.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -77,22 +87,37 @@ class SPSA:
     eps: float = 1e-3
     noise: str = "gaussian"
     queries: int = 1
+    estimator: Estimator = field(default_factory=TwoSided)
+    clip: float = 0.0
+    at_once: int = 1
+    structure: Structure = field(default_factory=Free)
     needs_autograd: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.eps < math.inf:
             raise UserError(f"eps_perturb is the radius of a perturbation, above 0 (1e-3), got {self.eps}")
-        if self.queries < 1:
-            raise UserError(
-                f"queries is the number of directions in each step, at least 1, got {self.queries}"
-            )
+        for name in ("queries", "at_once"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is a number of directions, at least 1, got {getattr(self, name)}")
         if self.noise not in NOISES:
             raise UserError(f"noise is {' or '.join(NOISES)}, got {self.noise!r}")
+        if not 0.0 <= self.clip < math.inf:
+            raise UserError(f"clip_slope bounds a slope, above 0, or is 0 for no bound; got {self.clip}")
+        self.estimator.check(self.queries)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is scales of quantized weights that the structure finds."""
+        return self.structure.quantized
+
+    def trained(self, model: nn.Module) -> Named:
+        """Parameters that require gradients, or what the structure finds."""
+        return self.structure.trained(model)
 
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query
     ) -> tuple[Tensor, Evidence]:
-        """Evaluate the loss on both sides, along each direction.
+        """Evaluate the loss on the sides of each direction that the estimator asks for.
 
         Args:
             params: names and trainable parameters; a tied one has one name and one z.
@@ -102,22 +127,36 @@ class SPSA:
             query: names the directions.
 
         Returns:
-            The mean of the values, fp32, and the slopes.
+            The loss at the weights where it was evaluated, else the mean of the values, and the slopes.
 
         Raises:
-            UserError: a compiled model, or a loss that is not a scalar.
+            UserError: a compiled model, a loss that is not a scalar, or a model that cannot evaluate
+                several points at once.
         """
         _refuse_compiled(model)
-        prober, slopes, values = Prober(params, model), [], []
+        directions = [self.structure.direction(self.noise, query, k) for k in range(self.queries)]
+        points = [_shift(z, side * self.eps) for z in directions for side in self.estimator.sides]
         with torch.no_grad(), _evaluating(model):
-            for k in range(self.queries):
-                z = Direction(self.noise, (query.seed, query.step, query.index, k), query.compile)
-                plus, minus = (
-                    _checked(prober(loss_fn, _shift(z, distance))) for distance in (self.eps, -self.eps)
-                )
-                slopes.append(Slope((_value(plus) - _value(minus)) / (2 * self.eps) / self.queries, z))
-                values += [plus.float(), minus.float()]
-        return torch.stack(values).mean(), tuple(slopes)
+            base = [_checked(loss_fn())] if self.estimator.base else []
+            probed = self._probe(Prober(params, model), loss_fn, points)
+            losses = mean(torch.stack([x.double() for x in (*base, *probed)]))
+        slopes = self._slopes(_values(losses))
+        told = losses[0] if base else losses.mean()
+        return told.float(), tuple(map(Slope, slopes, directions))
+
+    def _probe(self, prober: Prober, loss_fn: Callable[[], Tensor], points: list[Shift]) -> list[Tensor]:
+        """The loss at each point; the first one alone where it is not known how weights are read."""
+        alone = len(points) if self.at_once == 1 else 1 - prober.known
+        found = [_checked(prober(loss_fn, shift)) for shift in points[:alone]]
+        for i in range(alone, len(points), self.at_once):
+            found += evaluate_at_once(prober, loss_fn, points[i : i + self.at_once])
+        return found
+
+    def _slopes(self, values: list[float]) -> list[float]:
+        first, sides = int(self.estimator.base), len(self.estimator.sides)
+        pairs = [values[i : i + sides] for i in range(first, len(values), sides)]
+        slopes = self.estimator.slopes(values[0] if first else math.nan, pairs, self.eps)
+        return [_bounded(c, self.clip) / self.queries for c in slopes]
 
     def gradients(self, params: Named, evidence: Sequence[Evidence]) -> Iterator[tuple[nn.Parameter, Blocks]]:
         """The estimate for each trainable parameter, none of it held."""
@@ -125,6 +164,7 @@ class SPSA:
         for name, p in params:
             if slopes and p.requires_grad:
                 yield p, Estimate(name, p, slopes)
+                self.structure.settle_(p)
 
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """None."""
@@ -157,7 +197,7 @@ class Estimate(Blocks):
 
     def __init__(self, name: str, p: Tensor, slopes: Sequence[Slope]) -> None:
         super().__init__(matrix_shape(p.shape), None, p.device)
-        self.name, self.slopes = name, slopes
+        self.pens = [z.pen(name, p.detach(), c) for c, z in slopes]
         self.finite = all(math.isfinite(slope.c) for slope in slopes)
 
     def chunk(self, start: int, stop: int) -> Tensor:
@@ -165,8 +205,8 @@ class Estimate(Blocks):
         if not self.finite:
             return torch.full((stop - start,), math.nan, device=self.device)
         total: Tensor | None = None
-        for c, z in self.slopes:
-            part = z.draw(self.name, start, stop, self.device, c)
+        for pen in self.pens:
+            part = pen.gradient(start, stop)
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
@@ -187,7 +227,7 @@ def _refuse_compiled(model: nn.Module | None) -> None:
             )
 
 
-def _shift(z: Direction, distance: float) -> Callable[[str, Tensor], Tensor]:
+def _shift(z: Direction, distance: float) -> Shift:
     return lambda name, w: z.displaced(name, w, distance)
 
 
@@ -201,9 +241,15 @@ def _checked(loss: Tensor) -> Tensor:
     return loss.detach().reshape(())
 
 
-def _value(loss: Tensor) -> float:
-    """As a Python float; 0 where tensors have no values, so that a probe can be planned."""
-    return 0.0 if loss.device.type == "meta" or isinstance(loss, FakeTensor) else float(loss)
+def _values(losses: Tensor) -> list[float]:
+    """As Python floats; 0 where tensors have no values, so that a probe can be planned."""
+    if losses.device.type == "meta" or isinstance(losses, FakeTensor):
+        return [0.0] * losses.numel()
+    return [float(x) for x in losses.tolist()]
+
+
+def _bounded(c: float, clip: float) -> float:
+    return max(-clip, min(clip, c)) if clip and not math.isnan(c) else c
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lowmem.optim.codecs.blockwise import STATES, codec
 from lowmem.optim.contract import AnyRule, is_pointwise
 from lowmem.optim.elementwise import Elementwise, coded
 from lowmem.optim.modifiers.modified import modified
+from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.strategy import Plain, Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.strategies.method import AXES, NONE, ROLES, Method
@@ -41,6 +42,8 @@ T = TypeVar("T")
 At = tuple[str, str]
 """A seat's name and an option's; the frame is the seat ""."""
 States = str | Mapping[str, str]
+HOLDERS = ("rule", "modifier")
+"""Kinds that may hold moments."""
 
 
 @dataclass
@@ -140,7 +143,9 @@ class Composition:
                 f"residual={words['residual']} has nothing to step by where everything is seen; choose "
                 f"a projector or schedule=blocks, or take residual=drop"
             )
-        holders = {s.name: holds_moments(s.part) for s in self.known.seats if s.name in ("rule", *ROLES)}
+        holders = {s.name: holds_moments(s.part) for s in self.known.seats if s.part.kind == "rule"}
+        if any(holds_moments(seat.part) for seat in self.known.seats if seat.part.kind == "modifier"):
+            return
         for key, rules in {"states": list(holders), **{f"{r}_states": [r] for r in ROLES}}.items():
             if key in self.given and not any(holders[rule] for rule in rules):
                 rule = self.words[rules[0]] or self.words["rule"]
@@ -160,13 +165,17 @@ class Composition:
     def _rule(self, name: str, states: States, *, inside: bool = False) -> AnyRule | None:
         """The rule at a seat, inside the modifiers of its role."""
         made = self.make(name, states=states, inside=inside)
+        own = self.frame(f"{name}_modifiers") if name in ROLES else ""
+        words = modifiers("modifiers", own or self.method.word("modifiers", self.given), [])
+        asked = {word: modifier for word in words if (modifier := self.make(word)) is not None}
+        for word, modifier in asked.items():
+            if made is not None and not isinstance(modifier, Modifier):
+                made = self.attempt(functools.partial(_around, modifier, made, word))
         if isinstance(made, Elementwise):
             made = self.attempt(functools.partial(coded, made, states))
         rule: AnyRule | None = made
-        own = self.frame(f"{name}_modifiers") if name in ROLES else ""
-        for word in modifiers("modifiers", own or self.method.word("modifiers", self.given), []):
-            modifier = self.make(word)
-            if rule is not None and modifier is not None:
+        for modifier in asked.values():
+            if rule is not None and isinstance(modifier, Modifier):
                 rule = self.attempt(functools.partial(modified, rule, [modifier]))
         return rule
 
@@ -230,7 +239,7 @@ class Composition:
         for seat in self.known.seats:
             if seat.name not in ROLES:
                 told |= {self.known.short[seat.name, k]: v for k, v in self.values_of(seat).items()}
-        if any(holds_moments(seat.part) for seat in self.known.seats if seat.name in ("rule", *ROLES)):
+        if any(holds_moments(seat.part) for seat in self.known.seats if seat.part.kind in HOLDERS):
             told["states"] = self.frame("states")
         told |= {name: self.frame(name) for name in ("on_refresh", "scale") if name in self.known.table}
         told |= {
@@ -287,6 +296,15 @@ def fixed(method: Method) -> Mapping[At, Plain]:
 def place(seat: Seat | None, option: Option) -> At:
     """Where an option of the table belongs."""
     return ("", option.name) if seat is None else (seat.name, option.name.removeprefix(f"{seat.name}_"))
+
+
+def _around(modifier: Callable[[Elementwise], Elementwise], rule: Any, word: str) -> Elementwise:
+    """An element-wise rule around a rule, where that is one."""
+    if not isinstance(rule, Elementwise):
+        raise UserError(
+            f"{word} goes around a rule that treats elements alone; take rule=adam, or leave it out"
+        )
+    return modifier(rule)
 
 
 def _value(option: Option, value: Any, text: bool) -> Plain:

@@ -192,7 +192,8 @@ def optimizer(
     if problems := idle(made.name or "the strategy", made.rules.values(), betas=betas, eps=eps):
         raise ConfigError(problems)
     if isinstance(params, nn.Module):
-        model, params = params, param_groups(params, weight_decay=weight_decay, decay_names=decay_names)
+        model, trained = params, made.source.trained(params)
+        params = param_groups(model, weight_decay=weight_decay, decay_names=decay_names, trained=trained)
     elif decay_names is not None:
         raise UserError(
             "decay_names goes with a model; give parameters in groups with weight_decay of their own"

@@ -16,6 +16,7 @@ from typing import Any
 from lowmem.errors import nearest
 from lowmem.optim.codecs.blockwise import STATES
 from lowmem.optim.elementwise import Elementwise, Moment
+from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.subspace import ON_REFRESH
 from lowmem.strategies.method import AXES, NONE, ROLES, Method
 from lowmem.strategies.options import Limits, Option
@@ -165,7 +166,10 @@ def moments_of(part: Part) -> Mapping[str, Moment]:
 
 
 def holds_moments(part: Part) -> bool:
-    """Whether the precision of moments means something to a rule."""
+    """Whether the precision of moments means something to a rule, or to a modifier that goes around one."""
+    if part.kind == "modifier":
+        plain = {name: option.default for name, option in part.options.items()}
+        return not isinstance(part.make(plain), Modifier)
     return "states" in part.told or bool(moments_of(part))
 
 

@@ -51,7 +51,8 @@ def make_optimizer(
         compile: auto, on or off.
         steps: of the run, where that is known; a few do not pay for compiling.
     """
-    groups = param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model))
+    trained = strategy.source.trained(model)
+    groups = param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model), trained=trained)
     return LowMemOptimizer(
         groups,
         strategy,

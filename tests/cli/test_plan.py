@@ -32,7 +32,8 @@ def test_table_report_and_run(tiny_model: Path, tmp_path: Path) -> None:
     page, run = tmp_path / "plan.html", tmp_path / "run.yaml"
     done = invoke(
         "--model", str(tiny_model), "--optim", "galore", "--optim-args", "rank=4", *SHORT, "--budget", "1GiB",
-        "--solve", "batch-size", "--html", str(page), "--emit", str(run),
+        "--solve", "batch-size", "--html", str(page), "--emit", str(run), "--data", "factbook",
+        "--rows", "padded",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "largest batch size" in done.stdout
@@ -68,3 +69,56 @@ def test_assumed_units_and_lengths_are_said(tiny_model: Path) -> None:
     assert "taken as GiB" in done.stderr
     assert "512" in done.stderr
     assert "256" in done.stderr
+
+
+def test_data_says_how_long_rows_are(tiny_model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "a" * n}) + "\n" for n in (10, 20, 90, 5)))
+    asked = ["--model", str(tiny_model), "--optim", "adamw", "--data", str(rows), *SHORT]
+    done = invoke(*asked, "--rows", "padded", "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert (document["lengths"]["rows"], document["lengths"]["cut"]) == (4, 1)
+    assert document["run"]["seq_len"] == 64
+    assert document["run"]["typical"] == document["lengths"]["typical"] < 64
+    row = document["plans"][0]
+    assert row["events"]["step of a typical batch"] <= row["peak"]["allocated"]
+    done = invoke(*asked, "--rows", "full")
+    assert done.exit_code == 2
+    assert "--rows padded" in done.stderr
+
+
+def test_a_run_that_does_not_fit_is_written_by_force_alone(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    asked = [
+        "--model",
+        str(tiny_model),
+        "--optim",
+        "adamw",
+        *SHORT,
+        "--batch-size",
+        "2048",
+        "--budget",
+        "1GiB",
+    ]
+    done = invoke(*asked, "--emit", str(run))
+    assert done.exit_code == 2
+    assert "misses by" in done.stderr
+    assert not run.exists()
+    assert invoke(*asked, "--emit", str(run), "--force").exit_code == 0
+    assert run.exists()
+
+
+def test_a_run_without_data_asks_for_it(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    assert invoke("--model", str(tiny_model), "--optim", "adamw", *SHORT, "--emit", str(run)).exit_code == 0
+    assert "factbook" not in run.read_text().split("data:")[1].splitlines()[0].split("#")[0]
+    for command in (
+        ["validate", str(run)],
+        ["finetune", "--config", str(run), "--output-dir", str(tmp_path / "o")],
+    ):
+        done = runner.invoke(cli.app, command)
+        assert done.exit_code == 2
+        assert "data: none is named; give --data" in done.stderr
+    mine = [*command, "--data", "/no/such/rows.jsonl"]
+    assert "rows.jsonl" in runner.invoke(cli.app, mine).stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lowmem.strategies import parts
 from lowmem.strategies.method import AXES, ROLES, methods
 from lowmem.strategies.parts import KINDS
 from lowmem.strategies.registry import beside
+from tests.enrolled import of_kind, on_any_model
 
 GAP = 4
 CARRIER = "adamw"
@@ -30,6 +31,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 """What stands beside a part of a kind that means nothing alone."""
 AXIS = {"modifier": "modifiers"}
 """The axis of a kind that is not called like it."""
+AXIS_OF = {axis: kind for kind, axis in AXIS.items()}
 DRAWS = 150
 
 
@@ -88,22 +90,21 @@ def part_case(kind: str, name: str, **changes: Any) -> Case:
 
 def chosen() -> list[tuple[str, str]]:
     """Every part that is a choice: those that leave an ordinary optimizer are in every method."""
-    return [(kind, name) for kind in KINDS for name in parts(kind) if name not in AXES.values()]
-
-
-def part_cases() -> list[Case]:
-    """Every part once, in the plainest method."""
-    return [part_case(kind, name) for kind, name in chosen()]
+    return [(kind, name) for kind in KINDS for name in of_kind(kind) if name not in AXES.values()]
 
 
 def plain() -> list[Case]:
     """Every method as it comes."""
-    return [case(name) for name in lowmem.available()]
+    return [case(name) for name in on_any_model()]
 
 
 def each() -> list[Case]:
-    """Every method as it comes and every part, a composition once."""
-    return list({one.create(): one for one in (*part_cases(), *plain())}.values())
+    """Every method as it comes, and every part that none of them has, in the plainest method."""
+    words = [{a: o.default for a, o in entry.axes.items()} for entry in on_any_model().values()]
+    has = {
+        (AXIS_OF.get(a, a), name) for told in words for a, text in told.items() for name in text.split("+")
+    }
+    return [*plain(), *(part_case(kind, name) for kind, name in chosen() if (kind, name) not in has)]
 
 
 def others(option: Any) -> list[Any]:
@@ -129,9 +130,8 @@ def changed() -> list[Case]:
         own += {"rule": ["states"], "projector": ["on_refresh"]}.get(kind, [])
         for key in (key for key in own if key in table):
             found += [part_case(kind, name, **{key: value}) for value in others(table[key])]
-    for name, method in methods().items():
-        entry = lowmem.available()[name]
-        sets = [key for key in method.defaults if key in entry.options and key not in entry.axes]
+    for name, entry in on_any_model().items():
+        sets = [key for key in methods()[name].defaults if key in entry.options and key not in entry.axes]
         found += [case(name, **{key: v}) for key in sets for v in others(entry.options[key])]
     return found
 
@@ -175,7 +175,14 @@ def drawn() -> tuple[Case, ...]:
             found.setdefault(one.create(), one)
         except UserError:
             continue
-    return tuple(found.values())
+    alone = [part_case(kind, name) for kind, name in chosen() if not _has(found.values(), kind, name)]
+    return (*found.values(), *alone)
+
+
+def _has(found: Iterable[Case], kind: str, name: str) -> bool:
+    """Whether a part is in one of them; few compositions take a rule that reads the weight."""
+    key = AXIS.get(kind, kind)
+    return any(name in str(dict(one.options).get(key, "")).split("+") for one in found)
 
 
 def draw(lot: int) -> Case:
@@ -206,7 +213,7 @@ def draw(lot: int) -> Case:
 
 def _turn(kind: str, lot: int, rng: random.Random) -> str:
     """Every part of a kind in turn, in another order in every round."""
-    names = sorted(parts(kind))
+    names = of_kind(kind)
     turn, place = divmod(lot, len(names))
     random.Random(f"{kind}{turn}").shuffle(names)
     return names[place]

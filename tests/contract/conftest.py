@@ -1,4 +1,4 @@
-"""Each contract test runs over every part and every method, in fp32 or bf16 where it asks for a dtype."""
+"""Each contract test runs over every method and every part, in fp32 or bf16 where it asks for a dtype."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tests.contract import cases
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain: every method as it comes is enough")
     config.addinivalue_line("markers", "changed: every option changed as well")
+    config.addinivalue_line("markers", "both: methods as they come in fp32 and bf16, not in turns")
 
 
-def dtypes_of(case: cases.Case) -> tuple[torch.dtype, ...]:
-    """Both where a method is as it comes; one otherwise, to keep the suite short."""
+def dtypes_of(case: cases.Case, both: bool) -> tuple[torch.dtype, ...]:
+    """Both where a method is as it comes and the test asks for it; one otherwise, to keep the suite short."""
     if case.create().writer != Stochastic():
         return (torch.bfloat16,)  # fp32 weights are written to nearest
-    if not case.varied:
+    if both and not case.varied:
         return (torch.float32, torch.bfloat16)
     return (torch.float32,) if sum(map(ord, str(case))) % 2 else (torch.bfloat16,)
 
@@ -36,7 +37,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         in_fp32 = [case for case in found if case.create().writer == Stochastic()]
         metafunc.parametrize("case", in_fp32, ids=str)
         return
-    pairs = [(case, dtype) for case in found for dtype in dtypes_of(case)]
+    both = metafunc.definition.get_closest_marker("both") is not None
+    pairs = [(case, dtype) for case in found for dtype in dtypes_of(case, both)]
     ids = [f"{case}-{str(dtype).removeprefix('torch.')}" for case, dtype in pairs]
     metafunc.parametrize(("case", "dtype"), pairs, ids=ids)
 

@@ -29,6 +29,7 @@ def on_one(case: Case, shape: tuple[int, ...], role: str, dtype: torch.dtype) ->
     return lowmem.LowMemOptimizer([group], case.create(), lr=1e-3), p
 
 
+@pytest.mark.both
 @pytest.mark.changed
 def test_planned_bytes_are_held_bytes(case: Case, dtype: torch.dtype) -> None:
     for shape, role in [*((s, "matrix") for s in SHAPES), *((s, "other") for s in VECTORS)]:

@@ -32,7 +32,7 @@ def test_every_part_is_drawn() -> None:
     told = [dict(one.options) for one in cases.drawn()]
     for kind in ("projector", "rule", "residual", "writer", "schedule", "source"):
         names = {options.get(kind, cases.AXES[kind]) for options in told}
-        assert names >= set(cases.parts(kind)), kind
+        assert names >= set(cases.of_kind(kind)), kind
     chosen = {name for options in told for name in str(options.get("modifiers", "")).split("+")}
     assert chosen >= set(cases.parts("modifier"))
     assert len(set(cases.drawn())) >= cases.DRAWS

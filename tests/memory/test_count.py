@@ -119,6 +119,32 @@ def test_workspace_on_meta_is_workspace_on_cpu(name: str, refresh: bool) -> None
     assert 0 <= counted - peak <= 256
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grids_that_are_kept_are_planned(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random rounding keeps the indices of its chunks: as many bytes as the plan counts on a CPU."""
+    from lowmem.memory.footprint import footprint
+    from lowmem.memory.run import Run
+    from lowmem.memory.trace.replica import Parameter
+    from lowmem.optim.engine import chunks
+
+    if compiled:  # rows as compiled kernels have them, without a compiler
+        monkeypatch.setattr(chunks, "compiled", lambda step: step)
+    shapes = {"a": (48, 300), "b": (700,), "c": (1300, 1024), "d": (64, 128)}
+    for name in ("adamw", "adamw_8bit", "galore"):
+        strategy = lowmem.create(name)
+        named = {key: nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for key, shape in shapes.items()}
+        optimizer = lowmem.LowMemOptimizer(list(named.items()), strategy, compile="on" if compiled else "off")
+        for p in named.values():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        held = sum(t.untyped_storage().nbytes() for grid in optimizer.chunks.grids.values() for t in grid)
+        found = [
+            Parameter(k, s, torch.bfloat16, "matrix" if len(s) == 2 else "vector") for k, s in shapes.items()
+        ]
+        planned = footprint(strategy, found, Run(device="cpu", compile="on" if compiled else "off"))
+        assert planned.kept == held > 0, name
+
+
 def test_spans_cover_everything_once() -> None:
     for count in (1, 77, 4096, 70_000, (1 << 20) + 12_293):
         parts = list(cutting.spans(count))

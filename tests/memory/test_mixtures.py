@@ -69,10 +69,7 @@ def test_the_plan_is_what_a_step_takes(kind: str, dtype: torch.dtype) -> None:
     measured = profile(step, model, optimizer).measured
     assert planned["state_bytes"] == measured["state_bytes"]
     for event, size in measured["events"].items():
-        # element indices for rounding at random are kept, once for each size that was stepped
-        kept = 4 * sum({p[0].numel() if p.dim() == 3 else p.numel() for p in model.parameters()})
-        room = kept if event == "optimizer step" and dtype == torch.bfloat16 else 0
-        assert planned["events"][event] == pytest.approx(size, rel=0.005, abs=room), event
+        assert planned["events"][event] == pytest.approx(size, rel=0.005), event
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from lowmem import config as run_configs
 from lowmem import create
 from lowmem.errors import UserError
-from lowmem.memory import emit, solve
+from lowmem.memory.advice import emit, solve
 from lowmem.memory.device.gpus import GIB, budget
 from lowmem.memory.pictures import report_data
 from lowmem.memory.plan import plan
@@ -20,7 +20,8 @@ from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
 from lowmem.memory.trace.extrapolate import extrapolated, remembered
 from lowmem.models.entries import resolve
-from lowmem.strategies import available, optimizer
+from lowmem.strategies import optimizer
+from tests.enrolled import on_any_model
 from tests.memory.families import FAMILIES, batch, loss, model
 
 KEYS = {
@@ -82,7 +83,7 @@ def test_document_has_the_promised_keys_and_is_plain():
         assert entry["peak"]["allocated"] <= entry["peak"]["reserved"] < entry["peak"]["device"]
 
 
-@pytest.mark.parametrize("name", sorted(available()))
+@pytest.mark.parametrize("name", sorted(on_any_model()))
 def test_every_strategy_is_planned_and_its_state_is_what_is_held(name):
     made = model("llama", torch.bfloat16)
     held = optimizer(made, name)
@@ -190,15 +191,56 @@ def test_emitted_run_is_the_planned_one(tmp_path):
         "smollm2-135m", "galore", options="rank=64", seq_len=128, gradient_release=True, advise=False
     )
     file = tmp_path / "run.yaml"
-    file.write_text(emit.text("smollm2-135m", found.run, "galore", found.plans[0].options))
+    file.write_text(emit.text("smollm2-135m", found.run, "galore", found.plans[0].options, "mine.jsonl"))
     run = run_configs.load(file)
     assert (run.model, run.optim, run.seq_len, run.gradient_release) == ("smollm2-135m", "galore", 128, True)
     assert "rank=64" in run.optim_args
 
 
-def test_what_finetune_does_not_do_is_not_emitted():
-    with pytest.raises(UserError, match="autocast"):
-        emit.run_config("gpt2", Run(autocast=True), "adamw", {})
+OTHERWISE = {
+    "dtype": "float16", "seq_len": 77, "batch_size": 3, "accumulation": 2, "gradient_checkpointing": True,
+    "lora_rank": 4, "lora_alpha": 3.0, "lora_dropout": 0.25, "lora_targets": "q_proj", "quantize": "nf4",
+    "adapter_args": "use_dora=true", "compile": "on", "steps": 9,
+}  # fmt: skip
+
+
+def test_every_option_is_emitted_or_refused_by_name():
+    assert emit.known() == {f.name for f in fields(Run)}
+    made = emit.run_config("gpt2", Run(**OTHERWISE), "adamw", {}, "mine.jsonl")
+    assert {name: getattr(made, name) for name in OTHERWISE} == OTHERWISE
+    assert made.data == "mine.jsonl"
+    assert {*OTHERWISE, "gradient_release", "adapter", "task"} == set(emit.SAME)
+    released = emit.run_config(
+        "gpt2", Run(gradient_release=True, max_grad_norm=0.0, adapter="ia3"), "adamw", {}
+    )
+    assert (released.gradient_release, released.clip, released.adapter) == (True, "auto", "ia3")
+    assert emit.run_config("gpt2", Run(max_grad_norm=0.0), "adamw", {}).clip == "none"
+    assert emit.run_config("gpt2", Run(max_grad_norm=0.5), "adamw", {}).max_grad_norm == 0.5
+    assert [
+        emit.run_config("gpt2", Run(rows=r), "adamw", {}).packing for r in ("full", "packed", "padded")
+    ] == [
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("autocast", True),
+        ("attention", "eager"),
+        ("keep_output", True),
+        ("eval_batch_size", 8),
+        ("adapter_dtype", "float32"),
+        ("double_quant", False),
+        ("kbit_prepare", True),
+    ],
+)
+def test_what_finetune_does_not_do_is_not_emitted(name, value):
+    assert name in emit.NOT_DONE
+    with pytest.raises(UserError, match=name):
+        emit.run_config("gpt2", Run(**{name: value}), "adamw", {})
 
 
 def test_report_data_has_every_picture():

@@ -100,7 +100,7 @@ def test_a_4_bit_step_is_planned_as_it_runs(tmp_path, family, double, kbit, adap
     run = Run(**RUN, double_quant=double, kbit_prepare=kbit, adapter_dtype=adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = real(tmp_path, family, double=double, kbit=kbit, dtype=run.adapter)
+        made = real(tmp_path, family, double=double, kbit=kbit, dtype=getattr(torch, run.dtype_of_adapters))
         expected = measured(made)
     found = trace(config(family), run)
     names = {name: p.dtype for name, p in made.named_parameters() if p.requires_grad}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import lowmem
-from lowmem.memory import advice
+from lowmem.memory.advice import levers as advice
 from lowmem.memory.count import model_state_bytes
 from lowmem.memory.footprint import footprint
 from lowmem.memory.run import Run

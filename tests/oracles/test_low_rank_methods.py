@@ -44,7 +44,7 @@ def test_apollo_mini(shape: tuple[int, int]) -> None:
     limited = reference.Fira(w, adam, LR, 1.0, 1.01).limited
     for g in steps(shape, 8):
         hp = optimizer.hyper(p, first=not optimizer.state.get(p))
-        sketch = rule.projector._sketch(hp).double()  # type: ignore[attr-defined]
+        sketch = rule.projector.opened({}, hp)["basis"].double()
         p.grad = g
         optimizer.step()
         low = sketch.mT @ g.double() if shape[0] < shape[1] else g.double() @ sketch

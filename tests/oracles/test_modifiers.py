@@ -21,6 +21,7 @@ from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.sign import Lion
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
+from tests.oracles import drive
 from tests.oracles import reference_modifiers as reference
 from tests.oracles.drive import gradients, start_of
 
@@ -123,3 +124,12 @@ def test_spike_clip_in_a_chain() -> None:
     grads[8][2, 3] = 900.0
     after = [reference.cautious, reference.Limiter()]
     agree([SpikeClip(50.0, 6), Cautious(), Limit()], grads, theta=50.0, guard=6, after=after)
+
+
+def test_lamb_as_published() -> None:
+    """Known answers of published code without clipping: three gradients of a weight of two."""
+    answers = [[0.900000025, -0.899999975], [0.7915438014, -0.8333873068], [0.8234429871, -0.9438101391]]
+    start, grads = torch.tensor([[1.0, -1.0]]), [[[1.0, -2.0]], [[0.5, 0.25]], [[-1.5, 3.0]]]
+    hyper = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-6}
+    weights = drive.follow("lamb", start, [torch.tensor(g) for g in grads], hyper=hyper)
+    torch.testing.assert_close(torch.cat(weights), torch.tensor(answers), rtol=0, atol=3e-7)

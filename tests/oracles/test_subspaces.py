@@ -89,7 +89,7 @@ def test_apollo(shape: tuple[int, int], limit: float) -> None:
     sketches = []
     for step, g in enumerate(steps(shape, 8)):
         hp = Hyper(step, "w", 0, LR, BETAS, EPS, 0.0, Dense(p.detach()), Chunks().advance_)
-        sketches.append(projector._sketch(hp).double())
+        sketches.append(projector.opened({}, hp)["basis"].double())
         p.grad = g
         optimizer.step()
         expected = truth.step(g.double(), sketches[-1], left=shape[0] < shape[1])

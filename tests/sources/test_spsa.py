@@ -19,7 +19,8 @@ from lowmem.optim.source import Query
 from lowmem.sources.directions import Direction
 from lowmem.sources.spsa import SPSA, Slope
 
-CPU = torch.device("cpu")
+W = torch.empty(0)
+"""Free directions do not look at the weight."""
 NOISE = ["gaussian", "rademacher"]
 VOCABULARY, WIDTH = 17, 8
 
@@ -34,7 +35,7 @@ def slope_and_truth(
     model.eval().zero_grad()
     loss_fn().backward()
     model.train(was)
-    drawn = {name: slope.direction.draw(name, 0, p.numel(), CPU).view(p.shape) for name, p in params}
+    drawn = {name: slope.direction.draw(name, p, 0, p.numel()).view(p.shape) for name, p in params}
     truth = sum(float((drawn[name] * p.grad).sum()) for name, p in params if p.grad is not None)
     return slope.c, truth
 
@@ -238,7 +239,7 @@ def test_without_a_model_and_with_weights_outside_of_it_all_is_displaced() -> No
         found.append(SPSA().backward(params, loss_fn, model=owner, query=Query(0, 0))[1][0].c)
     assert found[0] == pytest.approx(found[1], rel=1e-12)
     without = SPSA().backward(params, lambda: loss_of(model), model=model, query=Query(0, 0))[1][0].c
-    z = Direction("gaussian", (0, 0, 0, 0)).draw("extra", 0, 3, CPU)
+    z = Direction("gaussian", (0, 0, 0, 0)).draw("extra", W, 0, 3)
     assert found[0] - without == pytest.approx(2 * float(z.sum()), rel=1e-6)
 
 
@@ -312,10 +313,10 @@ def test_a_frozen_weight_is_neither_displaced_nor_stepped() -> None:
 @pytest.mark.parametrize("noise", NOISE)
 def test_noise_does_not_depend_on_the_cutting(noise: str) -> None:
     z = Direction(noise, (3, 1, 4, 1))
-    whole = z.draw("w", 0, 200_000, CPU)
+    whole = z.draw("w", W, 0, 200_000)
     for start, stop in [(0, 1), (5, 4097), (4096, 9000), (65_535, 65_537), (123_456, 199_999)]:
-        assert torch.equal(z.draw("w", start, stop, CPU), whole[start:stop])
-    assert not torch.equal(z.draw("v", 0, 99, CPU), whole[:99])
+        assert torch.equal(z.draw("w", W, start, stop), whole[start:stop])
+    assert not torch.equal(z.draw("v", W, 0, 99), whole[:99])
     assert float(whole.mean()) == pytest.approx(0.0, abs=0.01)
     assert float(whole.var()) == pytest.approx(1.0, abs=0.02)
     kurtosis = float(whole.pow(4).mean())
@@ -324,9 +325,9 @@ def test_noise_does_not_depend_on_the_cutting(noise: str) -> None:
 
 def test_noise_goes_on_past_32_bits() -> None:
     z, far = Direction("gaussian", (0, 0, 0, 0)), 1 << 32
-    across = z.draw("w", far - 3000, far + 3000, CPU)
-    assert torch.equal(across[3000:], z.draw("w", far, far + 3000, CPU))
-    assert not torch.equal(across[3000:], z.draw("w", 0, 3000, CPU))
+    across = z.draw("w", W, far - 3000, far + 3000)
+    assert torch.equal(across[3000:], z.draw("w", W, far, far + 3000))
+    assert not torch.equal(across[3000:], z.draw("w", W, 0, 3000))
 
 
 @pytest.mark.parametrize("noise", NOISE)
@@ -335,7 +336,7 @@ def test_what_is_probed_is_what_is_stepped(noise: str) -> None:
     z = Direction(noise, (0, 2, 0, 0))
     w = torch.randn(37, 2048, dtype=torch.float64)
     plus, minus = z.displaced("w", w, 0.5), z.displaced("w", w, -0.5)
-    drawn = z.draw("w", 0, w.numel(), CPU).view(w.shape)
+    drawn = z.draw("w", W, 0, w.numel()).view(w.shape)
     torch.testing.assert_close(plus - minus, drawn.double(), rtol=0.0, atol=1e-6)
     turned = z.displaced("w", w.t().contiguous().t(), 0.5)
     assert turned.stride() == (1, 37)
@@ -351,7 +352,7 @@ def test_a_norm_weight_in_bf16_moves_in_the_mean(noise: str) -> None:
     w = torch.ones(1 << 18, dtype=torch.bfloat16)
     z = Direction(noise, (0, 0, 0, 0))
     moved = z.displaced("w", w, 1e-3).float() - z.displaced("w", w, -1e-3).float()
-    drawn = z.draw("w", 0, w.numel(), CPU)
+    drawn = z.draw("w", W, 0, w.numel())
     assert float(moved @ drawn / (2e-3 * drawn @ drawn)) == pytest.approx(1.0, abs=0.03)
 
 
@@ -360,9 +361,9 @@ def test_a_norm_weight_in_bf16_moves_in_the_mean(noise: str) -> None:
 @pytest.mark.parametrize("noise", NOISE)
 def test_compiled_noise_is_the_eager_one(noise: str) -> None:
     eager, compiled = (Direction(noise, (0, 0, 0, 0), compile=on) for on in (False, True))
-    a, b = (z.draw("w", 0, 10_000, CPU) for z in (eager, compiled))
+    a, b = (z.draw("w", W, 0, 10_000) for z in (eager, compiled))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert torch.equal(b[4000:9000], compiled.draw("w", 4000, 9000, CPU))
+    assert torch.equal(b[4000:9000], compiled.draw("w", W, 4000, 9000))
     w = torch.randn(10_000).bfloat16()
     one, other = eager.displaced("w", w, 1e-3), compiled.displaced("w", w, 1e-3)
     assert (one != other).sum() <= (0 if noise == "rademacher" else 5)
@@ -389,7 +390,7 @@ def test_micro_batches_add_up_each_along_its_own_direction() -> None:
     assert len({slope.direction.name for slope in slopes}) == 2
     optimizer.step()
     for name, p in model.named_parameters():
-        z = [s.direction.draw(name, 0, p.numel(), CPU, s.c).view(p.shape) for s in slopes]
+        z = [s.direction.draw(name, p, 0, p.numel(), s.c).view(p.shape) for s in slopes]
         torch.testing.assert_close(p.detach(), before[name] - 1e-2 * (z[0] + z[1]), rtol=1e-6, atol=1e-7)
 
 

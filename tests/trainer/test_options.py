@@ -14,7 +14,7 @@ from lowmem.combinations import missing_tracker
 from lowmem.config import RunConfig, build
 from lowmem.console import Console
 from lowmem.errors import ConfigError, UserError
-from lowmem.training.peft_methods import adapter_config
+from lowmem.models.peft_methods import adapter_config
 
 recipe = importlib.import_module("lowmem.recipes.finetune")
 

@@ -20,6 +20,7 @@ MIB = 1 << 20
 SMALL_LIMIT, SMALL_SEGMENT = MIB, 2 * MIB
 MEDIUM_LIMIT, MEDIUM_SEGMENT = 10 * MIB, 20 * MIB
 GRAIN, LARGE_ROUND = 512, 2 * MIB
+FITS, RETRIES, OUT = "fits", "fits with retries", "out of memory"
 
 
 class OutOfMemoryError(Exception):
@@ -172,8 +173,8 @@ class Verdict:
     def word(self) -> str:
         """fits, fits with retries, or out of memory."""
         if not self.fits:
-            return "out of memory"
-        return "fits with retries" if self.retries else "fits"
+            return OUT
+        return RETRIES if self.retries else FITS
 
 
 def simulate(

@@ -37,7 +37,7 @@ from lowmem.errors import UserError
 from lowmem.memory.device import readings as device_memory
 from lowmem.memory.measure.measured import measure
 from lowmem.memory.measure.watch import Watch
-from lowmem.optim.tensors.resting import trains
+from lowmem.optim.tensors.marks import trains
 from lowmem.report.profile import errors
 from lowmem.report.units import format_bytes
 

@@ -23,7 +23,7 @@ from lowmem.errors import UserError
 from lowmem.memory.trace import quantized, trainable
 from lowmem.memory.trace.replica import phase_hooks
 from lowmem.memory.trace.tracker import CATEGORIES, Moment, Tracker, storages
-from lowmem.optim.tensors.resting import awake, trains
+from lowmem.optim.tensors.marks import awake, trains
 
 
 def kind_of(name: str) -> str:
@@ -135,6 +135,9 @@ class Watch:
             self.tracker.claim_for(buffer, "weights", kind_of(name.rpartition(".")[0]))
         for p, constant in quantized.constants(self.model):
             self.tracker.claim_for(constant, "weights", self._names[p])
+        for grid in getattr(getattr(self.optimizer, "chunks", None), "grids", {}).values():
+            for tensor in grid:
+                self.tracker.claim_for(tensor, "workspace", "(shared)")
         self._claim_state()
 
     def _claim_state(self) -> None:

@@ -12,11 +12,12 @@ import functools
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
-from lowmem.memory.trace.replica import Trace, trace
+from lowmem.memory.trace.replica import Trace, evaluation, trace
 from lowmem.memory.trace.tracker import Moment
 from lowmem.memory.trace.windows import Parameter
 from lowmem.models.entries import parameter_count, skeleton
@@ -57,8 +58,7 @@ def extrapolated(config: Any, run: Run, strategy: Strategy | None = None) -> Tra
     if isinstance(config, Given):
         return remembered(config, run, strategy)
     depth, repeat = int(config.num_hidden_layers), period(config)
-    low = repeat * -(-3 // repeat)  # a first, a last and a middle layer
-    high = low + repeat
+    low, high = _samples(config)
     if depth <= high or not uniform(config, low, high):
         return _remembered(_Key(config, run, strategy))
     a = _remembered(_Key(shallow(config, low), run, strategy))
@@ -70,6 +70,40 @@ def extrapolated(config: Any, run: Run, strategy: Strategy | None = None) -> Tra
     parameters = _deepen(b.parameters, depth, repeat)
     total = a.total_parameters + (b.total_parameters - a.total_parameters) * (depth - low) // (high - low)
     return Trace(moments, releases, parameters, total, depth)
+
+
+def evaluated(config: Any, run: Run) -> Moment:
+    """`evaluation` at the cost of a few layers; made once for all runs that evaluate alike.
+
+    Args:
+        config: a transformers configuration; run: the options, with those of the evaluation's batch.
+    """
+    alike = replace(
+        run, gradient_checkpointing=False, gradient_release=False, accumulation=1, max_grad_norm=0.0,
+        keep_output=False, compile="auto", steps=None, eval_batch_size=None, typical=None,
+    )  # fmt: skip
+    find = functools.partial(_evaluated, run=alike)
+    depth = int(config.num_hidden_layers)
+    low, high = _samples(config)
+    if isinstance(config, Given) or depth <= high or not uniform(config, low, high):
+        return find(config)
+    return _line(find(shallow(config, low)), find(shallow(config, high)), depth=depth, low=low, high=high)
+
+
+def _evaluated(config: Any, run: Run) -> Moment:
+    return _evaluation(_Key(config, run, None))
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluation(key: _Key) -> Moment:
+    return evaluation(key.config, key.run)
+
+
+def _samples(config: Any) -> tuple[int, int]:
+    """Two depths that tell any other: a first, a last and a middle layer, and one period more."""
+    repeat = period(config)
+    low = repeat * -(-3 // repeat)
+    return low, low + repeat
 
 
 def uniform(config: Any, low: int, high: int) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.memory.trace.quantized import Linear4bit
-from lowmem.optim.tensors.resting import trains
+from lowmem.optim.tensors.marks import trains
 
 
 class Given:

@@ -38,6 +38,8 @@ from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.checks import pays
 
+EVALUATION = "evaluation"
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -72,6 +74,46 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
         UserError: the architecture cannot be traced.
     """
     tracker = Tracker(run.granularity)
+    with _ready(config, run, tracker) as (model, batch, run):
+        parameters = tuple(_parameters(model))
+        aside = resting(strategy, parameters)
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and name not in aside)
+        if strategy is None or strategy.source.needs_autograd:
+            releases = _step(model, batch, run, tracker)
+        else:
+            releases = _probe(model, batch, run, tracker, strategy.source)
+        total = trainable.count_parameters(model)
+        tracker.stop()
+    found = tracker.at([at for at, _ in releases])
+    named = {
+        name: Moment("release step", m.bytes, m.at) for (_, name), m in zip(releases, found, strict=True)
+    }
+    return Trace(tracker.moments(), named, parameters, total, trainable.depth(config), tracker)
+
+
+def evaluation(config: Any, run: Run) -> Moment:
+    """The largest instant of a forward pass over an evaluation batch: no graph, no dropout, no gradients.
+
+    Args:
+        config: as for `trace`; run: the options, with the rows and tokens of that batch.
+
+    Raises:
+        UserError: the architecture cannot be traced.
+    """
+    tracker = Tracker(run.granularity)
+    with _ready(config, run, tracker) as (model, batch, run):
+        model.eval()
+        with tracker, kernels.scratch(run.device), torch.no_grad():
+            tracker.enter(EVALUATION)
+            _loss(model, batch, run)
+        tracker.stop()
+    return tracker.moments()[EVALUATION]
+
+
+@contextmanager
+def _ready(config: Any, run: Run, tracker: Tracker) -> Iterator[tuple[nn.Module, dict[str, Tensor], Run]]:
+    """Model and batch on fake tensors, known to the tracker, and the run as it is laid out for them."""
     lengths = [run.seq_len] * run.batch_size if run.rows == "packed" else []
     if lengths:  # TRL lays the rows of a batch end to end
         run = replace(run, batch_size=1, seq_len=run.tokens, longest=run.longest or run.seq_len)
@@ -82,27 +124,13 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
         warnings.simplefilter("ignore")
         with refusing(config, "it cannot be built without weights"):
             model = trainable.build(config, run, mode)
-        parameters = tuple(_parameters(model))
-        aside = resting(strategy, parameters)
-        for name, p in model.named_parameters():
-            p.requires_grad_(p.requires_grad and name not in aside)
         batch = _batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
         tracker.register(batch.values(), "activations")
         library = torch.empty(run.library, dtype=torch.uint8)  # cuBLAS keeps it from its first product on
         tracker.register([library], "workspace")
         with refusing(config, "its training step does not run without data"), Patience(model).watching():
-            if strategy is None or strategy.source.needs_autograd:
-                releases = _step(model, batch, run, tracker)
-            else:
-                releases = _probe(model, batch, run, tracker, strategy.source)
-        total = trainable.count_parameters(model)
-        tracker.stop()
-    found = tracker.at([at for at, _ in releases])
-    named = {
-        name: Moment("release step", m.bytes, m.at) for (_, name), m in zip(releases, found, strict=True)
-    }
-    return Trace(tracker.moments(), named, parameters, total, trainable.depth(config), tracker)
+            yield model, batch, run
 
 
 def _parameters(model: nn.Module) -> Iterator[Parameter]:

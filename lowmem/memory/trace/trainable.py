@@ -23,6 +23,7 @@ from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.quantized import Linear4bit
 from lowmem.models import attention
 from lowmem.models.entries import skeleton
+from lowmem.models.peft_methods import adapter_config
 
 
 def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
@@ -49,10 +50,10 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
         quantized.quantize(base, double=run.double_quant)
     if run.kbit_prepare:
         quantized.prepare_for_kbit_training(base)
-    model = adapt(base, run) if run.lora_rank else base
+    model = adapt(base, run) if run.adapts else base
     if run.gradient_checkpointing:
         _recompute(base)
-        if run.lora_rank:
+        if run.adapts:
             base.enable_input_require_grads()
     return model.train()
 
@@ -98,18 +99,17 @@ def _attend_as_packed(model: Any, run: Run) -> None:
 
 
 def adapt(model: nn.Module, run: Run) -> nn.Module:
-    """Attach LoRA adapters."""
-    from peft import LoraConfig, get_peft_model
+    """Attach adapters by peft's own code; methods other than LoRA keep the dtypes that it gives them."""
+    from peft import get_peft_model
 
-    targets: Any = run.lora_targets if run.lora_targets == "all-linear" else run.lora_targets.split(",")
-    lora = LoraConfig(
-        r=run.lora_rank, lora_alpha=run.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    method = adapter_config(run)
     if run.quantize:
-        lora._register_custom_module(quantized.adapter_layers())
+        method._register_custom_module(quantized.adapter_layers())
     with _conversion_on_fake_tensors():
-        dtype = run.adapter
-        adapted: nn.Module = get_peft_model(model, lora, autocast_adapter_dtype=dtype == torch.float32)
+        dtype: torch.dtype = getattr(torch, run.dtype_of_adapters)
+        adapted: nn.Module = get_peft_model(model, method, autocast_adapter_dtype=dtype == torch.float32)
+        if not run.lora_rank and run.adapter_dtype is None:
+            return adapted
         for module in adapted.modules():
             for name, p in module.named_parameters(recurse=False):
                 if p.requires_grad and p.dtype != dtype:

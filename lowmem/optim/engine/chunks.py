@@ -37,6 +37,9 @@ from lowmem.optim.writers import Nearest, Writer
 
 log = logging.getLogger(__name__)
 
+GRIDS = 64
+"""Grids that are kept."""
+
 
 @functools.cache
 def keep_heap() -> None:
@@ -208,11 +211,16 @@ class Chunks:
         """First elements of the rows, (rows, 1), and places in a row, (width,); int32."""
         key = (rows, width, device)
         if key not in self._grids:
-            if len(self._grids) > 64:
+            if len(self._grids) >= GRIDS:
                 self._grids.clear()
             first = torch.arange(rows, dtype=torch.int32, device=device) * width
             self._grids[key] = (first[:, None], torch.arange(width, dtype=torch.int32, device=device))
         return self._grids[key]
+
+    @property
+    def grids(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """The grids made so far by (rows, width): they stay from one step to the next."""
+        return {(rows, width): grid for (rows, width, _), grid in self._grids.items()}
 
 
 def all_finite(x: Tensor, hp: Hyper) -> Tensor:

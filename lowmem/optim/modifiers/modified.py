@@ -61,7 +61,7 @@ def _modified(rule: AnyRule, modifiers: tuple[Modifier, ...]) -> AnyRule:
 
 
 @dataclass(frozen=True)
-class Around(AnyRule):
+class Wrapped(AnyRule):
     """What a rule of either kind with modifiers has of the rule that it stands around.
 
     Raises:
@@ -96,6 +96,11 @@ class Around(AnyRule):
         """Where the rule or a modifier does."""
         return self.rule.reads_weight or self.chain.reads_weight
 
+    @property
+    def own_decay(self) -> bool:
+        """That of the rule."""
+        return self.rule.own_decay
+
     def scratch(self, shape: tuple[int, int]) -> int:
         """That of the rule."""
         return self.rule.scratch(shape)
@@ -121,7 +126,7 @@ class Around(AnyRule):
 
 
 @dataclass(frozen=True)
-class Modified(Around, Pointwise):
+class Modified(Wrapped, Pointwise):
     """A pointwise rule with modifiers; made by `modified`.
 
     Bytes: the rule's, what the modifiers hold, 8 for each sum.
@@ -218,7 +223,7 @@ def _age(s: State, hp: ChunkHyper) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ModifiedRule(Around, Rule):
+class ModifiedRule(Wrapped, Rule):
     """A rule that needs the whole tensor, with modifiers; made by `modified`.
 
     Where the rule ends in a pointwise one (Adafactor's momentum), they modify that, and what it is given

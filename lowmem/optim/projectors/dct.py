@@ -23,9 +23,8 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
 from lowmem.optim.changes import Change, Permutation
-from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, check_gap
+from lowmem.optim.projectors.dense import Renewed
 from lowmem.optim.state import Constant, Constants, State
 
 
@@ -49,7 +48,7 @@ def cosines(n: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DCT(Projector):
+class DCT(Renewed):
     """The r cosines of which the gradient has most.
 
     Holds 4 r bytes, and 4 s^2 bytes once for each side s that tensors span.
@@ -64,38 +63,18 @@ class DCT(Projector):
         UserError: a number outside its range.
 
     Example:
+        >>> from lowmem.optim.projectors.dense import Frame
         >>> DCT(Frame(4)).init(torch.zeros(16, 64))["index"]
         tensor([0, 1, 2, 3], dtype=torch.int32)
     """
 
-    frame: Frame
-    update_proj_gap: int = 200
     norm: int = 1
     changes: ClassVar[str] = "permute"
-    dense: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_gap(self.update_proj_gap)
+        super().__post_init__()
         if self.norm not in (1, 2):
             raise UserError(f"norm is 1 or 2, got {self.norm}")
-
-    @property
-    def period(self) -> int:
-        """Steps between choices."""
-        return self.update_proj_gap
-
-    def axis(self, shape: tuple[int, int]) -> int:
-        """See Frame."""
-        return self.frame.axis(shape)
-
-    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """See Frame."""
-        return self.frame.low_shape(shape)
-
-    def complete(self, shape: tuple[int, int]) -> bool:
-        """True where every cosine is chosen."""
-        side, rank = self.frame.size(shape)
-        return side == rank
 
     def init(self, x: Tensor) -> State:
         """The r slowest cosines."""
@@ -131,18 +110,6 @@ class DCT(Projector):
     def _powers(self, x: Tensor, dim: int) -> Tensor:
         return x.abs().sum(dim) if self.norm == 1 else x.square().sum(dim)
 
-    @staticmethod
-    def _basis(s: State) -> Tensor:
-        return s["cosines"].index_select(0, s["index"]).t()
-
-    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
-        """P' G or G P, P the chosen cosines."""
-        return self.frame.down(self._basis(s), g)
-
-    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
-        """Rows of P R or R P'."""
-        return self.frame.up(self._basis(s), low, i, j, hp.weight)
-
-    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-        """The two factors of the lifted matrix."""
-        return self.frame.pair(self._basis(s), low, shape)
+    def opened(self, s: State, hp: Hyper) -> State:
+        """The chosen cosines, gathered once for a step."""
+        return {"basis": s["cosines"].index_select(0, s["index"]).t()}

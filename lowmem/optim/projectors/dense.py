@@ -169,7 +169,67 @@ def svd(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tens
 
 
 @dataclass(frozen=True)
-class Orthonormal(Projector):
+class Framed(Projector):
+    """What projectors with a dense basis share: geometry, and products with the "basis" that `opened` gives.
+
+    Args:
+        frame: rank and side.
+    """
+
+    frame: Frame
+    dense: ClassVar[bool] = True
+
+    def axis(self, shape: tuple[int, int]) -> int:
+        """See Frame."""
+        return self.frame.axis(shape)
+
+    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """See Frame."""
+        return self.frame.low_shape(shape)
+
+    def complete(self, shape: tuple[int, int]) -> bool:
+        """True where an orthonormal basis reaches the side."""
+        side, rank = self.frame.size(shape)
+        return self.orthonormal and side == rank
+
+    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
+        """P' G or G P."""
+        return self.frame.down(s["basis"], g)
+
+    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
+        """Rows of P R or R P'."""
+        return self.frame.up(s["basis"], low, i, j, hp.weight)
+
+    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """The two factors of the lifted matrix."""
+        return self.frame.pair(s["basis"], low, shape)
+
+
+@dataclass(frozen=True)
+class Renewed(Framed):
+    """A dense basis that is another one every `update_proj_gap` steps.
+
+    Args:
+        frame: rank and side.
+        update_proj_gap: steps with the same basis, at least 1.
+
+    Raises:
+        UserError: a gap below 1.
+    """
+
+    update_proj_gap: int = 200
+
+    def __post_init__(self) -> None:
+        check_gap(self.update_proj_gap)
+
+    @property
+    def period(self) -> int:
+        """Steps with the same basis."""
+        return self.update_proj_gap
+
+
+@dataclass(frozen=True)
+class Orthonormal(Framed):
     """An orthonormal basis that is found anew every `update_proj_gap` steps.
 
     Holds 4 s r bytes, s the side it spans.
@@ -184,53 +244,26 @@ class Orthonormal(Projector):
         (4, 64)
     """
 
-    frame: Frame
     find: Find = power_iteration
     update_proj_gap: int = 200
     changes: ClassVar[str] = "rotate"
-    dense: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_gap(self.update_proj_gap)
-
-    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """See Frame."""
-        return self.frame.low_shape(shape)
-
-    def complete(self, shape: tuple[int, int]) -> bool:
-        """True where the rank reaches the side."""
-        side, rank = self.frame.size(shape)
-        return side == rank
-
-    def init(self, x: Tensor) -> State:
-        """See Frame."""
-        return self.frame.init(x)
 
     @property
     def period(self) -> int:
         """Steps between refreshes."""
         return self.update_proj_gap
 
-    def axis(self, shape: tuple[int, int]) -> int:
+    def init(self, x: Tensor) -> State:
         """See Frame."""
-        return self.frame.axis(shape)
+        return self.frame.init(x)
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Find the new basis and store it."""
         new, ok = self.find(self.frame, s["basis"], g, hp)
         return self.frame.replace_(s["basis"], new, ok, g.shape, say)
-
-    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
-        """See Frame."""
-        return self.frame.down(s["basis"], g)
-
-    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
-        """See Frame."""
-        return self.frame.up(s["basis"], low, i, j, hp.weight)
-
-    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-        """See Frame."""
-        return self.frame.pair(s["basis"], low, shape)
 
 
 def check_rank(rank: float) -> None:

@@ -84,10 +84,6 @@ class Lazy(Orthonormal):
         if not 0.0 < self.threshold <= 1.0:
             raise UserError(f"threshold must be above 0 and at most 1, got {self.threshold}")
 
-    def complete(self, shape: tuple[int, int]) -> bool:
-        """Never: rounding leaves a rest."""
-        return False
-
     def init(self, x: Tensor) -> State:
         """The first r coordinate axes, to be replaced at once; similarities that no others make up for."""
         side, rank = self.frame.size(matrix_shape(x.shape))

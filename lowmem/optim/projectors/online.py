@@ -23,14 +23,14 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Unrelated
-from lowmem.optim.contract import Projector, Split
+from lowmem.optim.contract import Split
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, energy, largest, power_iteration
+from lowmem.optim.projectors.dense import Framed, energy, largest, power_iteration
 from lowmem.optim.state import State
 
 
 @dataclass(frozen=True)
-class Online(Projector):
+class Online(Framed):
     """A basis that follows the gradient by descent on what it misses.
 
     Holds 4 s r bytes, s the side it spans. Workspace of a step beside R: R once more,
@@ -45,28 +45,19 @@ class Online(Projector):
         UserError: a number outside its range.
 
     Example:
+        >>> from lowmem.optim.projectors.dense import Frame
         >>> Online(Frame(4)).init(torch.zeros(16, 64))["basis"].shape
         torch.Size([16, 4])
     """
 
-    frame: Frame
     rate: float = 5.0
     penalty: float = 0.1
-    dense: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = False
     follows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.rate > 0.0 or not self.penalty >= 0.0:
             raise UserError(f"rate must be above 0 and penalty at least 0, got {self.rate}, {self.penalty}")
-
-    def axis(self, shape: tuple[int, int]) -> int:
-        """See Frame."""
-        return self.frame.axis(shape)
-
-    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """See Frame."""
-        return self.frame.low_shape(shape)
 
     def init(self, x: Tensor) -> State:
         """See Frame."""
@@ -81,18 +72,6 @@ class Online(Projector):
         new, ok = power_iteration(self.frame, s["basis"], g, hp)
         s["basis"].copy_(torch.where(ok, new, s["basis"]))
         return Unrelated(ok)
-
-    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
-        """See Frame."""
-        return self.frame.down(s["basis"], g)
-
-    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
-        """See Frame."""
-        return self.frame.up(s["basis"], low, i, j, hp.weight)
-
-    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-        """See Frame."""
-        return self.frame.pair(s["basis"], low, shape)
 
     def follow(self, s: State, split: Split) -> State:
         """One step of descent on L."""

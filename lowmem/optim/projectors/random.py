@@ -17,9 +17,8 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Rotation, Unrelated
-from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, check_gap, orthonormal, power_iteration
+from lowmem.optim.projectors.dense import Frame, Renewed, orthonormal, power_iteration
 from lowmem.optim.state import State
 
 
@@ -55,7 +54,7 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Drawn(Projector):
+class Drawn(Renewed):
     """A uniformly random orthonormal basis, anew every `update_proj_gap` steps (GrassJump, arXiv 2510.01878).
 
     Holds nothing: a step draws s r numbers and takes their QR factor. Workspace of a step
@@ -71,31 +70,7 @@ class Drawn(Projector):
         {}
     """
 
-    frame: Frame
-    update_proj_gap: int = 200
     changes: ClassVar[str] = "rotate"
-    dense: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_gap(self.update_proj_gap)
-
-    @property
-    def period(self) -> int:
-        """Steps with the same basis."""
-        return self.update_proj_gap
-
-    def axis(self, shape: tuple[int, int]) -> int:
-        """See Frame."""
-        return self.frame.axis(shape)
-
-    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """See Frame."""
-        return self.frame.low_shape(shape)
-
-    def complete(self, shape: tuple[int, int]) -> bool:
-        """True where the rank reaches the side."""
-        side, rank = self.frame.size(shape)
-        return side == rank
 
     def basis(self, hp: Hyper) -> Tensor:
         """The basis of this step, (s, r)."""
@@ -113,21 +88,9 @@ class Drawn(Projector):
         """The basis, drawn once for a step."""
         return {"basis": self.basis(hp)}
 
-    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
-        """See Frame."""
-        return self.frame.down(s["basis"], g)
-
-    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
-        """See Frame."""
-        return self.frame.up(s["basis"], low, i, j, hp.weight)
-
-    def pair(self, s: State, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-        """See Frame."""
-        return self.frame.pair(s["basis"], low, shape)
-
 
 @dataclass(frozen=True)
-class Gaussian(Projector):
+class Gaussian(Renewed):
     """A sketch P of normal numbers with variance 1 / r, drawn anew every `update_proj_gap` steps.
 
     Holds nothing; draws s r numbers in every step (arXiv 2412.05270).
@@ -141,35 +104,9 @@ class Gaussian(Projector):
         {}
     """
 
-    frame: Frame
-    update_proj_gap: int = 200
-    dense: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_gap(self.update_proj_gap)
-
-    @property
-    def period(self) -> int:
-        """Steps with the same sketch."""
-        return self.update_proj_gap
-
-    def axis(self, shape: tuple[int, int]) -> int:
-        """See Frame."""
-        return self.frame.axis(shape)
-
-    def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """See Frame."""
-        return self.frame.low_shape(shape)
-
-    def _sketch(self, hp: Hyper) -> Tensor:
+    def opened(self, s: State, hp: Hyper) -> State:
+        """The sketch, drawn once for a step."""
         size = self.frame.size(hp.weight.shape)
-        return hp.gaussian(size, "sketch", self.update_proj_gap).mul_(size[1] ** -0.5)
-
-    def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
-        """P' G or G P."""
-        return self.frame.down(self._sketch(hp), g)
-
-    def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:
-        """Rows of P R or R P'."""
-        return self.frame.up(self._sketch(hp), low, i, j, hp.weight)
+        return {"basis": hp.gaussian(size, "sketch", self.update_proj_gap).mul_(size[1] ** -0.5)}

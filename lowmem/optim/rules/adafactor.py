@@ -46,6 +46,22 @@ def _norms(rows: Tensor) -> Tensor:
     return norms
 
 
+def _shrink(squares: Tensor, count: int, most: float, hp: Hyper) -> Tensor:
+    """min(1, most / rms(U)), from the sum of U^2 over the `count` elements held here."""
+    mean = hp.total(squares) * (hp.share / count / most**2)
+    return mean.rsqrt_().clamp_(max=1.0)
+
+
+def quotient(g: Blocks, p: Tensor, q: Tensor, most: float, hp: Hyper) -> Blocks:
+    """U = diag(p) G diag(q), shortened to an rms of `most`; takes a pass over G, and uses p up."""
+    norms = torch.empty_like(p)
+    for i, j in walk(g.ranges(), g.device):
+        norms[i:j] = _norms(g.rows(i, j) * q)
+    norms.mul_(p)
+    p.mul_(_shrink(torch.dot(norms, norms), g.shape[0] * g.shape[1], most, hp))
+    return Blocks(g.shape, lambda i, j: (g.rows(i, j) * q).mul_(p[i:j, None]), g.device)
+
+
 @dataclass(frozen=True)
 class Adafactor(Rule):
     """Adafactor over a factored second moment (see the module's docstring).
@@ -120,6 +136,11 @@ class Adafactor(Rule):
         """Neither: beta2 follows from t, and beta1, eps1 and eps2 are set where buffers are decided."""
         return frozenset()
 
+    @property
+    def own_decay(self) -> bool:
+        """In proportion to the weight's rms, as the step is."""
+        return self.scale_parameter
+
     def constants(self, shape: tuple[int, ...]) -> Constants:
         """Tables of the codecs that hold something of this shape."""
         square = self.square.constants(shape) if len(shape) < 2 else {}
@@ -147,17 +168,7 @@ class Adafactor(Rule):
         ok = self.factored.sound(new, hp)
         s["age"].add_(ok)
         self.factored.average_(held, new, numbers_of(rule, s["age"], hp)[0], ok)
-        p, q = self.factored.roots(held, hp)
-        norms = torch.empty_like(p)
-        for i, j in walk(g.ranges(), g.device):
-            norms[i:j] = _norms(g.rows(i, j) * q)
-        norms.mul_(p)
-        p.mul_(self._shrink(torch.dot(norms, norms), g.shape[0] * g.shape[1], hp))
-
-        def rows(i: int, j: int) -> Tensor:
-            return (g.rows(i, j) * q).mul_(p[i:j, None])
-
-        return Blocks(g.shape, rows, g.device), ok
+        return quotient(g, *self.factored.roots(held, hp), self.clip_threshold, hp), ok
 
     def _vector(self, g: Blocks, s: State, hp: Hyper) -> tuple[Blocks, Tensor]:
         """U of a vector; its second moment is held in full."""
@@ -165,12 +176,7 @@ class Adafactor(Rule):
         ok = torch.isfinite(hp.total(u.abs().amax(), "max").square())
         held = {key: s[key] for key in sorted(s) if not key.startswith("momentum")}
         hp.advance(self.square, u, held, hp, ok)
-        return Dense(u, self._shrink(torch.dot(u[0], u[0]), u.numel(), hp)), ok
-
-    def _shrink(self, squares: Tensor, count: int, hp: Hyper) -> Tensor:
-        """min(1, clip_threshold / rms(U)), from the sum of U^2 over the `count` elements held here."""
-        mean = hp.total(squares) * (hp.share / count / self.clip_threshold**2)
-        return mean.rsqrt_().clamp_(max=1.0)
+        return Dense(u, _shrink(torch.dot(u[0], u[0]), u.numel(), self.clip_threshold, hp)), ok
 
     def _alpha(self, s: State, hp: Hyper) -> Tensor:
         """The step size, 0-D float64."""

@@ -18,6 +18,7 @@ are not raised to one in five iterations.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.codecs.blockwise import Codec, Dense, codec
+from lowmem.optim.codecs.linear import Linear
 from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
@@ -34,8 +36,9 @@ from lowmem.optim.state import Constants, State, part, prefixed
 
 SCALES = ("rms", "aspect")
 PANEL = 1 << 22
-"""Elements of X that are held at a time for a product of X with itself."""
-A, B, C = 3.4445, -4.7750, 2.0315
+"""Elements that are held at a time for a product of large matrices."""
+STEP = (3.4445, -4.7750, 2.0315)
+"""(a, b, c): five such steps make all singular values above 1e-3 of the norm about one."""
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -80,10 +83,19 @@ class Muon(Rule):
     @classmethod
     def of(
         cls, states: str, *, momentum: float = 0.95, nesterov: bool = True, iterations: int = 5,
-        scaling: str = "rms",
+        scaling: str = "rms", codes: str = "dynamic",
     ) -> Muon:  # fmt: skip
-        """Muon with its momentum held as `states` says."""
-        return cls(codec(states, signed=True, stream="momentum"), momentum, nesterov, iterations, scaling)
+        """Muon with its momentum held as `states` says, and 8-bit codes `dynamic` or `linear`.
+
+        Raises:
+            UserError: linear codes of another precision; a number or word outside its range.
+        """
+        held = codec(states, signed=True, stream="momentum")
+        if codes == "linear":
+            if states != "int8":
+                raise UserError(f"codes='linear' are of states='int8', got {states!r}; take one of the two")
+            held = Linear()
+        return cls(held, momentum, nesterov, iterations, scaling)
 
     @property
     def uses(self) -> frozenset[str]:
@@ -131,16 +143,7 @@ class Muon(Rule):
 
     def _polynomial(self, a: Tensor) -> Tensor:
         """T with X after the iterations = T X, from A = X X' (used up), and the division by |X|."""
-        norm = a.diagonal().sum().sqrt() + 1e-7
-        a.div_(norm.square())
-        t = torch.eye(a.shape[0], device=a.device).div_(norm)
-        for k in range(self.iterations):
-            p = torch.addmm(a, a, a, beta=B, alpha=C)
-            p.diagonal().add_(A)
-            t = p @ t
-            if k + 1 < self.iterations:
-                a = p @ a @ p  # powers of one matrix: they commute
-        return t
+        return newton_schulz(a, a.diagonal().sum().sqrt() + 1e-7, [STEP] * self.iterations)[0]
 
     def _scale(self, shape: tuple[int, int]) -> float:
         m, n = shape
@@ -207,3 +210,43 @@ class Product(Blocks):
         self._panel = torch.zeros(last - i, self.shape[1], device=self.device)
         for a, b in walk(self.x.ranges(), self.device):
             self._panel.addmm_(self.polynomial[i:last, a:b], self.x.rows(a, b))
+
+
+def newton_schulz(
+    a: Tensor, norm: Tensor, steps: Sequence[tuple[float, float, float]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T of X <- (a + b A + c A^2) X, A = X X', once for each (a, b, c), from X over its norm.
+
+    Args:
+        a: X X', (s, s); used up. norm: 0-D, no smaller than the largest singular value.
+        steps: at least one.
+
+    Returns:
+        T; P, what the last step multiplied by, and A before it: P A P is the Gram matrix of T X.
+    """
+    a.div_(norm.square())
+    t = torch.eye(a.shape[0], device=a.device).div_(norm)
+    p = a
+    for k, (first, second, third) in enumerate(steps):
+        if k:  # powers of one matrix: they commute
+            left_(p, a)
+            right_(a, p)
+            del p  # of the short side squared
+        p = torch.addmm(a, a, a, beta=second, alpha=third) if third else a * second
+        p.diagonal().add_(first)
+        left_(p, t)
+    return t, p, a
+
+
+def left_(p: Tensor, x: Tensor) -> None:
+    """x <- p x, some columns at a time."""
+    width = max(1, PANEL // p.shape[0])
+    for j in walk(range(0, x.shape[1], width), x.device):
+        x[:, j : j + width] = p @ x[:, j : j + width]
+
+
+def right_(x: Tensor, p: Tensor) -> None:
+    """x <- x p, some rows at a time."""
+    height = max(1, PANEL // p.shape[0])
+    for i in walk(range(0, x.shape[0], height), x.device):
+        x[i : i + height] = x[i : i + height] @ p

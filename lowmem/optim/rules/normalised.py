@@ -2,6 +2,7 @@
 
     SinkGD    rows and columns in turn, until all have size one
     Scaled    rows, or columns, once; SCALE takes a momentum for the head alone
+    SWAN      rows around their mean, then all singular values
 
 What is divided is seen over its largest element, so that no square overflows or
 vanishes: the size of a gradient does not matter, however small. A row or column of
@@ -20,10 +21,12 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.codecs.blockwise import Codec, codec
-from lowmem.optim.contract import Rule
+from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import Hyper
+from lowmem.optim.rules.layerwise import LEAST_SPREAD
+from lowmem.optim.rules.muon import Product, gram, left_, newton_schulz
 from lowmem.optim.state import Constants, State, part, prefixed
 
 TINY = torch.finfo(torch.float32).tiny
@@ -173,3 +176,62 @@ class Scaled(Rule):
             squares += x.rows(i, j).square().sum(0)
         q = inverse(hp.total(squares), m / hp.share)
         return x.map(lambda rows: rows * q)
+
+
+@dataclass(frozen=True)
+class SWAN(Rule):
+    """The gradient with rows of mean 0 and rms 1, then with equal singular values (arXiv 2412.13148).
+
+        X = (G - row means) / row deviations
+        D = (X X')^(-1/2) X |X| / |(X X')^(-1/2) X|,  by Newton and Schulz
+
+    D has rms 1. A tall X has rank n - 1, for its rows have mean 0: what is made equal are the singular
+    values that are not 0. Those below 1 / 1.5^iterations of the norm of X X' (its root) stay smaller. Rows
+    of equal elements stand still. Holds 0 bytes for an (m, n) weight; the workspace is 12 s^2 bytes beside
+    that of every step, s the short side.
+
+    Args:
+        iterations: of Newton and Schulz, at least 1.
+
+    Raises:
+        UserError: a number outside its range.
+
+    Example:
+        >>> SWAN().init(torch.zeros(3, 5))
+        {}
+    """
+
+    iterations: int = 10
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise UserError(f"iterations must be at least 1, got {self.iterations}")
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither."""
+        return frozenset()
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Three matrices of the short side."""
+        return SCRATCH + 12 * min(shape) ** 2
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Find what X is multiplied by; the product is left to the write."""
+        x, ok = unit(g, hp)
+        x = x.map(_standardised)
+        a = gram(x)
+        squares, norm = a.diagonal().sum(), torch.linalg.matrix_norm(a).sqrt().clamp(min=TINY**0.5)
+        t, p, last = newton_schulz(a, norm, [(1.5, -0.5, 0.0)] * self.iterations)
+        left_(p, last)
+        equal = torch.dot(last.view(-1), p.view(-1))  # the trace of P A P, the squared norm of T X
+        t.mul_(torch.where(equal > 0.0, (squares / equal).sqrt(), 0.0))
+        return Direction(Product(t, x), ok=ok)
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    """Rows less their mean over their deviation; of equal elements, 0."""
+    centred = rows - rows.mean(1, keepdim=True)
+    squares = row_squares(centred)
+    spread = squares > LEAST_SPREAD * row_squares(rows)
+    return centred * torch.where(spread, inverse(squares, rows.shape[1]), 0.0)[:, None]

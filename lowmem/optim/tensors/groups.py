@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
+from lowmem.optim.source import Named, trainable
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_hyper
-from lowmem.optim.tensors.resting import trains
 from lowmem.optim.tensors.roles import ROLES, find, to_text
 from lowmem.optim.writers import select
 
@@ -23,7 +23,11 @@ RUN = ("step", "seed", "compile", "strategy", "previous_norm", "decided")
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float = 0.0, decay_names: Collection[str] | None = None
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.0,
+    decay_names: Collection[str] | None = None,
+    trained: Named | None = None,
 ) -> list[dict[str, Any]]:
     """A model's trainable parameters as groups: one that decays, one that does not.
 
@@ -31,6 +35,7 @@ def param_groups(
         model: its parameters are taken in order, tied ones once.
         weight_decay: of the group that decays.
         decay_names: names that decay; all, if None.
+        trained: names and tensors to take instead, where a source trains others.
 
     Returns:
         Groups with "params" as (name, parameter) pairs, "weight_decay" and "roles".
@@ -41,9 +46,8 @@ def param_groups(
     """
     found = find(model)
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {}
-    for name, p in model.named_parameters():
-        if trains(p):
-            groups.setdefault(decay_names is None or name in decay_names, []).append((name, p))
+    for name, p in trainable(model) if trained is None else trained:
+        groups.setdefault(decay_names is None or name in decay_names, []).append((name, p))
     return [
         {
             "params": members,

@@ -1,14 +1,8 @@
-"""Tensors that a schedule has put aside, and that no gradient is made for.
-
-What rests does not require a gradient: the backward pass makes none and stops where nothing below needs
-one, and the forward pass keeps nothing for it. It is still trained, only not now. That is marked
-on the tensor, so that everyone who asks what is trained, a second optimizer too, gets the whole answer.
-"""
+"""What a schedule means for the tensors of an optimizer: who rests, and what it is shown and asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,51 +11,9 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.schedules import Schedule
 from lowmem.optim.state import scoped
+from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.marks import rest_, wake_
 from lowmem.optim.tensors.seats import Roster, Seat
-
-_MARK = "_lowmem_rests"
-
-
-def trains(p: Tensor) -> bool:
-    """Whether a parameter is trained, at this step or at another."""
-    return p.requires_grad or rests(p)
-
-
-def rests(p: Tensor) -> bool:
-    """Whether a parameter was put aside."""
-    return bool(getattr(p, _MARK, False))
-
-
-def mark_(p: Tensor) -> None:
-    """Say of a parameter that does not require a gradient that it was put aside."""
-    setattr(p, _MARK, True)
-
-
-def rest_(p: Tensor) -> None:
-    """Put a parameter aside; one that is frozen for good stays so."""
-    if p.requires_grad:
-        p.requires_grad_(False)
-        p.grad = None
-        mark_(p)
-
-
-def wake_(p: Tensor) -> None:
-    """Take a parameter up again, where it was put aside."""
-    if rests(p):
-        delattr(p, _MARK)
-        p.requires_grad_(True)
-
-
-@contextmanager
-def awake(p: Tensor) -> Iterator[None]:
-    """While a hook is put on a parameter, which needs one that requires a gradient."""
-    asleep = rests(p)
-    wake_(p)
-    try:
-        yield
-    finally:
-        if asleep:
-            rest_(p)
 
 
 def arrange_(roster: Roster, rules: Mapping[str, AnyRule]) -> None:
@@ -88,14 +40,21 @@ def observe_(schedule: Schedule, seat: Seat, g: Blocks) -> None:
         schedule.observe_(scoped(seat.held, "schedule"), g)
 
 
-def decide_(schedule: Schedule, roster: Roster, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-    """Let a schedule decide by what it has seen, and begin to look anew; reads from the devices, once each.
+def turn_(strategy: Strategy, roster: Roster, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Once a step is taken: where roles change now, decide whose turn it is, and let the others rest.
 
     Args:
-        roster: all parameters; state: of the optimizer.
+        strategy: whose schedule decides; roster: all parameters; state: of the optimizer.
     """
-    if not schedule.observes:
-        return
+    step = max((place.group["step"] for place in roster.places.values()), default=0)
+    if strategy.schedule.switches(step):
+        if strategy.schedule.observes:
+            _decide_(strategy.schedule, roster, state)
+        arrange_(roster, strategy.rules)
+
+
+def _decide_(schedule: Schedule, roster: Roster, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """By what was seen, which is read from the devices, once each; then look anew."""
     watched = {p: state[p]["schedule.seen"] for p in roster.places if "schedule.seen" in state.get(p, {})}
     seen: dict[str, float] = {}
     for device in {x.device for x in watched.values()}:

@@ -21,7 +21,7 @@ from lowmem.errors import CheckpointError
 from lowmem.optim.schedules import Always
 from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.tensors.resting import trains
+from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from lowmem.optim.elementwise import Elementwise
 from lowmem.optim.rules.memory import Adan, AdEMAMix, DiffGrad
+from lowmem.optim.rules.paths import INNAprop, ScheduleFree
 from lowmem.optim.rules.second import AdaBelief, AMSGrad, LaProp, NAdam
 from lowmem.optim.rules.sign import Ano, Lion
 from lowmem.strategies.options import Limits
@@ -87,3 +88,28 @@ def nadam(*, momentum_decay: Annotated[float, Limits(least=0.0)] = 0.004) -> Ele
         momentum_decay: How fast the momentum rises to beta1.
     """
     return NAdam(momentum_decay)
+
+
+@part("rule")
+def innaprop(
+    *,
+    alpha: Annotated[float, Limits(least=0.0)] = 0.1,
+    beta: Annotated[float, Limits(above=0.0)] = 0.9,
+) -> Elementwise:
+    """INNAprop: a heavy ball whose friction looks at the gradient's change, over RMSprop.
+
+    Args:
+        alpha: Viscous friction.
+        beta: Friction by the change of the gradient.
+    """
+    return INNAprop(alpha, beta)
+
+
+@part("rule")
+def schedule_free(*, warmup: Annotated[int, Limits(least=0)] = 0) -> Elementwise:
+    """Schedule-free Adam: iterates are averaged instead of letting lr fall.
+
+    Args:
+        warmup: Steps until steps have their full length.
+    """
+    return ScheduleFree(warmup)

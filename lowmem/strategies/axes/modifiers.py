@@ -1,9 +1,17 @@
-"""What is done to gradient and step, around any rule."""
+"""What is done to gradient and step, around any rule.
+
+A modifier is a `Modifier`, or a function that makes an element-wise rule of one: those hold a moment
+of their own, and stand next to the rule wherever they are named.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Annotated, Literal
 
+from lowmem.optim.elementwise import Elementwise
+from lowmem.optim.modifiers.around import Lookahead, XGrad
 from lowmem.optim.modifiers.masks import AlphaMask, Cautious, Grams
 from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.modifiers.norms import Limit, TrustRatio
@@ -72,3 +80,28 @@ def momentum_reset(*, gap: Gap = 500, warmup: Annotated[int, Limits(least=0, sma
         warmup: Steps until they are as long as before; 0 for at once.
     """
     return MomentumReset(gap, warmup)
+
+
+@part("modifier")
+def lookahead(
+    *,
+    every: Annotated[int, Limits(least=1)] = 5,
+    share: Annotated[float, Limits(above=0.0, most=1.0)] = 0.5,
+) -> Callable[[Elementwise], Elementwise]:
+    """Lookahead: every few steps, back part of the way.
+
+    Args:
+        every: Steps between looks back.
+        share: Of the way that is kept.
+    """
+    return functools.partial(Lookahead, every=every, share=share)
+
+
+@part("modifier")
+def xgrad(*, ahead: Annotated[int, Limits(least=1)] = 1) -> Callable[[Elementwise], Elementwise]:
+    """XGrad: gradients are taken where the weight will be.
+
+    Args:
+        ahead: Steps by which the weight is ahead.
+    """
+    return functools.partial(XGrad, ahead=ahead)

@@ -102,6 +102,7 @@ def muon(
     nesterov: bool = True,
     iterations: Annotated[int, Limits(least=1)] = 5,
     scaling: Literal["rms", "aspect"] = "rms",
+    codes: Literal["dynamic", "linear"] = "dynamic",
 ) -> AnyRule:
     """Muon: momentum whose singular values are made equal.
 
@@ -110,5 +111,8 @@ def muon(
         nesterov: Look ahead by the fresh gradient.
         iterations: Of Newton and Schulz.
         scaling: Steps as long as AdamW's, or longer for tall matrices alone.
+        codes: Map of 8-bit codes; linear ones have a scale for 2048 elements.
     """
-    return Muon.of(states, momentum=momentum, nesterov=nesterov, iterations=iterations, scaling=scaling)
+    return Muon.of(
+        states, momentum=momentum, nesterov=nesterov, iterations=iterations, scaling=scaling, codes=codes
+    )

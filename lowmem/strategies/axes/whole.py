@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from lowmem.optim.contract import AnyRule
+from lowmem.optim.rules.factored import CAME, SM3
 from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI, StableSPAM
-from lowmem.optim.rules.normalised import Scaled, SinkGD
+from lowmem.optim.rules.normalised import SWAN, Scaled, SinkGD
 from lowmem.optim.rules.smmf import SMMF
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
@@ -63,6 +64,40 @@ def smmf(
 
 
 @part("rule")
+def came(
+    *,
+    states: str,
+    inside: bool,
+    beta3: Annotated[float, Limits(least=0.0, below=1.0)] = 0.9999,
+    clip_threshold: Annotated[float, Limits(above=0.0)] = 1.0,
+    eps1: Annotated[float, Limits(least=0.0)] = 1e-30,
+    eps2: Annotated[float, Limits(least=0.0)] = 1e-16,
+) -> AnyRule:
+    """CAME: Adafactor's step, averaged, and shorter where steps disagree.
+
+    Args:
+        beta3: Share of the old average of how far steps lie from their average.
+        clip_threshold: Largest rms of a step before it is averaged.
+        eps1: Added to squared gradients.
+        eps2: Added to squared distances.
+    """
+    floor = 1e-8 if inside else 0.0
+    return CAME.of(states, beta3=beta3, clip_threshold=clip_threshold, eps1=eps1, eps2=eps2, floor=floor)
+
+
+@part("rule")
+def sm3(
+    *, states: str, inside: bool, momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.0
+) -> AnyRule:
+    """SM3: Adagrad with a number for each row and column.
+
+    Args:
+        momentum: Share of the old average of steps; 0 holds none.
+    """
+    return SM3.of(states, momentum=momentum, floor=1e-8 if inside else 0.0)
+
+
+@part("rule")
 def sinkgd(
     *,
     iterations: Annotated[int, Limits(least=1)] = 5,
@@ -75,6 +110,16 @@ def sinkgd(
         alpha: Rms of a step, in units of lr.
     """
     return SinkGD(iterations, alpha)
+
+
+@part("rule")
+def swan(*, iterations: Annotated[int, Limits(least=1)] = 10) -> AnyRule:
+    """SWAN: the gradient with standardised rows and equal singular values; no state.
+
+    Args:
+        iterations: Of Newton and Schulz.
+    """
+    return SWAN(iterations)
 
 
 @part("rule")

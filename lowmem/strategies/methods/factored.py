@@ -44,3 +44,41 @@ register(
         rule="smmf",
     )
 )
+
+register(
+    Method(
+        "came",
+        """Adafactor's step, averaged, and shorter where steps disagree with their average.
+
+            U = G / sqrt(V) clipped to rms 1,  M <- beta1 M + (1 - beta1) U
+            S <- beta3 S + (1 - beta3) (U - M)^2
+            W <- (1 - lr wd) W - lr M / sqrt(S),  V and S from row and column means
+
+        Without bias correction, as in the paper: the first step is about 10 lr long, so warm up.
+        Take 0.5 to 0.9 times AdamW's lr. With beta2=0.95 take beta3 from 0.99 to 0.999.
+
+        Bytes for an (m, n) weight: 4 m n + 8 (m + n) with fp32 states; m n + 4 ceil(m n / 256) + 8 (m + n)
+        with int8.
+        """,
+        paper="2307.02047",
+        rule="came",
+    )
+)
+
+register(
+    Method(
+        "sm3",
+        """Adagrad with a number for each row and column.
+
+            N = min(R, C) + G^2,  R and C <- row and column maxima of N
+            W <- (1 - lr wd) W - lr G / sqrt(N)
+
+        N only grows: warm up, then keep lr as it is. The paper trains with an average of steps beside
+        it, `momentum=0.9`, which costs a moment as large as the weight. betas and eps are not used.
+
+        Bytes for an (m, n) weight: 4 (m + n), and the average's with momentum (4 m n in fp32).
+        """,
+        paper="1901.11150",
+        rule="sm3",
+    )
+)

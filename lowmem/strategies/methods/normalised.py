@@ -61,3 +61,45 @@ register(
         other="adam",
     )
 )
+
+register(
+    Method(
+        "muon_8bit",
+        """Muon with its momentum in 8 bits, on a linear scale.
+
+            M <- M + (1 - momentum)(G - M),  X = orthogonal factor of M before it is encoded
+            W <- (1 - lr wd) W - lr 0.2 sqrt(max(m, n)) X,  M <- its codes, 2048 to a scale
+
+        Only large elements of M count once it is orthogonal, which a linear map holds best. Where M is
+        nearly of low rank, its small directions are those of the codes. Embeddings, head, norms
+        and biases take Adam with moments of 8 bits (the dynamic map).
+
+        Bytes for an (m, n) weight: m n + 4 ceil(m n / 2048).
+        """,
+        paper="2509.23106",
+        rule="muon",
+        other="adam",
+        states="int8",
+        codes="linear",
+    )
+)
+
+register(
+    Method(
+        "swan",
+        """The gradient with standardised rows and equal singular values.
+
+            X = (G - row means) / row deviations
+            W <- (1 - lr wd) W - lr D,  D = orthogonal factor of X, with the rms of X, by Newton and Schulz
+
+        Embeddings, head, norms and biases take Adam. Every element moves by about lr, five times as
+        far as with AdamW. Without a momentum the noise of a small batch goes straight into the
+        weights: accumulate. The paper trains from scratch.
+
+        Bytes for an (m, n) weight: 0.
+        """,
+        paper="2412.13148",
+        rule="swan",
+        other="adam",
+    )
+)

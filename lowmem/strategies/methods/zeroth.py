@@ -24,3 +24,67 @@ register(
         source="spsa",
     )
 )
+
+register(
+    Method(
+        "fzoo",
+        """Many one-sided slopes, divided by the spread of their losses.
+
+            d = sum_i (L(W + eps z_i) - L(W)) / (N std_i L(W + eps z_i)) z_i
+            W <- (1 - lr wd) W - lr d
+
+        with N directions of signs. The radius cancels, and so does the scale of the loss: lr
+        is a length (5e-5 for a model of 13 billion weights); the paper's radius of 1e-4 is below
+        the spacing of most bf16 weights, ours is not. N + 1 forward passes for N directions;
+        several may run at once, at the cost of as many copies of a module.
+
+        Bytes for an (m, n) weight: 0, and no gradient; while a module runs, its weights
+        once more for each point `at_once`.
+        """,
+        paper="2506.09034",
+        rule="sgd",
+        source="spread_spsa",
+    )
+)
+
+register(
+    Method(
+        "lozo",
+        """Zeroth-order steps along low-rank directions that share a side for a while.
+
+            Z = U V' / sqrt(rank),    c = (L(W + eps Z) - L(W - eps Z)) / (2 eps)
+            W <- (1 - lr wd) W - lr c Z
+
+        U is new in every step, V stays for `update_gap` of them, so that the steps of a window
+        lie in one subspace. Z has unit variance: eps and lr mean what they mean for MeZO (the
+        paper displaces by U V' itself: its eps is ours / sqrt(rank), its lr ours, with 1 / rank
+        in the estimate; its code leaves that out). Vectors have free directions.
+
+        Bytes for an (m, n) weight: 0, and no gradient; while a module runs, its weights once
+        more and 4 n rank bytes of V.
+        """,
+        paper="2410.07698",
+        rule="sgd",
+        source="low_rank_spsa",
+    )
+)
+
+register(
+    Method(
+        "sparse_mezo",
+        """MeZO on the smallest weights of each tensor.
+
+            z_i = 0 where |w_i| > h,    h the `share` quantile of the sizes of its tensor
+            c = (L(W + eps z) - L(W - eps z)) / (2 eps),    W <- (1 - lr wd) W - lr c z
+
+        The bound is read off the weights as they are, at each step, from a sample of the
+        tensor: no mask is held. (The paper takes it once, from the weights it starts with.)
+
+        Bytes for an (m, n) weight: 0, and no gradient; while a module runs, its weights once
+        more.
+        """,
+        paper="2402.15751",
+        rule="sgd",
+        source="sparse_spsa",
+    )
+)

@@ -20,7 +20,7 @@ from torch import nn
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.models import sealed
 from lowmem.models.adapters import name_base
-from lowmem.optim.tensors.resting import trains
+from lowmem.optim.tensors.marks import trains
 from lowmem.training.callbacks import Divergence
 from lowmem.training.folder import checkpoint, settings
 from lowmem.training.folder.lock import held

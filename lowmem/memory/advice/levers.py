@@ -87,6 +87,11 @@ def sentences(peak: Peak, found: Sequence[Lever], run: Run) -> list[str]:
             f"The next highest event is the {name}, {format_bytes(size)}: lowering the {peak.event} alone "
             f"gains at most {format_bytes(peak.allocated - size)}."
         )
+    if run.typical is not None:
+        said.append(
+            f"That is the longest batch, {run.seq_len} tokens a row; one of {run.typical} tokens, as is "
+            "typical, takes less: see the events."
+        )
     threshold = SMALL * peak.allocated
     helping = [lever for lever in found if peak.allocated - lever.peak > threshold]
     idle = [lever for lever in found if abs(peak.allocated - lever.peak) <= threshold]

@@ -58,9 +58,9 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
         "the peak of a step from the second on; a refresh of the basis is included",
         "sizes are binary (GiB = 2^30 bytes); kernels' inner scratch is counted of softmax and cuBLAS alone",
     ]
-    if run.lora_rank:
+    if run.adapts:
         found.append(
-            f"LoRA of rank {run.lora_rank} on {run.lora_targets} in {str(run.adapter)[6:]}, no dropout"
+            _adapters(run)
             + (
                 f", NF4 base with {'doubly' if run.double_quant else 'singly'} quantized weights"
                 if run.quantize
@@ -73,6 +73,17 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
             "reserved and device are simulations of the caching allocator, not yet measured on a GPU"
         )
     return (*found, *(limit.notes if limit else ()))
+
+
+def _adapters(run: Run) -> str:
+    dropout = f"dropout {run.lora_dropout:g}" if run.lora_dropout else "no dropout"
+    more = f", {run.adapter_args}" if run.adapter_args else ""
+    if run.lora_rank:
+        where = f"on {run.lora_targets} in {run.dtype_of_adapters}"
+        return f"LoRA of rank {run.lora_rank} {where}, {dropout}{more}"
+    return (
+        f"{run.adapter}{more}, as peft makes it; methods that gather or orthogonalise are off by up to 20 %"
+    )
 
 
 def _cuda_attention(run: Run) -> str:

@@ -10,24 +10,42 @@ Values are read as YAML would; several of one option are joined by +, as in targ
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
-from lowmem.config import RunConfig
 from lowmem.errors import UserError, first_line, nearest
 
 DECIDED = ("task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 
 
-def adapter_config(config: RunConfig) -> Any:
+class Wanted(Protocol):
+    """What a run says of its adapters; see `lowmem.config.RunConfig`."""
+
+    @property
+    def lora_rank(self) -> int | None: ...
+    @property
+    def lora_alpha(self) -> float | None: ...
+    @property
+    def lora_dropout(self) -> float: ...
+    @property
+    def lora_targets(self) -> str: ...
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def adapter_args(self) -> str: ...
+    @property
+    def task(self) -> str: ...
+
+
+def adapter_config(config: Wanted) -> Any:
     """The PEFT configuration of a run, None where all weights are trained.
 
     Args:
-        config: lora_rank, lora_alpha, lora_dropout, lora_targets, adapter, adapter_args, task.
+        config: of the run.
 
     Raises:
         UserError: a method, an option or a value that PEFT does not know.
     """
-    if not config.adapts:
+    if not (config.lora_rank or config.adapter):
         return None
     kind = _method(config.adapter or "lora")
     known = {f.name for f in dataclasses.fields(kind) if f.init and f.name not in DECIDED}
@@ -62,7 +80,7 @@ def parse_args(text: str) -> dict[str, Any]:
     return found
 
 
-def _lora(config: RunConfig) -> dict[str, Any]:
+def _lora(config: Wanted) -> dict[str, Any]:
     """What the settings of LoRA say."""
     if not config.lora_rank:
         return {}

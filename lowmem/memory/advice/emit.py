@@ -1,0 +1,92 @@
+"""From a plan to the run: the configuration that `lowmem finetune --config FILE` takes as it is.
+
+Every option of a plan is carried over, or describes the card or the data and not the run, or is one
+that finetune does not do, and then refused by name: none is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowmem.config import RunConfig, build, dump
+from lowmem.errors import UserError
+from lowmem.memory.run import Run
+
+SAME = (
+    "task", "dtype", "seq_len", "batch_size", "accumulation", "gradient_checkpointing", "gradient_release",
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter", "adapter_args", "quantize",
+    "compile", "steps",
+)  # fmt: skip
+"""Options with the same name and meaning on both sides."""
+TRANSLATED = ("rows", "max_grad_norm")
+BESIDE = (
+    "longest", "typical", "loss", "label_tokens", "device", "compute_capability", "workspace",
+)  # fmt: skip
+"""What a plan knows of data and card; finetune takes the cheaper loss of each batch by itself."""
+NOT_DONE = {
+    "autocast": "weights are trained in their own dtype, without autocast",
+    "attention": "the model's own choice of attention is used",
+    "keep_output": "the logits are not kept",
+    "eval_batch_size": "evaluations have the training's batch_size",
+    "adapter_dtype": "adapters have the dtype that TRL gives them",
+    "double_quant": "the scales of 4-bit weights are quantized",
+    "kbit_prepare": "what is not packed stays in its dtype",
+}
+"""Options that finetune has no like of, and what it does instead."""
+DATA = "data: ''"
+
+
+def run_config(
+    model: str, run: Run, strategy: str, options: Mapping[str, Any], data: str | None = None
+) -> RunConfig:
+    """The fine-tuning run that was planned.
+
+    Args:
+        model, run, strategy, options: of the plan; data: as `lowmem finetune --data` takes it.
+
+    Raises:
+        UserError: the plan has something that `lowmem finetune` does not do.
+    """
+    default = Run()
+    asked = [name for name in NOT_DONE if getattr(run, name) != getattr(default, name)]
+    if strategy == "custom":
+        raise UserError(
+            "cannot emit a run of a strategy composed in Python: it has no name; plan one that has"
+        )
+    if asked:
+        raise UserError(f"cannot emit a run with {asked[0]}: {NOT_DONE[asked[0]]}; plan without it")
+    values: dict[str, Any] = {name: getattr(run, name) for name in SAME}
+    values |= {"model": model, "optim": strategy, "packing": run.rows != "padded", "data": data}
+    values["optim_args"] = ",".join(f"{k}={_word(v)}" for k, v in options.items())
+    values["lora_rank"] = run.lora_rank or None
+    if run.max_grad_norm > 0:
+        values["max_grad_norm"] = run.max_grad_norm
+    elif not run.gradient_release:  # under release it is 0 because nothing is clipped together
+        values["clip"] = "none"
+    return build({k: v for k, v in values.items() if v is not None})
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def text(model: str, run: Run, strategy: str, options: Mapping[str, Any], data: str | None = None) -> str:
+    """The YAML of `run_config`; without data its line is left empty, and finetune asks for it."""
+    written = dump(run_config(model, run, strategy, options, data))
+    if data is not None:
+        return written
+    lines = [
+        DATA + line[line.index("  #") :] if line.startswith("data:") else line
+        for line in written.splitlines()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def known() -> set[str]:
+    """Every option that is carried, translated, beside the run or refused.
+
+    >>> known() == {f.name for f in fields(Run)}
+    True
+    """
+    return {*SAME, *TRANSLATED, *BESIDE, *NOT_DONE}

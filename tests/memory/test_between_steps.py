@@ -1,0 +1,93 @@
+"""Evaluations, saves and rows of unequal length: as planned, so measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowmem
+from lowmem.memory.lengths import lengths
+from lowmem.memory.trace.tracker import Tracker
+from lowmem.strategies import optimizer
+from tests.memory.families import FAMILIES, batch, model
+
+SMALL = {"batch_size": 2, "seq_len": 48, "dtype": "float32", "device": "cpu", "advise": False}
+
+
+def tracked(made: torch.nn.Module, stepper: lowmem.LowMemOptimizer) -> Tracker:
+    """A tracker that knows what lives between steps."""
+    tracker = Tracker()
+    tracker.register([*made.parameters(), *made.buffers()], "weights")
+    tracker.register([t for s in stepper.state.values() for t in s.values()], "optimizer_state")
+    tracker.register(stepper._constants.values(), "optimizer_state")
+    return tracker
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_evaluation_takes_what_was_planned(family: str) -> None:
+    made = model(family)
+    stepper = optimizer(made, "adamw")
+    stepper.init_state()
+    tracker, inputs = tracked(made, stepper), batch()
+    tracker.register(inputs.values(), "activations")
+    made.eval()
+    with tracker, torch.no_grad():
+        tracker.enter("evaluation")
+        made(**inputs, use_cache=False, num_items_in_batch=torch.ones((), dtype=torch.long))
+    tracker.stop()
+    planned = lowmem.plan(FAMILIES[family](), "adamw", **SMALL).plans[0]
+    assert planned.events["evaluation"] == pytest.approx(tracker.peak().total, rel=0.005)
+
+
+def test_a_deep_model_evaluates_like_a_shallow_one() -> None:
+    from lowmem.memory.run import Run
+    from lowmem.memory.trace.extrapolate import evaluated
+    from lowmem.memory.trace.replica import evaluation
+
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 8
+    run = Run(batch_size=2, seq_len=48)
+    assert evaluated(config, run).total == evaluation(config, run).total
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "galore"])
+def test_a_save_takes_what_was_planned(name: str, tmp_path: Path) -> None:
+    made = model("llama")
+    stepper = optimizer(made, name, compile="off")
+    stepper.init_state()
+    tracker = tracked(made, stepper)
+    with tracker:
+        tracker.enter("save")
+        made.save_pretrained(tmp_path)
+        torch.save(stepper.state_dict(), tmp_path / "optimizer.pt")
+    tracker.stop()
+    planned = lowmem.plan(FAMILIES["llama"](), name, **SMALL).plans[0]
+    assert planned.events["save"] == pytest.approx(tracker.peak().total, rel=0.005)
+    assert planned.certainty["save"] == "exact"
+
+
+def test_a_larger_evaluation_batch_can_bind() -> None:
+    few = lowmem.plan(FAMILIES["llama"](), "mezo", budget="1GiB", **SMALL | {"device": "cuda"}).plans[0]
+    many = lowmem.plan(
+        FAMILIES["llama"](), "mezo", budget="1GiB", eval_batch_size=4096, **SMALL | {"device": "cuda"}
+    ).plans[0]
+    assert (few.verdict, many.verdict, many.event) == ("fits", "out of memory", "evaluation")
+    assert many.headroom_bytes < 0 < few.headroom_bytes
+    none = lowmem.plan(FAMILIES["llama"](), "mezo", eval_batch_size=0, **SMALL).plans[0]
+    assert "evaluation" not in none.events
+
+
+def test_a_typical_batch_is_a_shorter_one() -> None:
+    config = FAMILIES["llama"]()
+    both = lowmem.plan(config, "adamw", **SMALL, rows="padded", typical=16).plans[0]
+    alone = lowmem.plan(config, "adamw", **SMALL | {"seq_len": 16}, rows="padded").plans[0]
+    assert both.events["step of a typical batch"] == alone.peak["allocated"] < both.peak["allocated"]
+
+
+def test_lengths_are_those_of_the_tokens() -> None:
+    found = lengths([5, 9, 7, 1000], 64)
+    assert found.to_dict() == {"rows": 4, "typical": 9, "longest": 64, "cut": 1}
+    assert found.options(rows="padded") == {"seq_len": 64, "typical": 9}
+    assert found.options(rows="packed") == {"longest": 64}

@@ -1,0 +1,49 @@
+"""Papers transcribed in double precision: rules with less than one number for each second moment."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.oracles.reference_normalised import Reference
+
+
+def factors(x: Tensor) -> Tensor:
+    """The rank-one matrix with the row and column sums of x."""
+    return torch.outer(x.sum(1), x.sum(0)) / x.sum()
+
+
+class CAME(Reference):
+    """arXiv 2307.02047, Algorithm 2. Averages are linear: they are held in full, and factored when read."""
+
+    def __init__(self, w: Tensor, lr: float, weight_decay: float, betas: tuple[float, float, float]) -> None:
+        super().__init__(w, lr, weight_decay)
+        self.betas = betas
+        self.v, self.m, self.s = (torch.zeros_like(self.w) for _ in range(3))
+
+    def direction(self, g: Tensor) -> Tensor:
+        b1, b2, b3 = self.betas
+        matrix = g.dim() > 1
+        self.v = b2 * self.v + (1 - b2) * (g**2 + 1e-30)
+        u = g / (factors(self.v) if matrix else self.v).sqrt()
+        u = u / max(1.0, float(u.square().mean().sqrt()))
+        self.m = b1 * self.m + (1 - b1) * u
+        if not matrix:
+            return self.m
+        self.s = b3 * self.s + (1 - b3) * ((u - self.m) ** 2 + 1e-16)
+        return self.m / factors(self.s).sqrt()
+
+
+class SM3(Reference):
+    """arXiv 1901.11150, SM3-II with the rows and columns of a matrix as cover."""
+
+    def __init__(self, w: Tensor, lr: float, weight_decay: float, momentum: float) -> None:
+        super().__init__(w, lr, weight_decay)
+        self.momentum, self.m = momentum, torch.zeros_like(self.w)
+        self.rows, self.columns = torch.zeros(w.shape[0]).double(), torch.zeros(w.shape[1]).double()
+
+    def direction(self, g: Tensor) -> Tensor:
+        nu = torch.minimum(self.rows[:, None], self.columns) + g**2
+        self.rows, self.columns = nu.amax(1), nu.amax(0)
+        self.m = self.momentum * self.m + (1 - self.momentum) * g / (nu + 1e-30).sqrt()
+        return self.m
