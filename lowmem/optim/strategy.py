@@ -69,6 +69,11 @@ class Strategy:
     def __hash__(self) -> int:
         return hash((frozenset(self.rules.items()), self.source, self.writer, self.schedule))
 
+    @property
+    def turns(self) -> bool:
+        """Whether tensors rest for a time, without a gradient."""
+        return any(rule.idle for rule in self.rules.values())
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (dict(self.rules), self.source, self.writer, self.schedule, self.to_config())
 

@@ -333,7 +333,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _engine_problems(trainer: Any) -> list[str]:
     """What only the trainer knows of the devices it runs on."""
     name, args = trainer._strategy.name, trainer.args
-    alone = args.gradient_release or not trainer._strategy.source.needs_autograd
+    alone = args.gradient_release or trainer._strategy.turns or not trainer._strategy.source.needs_autograd
     what = "gradient_release" if args.gradient_release else name
     rules = [
         (trainer.is_deepspeed_enabled, f"deepspeed: it flattens parameters, {name} needs their shapes"),

@@ -389,5 +389,8 @@ def test_engines_that_only_the_run_knows_of_are_refused():
     run._strategy = create("galore")
     run.is_deepspeed_enabled = run.is_fsdp_enabled = False
     assert _engine_problems(run) == []  # plain data parallelism
+    run._strategy = create("badam")  # it knows what is trained once, and tensors take turns
+    assert _engine_problems(run)[0].startswith("badam: runs on one device for now, found 2")
+    run._strategy = create("galore")
     args.gradient_release = True
     assert "runs on one device for now, found 2" in _engine_problems(run)[0]

@@ -31,8 +31,7 @@ class Parameter:
 
 def special(strategy: Strategy) -> Strategy | None:
     """The strategy, where a step is not a forward and a backward pass with a gradient for every tensor."""
-    idle = any(rule.idle for rule in strategy.rules.values())
-    return strategy if idle or not strategy.source.needs_autograd else None
+    return strategy if strategy.turns or not strategy.source.needs_autograd else None
 
 
 def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[Mapping[str, str]]:
@@ -45,7 +44,7 @@ def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[Map
 
 def resting(strategy: Strategy | None, parameters: Sequence[Parameter]) -> frozenset[str]:
     """Names of the parameters that no gradient is made for, while the first that can be is active."""
-    if strategy is None or not any(rule.idle for rule in strategy.rules.values()):
+    if strategy is None or not strategy.turns:
         return frozenset()
     found = [
         tuple(i for i, p in enumerate(parameters) if not strategy.rules[rules[p.name]].idle)

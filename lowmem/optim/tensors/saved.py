@@ -88,7 +88,7 @@ class Loading:
     def _missing(self, roster: Roster, held: Collection[Tensor]) -> str:
         """Whose state is missing: all of it, or that of a tensor which had its turn; nothing, if empty."""
         schedule, rules = self.strategy.schedule, self.strategy.rules
-        turns, found = any(rule.idle for rule in rules.values()), ""
+        turns, found = self.strategy.turns, ""
         for p, place in roster.places.items():
             rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
             divided = schedule.restarts(place.name, place.rule) or (
