@@ -151,6 +151,10 @@ class Layers(Schedule):
 
     Raises:
         UserError: a number or word outside its range; at the first step, a model without numbered layers.
+
+    Example:
+        >>> [sorted(Layers(5, "ascending").active((0, 1), step, seed=0)) for step in (0, 4, 5, 10)]
+        [[0], [0], [1], [0]]
     """
 
     gap: int = 50

@@ -43,6 +43,10 @@ class Fisher(Projector):
 
     Args:
         rank: elements of a tensor, from 1 on, or their share, below 1.
+
+    Example:
+        >>> Fisher(0.1).low_shape((4, 5))
+        (1, 2)
     """
 
     rank: float = 0.005
