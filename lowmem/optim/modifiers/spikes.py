@@ -72,7 +72,7 @@ class MomentumReset(Modifier):
 
     Example:
         >>> [round(MomentumReset(500, 3).factor_at(c), 2) for c in range(5)]
-        [0.01, 0.15, 0.5, 1.0, 1.0]
+        [0.01, 0.15, 0.51, 1.0, 1.0]
     """
 
     gap: int = 500
