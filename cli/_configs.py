@@ -57,10 +57,12 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
+    from lowmem.combinations import of_precision
     from lowmem.models.entries import to_dtype
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.tensors.checks import idle
     from lowmem.optim.writers import select
+    from lowmem.sources.quantized import misfit
     from lowmem.strategies import create, parse_options
 
     try:
@@ -71,9 +73,13 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     if "writer" in strategy.options and stored != strategy.writer:
         kept = strategy.options["writer"]
         return [f"optim: writer={kept} is for weights of 16 bits, these have 32; leave it out"]
+    adapts = bool(values["lora_rank"] or values["adapter"])
+    if problem := misfit(values["optim"], strategy.source, values["quantize"], adapts):
+        return [problem]
     if values["task"] != "sft" and not strategy.source.needs_autograd:
         return [f"optim: {values['optim']} works without gradients, task {values['task']} needs them"]
     found = idle(values["optim"], strategy.rules.values(), betas=values["betas"], eps=values["eps"])
+    found += of_precision(values, differentiates=strategy.source.needs_autograd)
     if strategy.source.needs_autograd:
         over_several = values["gradient_release"] and values["accumulation"] > 1
         refusal = accumulation_problem(strategy) if over_several else ""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem.config import RunConfig, default_output, from_flags, read
+from lowmem.config import RunConfig, bracketed, default_output, from_flags, read
 from lowmem.errors import UserError
 
 from . import render
@@ -27,7 +27,7 @@ def command(
     **flags: Any,
 ) -> None:
     """Fine-tune a language model. Without --data and --config it runs the demo."""
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = dict(bracketed({name: value for name, value in flags.items() if value is not None})[0])
     base = _base(given, config)
     first = from_flags(given, base)  # what needs no package is said at once
     render.say(f"{first.model}, {first.optim}: checking the settings")

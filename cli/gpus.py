@@ -16,7 +16,7 @@ def command(as_json: Json = False) -> None:
             card["name"],
             render.size(card["usable"]),
             render.size(card["capacity"]),
-            "measured here" if card["calibrated"] else "table",
+            "measured here" if card["calibrated"] else "estimate" if card["estimated"] else "table",
         )
         for card in document
     ]

@@ -12,11 +12,12 @@ import typer
 from lowmem.errors import UserError
 from lowmem.memory.run import Run
 
-from . import render
+from . import _search, render
 from ._flags import run_flags
 from .app import Json
 
 if TYPE_CHECKING:
+    from lowmem.memory.advice.search import Found
     from lowmem.memory.advice.solve import Solution
     from lowmem.memory.lengths import Lengths
     from lowmem.memory.plan import Plan, StrategyPlan
@@ -27,7 +28,14 @@ SOLVE = {"seq-len": "seq_len", "batch-size": "batch_size"}
 @run_flags(of=Run)
 def command(
     model: Annotated[str, typer.Option("--model", help="Name (see `lowmem models`), local path or Hub id.")],
-    optim: Annotated[str, typer.Option("--optim", help="Strategy, several with commas, or all.")] = "adamw",
+    optim: Annotated[
+        str | None,
+        typer.Option(
+            "--optim",
+            help="Strategy, several with commas as in galore(rank=64),adamw, or all. Without it, and with a "
+            "card: what fits it, best first; adamw where there is no card.",
+        ),
+    ] = None,
     optim_args: Annotated[
         str, typer.Option("--optim-args", metavar="K=V,...", help="Options of the strategy.")
     ] = "",
@@ -50,6 +58,7 @@ def command(
             "--emit", metavar="FILE", help="Write the best plan's run for `lowmem finetune --config`."
         ),
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Search among ways to train all weights.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write a run that does not fit.")] = False,
     as_json: Json = False,
     **flags: Any,
@@ -63,8 +72,16 @@ def command(
     from ._progress import Bars
 
     found = _lengths(model, data, flags) if data else None
+    looking = optim is None and bool(gpu or budget)
+    _check_search(looking, full, optim_args)
+    ways: tuple[Found, ...] = ()
     with Bars():  # an architecture that takes long says so
-        planned = planning.plan(model, optim, options=optim_args or None, budget=budget, gpu=gpu, **flags)
+        if looking:
+            planned, ways = _search.searched(model, gpu, budget, full, flags)
+        else:
+            planned = planning.plan(
+                model, optim or "adamw", options=optim_args or None, budget=budget, gpu=gpu, **flags
+            )
     for text in (*planned.warnings, *_notes(planned)):
         render.warning(text)
     solutions = _solve(planned, unknown)
@@ -73,13 +90,39 @@ def command(
         from lowmem import report
         from lowmem.memory.pictures import report_data
 
-        render.say(f"report written to {report.write(report_data(planned), html)}")
+        data_ = report_data(planned) | ({"search": [way.to_dict() for way in ways]} if ways else {})
+        render.say(f"report written to {report.write(data_, html)}")
     if emit:
         _emit(model, _solved(planned, unknown), emit, data, force)
     document = planned.to_dict() | ({"lengths": found.to_dict()} if found else {})
+    document |= {"search": [way.to_dict() for way in ways]} if ways else {}
     if solutions:
-        document["solved"] = {"for": unknown, "largest": {s.strategy: s.value for s in solutions}}
-    render.emit(document, _tables(planned, unknown, solutions), as_json)
+        names = _names(planned)
+        document["solved"] = {
+            "for": unknown,
+            "largest": {name: s.value for name, s in zip(names, solutions, strict=True)},
+            "stopped": {name: s.stopped for name, s in zip(names, solutions, strict=True)},
+        }
+    shown = _tables(planned, unknown, solutions)
+    if ways and planned.budget is not None:
+        shown = [*_search.tables(planned, ways, planned.budget), "", *shown[-len(planned.assumptions) :]]
+    render.emit(document, shown, as_json)
+
+
+def _check_search(looking: bool, full: bool, optim_args: str) -> None:
+    if looking and optim_args:
+        raise UserError("optim_args are options of one strategy: give --optim as well")
+    if full and not looking:
+        raise UserError(
+            "--full is a wish of a search: leave out --optim, and give --gpu NAME or --budget SIZE"
+        )
+
+
+def _names(planned: Plan) -> list[str]:
+    """A name for each plan, with the options that tell variants of one method apart."""
+    from lowmem.report.plan import labels
+
+    return labels([row.to_dict() for row in planned.plans])
 
 
 def _unknown(solve: str | None, gpu: str | None, budget: str | None) -> str | None:
@@ -132,13 +175,11 @@ def _with_solutions(planned: Plan, unknown: str | None, solutions: Sequence[Solu
     """The plan with what was solved for beside each strategy."""
     if not solutions:
         return planned
-    values = {s.strategy: s.value for s in solutions}
-    replace = dataclasses.replace
-    if unknown == "seq_len":
-        rows = [replace(row, max_seq_len=values[row.strategy]) for row in planned.plans]
-    else:
-        rows = [replace(row, max_batch_size=values[row.strategy]) for row in planned.plans]
-    return replace(planned, plans=tuple(rows))
+    rows = []
+    for row, solution in zip(planned.plans, solutions, strict=True):
+        answer: dict[str, Any] = {f"max_{unknown}": solution.value}
+        rows.append(dataclasses.replace(row, **answer))
+    return dataclasses.replace(planned, plans=tuple(rows))
 
 
 def _solved(planned: Plan, unknown: str | None) -> Plan:
@@ -176,21 +217,26 @@ def _emit(model: str, planned: Plan, target: str, data: str | None, force: bool)
 
 def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -> list[Any]:
     model, judged = planned.model, planned.budget is not None
-    head = f"{model.name}: {model.parameters:,} parameters, {model.trainable:,} trained"
+    from lowmem.report.plan import subject
+
+    card = {"gpu": planned.budget.to_dict()} if planned.budget is not None else {}
+    head = (
+        f"{subject(planned.to_dict() | card)}: {model.parameters:,} parameters, {model.trainable:,} trained"
+    )
     columns = ["strategy", *(["verdict", "to spare"] if judged else [])]
     columns += ["allocated", "reserved", "device", "state", "peak at"]
-    rows = [_cells(row, judged) for row in planned.plans]
+    rows = [[name, *_cells(row, judged)] for name, row in zip(_names(planned), planned.plans, strict=True)]
     if solutions:
-        columns.append(f"largest {str(unknown).replace('_', ' ')}")
-        values = {s.strategy: s.value for s in solutions}
-        rows = [
-            [*cells, values[row.strategy] or "none fits"]
-            for cells, row in zip(rows, planned.plans, strict=True)
-        ]
+        columns += [f"largest {str(unknown).replace('_', ' ')}", "stopped by"]
+        rows = [[*cells, s.value or "none fits", s.stopped] for cells, s in zip(rows, solutions, strict=True)]
     shown: list[Any] = [
         head,
         render.table("", columns, rows, right=["to spare", "allocated", "reserved", "device", "state"]),
     ]
+    if any(row.verdict == "fits with retries" for row in planned.plans):
+        from lowmem.report.plan import RETRIES
+
+        shown.append(RETRIES)
     best = planned.plans[0]
     shown += [f"{best.strategy}: {sentence}" for sentence in best.why]
     shown += ["", *[f"- {text}" for text in planned.assumptions]]
@@ -201,7 +247,7 @@ def _cells(row: StrategyPlan, judged: bool) -> list[Any]:
     peak = row.peak
     verdict = [row.verdict, _size(row.headroom_bytes)] if judged else []
     sizes = [_size(peak[key]) for key in ("allocated", "reserved", "device")]
-    return [row.strategy, *verdict, *sizes, _size(row.state_bytes), row.event]
+    return [*verdict, *sizes, _size(row.state_bytes), row.event]
 
 
 def _size(size: int | None) -> str:

@@ -14,10 +14,6 @@ def problems(v: Mapping[str, Any]) -> list[str]:
         (v["steps"] and v["epochs"], "steps and epochs: both given; give one of them"),
         (v["resume"] and v["overwrite"], "resume and overwrite: one keeps the earlier run, one replaces it"),
         (
-            v["quantize"] and not (v["lora_rank"] or v["adapter"]),
-            "quantize: frozen weights only; give lora_rank as well",
-        ),
-        (
             v["steps"] and v["warmup"] > v["steps"],
             f"warmup: {v['warmup']} steps of warm-up in a run of {v['steps']}; make it {v['steps']} or less",
         ),
@@ -31,7 +27,52 @@ def problems(v: Mapping[str, Any]) -> list[str]:
             f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
         ),
     ]
-    return [text for broken, text in rules if broken] + _of_task(v) + of_adapters(v) + _of_evaluation(v)
+    found = [text for broken, text in rules if broken]
+    return found + _of_autocast(v) + _of_task(v) + of_adapters(v) + _of_evaluation(v)
+
+
+def of_precision(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
+    """Numbers of 16 bits that a run would lose; see `lowmem.optim.writers` for what keeps bf16 weights whole.
+
+    Args:
+        v: settings of a run.
+        differentiates: whether its strategy takes backward passes.
+    """
+    half, scaled, adapts = v["dtype"] == "float16", v["autocast"] == "float16", v["lora_rank"] or v["adapter"]
+    rules = [
+        (
+            half and differentiates and not adapts,
+            "dtype: gradients in float16 vanish below 6e-8, and no loss scaler takes them; "
+            "use dtype: float32 with autocast: float16 (needs a GPU), or dtype: bfloat16",
+        ),
+        (
+            half and differentiates and adapts and not scaled,
+            "dtype: gradients that pass float16 layers vanish unless the loss is scaled; "
+            "set autocast: float16 as well (needs a GPU), or dtype: bfloat16",
+        ),
+        (
+            scaled and not differentiates,
+            f"autocast: {v['optim']} takes no backward pass to scale the loss for; use dtype: float16",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+def _of_autocast(v: Mapping[str, Any]) -> list[str]:
+    """What autocast does not go with."""
+    kind, adapts = v["autocast"], v["lora_rank"] or v["adapter"]
+    rules = [
+        (
+            kind != "none" and v["dtype"] != "float32" and not adapts,
+            f"autocast: over weights of {v['dtype']} it would only cost time; use dtype: float32, or none",
+        ),
+        (
+            kind == "float16" and v["gradient_release"],
+            "gradient_release: with autocast: float16 a step is skipped where any gradient overflows, which "
+            "is not known when the first tensor steps; leave it out, or use autocast: bfloat16",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
 
 
 def _of_task(v: Mapping[str, Any]) -> list[str]:

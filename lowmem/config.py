@@ -72,6 +72,12 @@ class RunConfig:
 
     model: str = _knob(MISSING, "Model", "name (see `lowmem models`), local path or Hub id")
     dtype: str = _knob("bfloat16", "Model", "of the weights", choices=("bfloat16", "float16", "float32"))
+    autocast: str = _knob(
+        "none",
+        "Model",
+        "compute in it over float32 weights or under adapters; float16 scales the loss",
+        choices=("none", "bfloat16", "float16"),
+    )
     lora_rank: int | None = _knob(
         None, "Model", "train LoRA adapters of this rank only", least=1, below=2**16
     )
@@ -236,7 +242,7 @@ def from_flags(
         check: as in `load`.
     """
     under = dict(base) if isinstance(base, Mapping) else read(base) if base is not None else {}
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = bracketed({name: value for name, value in flags.items() if value is not None})[0]
     for one, other in (("steps", "epochs"), ("epochs", "steps")):  # --epochs replaces the file's steps
         if one in given:
             under.pop(other, None)
@@ -279,6 +285,21 @@ def dump(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
+def bracketed(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Values in which `optim: galore(rank=64)` is `optim: galore` and `optim_args: rank=64`; and problems."""
+    optim = values.get("optim")
+    if not isinstance(optim, str) or "(" not in optim:
+        return values, []
+    name, _, inside = optim.strip().partition("(")
+    if not inside.endswith(")"):
+        return values, [f"optim: {optim!r} lacks a bracket; write galore(rank=64,states=int8)"]
+    if ")" in inside[:-1]:
+        return values, [f"optim: {optim!r} names several strategies; a run takes one"]
+    if values.get("optim_args"):
+        return values, ["optim_args: the options of optim stand in its brackets already; give them once"]
+    return {**values, "optim": name.strip(), "optim_args": inside[:-1]}, []
+
+
 def _hint(f: dataclasses.Field[Any]) -> str:
     choices = f.metadata["choices"]
     return f"{f.metadata['help']}: {' | '.join(choices)}" if choices else str(f.metadata["help"])
@@ -290,6 +311,8 @@ def _parse(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     hints = typing.get_type_hints(RunConfig)
     problems = [f"unknown setting {k!r}; {nearest(k, known)}" for k in values if k not in known]
     parsed: dict[str, Any] = {}
+    values, more = bracketed(values)
+    problems += more
     for name, f in known.items():
         parsed[name] = "" if f.default is MISSING else f.default
         if name not in values and f.default is MISSING:

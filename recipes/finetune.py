@@ -4,8 +4,8 @@
 
 Copy it (`lowmem cp finetune my.py`) and change what you like. It prints nothing: it reports to a
 `Console` and returns a plain dictionary. In `config.output_dir` it leaves the model (safetensors) and
-tokenizer, a model card, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`, and
-checkpoints that `resume` goes on from.
+tokenizer, a model card, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`,
+checkpoints that `resume` goes on from, and `zo_log.safetensors` of a run without gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.config import RunConfig, dump
 from lowmem.console import Console
-from lowmem.errors import UserError
+from lowmem.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from lowmem.data.load import Data
@@ -74,13 +74,22 @@ def arguments(config: RunConfig) -> Any:
     """
     import torch
 
-    from lowmem.combinations import missing_tracker
-    from lowmem.training.arguments import trl_config
+    from lowmem.combinations import missing_tracker, of_precision
+    from lowmem.sources.quantized import misfit
+    from lowmem.training.arguments import build_strategy, trl_config
     from lowmem.training.tasks import options
 
-    if problem := missing_tracker(config.report_to):
-        raise UserError(problem)
-    cuda = torch.cuda.is_available()
+    source = build_strategy(config.optim, config.optim_args or None).source
+    cuda, half = torch.cuda.is_available(), config.autocast == "float16"
+    problems = [
+        missing_tracker(config.report_to),
+        misfit(config.optim, source, config.quantize, config.adapts),
+        *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
+    ]
+    if half and not cuda:
+        problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
+    if found := [problem for problem in problems if problem]:
+        raise ConfigError(found)
     common = {
         "output_dir": str(config.output_path),
         "optim": config.optim,
@@ -111,7 +120,8 @@ def arguments(config: RunConfig) -> Any:
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit,
-        "bf16": False,  # the weights themselves are in `dtype`: nothing is cast at each use
+        "bf16": config.autocast == "bfloat16",  # by default weights are in `dtype` and nothing is cast
+        "fp16": half,
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "report_to": config.report_to,
@@ -180,25 +190,13 @@ def _origin(config: RunConfig) -> dict[str, Any]:
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
-    """Model and tokenizer, the frozen weights quantised where the configuration says so."""
-    from lowmem.models.loading import load_model
+    """Model and tokenizer, the weights quantised where the configuration says so."""
+    from lowmem.models.loading import load_model, nf4
 
-    if not config.quantize:
-        return load_model(config.model, config.dtype)
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError("quantize: nf4 needs bitsandbytes; pip install 'lowmem[bnb]'") from None
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-    )
-    return load_model(config.model, config.dtype, quantization_config=nf4)
+    # scales that are trained are not quantized themselves
+    config_of = nf4(config.dtype, double=config.adapts) if config.quantize else None
+    quantized = {"quantization_config": config_of} if config_of else {}
+    return load_model(config.model, config.dtype, **quantized)
 
 
 def _replace_printers(trainer: Any) -> None:
@@ -331,6 +329,7 @@ def _write(
     of_results = {key: result[key] for key in ("strategy", "steps", "nonfinite_weights")}
     with results(folder, of_results) as made:
         trainer.save_model(str(made))
+        trainer.save_log(made)
         text = card(config, result, profile, trainer.base)
         (made / "README.md").write_text(text, encoding="utf-8")
         loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")

@@ -20,9 +20,18 @@ FREE = {"errors", "texts", "values", "combinations", "config", "configs", "conso
 # Inside a room the same, by floors: rooms inside it and files of one floor do not import each other.
 FLOORS = {
     "optim": [
-        {"tensors.checks", "tensors.marks", "codecs.dynamic", "engine.noise", "engine.cutting", "state"},
+        {
+            "tensors.checks",
+            "tensors.marks",
+            "codecs.dynamic",
+            "engine.noise",
+            "engine.cutting",
+            "engine.parcel",
+            "state",
+        },
         {"blocks"},
         {"hyper", "changes"},
+        {"split", "bases"},
         {"contract"},
         {"codecs", "writers"},
         {"engine"},
@@ -32,13 +41,13 @@ FLOORS = {
         {"residuals", "projectors", "modifiers"},
         {"subspace"},
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
-        {"strategy", "watching"},
+        {"strategy", "watching", "tensors.heads"},
         {"tensors.seats"},
         {"tensors.resting"},
         {"tensors.groups"},
         {"tensors.saved"},
         {"optimizer"},
-        {"release"},
+        {"release", "evaluated"},
     ],
     "memory": [
         {"device"},

@@ -11,7 +11,7 @@ ones that are counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
+from lowmem.optim.engine.cutting import policy
 from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.schedules import Always
@@ -98,24 +99,29 @@ def workspace_bytes(
     dtype: torch.dtype = torch.float32,
     role: str = "matrix",
     refresh: bool = False,
+    device: str = "cpu",
 ) -> int:
     """Bytes that live, at most, beside weight, gradient and state while one tensor is stepped (eager).
 
     Args:
         strategy, shape, dtype, role: as for `state_bytes`.
         refresh: at a step where the basis is found anew; False for an ordinary step.
+        device: type of the device whose policy of sizes counts.
 
     Example:
         >>> from lowmem import create
         >>> workspace_bytes(create("galore"), (1024, 4096)) <= (64 << 20) + 4 * 128 * 4096
         True
     """
-    return _workspace(strategy, shape, dtype, role, refresh).peak
+    return workspace(strategy, shape, dtype, role, refresh, device).peak
 
 
 @functools.lru_cache(maxsize=4096)
-def _workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool) -> Workspace:
-    return measure_workspace(strategy, shape, dtype, role, refresh)
+def _workspace(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str
+) -> Workspace:
+    with policy(device):
+        return measure_workspace(strategy, shape, dtype, role, refresh)
 
 
 @dataclass(frozen=True)
@@ -136,21 +142,28 @@ class Workspace:
         return self.peak - sum(4 * (rows + width) for rows, width in self.grids)
 
 
-def workspace(strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str) -> Workspace:
-    """What a step at which the basis is found anew allocates, and keeps; arguments as `state_bytes`."""
-    return _workspace(strategy, shape, dtype, role, True)
+def workspace(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool = True, device: str = "cpu"
+) -> Workspace:
+    """What a step allocates, and keeps; arguments as `workspace_bytes`."""
+    return _workspace(strategy, shape, dtype, role, refresh, device)
 
 
 def measure_workspace(
-    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta"
-) -> Workspace:
-    """`workspace` of any strategy, not remembered; "cpu" under a fake-tensor mode."""
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta",
+    compile: str = "off",
+) -> Workspace:  # fmt: skip
+    """`workspace` of any strategy by the policy that is named, not remembered.
+
+    Args:
+        device: where it runs, "cpu" under a fake-tensor mode; compile: whether pieces are compiled ones.
+    """
     strategy = replace(strategy, schedule=Always())  # while the tensor is active
     if strategy.slices(strategy.rule_name(role, shape), role, shape):
         shape = shape[1:]  # one matrix of the stack after the other
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
     gradient = _gradient(strategy, p)
-    optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile="off")
+    optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile=compile)
     optimizer.init_state()
     group, held = optimizer.place(p).group, optimizer.state[p]
     group["step"] = 0 if refresh else _between(strategy.rules[optimizer.rule_name(p)].period)
@@ -164,6 +177,35 @@ def measure_workspace(
     peak = tracker.peak().total - before
     tracker.stop()
     return Workspace(max(0, peak), frozenset(optimizer.chunks.grids))
+
+
+def together_bytes(strategy: Strategy, tensors: Sequence[Tensor], roles: Sequence[str], compile: str) -> int:
+    """Bytes that live, at most, while a step takes small tensors, all at once, by the policy that is named.
+
+    Args:
+        tensors: like the parameters, on meta; roles: of each; compile: as in `measure_workspace`.
+    """
+    params = [nn.Parameter(torch.empty_like(x, device="meta")) for x in tensors]
+    groups = [
+        {"params": [(f"w{i}", p) for i, p in enumerate(params) if roles[i] == role], "role": role}
+        for role in sorted(set(roles))
+    ]
+    optimizer = LowMemOptimizer(groups, strategy, compile=compile)
+    optimizer.init_state()
+    for group in optimizer.param_groups:
+        group["step"] = FAR
+    for p in params:
+        p.grad = torch.empty_like(p)
+    tracker = Tracker()
+    held = [t for p in params for t in (p, p.grad, *optimizer.state[p].values())]
+    tracker.register([*held, *optimizer._constants.values()], "weights")
+    before = tracker.live
+    with tracker:
+        tracker.enter("step", "workspace")
+        optimizer.step()
+    peak = tracker.peak().total - before
+    tracker.stop()
+    return max(0, peak)
 
 
 def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:

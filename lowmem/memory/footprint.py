@@ -3,13 +3,15 @@
 Both come from the strategy's own code on the meta device (`count`), so a strategy that can run can be
 planned. Where kernels are compiled, the arithmetic of a chunk stays in registers: then only what the frame
 itself allocates (padded tails, projected gradients, reductions) is counted, otherwise every temporary of
-the eager code.
+the eager code. The sizes of pieces are those of the device that is planned for.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -26,8 +28,9 @@ from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
 from lowmem.memory.trace.windows import Parameter, windows
 from lowmem.optim.engine.chunks import GRIDS, Chunks
-from lowmem.optim.engine.cutting import compiled_spans
+from lowmem.optim.engine.cutting import POLICIES, compiled_spans, policy
 from lowmem.optim.engine.layout import ROW
+from lowmem.optim.engine.together import ELEMENTS, TENSORS
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
 from lowmem.sources import directions
@@ -45,6 +48,7 @@ class Footprint:
         scratch: greatest transient bytes while a parameter is stepped, by its name.
         compiled: whether the step is compiled.
         grids: size of each index grid that random rounding keeps from the first step on.
+        together: greatest transient bytes while small ones are stepped together.
     """
 
     strategy: Strategy
@@ -53,6 +57,7 @@ class Footprint:
     scratch: Mapping[str, int]
     compiled: bool
     grids: tuple[int, ...] = ()
+    together: int = 0
 
     @property
     def held(self) -> int:
@@ -66,8 +71,8 @@ class Footprint:
 
     @property
     def worst(self) -> int:
-        """Greatest scratch of any parameter."""
-        return max(self.scratch.values(), default=0)
+        """Greatest scratch of a step."""
+        return max([self.together, *self.scratch.values()])
 
 
 def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> Footprint:
@@ -86,14 +91,16 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     rounded = tuple(-(-size // grain) * grain for size in best)
     found = {p.name: _workspace(strategy, p, compiled, run.device) for p in parameters}
     scratch = {name: one.transient for name, one in found.items()}
-    shapes = _grids({shape for one in found.values() for shape in one.grids}, compiled)
+    ladder = compiled and run.device == "cpu"
+    shapes = _grids({shape for one in found.values() for shape in one.grids}, ladder)
     grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
-    return Footprint(strategy, sum(best), rounded, scratch, compiled, grids)
+    small = _together(strategy, _smallest(parameters, compiled, run.device), compiled, run.device)
+    return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small)
 
 
-def _grids(shapes: set[tuple[int, int]], compiled: bool) -> list[tuple[int, int]]:
-    """(rows, width) of the grids that an optimizer keeps, from those of eager steps."""
-    if compiled:  # rows have one length there, and chunks come in few sizes
+def _grids(shapes: set[tuple[int, int]], ladder: bool) -> list[tuple[int, int]]:
+    """(rows, width) of the grids that an optimizer keeps, from those of steps that were counted."""
+    if ladder:  # counted as eager; rows have one length where compiled, and chunks come in few sizes
         shapes = {
             (size // width, width)
             for rows, long in shapes
@@ -124,10 +131,10 @@ def _sizes(
 
 def _workspace(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> Workspace:
     if compiled:
-        return _compiled(strategy, p.shape, p.dtype, p.role)
+        return _compiled(strategy, p.shape, p.dtype, p.role, device)
     if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
         return _drawn(strategy, p.shape, p.dtype, p.role)
-    return count.workspace(strategy, p.shape, p.dtype, p.role)
+    return count.workspace(strategy, p.shape, p.dtype, p.role, True, device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,10 +144,13 @@ def _drawn(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Workspace:
+def _compiled(
+    strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str, device: str
+) -> Workspace:
+    cut = "off" if device == "cpu" else "on"  # pieces are padded in cache there, and stay small either way
     drawn = patch.object(directions, "_kernel", lambda *args: lambda *tensors: None)
-    with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn:
-        return count.measure_workspace(strategy, shape, dtype, role, True)
+    with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn, policy(device):
+        return count.measure_workspace(strategy, shape, dtype, role, True, compile=cut)
 
 
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,6 +162,28 @@ def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return kernel(self, rule, *rest)
 
     return choose
+
+
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
+
+
+def _smallest(parameters: Sequence[Parameter], compiled: bool, device: str) -> Sizes:
+    """Shape, dtype and role of those that step together on a device, the largest as many as fit at once."""
+    limit = POLICIES.get(device, POLICIES["cuda"]).together
+    found = sorted((_product(p.shape), p.name, p) for p in parameters if _product(p.shape) < limit)[::-1]
+    total = itertools.accumulate((size for size, _, _ in found), initial=0)
+    first = [p for (_, _, p), before in zip(found, total, strict=False) if before <= ELEMENTS[compiled]]
+    return tuple((tuple(p.shape), p.dtype, p.role) for p in first[:TENSORS])
+
+
+@functools.lru_cache(maxsize=256)
+def _together(strategy: Strategy, small: Sizes, compiled: bool, device: str) -> int:
+    if not small or not strategy.source.needs_autograd:
+        return 0
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype, _ in small]
+    fused = patch.object(Chunks, "kernel", _fused(Chunks.kernel)) if compiled else nullcontext()
+    with fused, policy(device):
+        return count.together_bytes(strategy, tensors, [r for _, _, r in small], "on" if compiled else "off")
 
 
 @dataclass(frozen=True)

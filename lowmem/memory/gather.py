@@ -132,13 +132,20 @@ def _check(run: Run) -> None:
         raise UserError(f"keep_output keeps the logits of the plain loss; loss {run.loss!r} hands none over")
     if run.autocast and run.dtype == "float16":
         raise UserError("autocast with float16 weights is not planned: use bfloat16 or float32 weights")
+    if run.autocast_dtype != "bfloat16" and not run.autocast:
+        raise UserError(f"autocast_dtype {run.autocast_dtype!r} is of autocast: give autocast as well")
+    if run.autocast and run.autocast_dtype == "float16" and run.gradient_release:
+        raise UserError(
+            "gradient_release with autocast in float16: a step is skipped where any gradient overflows, "
+            "which is not known when the first tensor steps; leave it out, or take bfloat16"
+        )
     if run.gradient_release and run.max_grad_norm > 0:
         # the norm of all gradients is never known under release: nothing is clipped together
         object.__setattr__(run, "max_grad_norm", 0.0)
 
 
 def _check_adapters(run: Run) -> None:
-    if run.quantize and not run.lora_rank:
+    if run.quantize and run.adapter and not run.lora_rank:
         raise UserError(
             "quantize keeps the base weights frozen, and is planned under LoRA: give lora_rank as well"
         )
@@ -165,7 +172,8 @@ def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Stra
         return [asked]
     wanted = named(asked) if isinstance(asked, str) else [one for part in asked for one in named(part)]
     if [name for name, _ in wanted] == ["all"]:
-        wanted = [(name, None) for name in available()]
+        # what trains scales is asked for by name: it needs another model than the rest
+        wanted = [(name, None) for name in available() if not create(name).source.quantized]
     found = []
     for name, own in wanted:
         if isinstance(name, Strategy):

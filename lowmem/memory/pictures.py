@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.memory import plan as planning
 from lowmem.memory.advice.levers import waterfall
-from lowmem.memory.footprint import Footprint, footprint
+from lowmem.memory.footprint import STEP, Footprint, footprint
 from lowmem.memory.gather import longest
 from lowmem.memory.surface import Surface
+from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.sampling import timeline
 from lowmem.memory.trace.windows import special
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 SEQ_LENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 MAPS = 3  # strategies that get a map
+STEPS = 12  # samples of the optimizer's step, wide enough to be seen
 
 
 def report_data(plan: Plan) -> dict[str, Any]:
@@ -47,11 +49,30 @@ def extras(plan: Plan, row: StrategyPlan, strategy: Strategy) -> dict[str, Any]:
         "max_batch_size": row.max_batch_size,
     }
     if found.tracker is not None:
-        line = timeline(found.tracker)
-        held = footprint(strategy, found.parameters, plan.run)
-        line["bytes"]["optimizer_state"] = [held.held] * len(line["bytes"]["weights"])
+        line = _with_optimizer(
+            timeline(found.tracker), found, footprint(strategy, found.parameters, plan.run)
+        )
         more["timeline"] = {**line, "events": _marks(line, row)}
     return more
+
+
+def _with_optimizer(line: dict[str, Any], found: Trace, held: Footprint) -> dict[str, Any]:
+    """The timeline with what the optimizer holds, and with its step where that is a phase of its own."""
+    rows = line["bytes"]
+    kept = {"optimizer_state": held.held, "workspace": held.kept}
+    for key, size in kept.items():
+        rows[key] = [value + size for value in rows[key]]
+    if STEP not in found.moments:
+        return line
+    phases = [phase for phase in line["phases"] if phase["name"] != STEP]
+    begun = phases[-1]["stop"] + 1
+    before = found.moments[STEP].bytes
+    for key, values in rows.items():
+        del values[begun:]
+        level = before.get(key, 0) + kept.get(key, 0)
+        high = level + (held.worst if key == "workspace" else 0)
+        values += [level, *[high] * (STEPS - 2), level]
+    return {**line, "phases": [*phases, {"name": STEP, "start": begun, "stop": begun + STEPS - 1}]}
 
 
 def _marks(line: dict[str, Any], row: StrategyPlan) -> list[dict[str, Any]]:

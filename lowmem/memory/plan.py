@@ -39,6 +39,7 @@ from lowmem.memory.trace.replica import EVALUATION, Trace
 from lowmem.memory.trace.tracker import Moment
 from lowmem.memory.trace.windows import special
 from lowmem.optim.strategy import Strategy
+from lowmem.sources.quantized import misfit
 
 AGREEMENT = 0.1  # percent by which the two methods may differ
 TYPICAL = "step of a typical batch"
@@ -168,16 +169,12 @@ def plan(
         >>> plan("llama-7b", "adamw", options="states=bf16").plans[0].event
         'embedding backward'
     """
-    if budget is not None and gpu is not None:
-        raise UserError("budget and gpu: give one of the two")
     name, config = gather.model_config(model)
     made = gather.strategies(strategy, options)
     if isinstance(config, Given):
         run_options = gather.as_it_is(config, run_options)
     run = gather.make_run(run_options)
-    limit = find_gpu(gpu) if gpu is not None else None
-    if budget is not None:
-        limit = parse_budget(budget, run.compute_capability)
+    limit = limit_of(gpu, budget, run.compute_capability)
     asked, run = run, gather.on_card(run, limit) if limit is not None else run
     rows = [row(config, run, one, limit, advise=advise) for one in made]
     order = sorted(range(len(rows)), key=lambda i: (WORDS.index(rows[i].verdict), rows[i].peak["allocated"]))
@@ -190,9 +187,29 @@ def plan(
     )  # fmt: skip
 
 
+def limit_of(gpu: str | None, budget: str | int | None, capability: float | None) -> Budget | None:
+    """What a run may take: of a card by name, a number of bytes, or unknown.
+
+    Raises:
+        UserError: both are given, or the one is unknown.
+    """
+    if budget is not None and gpu is not None:
+        raise UserError("budget and gpu: give one of the two")
+    if budget is not None:
+        return parse_budget(budget, capability)
+    return None if gpu is None else find_gpu(gpu)
+
+
 def suited(run: Run, strategy: Strategy) -> Run:
-    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release."""
-    if strategy.source.needs_autograd:
+    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release.
+
+    Raises:
+        UserError: the strategy trains other weights than the run has.
+    """
+    source = strategy.source
+    if problem := misfit(strategy.name or "the strategy", source, run.quantize, run.adapts):
+        raise UserError(problem)
+    if source.needs_autograd:
         return run
     return replace(run, gradient_checkpointing=False, gradient_release=False, accumulation=1)
 

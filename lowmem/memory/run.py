@@ -35,7 +35,10 @@ class Run:
     batch_size: int = _option(1, "rows per forward pass", least=1, below=2**20)
     seq_len: int = _option(2048, "tokens per row", least=2)
     dtype: str = _option("bfloat16", "dtype of the weights", choices=DTYPES)
-    autocast: bool = _option(False, "compute under bf16 autocast")
+    autocast: bool = _option(False, "compute under autocast")
+    autocast_dtype: str = _option(
+        "bfloat16", "dtype of autocast; float16 scales the loss", choices=("bfloat16", "float16")
+    )
     attention: str = _option("sdpa", "fused kernels, or eager", choices=("sdpa", "eager"))
     rows: str = _option("full", "what a row of the batch holds", choices=("full", "padded", "packed"))
     longest: int | None = _option(

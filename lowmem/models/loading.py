@@ -64,6 +64,27 @@ def load_model(
     return _load(place, name_or_path, {"dtype": to_dtype(dtype), "attn_implementation": attention, **options})
 
 
+def nf4(dtype: torch.dtype | str = "bfloat16", *, double: bool = True) -> Any:
+    """What `load_model` takes as `quantization_config` for 4-bit weights.
+
+    Args:
+        dtype: of what is computed with them; double: whether their scales are quantized too.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("quantize: nf4 needs bitsandbytes; pip install 'lowmem[bnb]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=to_dtype(dtype),
+    )
+
+
 def load_tokenizer(name_or_path: str, *, cache_dir: str | Path | None = None) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer alone.
 

@@ -18,7 +18,7 @@ from typing import Any
 from lowmem.texts import parse_json
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
@@ -34,7 +34,8 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
     listed = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in files
     }
-    text = json.dumps({"format": FORMAT, "files": listed, "about": dict(about)}, indent=1, sort_keys=True)
+    told = {"files": listed, "about": dict(about)}
+    text = json.dumps({"format": FORMAT, **told, "seal": _seal(told)}, indent=1, sort_keys=True)
     unsealed = folder / (MANIFEST + ".part")
     unsealed.write_text(text, encoding="utf-8")
     sync(unsealed)
@@ -51,6 +52,8 @@ def broken(folder: Path) -> str | None:
         manifest = _read(folder)
         if manifest["format"] != FORMAT:
             return f"its manifest has format {manifest['format']!r}, this version of lowmem reads {FORMAT}"
+        if manifest["seal"] != _seal(manifest):
+            return f"{MANIFEST} is not what was written"
         for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -77,6 +80,13 @@ def ours(folder: Path) -> bool:
 def files(folder: Path) -> list[str]:
     """Names that the manifest lists."""
     return list(_read(folder)["files"])
+
+
+def added(folder: Path) -> list[str]:
+    """Names of files that were put there after it was sealed; hidden ones do not count."""
+    present = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    names = {p.as_posix() for p in present if not any(part.startswith(".") for part in p.parts)}
+    return sorted(names - {MANIFEST, *files(folder)})
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -107,6 +117,12 @@ def _read(folder: Path) -> dict[str, Any]:
     if not all(isinstance(part, dict) for part in (read, read.get("files"), read.get("about"))):
         raise ValueError("its manifest is not one that lowmem wrote")
     return read
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Hash of what a manifest says, so that it too can be told from an edited one."""
+    told = json.dumps({key: manifest[key] for key in ("files", "about")}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -22,8 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem.optim.engine.cutting import sizes
+
+CAST = 8 << 20
+"""Bytes of factors that are kept cast between the rows of a product."""
 BLOCK = 1 << 20
-"""Elements of a row block, at most (one row at least)."""
+"""Elements of a row block of which sums are added up, at most (one row at least); the same everywhere."""
 
 
 def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
@@ -47,6 +51,7 @@ class Blocks:
             holds (a gradient) would live until the garbage collector runs.
         device: where rows live.
         dtype: precision of matrix products with it (fp32, or bf16 where the data is bf16).
+        takes: bytes that looking makes for each element, on the way; 0 where a chunk is a view.
     """
 
     def __init__(
@@ -55,10 +60,12 @@ class Blocks:
         rows: Callable[[int, int], Tensor] | None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        takes: int = 16,
     ) -> None:
         self.shape = shape
         self.device = device
         self.dtype = dtype
+        self.takes = takes
         self._rows = rows
 
     def rows(self, i: int, j: int) -> Tensor:
@@ -106,7 +113,10 @@ class Blocks:
 
     def right(self, q: Tensor) -> Tensor:
         """G q in fp32: (m, n) and (n, k) to (m, k)."""
-        return torch.cat([self.rows(i, j) @ q for i, j in self.ranges()])
+        out = torch.empty(self.shape[0], q.shape[1], device=self.device)
+        for i, j in self.ranges():
+            out[i:j] = self.rows(i, j) @ q
+        return out
 
     def sum(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum over row blocks of f(block)."""
@@ -125,7 +135,8 @@ class Dense(Blocks):
     def __init__(self, tensor: Tensor, factor: Tensor | None = None) -> None:
         shape = matrix_shape(tensor.shape)
         dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-        super().__init__(shape, None, tensor.device, dtype)
+        view = factor is None and tensor.layout == torch.strided and tensor.is_contiguous()
+        super().__init__(shape, None, tensor.device, dtype, 0 if view else 8)
         self.tensor = tensor
         self.factor = factor
 
@@ -175,6 +186,32 @@ class Dense(Blocks):
     def _scaled(self, product: Tensor) -> Tensor:
         product = product.float()
         return product if self.factor is None else product.mul_(self.factor)
+
+
+def product(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Blocks:
+    """A B as Blocks, (m, k) by (k, n): rows are made when they are looked at.
+
+    Args:
+        pair: A and B, fp32; dtype: precision of the product.
+    """
+    shape, device = (pair[0].shape[0], pair[1].shape[1]), pair[0].device
+    small = dtype.itemsize * (pair[0].numel() + pair[1].numel()) <= CAST
+
+    def cast(i: int, j: int) -> tuple[Tensor, Tensor]:
+        return pair[0][i:j].to(dtype), pair[1].to(dtype)
+
+    @functools.cache
+    def held() -> tuple[Tensor, Tensor]:
+        return cast(0, shape[0])
+
+    def rows(i: int, j: int) -> Tensor:
+        if small and not sizes(device).at_hand:  # a launch costs more than a little memory there
+            a, b = held()
+            return a[i:j] @ b
+        a, b = cast(i, j)
+        return a @ b
+
+    return Blocks(shape, rows, device, takes=dtype.itemsize)
 
 
 class Projected(Blocks):

@@ -26,6 +26,7 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.engine.cutting import LADDER
 from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.split import Split
 from lowmem.optim.state import Constants, State, reset_
 
 Commit = Callable[[], None]
@@ -42,6 +43,7 @@ class AnyRule:
         idle: no step, no decay, no state, and no use for a gradient.
         reads_later: what a `Direction` commits looks at the gradient once more.
         reads_weight: element by element (`ChunkHyper.weight`), so that the rule cannot step inside another.
+        linear: the step is in units of the gradient: of twice the gradients, it is twice as long.
         period: steps between steps that take longer or hold more; 0 for none.
         partial: some of the elements alone are stepped, and decay.
         keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
@@ -63,6 +65,11 @@ class AnyRule:
     @property
     def partial(self) -> bool:
         """All of a tensor is stepped."""
+        return False
+
+    @property
+    def linear(self) -> bool:
+        """Most rules divide by the size of gradients."""
         return False
 
     @property
@@ -106,6 +113,10 @@ class AnyRule:
         fresh = {**self.init(like), **self.init(like[0])}  # a vector may be held otherwise
         reset_(s, {key: value for key, value in fresh.items() if key in s}, change.ok)
 
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """B, (m, n), where the method evaluates W + lr B; None where it evaluates the weight itself."""
+        return None
+
     def check_rebase(self, kind: str) -> None:
         """Raise where keep, reset, permute or rotate is not defined for what is held."""
         if kind in ("permute", "rotate"):
@@ -123,7 +134,6 @@ class Pointwise(AnyRule):
         fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
-        reads_weight: `ChunkHyper.weight` must be there, so that the rule cannot step inside another.
         chunk: the most elements (a multiple of `grain`) that should fit the cache in an eager step.
         measures: where `ChunkHyper.measures`, the new state has sums over the tensor in it, from which
             `factor_` finds what the step is multiplied by. An element that is not finite counts as none.
@@ -182,6 +192,14 @@ class Pointwise(AnyRule):
         """The fp32 numbers that the step needs, once for each tensor; none."""
         return None
 
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """What `scalars` gives for each age of "age", a row for each; None where they depend on more."""
+        return None
+
+    def joins(self, s: State) -> bool:
+        """Whether small tensors may step as rows of one, with `scalars` for each row, (k, rows, 1)."""
+        return False
+
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Pure: fp32 gradient chunk to fp32 direction and the new state of the chunk.
 
@@ -231,6 +249,7 @@ class Projector:
         partial: what is not seen stays as it is; it does not decay either.
         everywhere: any tensor can be seen through it, not matrices alone.
         period: steps between refreshes; 0 for never.
+        reads: the moment of the inner rule that a refresh looks at; "" for none.
     """
 
     changes: ClassVar[str] = "reset"
@@ -244,6 +263,11 @@ class Projector:
     def period(self) -> int:
         """Never."""
         return 0
+
+    @property
+    def reads(self) -> str:
+        """None."""
+        return ""
 
     def axis(self, shape: tuple[int, int]) -> int:
         """The axis of G, and of R, that a dense basis spans: 0 where R is (r, n), 1 where it is (m, r)."""
@@ -277,6 +301,10 @@ class Projector:
         """What `down`, `up` and `pair` of one step read: what is held, unless it must be drawn or decoded."""
         return s
 
+    def rounded(self, s: State, dtype: torch.dtype) -> State:
+        """What was opened, cast once for all products of a step where nothing else reads it."""
+        return s
+
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The projected gradient, fp32."""
         raise NotImplementedError
@@ -294,28 +322,6 @@ class Projector:
         return {}
 
 
-@dataclass(frozen=True)
-class Split:
-    """A step inside a subspace, as those see it who look beyond.
-
-    Args:
-        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N).
-        low: R, the projected gradient; step: N, what the inner rule made of it.
-        scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
-        ok: 0-D bool, False where no step is taken; hp: of this step.
-    """
-
-    g: Blocks
-    rest: Blocks
-    lifted: Blocks
-    low: Tensor
-    step: Tensor
-    scale: float
-    axis: int
-    ok: Tensor
-    hp: Hyper
-
-
 class Residual:
     """What becomes of the part of a gradient that its projection does not see.
 
@@ -323,11 +329,16 @@ class Residual:
         reads_rest: the rest, or the whole gradient, is looked at; if not, the projection is enough.
         lifts: the lifted step is taken too; if not, `absorb` gives all of the step.
         needs: what the projector must be, of "dense" and "orthonormal".
+        needs_linear: the inner rule must be `linear`.
+        uses: settings of the parameter group that are read, of betas and eps.
+        takes: the moment of the inner rule of which `take_` is told what a change of basis loses; "".
     """
 
     reads_rest: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
+    needs_linear: ClassVar[bool] = False
+    uses: ClassVar[frozenset[str]] = frozenset()
 
     def init(self, x: Tensor) -> State:
         """State for a tensor like x; nothing."""
@@ -344,6 +355,14 @@ class Residual:
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """The step that the rest takes, or None; and what to do once the weight is written."""
         return None, None
+
+    @property
+    def takes(self) -> str:
+        """None."""
+        return ""
+
+    def take_(self, s: State, lost: Blocks, ok: Tensor, hp: Hyper) -> None:
+        """What was lost of what it `takes`, lifted, (m, n); where ok (0-D bool) is False, nothing was."""
 
     def aside(self) -> AnyRule | None:
         """The rule of a tensor that a schedule puts aside, where there is one."""

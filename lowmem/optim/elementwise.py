@@ -1,15 +1,10 @@
 """What a paper writes of an element-wise rule, and the rule that is made of it.
 
-A paper says which moments there are, how they move with a gradient, and which step
-they give. That is all an `Elementwise` says. How moments are held, cut, padded,
-guarded and compiled is the same for every one of them and written once, in `Coded`:
+A paper says which moments there are, how they move with a gradient, and which step they give:
+an `Elementwise`. How they are held, cut, padded, guarded and compiled is written once, in `Coded`:
 
     old = decode(held);  new = old where g is not finite, else move(g, old);  held = encode(new)
     d = direction(g, new, old)
-
-There are two halves because of what lies between them: the step is taken from the
-moments as they will be held, and the root that it takes of one of them is the root
-that a codec may hold (`Moments.root`).
 
     class Lion(Elementwise):
         moments = {"exp_avg": Moment()}
@@ -30,13 +25,14 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
+from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Permutation, Rotation
 from lowmem.optim.codecs.blockwise import STATES, Codec, codec
 from lowmem.optim.codecs.blockwise import Dense as Uncoded
 from lowmem.optim.contract import Pointwise
-from lowmem.optim.engine.ages import numbers_of
+from lowmem.optim.engine import ages
 from lowmem.optim.engine.cutting import LADDER
-from lowmem.optim.held import permute_, rotate_, tables
+from lowmem.optim.held import permute_, rotate_, tables, weighted
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.state import Constants, State, part, prefixed
 
@@ -53,7 +49,7 @@ class Moment:
         states: the least precision that the rule works with (a slow average in 8 bits stands still);
             "" for any. A finer one may be asked for.
         each: elements that share a number. Above 1 the moment is held in fp32, and comes as
-            (rows, width / each): see `pooled` and `spread`.
+            (rows, width / each): see `held.pooled` and `held.spread`.
     """
 
     signed: bool = True
@@ -117,6 +113,11 @@ class Elementwise:
     compilable: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
 
+    @property
+    def linear(self) -> bool:
+        """Whether the step is in units of the gradient, see `AnyRule.linear`; most are not."""
+        return False
+
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """The numbers of a step, in plain Python.
 
@@ -138,20 +139,14 @@ class Elementwise:
         """The moments after a change of basis; by default C m, which is right for linear averages alone."""
         return {name: turn(m[name]) for name in self.moments}
 
+    def centre(self, hp: Hyper) -> Mapping[str, float]:
+        """Factors of moments whose sum B makes W + lr B the weight that the paper evaluates."""
+        return {}
+
     def turns(self) -> bool:
         """Whether `rotated` is right for all moments."""
         own = type(self).rotated is not Elementwise.rotated
         return own or all(moment.signed for moment in self.moments.values())
-
-
-def pooled(x: Tensor, each: int) -> Tensor:
-    """Means over blocks of `each` elements: (rows, width) to (rows, width / each)."""
-    return x.view(x.shape[0], -1, each).mean(-1)
-
-
-def spread(x: Tensor, each: int) -> Tensor:
-    """A number of each block for all of its elements: the inverse shape of `pooled`."""
-    return x.repeat_interleave(each, dim=1)
 
 
 def coded(rule: Elementwise, states: str | Mapping[str, str] = "fp32") -> Coded:
@@ -159,8 +154,7 @@ def coded(rule: Elementwise, states: str | Mapping[str, str] = "fp32") -> Coded:
 
     Args:
         rule: what a paper writes.
-        states: precision of every moment, or of each by name (fp32 where it is not named). A moment
-            with a least precision of its own is not held in less.
+        states: of every moment, or of each by name (else fp32); not below a moment's own least.
 
     Raises:
         UserError: an unknown precision or moment, or one that a moment does not work with.
@@ -218,6 +212,11 @@ class Coded(Pointwise):
     def uses(self) -> frozenset[str]:
         """Those of the rule."""
         return self.rule.uses
+
+    @property
+    def linear(self) -> bool:
+        """That of the rule."""
+        return self.rule.linear
 
     @property
     def chunk(self) -> int:
@@ -280,10 +279,20 @@ class Coded(Pointwise):
 
     def scalars(self, s: State, hp: Hyper) -> Tensor:
         """The rule's numbers of this age, then what is given; fp32."""
-        numbers = numbers_of(self.rule, s.get("age") if self.rule.ages else None, hp)
+        numbers = ages.numbers_of(self.rule, s.get("age") if self.rule.ages else None, hp)
         if not self.rule.given:
             return numbers
         return torch.cat((numbers, torch.stack([s[name].float() for name in self.rule.given])))
+
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """The rule's numbers of every age, where all elements are of one."""
+        alone = self.rule.ages and not self.rule.given and not s["age"].dim()
+        return ages.table(self.rule, hp, s["age"].device) if alone else None
+
+    def joins(self, s: State) -> bool:
+        """Where neither elements nor columns share anything."""
+        alone = all(moment.each == 1 for moment in self.rule.moments.values()) and not self.rule.given
+        return alone and not ("age" in s and s["age"].dim())
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """Decode, move, guard, step, encode."""
@@ -297,7 +306,7 @@ class Coded(Pointwise):
     @staticmethod
     def _numbers(s: State, hp: ChunkHyper) -> tuple[Tensor, ...]:
         """The numbers as 0-D tensors; where columns have ages, for each element those of its column."""
-        if hp.scalars.dim() == 1:
+        if hp.scalars.dim() != 2:  # (k,), or (k, rows, 1) where rows are of several tensors
             return hp.scalars.unbind()
         column = (hp.position // s["stride"]) % hp.scalars.shape[1]
         return tuple(numbers[column] for numbers in hp.scalars.unbind())
@@ -311,11 +320,13 @@ class Coded(Pointwise):
         return Moments(moved)
 
     def _held(self, new: Moments, s: State, hp: ChunkHyper) -> State:
-        return {
-            key: codes
-            for name, _, held in self._pairs()
-            for key, codes in prefixed(name, held.encode(new[name], hp, s, new.known_root(name))).items()
-        }
+        coded = ((n, held.encode(new[n], hp, s, new.known_root(n))) for n, _, held in self._pairs())
+        return {key: value for name, held in coded for key, value in prefixed(name, held).items()}
+
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        codecs = {name: held for name, _, held in self._pairs()}
+        return weighted(s, {name: (codecs[name], f) for name, f in self.rule.centre(hp).items()}, shape, hp)
 
     def check_rebase(self, kind: str) -> None:
         """Rotating needs whole moments, and a rule that says how those without a sign turn."""
@@ -326,9 +337,7 @@ class Coded(Pointwise):
         if kind != "rotate" or not self.rule.moments:
             return
         if any(held != Uncoded(stream=name) for name, _, held in self._pairs()):
-            raise UserError(
-                "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
-            )
+            raise UserError("on_refresh='rotate' needs states='fp32'; take states='fp32' or 'keep'")
         if not self.rule.turns():
             raise UserError(
                 f"on_refresh='rotate' is not defined for the moments of {name}; take 'keep' or 'reset'"

@@ -73,7 +73,7 @@ class HeldMoment(Blocks):
         for start in walk(range(0, total, step), self.device):
             stop = min(total, start + step)
             old = self.chunk(start, stop)
-            self._store(start, torch.where(ok, f(old, start, stop), old))
+            self._store(start, torch.where(ok, f(old, start, stop), old), ok)
 
     def towards(self, g: Blocks, rate: float) -> Blocks:
         """The average after g, old + rate (g - old), before it is encoded; the moment stays as it is."""
@@ -124,21 +124,21 @@ class HeldMoment(Blocks):
             whole = piece.shape[0] == entries
             yield key, piece, piece if whole else pad(piece, entries, self.codec.fill.get(key, 0))
 
-    def _store(self, start: int, value: Tensor) -> None:
+    def _store(self, start: int, value: Tensor, ok: Tensor) -> None:
         length, grain = value.numel(), self.codec.grain
         size = -(-length // grain) * grain
         new = self.codec.encode(
             value if size == length else pad(value, size), self._hyper(start, size), self.constants
         )
         for key, piece, _ in self._cut(start, length):
-            piece.copy_(new[key].view(-1, *piece.shape[1:])[: piece.shape[0]])
+            # encoding again what was decoded may change its scale
+            piece.copy_(torch.where(ok, new[key].view(-1, *piece.shape[1:])[: piece.shape[0]], piece))
 
     def _hyper(self, start: int, size: int) -> ChunkHyper:
         """What a codec may know; of all, it asks for random bits alone."""
         device, hp, streams = self.device, self.hp, self.codec.streams
         true = torch.ones((), dtype=torch.bool, device=device)
-        rates = hp.vector(hp.lr, hp.decay, dtype=torch.float32)
-        keys = noise.key_tensor([(hp.seed, hp.step, hp.name, s, start >> 32) for s in streams], device)
+        rates, keys = hp.rates(), hp.keys(streams, start >> 32)
         place = noise.positions(start, size if streams else 0, device)
         return ChunkHyper(rates, rates[0], rates[1], true, true, place, keys, streams)
 
@@ -177,3 +177,30 @@ def permute_(
     if "age" in s:
         age = s["age"][change.index.clamp(min=0)]
         s["age"].copy_(torch.where(change.index >= 0, age, 0))
+
+
+def weighted(
+    s: State, moments: Mapping[str, tuple[Codec, float]], shape: tuple[int, int], hp: Hyper
+) -> Blocks | None:
+    """A sum of moments, each with a factor; None of none.
+
+    Args:
+        s: the state; moments: codec and factor by name.
+        shape: of a moment; hp: of this step.
+    """
+    held = [(HeldMoment(codec, part(s, name), s, shape, hp), f) for name, (codec, f) in moments.items()]
+
+    def rows(i: int, j: int) -> Tensor:
+        return torch.stack([factor * moment.rows(i, j) for moment, factor in held]).sum(0)
+
+    return Blocks(shape, rows, hp.weight.device) if held else None
+
+
+def pooled(x: Tensor, each: int) -> Tensor:
+    """Means over blocks of `each` elements: (rows, width) to (rows, width / each)."""
+    return x.view(x.shape[0], -1, each).mean(-1)
+
+
+def spread(x: Tensor, each: int) -> Tensor:
+    """A number of each block for all of its elements: the inverse shape of `pooled`."""
+    return x.repeat_interleave(each, dim=1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Hashable
+import struct
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine import noise
+from lowmem.optim.engine.cutting import sizes
+from lowmem.optim.engine.parcel import Contents, Parcel
 
 
 @functools.lru_cache(1 << 16)
@@ -31,11 +34,12 @@ def stagger(name: str, gap: int) -> int:
 
 
 class Lookup:
-    """Small tensors of known values, made once for each value and device; and the tables of ages."""
+    """Small tensors of known values, made once for each value and device; the tables of ages; the parcels."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], Tensor] = {}
         self.tables: dict[Hashable, Any] = {}
+        self._parcels: dict[torch.device, Parcel] = {}
 
     def __call__(self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The values as a 1-D tensor; not to be written to."""
@@ -45,6 +49,12 @@ class Lookup:
                 self._made.clear()
             self._made[key] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
         return self._made[key]
+
+    def parcel(self, device: torch.device) -> Parcel:
+        """What brings the numbers of each step to a device."""
+        if device not in self._parcels:
+            self._parcels[device] = Parcel(device)
+        return self._parcels[device]
 
 
 @dataclass
@@ -59,7 +69,9 @@ class Hyper:
         weight: the weight before the step, (m, n); its dtype is the precision of large products.
         advance: the frame's `Chunks.advance_`, for rules that hold a pointwise rule.
         first: the state was created for this step.
+        heads: into which the weight's rows are cut, where it makes queries or keys; 0 elsewhere.
         constant: cache of small tensors.
+        group: the parameter group that the numbers are from, as it is at any time.
     """
 
     step: int
@@ -72,7 +84,9 @@ class Hyper:
     weight: Blocks
     advance: Callable[..., Tensor]
     first: bool = False
+    heads: int = 0
     constant: Lookup = field(default_factory=Lookup)
+    group: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def decay(self) -> float:
@@ -82,6 +96,44 @@ class Hyper:
     def vector(self, *values: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """Floats as a cached 1-D tensor on the weight's device."""
         return self.constant(values, dtype, self.weight.device)
+
+    def rates(self, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale lr and decay on the weight's device, (2,); not to be written to."""
+        values = (self.lr * scale, self.decay)
+        if sizes(self.weight.device).at_hand or not self.group:
+            return self.vector(*values, dtype=dtype)
+        coded = "f" if dtype == torch.float32 else "d"
+        again = functools.partial(_rates_of, self.group, scale, coded)
+        sent = self._sent((*values, coded), _float_words, ("rates", id(self.group), scale, coded), again)
+        return sent.view(dtype)
+
+    @property
+    def rate(self) -> Tensor:
+        """lr on the weight's device, 0-D float64."""
+        if sizes(self.weight.device).at_hand or not self.group:
+            return self.vector(self.lr)[0]
+        return self.rates(dtype=torch.float64)[0]
+
+    def keys(self, streams: Sequence[str], upper: int = 0) -> Tensor:
+        """Keys of the tensor's random streams at this step, (streams, 2) int32.
+
+        Args:
+            streams: their names; upper: the upper half of the 64-bit index of the elements.
+        """
+        if sizes(self.weight.device).at_hand or not self.group or not streams:
+            names = [(self.seed, self.step, self.name, stream, upper) for stream in streams]
+            return noise.key_tensor(names, self.weight.device)
+        asked = (self.name, tuple(streams), upper)
+        again = functools.partial(_keys_of, self.group, *asked)
+        sent = self._sent((self.seed, self.step, *asked), _key_words, ("keys", *asked), again)
+        return sent.view(-1, 2)
+
+    def _sent(
+        self, contents: Contents, words: Callable[[Contents], tuple[int, ...]], name: Hashable,
+        again: Callable[[], Contents],
+    ) -> Tensor:  # fmt: skip
+        parcel = self.constant.parcel(self.weight.device)
+        return parcel(self.step, contents, words, name, again)
 
     @property
     def share(self) -> float:
@@ -105,6 +157,30 @@ class Hyper:
     def gaussian(self, shape: tuple[int, int], use: str, gap: int = 1) -> Tensor:
         """A standard normal matrix named by (seed, window of `gap` steps, parameter, use)."""
         return noise.gaussian(shape, self.weight.device, self.seed, self.window(gap), self.name, use)
+
+
+def _rates_of(group: Mapping[str, Any], scale: float, coded: str) -> Contents:
+    """What `Hyper.rates` will be made of, as the group is now."""
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    return lr * scale, 1.0 - lr * weight_decay, coded
+
+
+def _float_words(contents: Contents) -> tuple[int, ...]:
+    """Two numbers as they lie in memory."""
+    lr, decay, coded = contents
+    bits = struct.pack(f"=2{coded}", lr, decay)
+    return struct.unpack(f"={len(bits) // 4}i", bits)
+
+
+def _keys_of(group: Mapping[str, Any], name: str, streams: tuple[str, ...], upper: int) -> Contents:
+    """What `Hyper.keys` will be made of, as the group is now."""
+    return int(group["seed"]), int(group["step"]), name, streams, upper
+
+
+def _key_words(contents: Contents) -> tuple[int, ...]:
+    seed, step, name, streams, upper = contents
+    mixed = (noise.mix(seed, step, name, stream, upper) for stream in streams)  # type: ignore[attr-defined,arg-type]
+    return tuple(word for words in mixed for word in words)
 
 
 @dataclass

@@ -13,9 +13,10 @@ cleared, moved, added to. What is derived from them (`seats`) is found anew when
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, held_bytes, made
+from lowmem.optim.state import State, held_bytes, made, scoped
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
@@ -96,6 +97,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "betas": tuple(betas),
             "role": "matrix",
             "roles": "{}",
+            "heads": "{}",
             "step": 0,
             "since": 0,
             "previous_norm": -1.0,
@@ -119,12 +121,13 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._lookup = Lookup()
         self._evidence: list[Any] = []
         self._switched = -1
-        self._working = False
+        self._at = threading.local()  # hooks of several devices run in threads of their own
         arrange_(self.roster, self.strategy.rules)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"strategy": self.strategy, "released": False, "_model": None}
-        return {**super().__getstate__(), **own, "_resting": [p for p in self.roster.places if rests(p)]}
+        resting = [p for p in self.roster.places if rests(p)]
+        own = {"strategy": self.strategy, "released": False, "_model": None, "_resting": resting}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for p in state.pop("_resting", []):
@@ -167,15 +170,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Nothing is recorded for autograd, and the caller's settings of torch do not count."""
-        if self._working:
+        if getattr(self._at, "work", False):
             yield
             return
         with torch.no_grad(), NEUTRAL.entered():
-            self._working = True
+            self._at.work = True
             try:
                 yield
             finally:
-                self._working = False
+                self._at.work = False
 
     @property
     def roster(self) -> Roster:
@@ -276,22 +279,25 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
         Args:
             loss_fn: gives the scalar loss of one batch.
-            model: owner of the parameters; zeroth-order sources probe inside its forward. The one
-                the optimizer was made with, if None.
+            model: owner of the parameters, where sources probe; the one it was made with, if None.
         """
-        group = self.param_groups[0]
-        query = Query(group["seed"], group["step"], len(self._evidence), self.chunks.compile)
         params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        owner = self.model if model is None else model
+        query, owner = self.query(len(self._evidence)), self.model if model is None else model
         source, settings = self.strategy.source, Settings.now()
-        if source.needs_autograd:
-            loss, evidence = source.backward(params, loss_fn, model=owner, query=query)
-        else:
-            with NEUTRAL.entered():  # what is drawn is ours, the loss is the caller's
-                loss, evidence = source.backward(params, under(settings, loss_fn), model=owner, query=query)
-        if evidence is not None:
-            self._evidence.append(evidence)
+        drawn = not source.needs_autograd  # what is drawn is ours, the loss is the caller's
+        evaluate = under(settings, loss_fn) if drawn else loss_fn
+        with NEUTRAL.entered() if drawn else nullcontext():
+            loss, evidence = source.backward(params, evaluate, model=owner, query=query)
+        self._evidence += [evidence] if evidence is not None else []
         return loss
+
+    def query(self, index: int) -> Query:
+        """The name of the index-th evaluation of the loss since the last step."""
+        group, held = self.param_groups[0], dict[str, State]()
+        if self.strategy.source.holds:
+            self.init_state()
+            held = {name: scoped(self.state[p], "source") for name, p in self.named_parameters()}
+        return Query(group["seed"], group["step"], index, self.chunks.compile, held)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Step every parameter that has a gradient; tensors that were released have had theirs."""
@@ -308,8 +314,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
             if not self._evidence and not source.needs_autograd:
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
-            for p, g in source.gradients(self.named_parameters(), self._evidence):
-                self.step_param(p, g)
+            with self.chunks.together():
+                for p, g in source.gradients(self.named_parameters(), self._evidence):
+                    self.step_param(p, g)
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
@@ -335,15 +342,6 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
-        loading = Loading(self.strategy)
-        hooks = (
-            self.register_load_state_dict_pre_hook(loading.read),
-            self.register_load_state_dict_post_hook(loading.store, prepend=True),
-        )
-        try:
-            with NEUTRAL.entered():
-                super().load_state_dict(dict(state_dict))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with Loading(self.strategy).around(self), NEUTRAL.entered():
+            super().load_state_dict(dict(state_dict))
         arrange_(self.roster, self.strategy.rules)

@@ -9,7 +9,7 @@ so no full-size copy is made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -17,10 +17,18 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import AnyRule, Commit, Residual, Rest, Split
+from lowmem.optim.codecs.blockwise import Codec, Dense, codec
+from lowmem.optim.codecs.factored import LARGEST
+from lowmem.optim.contract import AnyRule, Commit, Residual, Rest
 from lowmem.optim.elementwise import coded
+from lowmem.optim.engine.ages import numbers_of
+from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.rules.adam import LARGEST as LARGEST_OWED
 from lowmem.optim.rules.sgd import SGD
-from lowmem.optim.state import State, apply_in_place
+from lowmem.optim.rules.subsets import Subsets
+from lowmem.optim.split import Split
+from lowmem.optim.state import Constants, State, apply_in_place, part, prefixed
 
 
 @dataclass(frozen=True)
@@ -141,3 +149,113 @@ class ScaledGradient(ScaledRest):
     """
 
     lifts: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class SubsetNormed(Residual):
+    """Step by the rest and what is seen, both over the norms of subsets (AdamSNSM, arXiv 2411.07120).
+
+        v_i <- beta2 v_i + (1 - beta2) sum of g^2 over subset i
+        d = (scale up(N) + rest) / (1 - beta1^t) / (sqrt(v_i / (1 - beta2^t)) + eps)
+
+    N must be in units of the gradient; published with a momentum without bias correction (that of
+    rules.sgd.AverageGradient), since the sum is corrected. Holds 4 max(m, n) + 4 bytes, or
+    4 ceil(m n / k) + 4 for subsets of k elements.
+
+    Args:
+        subsets: which elements share a second moment.
+    """
+
+    subsets: Subsets = field(default_factory=Subsets)
+    lifts: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"orthonormal"})
+    needs_linear: ClassVar[bool] = True
+    uses: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
+
+    def init(self, x: Tensor) -> State:
+        """A second moment of zero, age 0."""
+        age = torch.zeros((), dtype=torch.int32, device=x.device)
+        return {"exp_avg_sq": self.subsets.init(x), "age": age}
+
+    def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
+        """The whole step; a subset that has an element that is not finite keeps its moment."""
+        age = s["age"] + split.ok
+        numbers = numbers_of(self.subsets, age, split.hp)
+        sums, old = self.subsets.sums(split.g, split.hp), s["exp_avg_sq"]
+        v = torch.where(split.ok & (sums <= LARGEST), old + numbers[0] * (sums - old), old)
+
+        def rows(i: int, j: int) -> Tensor:
+            return split.lifted.rows(i, j) * split.scale + split.rest.rows(i, j)
+
+        step = self.subsets.divided(Blocks(split.g.shape, rows, split.g.device), v, numbers)
+        return step, lambda: apply_in_place(s, {"exp_avg_sq": v, "age": age})
+
+
+@dataclass(frozen=True)
+class Feedback(Residual):
+    """Owe the rest: add it to the next gradient (LDAdam, arXiv 2410.16103; DCT-AdamW, 2505.17967).
+
+        A = G + E,  R = down(A),  E <- A - up(R)
+
+    With `momentum` also what a change of basis takes from the momentum is owed, in gradients:
+    E <- E + beta1 / (1 - beta1) (P_old M_old - P M). It lies beside the new basis, so that it may be
+    added before A is projected. Nothing is lost, only late. Bytes for an (m, n) weight: what the codec
+    takes, 4 m n in fp32, m n (1 + 4 / 256) in 8 bits.
+
+    Args:
+        held: codec of E.
+        momentum: owe what the momentum loses; needs moments that follow the basis.
+
+    Example:
+        >>> sorted(Feedback.of("int4").init(torch.zeros(3, 5)))
+        ['error.codes', 'error.scale']
+    """
+
+    held: Codec = field(default_factory=lambda: Dense(stream="error"))
+    momentum: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset({"orthonormal"})
+
+    @classmethod
+    def of(cls, states: str, *, momentum: bool = False) -> Feedback:
+        """What is owed held as `states` says."""
+        return cls(codec(states, signed=True, stream="error"), momentum)
+
+    @property
+    def takes(self) -> str:
+        """The momentum, if that is asked for."""
+        return "exp_avg" if self.momentum else ""
+
+    def init(self, x: Tensor) -> State:
+        """Nothing is owed."""
+        return prefixed("error", self.held.init(x))
+
+    def constants(self, shape: tuple[int, int]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held)
+
+    def _owed(self, s: State, shape: tuple[int, int], hp: Hyper) -> HeldMoment:
+        return HeldMoment(self.held, part(s, "error"), s, shape, hp)
+
+    def inject(self, s: State, g: Blocks, hp: Hyper) -> Blocks:
+        """G + E."""
+        owed = self._owed(s, g.shape, hp)
+        return Blocks(g.shape, lambda i, j: g.rows(i, j) + owed.rows(i, j), g.device)
+
+    def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
+        """No step; what is not seen is owed. What is not finite is left to the frame to refuse."""
+
+        def rest(old: Tensor, start: int, stop: int) -> Tensor:
+            new = split.rest.chunk(start, stop)
+            return torch.where(new.isfinite(), new.clamp(-LARGEST_OWED, LARGEST_OWED), old)
+
+        refused = None if split.sees else split.rest.map(lambda x: torch.where(x.isfinite(), 0.0, x))
+        return refused, lambda: self._owed(s, split.g.shape, split.hp).move_(rest, split.ok)
+
+    def take_(self, s: State, lost: Blocks, ok: Tensor, hp: Hyper) -> None:
+        """What the momentum lost, in gradients."""
+        gradients = hp.betas[0] / (1.0 - hp.betas[0])
+
+        def more(old: Tensor, start: int, stop: int) -> Tensor:
+            return torch.add(old, lost.chunk(start, stop), alpha=gradients)
+
+        self._owed(s, lost.shape, hp).move_(more, ok)

@@ -67,6 +67,11 @@ class Schedule:
         """
         return decided
 
+    @property
+    def rests(self) -> bool:
+        """Whether what is divided is put aside for good."""
+        return False
+
     def switches(self, step: int) -> bool:
         """Whether roles may change at this step."""
         return False
@@ -93,7 +98,7 @@ class RandomBlocks(Schedule):
     one has its turn (FRUGAL's block split, arXiv 2411.07837).
 
     Args:
-        density: fraction of the matrices, by number.
+        density: fraction of the matrices, by number; with 0 none is ever active.
         gap: steps between changes.
     """
 
@@ -101,9 +106,9 @@ class RandomBlocks(Schedule):
     gap: int = 200
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0 or self.gap < 1:
+        if not 0.0 <= self.density <= 1.0 or self.gap < 1:
             raise UserError(
-                f"density must be in (0, 1] and the gap at least 1, got {self.density}, {self.gap}"
+                f"density must be in [0, 1] and the gap at least 1, got {self.density}, {self.gap}"
             )
 
     def role(
@@ -125,6 +130,11 @@ class RandomBlocks(Schedule):
     def restarts(self, name: str, role: str) -> bool:
         """Matrices alone."""
         return role == "matrix"
+
+    @property
+    def rests(self) -> bool:
+        """Where there is no density."""
+        return self.density == 0.0
 
     def began(self, step: int) -> int:
         """The last change of the active set."""
@@ -223,6 +233,8 @@ def _layers(names: tuple[str, ...]) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=32)
 def _window(names: tuple[str, ...], density: float, window: int, seed: int) -> frozenset[str]:
     """The active names of one window; the last window of a sweep is filled up from the sweep's beginning."""
+    if not density:
+        return frozenset()
     count = max(1, round(density * len(names)))
     sweep, place = divmod(window, -(-len(names) // count))
     order = sorted(names, key=lambda name: (noise.mix(seed, sweep, name, "block"), name))

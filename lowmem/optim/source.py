@@ -8,7 +8,7 @@ are evidence, from which the gradient of one tensor after another is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
+from lowmem.optim.state import State
 from lowmem.optim.tensors.marks import trains
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -30,12 +31,14 @@ class Query:
         step: completed steps before this one.
         index: evaluations since the last step; micro-batches take directions of their own.
         compile: kernels are compiled in this run, which may change the last bit of what they draw.
+        held: what the source holds, by the names of tensors.
     """
 
     seed: int
     step: int
     index: int = 0
     compile: bool = False
+    held: Mapping[str, State] = field(default_factory=dict, compare=False, repr=False)
 
 
 def trainable(model: nn.Module) -> Named:
@@ -49,12 +52,18 @@ class Source(Protocol):
     Attributes:
         needs_autograd: whether a graph is recorded; without it no activation is saved.
         quantized: whether it trains the scales of quantized weights instead of a model's parameters.
+        holds: whether it holds a state of its own for each tensor, that steps change.
     """
 
     @property
     def needs_autograd(self) -> bool: ...
     @property
     def quantized(self) -> bool: ...
+    @property
+    def holds(self) -> bool: ...
+
+    def init(self, x: Tensor) -> State:
+        """What is held for a tensor like x."""
 
     def trained(self, model: nn.Module) -> Named:
         """What it has to train: parameters that require gradients, or other tensors; tied ones once."""

@@ -133,13 +133,14 @@ class Strategy:
         return self.rules[rule_name].constants(tuple(one))
 
     def init(self, rule_name: str, x: Tensor, role: str = "matrix") -> State:
-        """Fresh state of a weight like x of this role and rule: the rule's, the schedule's, the writer's."""
+        """Fresh state of a weight like x under this rule: also the writer's, the source's, the schedule's."""
         rule = self.rules[rule_name]
         if rule.idle:
             return {}
         state = stacks.init(rule, x) if self.slices(rule_name, role, x.shape) else rule.init(x)
-        state |= prefixed("schedule", self.schedule.init(rule_name, x))
-        return state | prefixed("writer", select(self.writer, x.dtype).init(x))
+        beside = {"writer": select(self.writer, x.dtype).init(x), "source": self.source.init(x)}
+        beside["schedule"] = self.schedule.init(rule_name, x)
+        return state | {key: t for name, own in beside.items() for key, t in prefixed(name, own).items()}
 
 
 def _restored(rules: Any, source: Any, writer: Any, schedule: Any, config: Mapping[str, Any]) -> Strategy:

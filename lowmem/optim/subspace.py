@@ -20,19 +20,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape
+from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape, product
 from lowmem.optim.changes import Unrelated
-from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, Split, is_pointwise
+from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, is_pointwise
 from lowmem.optim.engine.chunks import all_finite
+from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.residuals import Drop
+from lowmem.optim.split import Split
 from lowmem.optim.state import Constant, Constants, State, apply_in_place, prefixed, scoped
 
 ON_REFRESH = ("keep", "reset", "rotate")
@@ -100,15 +102,30 @@ class Subspace(Rule):
             found.append("a rule that reads the weight cannot step inside a subspace; take projector=none")
         if self.projector.partial and self.residual.reads_rest:
             found.append("what this projector does not see stays as it is: take residual=drop")
+        found.append(self._unreadable())
+        if self.residual.needs_linear and not self.inner.linear:
+            found.append(
+                "the residual divides by norms of gradients, so the rule must not; take rule=average"
+            )
         lacking = [word for word in sorted(self.residual.needs) if not getattr(self.projector, word)]
         if lacking:
             found.append(f"the residual needs a projector with {' and '.join(lacking)} basis; take power")
         return found
 
+    def _unreadable(self) -> str:
+        """What is wrong with the moments that projector and residual look at."""
+        if self.residual.takes and self.on_refresh != "rotate":
+            return "a residual that takes what moments lose needs moments that follow; take on_refresh=rotate"
+        asked = {name for name in (self.projector.reads, self.residual.takes) if name}
+        lacking = sorted(asked - self.inner.init(torch.empty(1, 1, device="meta")).keys()) if asked else []
+        if not lacking:
+            return ""
+        return f"the rule must hold {' and '.join(lacking)} as it is; take rule=adam with states=fp32 or bf16"
+
     @property
     def uses(self) -> frozenset[str]:
-        """Those of the inner rule."""
-        return self.inner.uses
+        """Those of the inner rule and of the residual."""
+        return self.inner.uses | self.residual.uses
 
     @property
     def own_decay(self) -> bool:
@@ -141,9 +158,18 @@ class Subspace(Rule):
         whole = self.residual.lifts and self.projector.complete(shape)
         return self.residual.reads_rest and not whole
 
+    def _owing(self, held: State, g: Blocks, hp: Hyper) -> Blocks:
+        """The gradient with what the residual owes; it holds nothing where there is no rest."""
+        return self.residual.inject(held, g, hp) if self._absorbs(g.shape) else g
+
     def _looks(self, shape: tuple[int, int]) -> bool:
         """Whether R is looked at once N is made."""
         return self.projector.follows or self.inner.reads_later or self._absorbs(shape)
+
+    def _rounds(self, g: Blocks, hp: Hyper) -> bool:
+        """Whether the basis is cast once: products alone read it, and a launch costs more than memory."""
+        products = isinstance(g, Dense) and g.dtype == hp.weight.dtype and not self._looks(g.shape)
+        return products and not sizes(g.device).at_hand
 
     def _carries_ages(self) -> bool:
         return self.on_refresh == "rotate" and self.projector.changes == "permute"
@@ -184,16 +210,38 @@ class Subspace(Rule):
             "a subspace rule cannot be the inner rule of another; take adam, adafactor or sgd inside"
         )
 
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the inner rule says, lifted as its steps are."""
+        found = self.inner.beside(scoped(s, "inner"), self.projector.low_shape(shape), hp)
+        if found is None:
+            return None
+        low = torch.cat([found.rows(i, j) for i, j in found.ranges()]) * self.scale
+        basis, up = self.projector.opened(scoped(s, "projector"), hp), self.projector.up
+        return Blocks(shape, lambda i, j: up(basis, low, i, j, hp), found.device)
+
     def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
         """Refresh the basis when it is due, and carry the inner state over."""
         if not self.projector.due(hp):
             return
         inner, rotates = scoped(s, "inner"), self.on_refresh == "rotate"
-        owed = self.residual.inject(scoped(s, "residual"), g, hp)
-        change = self.projector.refresh(scoped(s, "projector"), owed, hp, inner, say=rotates)
+        moving, held = scoped(s, "projector"), scoped(s, "residual")
+        takes = self.residual.takes if self._absorbs(g.shape) else ""
+        before = self._lifted(takes, s, hp) if takes else None
+        change = self.projector.refresh(moving, self._owing(held, g, hp), hp, inner, say=rotates)
         if self.on_refresh != "keep":
             change = change if rotates else Unrelated(change.ok)
             self.inner.rebase_(inner, change, self.projector.low_shape(g.shape), hp)
+        if before is not None:
+            after = self._lifted(takes, s, hp)
+            lost = Blocks(g.shape, lambda i, j: before.rows(i, j) - after.rows(i, j), g.device)
+            self.residual.take_(held, lost, change.ok, hp)
+
+    def _lifted(self, name: str, s: State, hp: Hyper) -> Blocks:
+        """A moment as it is now, lifted; products are fp32 whatever the weight."""
+        low = scoped(s, "inner")[name].clone()
+        basis = {key: x.clone() for key, x in self.projector.opened(scoped(s, "projector"), hp).items()}
+        exact = replace(hp, weight=Blocks(hp.weight.shape, None, hp.weight.device))
+        return Blocks(exact.weight.shape, lambda i, j: self.projector.up(basis, low, i, j, exact), low.device)
 
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """down(G) for accumulation over micro-batches; fp32."""
@@ -203,7 +251,9 @@ class Subspace(Rule):
         """Project, step inside, lift, and add what the rest gives."""
         moving, held = scoped(s, "projector"), scoped(s, "residual")
         basis = self.projector.opened(moving, hp)
-        whole = g if isinstance(g, Projected) else self.residual.inject(held, g, hp)
+        whole = g if isinstance(g, Projected) else self._owing(held, g, hp)
+        if self._rounds(whole, hp):
+            basis = self.projector.rounded(basis, whole.dtype)
         low = g.low if isinstance(g, Projected) else self.projector.down(basis, whole, hp)
         step = low.clone() if self._looks(g.shape) else low
         inside = self._step_inside(low, step, scoped(s, "inner"), hp)
@@ -216,7 +266,7 @@ class Subspace(Rule):
         if self.projector.follows:
             commits.append(lambda: apply_in_place(moving, self.projector.follow(moving, split)))
         if absorbed is None:
-            blocks, pair, scale = split.lifted, self.projector.pair(basis, step, g.shape), split.scale
+            blocks, pair, scale = split.lifted, split.pair, split.scale
         else:
             blocks, pair, scale = (_sum(split, absorbed) if self.residual.lifts else absorbed), None, 1.0
         decay = hp.vector(1.0)[0] if self.projector.partial else inside.decay
@@ -246,12 +296,16 @@ class Subspace(Rule):
         self, basis: State, whole: Blocks, low: Tensor, step: Tensor, inside: Inside, hp: Hyper
     ) -> Split:
         up, shape = self.projector.up, whole.shape
+        pair = self.projector.pair(basis, step, shape)
+        lifted = Blocks(shape, lambda i, j: up(basis, step, i, j, hp), whole.device)
         return Split(
             g=whole,
             rest=Blocks(shape, lambda i, j: whole.rows(i, j) - up(basis, low, i, j, hp), whole.device),
-            lifted=Blocks(shape, lambda i, j: up(basis, step, i, j, hp), whole.device),
+            lifted=lifted if pair is None else product(pair, hp.weight.dtype),
+            pair=pair,
             low=low,
             step=step,
+            sees=self.projector.dense,
             scale=self.scale * inside.scale,
             axis=self.projector.axis(shape),
             ok=inside.ok,

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowmem.report.svg import LINE, WIDTH, Scale, canvas, line, lines_of_text, rect, text, text_width, wrap
+from lowmem.report.svg import (
+    LINE,
+    Scale,
+    canvas,
+    line,
+    lines_of_text,
+    narrow,
+    rect,
+    text,
+    text_width,
+    twice,
+    width,
+    wrap,
+)
 from lowmem.report.units import format_bytes, format_percent, format_ticks, nice_ticks, unit
 
 CATEGORIES = ("weights", "gradients", "optimizer_state", "activations", "logits", "workspace")
@@ -13,6 +26,7 @@ BAR = 18.0
 GAP = 14.0
 TOP = 26.0
 FOOT = 44.0
+FULL = 46  # characters of a line of a narrow picture
 FAR = 8  # a capacity beyond this many times the longest bar is named at the edge instead of drawn to scale
 
 
@@ -43,6 +57,7 @@ def stacked(at_peak: Mapping[str, int], outside: float = 0) -> list[tuple[str, s
     return [*known, *more, ("c-outside", "outside tensors", max(outside, 0.0))]
 
 
+@twice
 def bars(
     rows: Sequence[Bar], label: str, capacity: float | None = None, capacity_name: str = "budget"
 ) -> str:
@@ -61,18 +76,28 @@ def bars(
     near = capacity is not None and capacity <= FAR * longest
     top = max(longest, capacity * 1.01 if capacity is not None and near else 0.0) or 1.0
     wrapped = [wrap(row.label) for row in rows]
-    left = 12 + max((text_width(part) for lines in wrapped for part in lines), default=0.0)
-    right = 16 + max((text_width(row.note) for row in rows), default=0.0)
-    scale, body, ticks = _axis(top, left, WIDTH - right)
+    if narrow():  # names and notes stand above their bars
+        left, right = 16.0, 24.0
+    else:
+        left = 12 + max((text_width(part) for lines in wrapped for part in lines), default=0.0)
+        right = 16 + max((text_width(row.note) for row in rows), default=0.0)
+    scale, body, ticks = _axis(top, left, width() - right)
     y = TOP
     for row, lines in zip(rows, wrapped, strict=True):
+        if narrow():
+            said = [*wrap(row.label, FULL), *wrap(row.note, FULL)]
+            body += [text(left, y + (i + 1) * LINE - 3, part, css="label") for i, part in enumerate(said)]
+            y += len(said) * LINE
+            body.append(_pieces(row, y + BAR / 2, scale))
+            y += BAR + GAP
+            continue
         height = max(BAR, len(lines) * LINE)
         body.append(_row(row, lines, y, height, left, scale))
         y += height + GAP
     grid = [line(scale(at), TOP - 6, scale(at), y - 4, "grid") for at, _ in ticks]
     labels = [text(scale(at), y + 12, name, "middle", "tick") for at, name in ticks]
     name, _ = unit(top)
-    axis = [text((left + WIDTH - right) / 2, y + 30, name, "middle", "axis")]
+    axis = [text((left + width() - right) / 2, y + 30, name, "middle", "axis")]
     if capacity is not None:
         body += _capacity(capacity, capacity_name, near, scale, y)
     return canvas(y + FOOT, [*grid, *body, *labels, *axis], label)
@@ -91,14 +116,17 @@ def _axis(top: float, start: float, stop: float) -> tuple[Scale, list[str], list
 
 def _row(row: Bar, lines: Sequence[str], y: float, height: float, left: float, scale: Scale) -> str:
     middle = y + height / 2
-    parts = [lines_of_text(left - 8, middle, lines, "end", "label")]
-    at = 0.0
+    note = text(scale(row.total) + 6, middle + 4, row.note, "start", row.note_css)
+    return lines_of_text(left - 8, middle, lines, "end", "label") + _pieces(row, middle, scale) + note
+
+
+def _pieces(row: Bar, middle: float, scale: Scale) -> str:
+    parts, at = [], 0.0
     for css, name, size in row.pieces:
         if size > 0:
             title = f"{row.label}: {name} {format_bytes(size)}"
             parts.append(rect(scale(at), middle - BAR / 2, scale(at + size) - scale(at), BAR, css, title))
         at += size
-    parts.append(text(scale(at) + 6, middle + 4, row.note, "start", row.note_css))
     return "".join(parts)
 
 
@@ -107,9 +135,12 @@ def _capacity(capacity: float, name: str, near: bool, scale: Scale, bottom: floa
     if not near:
         return [text(scale.stop, TOP - 12, f"{words_}, far to the right \u2192", "end", "capacity-text")]
     x = scale(capacity)
-    fits_right = x + 4 + text_width(words_) < WIDTH
-    anchor = "middle" if fits_right and x - text_width(words_) / 2 > 0 else "end"
-    return [line(x, TOP - 8, x, bottom - 4, "capacity"), text(x, TOP - 12, words_, anchor, "capacity-text")]
+    half = text_width(words_) / 2
+    at = min(max(x, half + 4), width() - half - 4)
+    return [
+        line(x, TOP - 8, x, bottom - 4, "capacity"),
+        text(at, TOP - 12, words_, "middle", "capacity-text"),
+    ]
 
 
 def waterfall(rows: Sequence[Mapping[str, object]], capacity: float | None = None) -> str:

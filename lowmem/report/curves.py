@@ -9,16 +9,18 @@ from html import escape
 
 from lowmem.report.svg import (
     LINE,
-    WIDTH,
     Scale,
     canvas,
     circle,
     line,
     lines_of_text,
+    narrow,
     polyline,
     spread,
     text,
     text_width,
+    twice,
+    width,
     wrap,
 )
 from lowmem.report.units import format_bytes, format_ticks, nice_range, unit
@@ -69,7 +71,7 @@ def frame(
     y_ticks, y_names = _ticks(ys, 5, log)
     left = 36 + max(text_width(n) for n in y_names)
     bottom = height - FOOT
-    x = Scale(x_ticks[0], x_ticks[-1], left, WIDTH - max(right, text_width(x_names[-1]) / 2 + 4))
+    x = Scale(x_ticks[0], x_ticks[-1], left, width() - max(right, text_width(x_names[-1]) / 2 + 4))
     y = Scale(y_ticks[0], y_ticks[-1], bottom, TOP)
     body = [line(x.start, y(v), x.stop, y(v), "grid") for v in y_ticks]
     body += [line(x(v), bottom, x(v), bottom + 4, "grid") for v in x_ticks]
@@ -100,6 +102,7 @@ def hue(index: int) -> str:
     return f"h{index % HUES}" + (f" d{min(index // HUES, 2)}" if index >= HUES else "")
 
 
+@twice
 def curves(series: Sequence[Curve], names: tuple[str, str], label: str, log: bool = False) -> str:
     """Broken lines, each named at its end where it can be read; no two names overlap.
 
@@ -112,7 +115,7 @@ def curves(series: Sequence[Curve], names: tuple[str, str], label: str, log: boo
     if log:
         series = [replace(c, points=[(math.log2(x), math.log2(y)) for x, y in c.points]) for c in series]
     drawn = [c for c in series if c.points]
-    labels = [wrap(c.name, 30) for c in drawn]
+    labels = [wrap(c.name, 12 if narrow() else 30) for c in drawn]
     heights = [len(part) * LINE + 2 for part in labels]
     height = max(HEIGHT, sum(heights) + TOP + FOOT)
     right = 54 + max(text_width(row) for part in labels for row in part)
@@ -146,6 +149,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
+@twice
 def pareto(
     names: Sequence[str], points: Sequence[tuple[float, float]], axes: tuple[str, str], label: str
 ) -> str:
@@ -159,7 +163,7 @@ def pareto(
     """
     best = front(points)
     shown = [f"{name}: {format_bytes(size)}" for name, (size, _) in zip(names, points, strict=True)]
-    labels = [wrap(name, 40) for name in shown]
+    labels = [wrap(name, 14 if narrow() else 40) for name in shown]
     heights = [len(part) * LINE + 2 for part in labels]
     height = max(HEIGHT, sum(heights) + TOP + FOOT)
     right = 40 + max(text_width(row) for part in labels for row in part)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem.report.curves import upright
-from lowmem.report.svg import WIDTH, canvas, line, rect, text, text_width
+from lowmem.report.svg import canvas, line, rect, text, text_width, twice, width
 from lowmem.report.units import format_bytes, unit
 
 CELL = 30.0
@@ -21,6 +21,7 @@ def band(peak: float, capacity: float) -> str:
     return "ample" if free >= AMPLE else "tight" if free >= TIGHT else "thin"
 
 
+@twice
 def heat_map(grid: Mapping[str, Any], capacity: float | None) -> str:
     """One cell for each sequence length (rows, longest on top) and batch size (columns).
 
@@ -33,7 +34,7 @@ def heat_map(grid: Mapping[str, Any], capacity: float | None) -> str:
     lengths = [f"{grid['seq_lens'][i]:,}" for i in order]
     peaks = [grid["peak"][i] for i in order]
     left = 34 + max(text_width(name) for name in lengths)
-    cell = min(96.0, (WIDTH - left - 8) / len(grid["batch_sizes"]))
+    cell = min(96.0, (width() - left - 8) / len(grid["batch_sizes"]))
     name, step = unit(max(size for row in peaks for size in row))
     top, body = 24.0, [text(left - 8, 14, f"peak in {name}", "start", "axis")]
     for row, (length, sizes) in enumerate(zip(lengths, peaks, strict=True)):
@@ -55,7 +56,7 @@ def heat_map(grid: Mapping[str, Any], capacity: float | None) -> str:
 def _cell(
     x: float,
     y: float,
-    width: float,
+    across: float,
     size: float,
     step: int,
     capacity: float | None,
@@ -70,8 +71,8 @@ def _cell(
         if size <= capacity
         else f", {format_bytes(size - capacity)} too much"
     )
-    return rect(x + 1, y + 1, width - 2, CELL - 2, css, title) + text(
-        x + width / 2, y + CELL / 2 + 4, number, "middle", f"cell t-{css}"
+    return rect(x + 1, y + 1, across - 2, CELL - 2, css, title) + text(
+        x + across / 2, y + CELL / 2 + 4, number, "middle", f"cell t-{css}"
     )
 
 

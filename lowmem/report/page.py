@@ -147,10 +147,11 @@ def _table(table: Table) -> str:
     marks = table.marks or [""] * len(table.rows)
     rows = []
     for row, mark in zip(table.rows, marks, strict=True):
-        cells = "".join(_cell(cell, r) for cell, r in zip(row, right, strict=True))
+        cells = "".join(_cell(*part) for part in zip(row, right, table.columns, strict=True))
         rows.append(f'<tr class="{mark}">{cells}</tr>' if mark else f"<tr>{cells}</tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="scroll"><table>{body}</table></div>'
+    kind = ' class="ranked"' if len(table.columns) > 3 else ""  # on a telephone each row is a list
+    return f'<div class="scroll"><table{kind}>{body}</table></div>'
 
 
 def _numeric(table: Table, column: int) -> bool:
@@ -162,7 +163,8 @@ def _align(right: bool) -> str:
     return ' class="n"' if right else ""
 
 
-def _cell(cell: Cell, right: bool) -> str:
+def _cell(cell: Cell, right: bool, column: str) -> str:
+    name = f' data-name="{escape(column)}"'
     exact = (
         f' data-bytes="{cell.bytes:.0f}" title="{cell.bytes:,.0f} bytes"'
         if isinstance(cell, Size) and cell.bytes is not None
@@ -170,8 +172,8 @@ def _cell(cell: Cell, right: bool) -> str:
     )
     words = written(cell)
     if right or len(words) <= SHORT:
-        return f'<td class="{"n" if right else "w"}"{exact}>{escape(words)}</td>'
-    return f"<td{exact}>{_BREAKS.sub(_BREAK, escape(words))}</td>"
+        return f'<td class="{"n" if right else "w"}"{name}{exact}>{escape(words)}</td>'
+    return f"<td{name}{exact}>{_BREAKS.sub(_BREAK, escape(words))}</td>"
 
 
 def written(cell: Cell) -> str:

@@ -13,6 +13,16 @@ from lowmem.report.timeline import picture
 from lowmem.report.units import format_bytes
 
 TIMELINES = 3  # plans whose step is drawn
+SHOWN = 20  # rows of a search
+SMALL = 0.005  # of the peak: less is no gain
+RETRIES = (
+    "Fits with retries: the tensors have room, but not side by side; the allocator hands memory back and "
+    "asks again, which costs time and may fail, so it does not count as fitting."
+)
+ORDER = (
+    "By what is kept of Adam's moments, then by recomputation, then by bytes to spare. What a method costs "
+    "in quality depends on the data: `lowmem compare` measures it."
+)
 LEGEND = [
     *[(f"c-{key}", words(key)) for key in CATEGORIES],
     ("c-outside", "outside tensors (context, caches)"),
@@ -26,6 +36,7 @@ def build(data: Mapping[str, Any]) -> Report:
     names = labels(plans)
     verdict, tone = say(plans, names, budget)
     sections = [
+        _search(data),
         _ranked(plans, names),
         _at_peak(plans, names, budget),
         _waterfall(data, budget),
@@ -34,8 +45,22 @@ def build(data: Mapping[str, Any]) -> Report:
         *_why(plans, names),
         *closing(data),
     ]
-    model = data["model"]["name"]
-    return Report(f"Memory plan: {model}", verdict, tone, [s for s in sections if s is not None], _lean(data))
+    return Report(
+        f"Memory plan: {subject(data)}", verdict, tone, [s for s in sections if s is not None], _lean(data)
+    )
+
+
+def subject(data: Mapping[str, Any]) -> str:
+    """What was planned, in a line: the model, on which card, with rows of which size and dtype."""
+    run, card = data.get("run") or {}, (data.get("gpu") or {}).get("name")
+    on = f" on {card}" if card else ""
+    size = (
+        f", batch {run['batch_size']} x {run['seq_len']} tokens"
+        if {"batch_size", "seq_len"} <= set(run)
+        else ""
+    )
+    dtype = f", {run['dtype']}" if run.get("dtype") else ""
+    return f"{data['model']['name']}{on}{size}{dtype}"
 
 
 def labels(plans: Sequence[Mapping[str, Any]], *, whole: bool = False) -> list[str]:
@@ -105,7 +130,8 @@ def _single(plan: Mapping[str, Any], budget: int) -> tuple[str, str]:
 def _lever(plan: Mapping[str, Any]) -> str:
     saving = [(saved(lever, plan), lever["lever"]) for lever in plan.get("levers") or ()]
     best = max(saving, default=(0, ""))
-    return f" Best lever: {best[1]}, {format_bytes(-best[0], signed=True)}." if best[0] > 0 else ""
+    worth = best[0] > SMALL * plan["peak"]["allocated"]
+    return f" Best lever: {best[1]}, {format_bytes(-best[0], signed=True)}." if worth else ""
 
 
 def saved(lever: Mapping[str, Any], plan: Mapping[str, Any]) -> int:
@@ -127,9 +153,45 @@ def _ranked(plans: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Section
         row += [Size(peak["allocated"]), Size(peak.get("reserved")), Size(peak.get("device"))]
         row += [Size(plan["state_bytes"]), words(plan["event"])]
         rows.append(row + ([plan.get("max_seq_len"), plan.get("max_batch_size")] if sized else []))
-    marks = [{True: "good", False: "bad", None: ""}[plan.get("fits")] for plan in plans]
+    marks = [mark(plan) for plan in plans]
     text = "Allocated: tensors. Reserved: what the allocator holds for them. Device: all, with the context."
+    text += f" {RETRIES}" if "warn" in marks else ""
     return Section("Strategies", text, tables=[Table(columns, rows, marks)])
+
+
+def mark(row: Mapping[str, Any]) -> str:
+    """The colour of a verdict: green, amber where the allocator must hand memory back, red."""
+    if row.get("verdict") == "fits with retries":
+        return "warn"
+    return {True: "good", False: "bad", None: ""}[row.get("fits")]
+
+
+def _search(data: Mapping[str, Any]) -> Section | None:
+    """What fits the card, best first, where nobody chose a method."""
+    found = data.get("search")
+    if not found:
+        return None
+    columns = [
+        "method",
+        "trains",
+        "with",
+        "verdict",
+        "to spare",
+        "allocated",
+        "batch up to",
+        "would fit with",
+    ]
+    rows: list[list[Cell]] = [
+        [
+            row["strategy"], row["trains"], ", ".join(row["levers"]) or "-",
+            row["verdict"] + ("" if row["checked"] else ", by tensors alone"),
+            Size(row["headroom_bytes"], signed=True), Size(row["allocated"]),
+            row["largest_batch_size"] or "-", row["needs"] or "-",
+        ]
+        for row in found[:SHOWN]
+    ]  # fmt: skip
+    marks = [mark(row) for row in found[:SHOWN]]
+    return Section("What fits, best first", ORDER, tables=[Table(columns, rows, marks)])
 
 
 def verdict_word(plan: Mapping[str, Any]) -> str:

@@ -6,13 +6,46 @@ estimated on the generous side, long ones are wrapped, and margins are made from
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from html import escape
+from typing import ParamSpec
 
 CHAR = 6.9  # px per character of the 12 px page font, a little more than it takes
 LINE = 15.0  # px from one line of a wrapped label to the next
-WIDTH = 900.0
+WIDE, NARROW = 900.0, 340.0
+"""Px of a picture on a screen, and on a telephone of 420 px, where it is drawn anew."""
+_width: ContextVar[float] = ContextVar("width", default=WIDE)
+
+
+P = ParamSpec("P")
+
+
+def width() -> float:
+    """Px that the picture under way may take."""
+    return _width.get()
+
+
+def narrow() -> bool:
+    """Whether the picture under way is for a telephone."""
+    return _width.get() == NARROW
+
+
+def twice(draw: Callable[P, str]) -> Callable[P, str]:
+    """A chart drawn for a screen and for a telephone; the page's style shows the one that fits."""
+
+    @wraps(draw)
+    def both(*args: P.args, **kwargs: P.kwargs) -> str:
+        wide = draw(*args, **kwargs)
+        before = _width.set(NARROW)
+        try:
+            return wide + draw(*args, **kwargs)
+        finally:
+            _width.reset(before)
+
+    return both
 
 
 @dataclass(frozen=True)
@@ -93,7 +126,8 @@ def _points(points: Iterable[tuple[float, float]]) -> str:
 def canvas(height: float, body: Sequence[str], label: str) -> str:
     """The finished picture; `label` says what it shows to whoever cannot see it."""
     return (
-        f'<svg viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(label)}" '
+        f'<svg class="{"narrow" if narrow() else "wide"}" viewBox="0 0 {width():.0f} {height:.0f}" '
+        f'role="img" aria-label="{escape(label)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
     )
 
@@ -155,7 +189,13 @@ border-radius:6px}
 figcaption{color:var(--soft);font-size:.87rem;margin-top:6px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin-bottom:8px;font-size:.85rem}
 .chip{display:inline-flex;align-items:center;gap:6px;white-space:nowrap}.chip svg{width:12px;height:12px}
-.scroll{overflow-x:auto}.scroll>svg{display:block;width:100%;min-width:700px;height:auto}
+.scroll{overflow-x:auto}.scroll>svg{display:block;width:100%;height:auto}.scroll>svg.narrow{display:none}
+@media(max-width:760px){.scroll>svg.wide{display:none}.scroll>svg.narrow{display:block}
+main{padding:14px 8px 40px}figure{padding:8px}
+table.ranked,table.ranked tbody,table.ranked tr,table.ranked td{display:block;text-align:left}
+table.ranked thead{display:none}table.ranked tr{padding:6px 0;border-bottom:1px solid var(--rule)}
+table.ranked td{border:0;padding:1px 8px;white-space:normal;overflow-wrap:anywhere}
+table.ranked td::before{content:attr(data-name) ": ";color:var(--soft)}}
 table{border-collapse:collapse;width:100%;font-size:.88rem;margin:6px 0 14px;
 font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:5px 8px;border-bottom:1px solid var(--rule);vertical-align:top}

@@ -12,7 +12,19 @@ from typing import Any
 
 from lowmem.report.bars import CATEGORIES, words
 from lowmem.report.curves import upright
-from lowmem.report.svg import WIDTH, Scale, canvas, line, polygon, polyline, rect, text, text_width
+from lowmem.report.svg import (
+    Scale,
+    canvas,
+    line,
+    narrow,
+    polygon,
+    polyline,
+    rect,
+    text,
+    text_width,
+    twice,
+    width,
+)
 from lowmem.report.units import format_bytes, format_ticks, nice_ticks, unit
 
 HEIGHT, TOP, FOOT = 400.0, 34.0, 40.0
@@ -23,6 +35,7 @@ def total(timeline: Mapping[str, Any]) -> list[int]:
     return [sum(column) for column in zip(*timeline["bytes"].values(), strict=True)]
 
 
+@twice
 def picture(
     timeline: Mapping[str, Any], overlay: Mapping[str, Any] | None = None, capacity: float | None = None
 ) -> str:
@@ -40,7 +53,7 @@ def picture(
     ticks = nice_ticks(max([*sums, *over]) / step)
     labels = format_ticks(ticks)
     left = 36 + max(text_width(n) for n in labels)
-    x = Scale(0, max(len(sums) - 1, 1), left, WIDTH - 12)
+    x = Scale(0, max(len(sums) - 1, 1), left, width() - 12)
     y = Scale(0, ticks[-1] * step, HEIGHT - FOOT, TOP)
     body = _phases(timeline, x)
     body += [line(left, y(v * step), x.stop, y(v * step), "grid") for v in ticks]
@@ -56,7 +69,7 @@ def picture(
         text(
             (left + x.stop) / 2,
             HEIGHT - 6,
-            "allocations and releases of one step, in order",
+            "one step, in order" if narrow() else "allocations and releases of one step, in order",
             "middle",
             "axis",
         )

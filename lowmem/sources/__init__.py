@@ -2,7 +2,19 @@
 
 from lowmem.sources.backprop import Backprop
 from lowmem.sources.estimators import Curved, OneSided, TwoSided
+from lowmem.sources.mixed import Mixed
 from lowmem.sources.spsa import SPSA
 from lowmem.sources.structures import Free, LowRank, Scales, Sparse
 
-__all__ = ["SPSA", "Backprop", "Curved", "Free", "LowRank", "OneSided", "Scales", "Sparse", "TwoSided"]
+__all__ = [
+    "SPSA",
+    "Backprop",
+    "Curved",
+    "Free",
+    "LowRank",
+    "Mixed",
+    "OneSided",
+    "Scales",
+    "Sparse",
+    "TwoSided",
+]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.source import Named, Query, trainable
+from lowmem.optim.state import State
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Backprop:
 
     needs_autograd: bool = True
     quantized: bool = False
+    holds: bool = False
+
+    def init(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
 
     def trained(self, model: nn.Module) -> Named:
         """Parameters that require gradients."""

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine import noise
-from lowmem.optim.engine.cutting import pad, read_flat, write_flat
-from lowmem.optim.engine.kernels import Kernel, compiled
+from lowmem.optim.engine.compiling import Kernel, compiled
+from lowmem.optim.engine.cutting import pad, read_flat, sizes, write_flat
 from lowmem.optim.writers import HALF
 
 log = logging.getLogger(__name__)
@@ -32,16 +32,13 @@ log = logging.getLogger(__name__)
 CELL = 1 << 8
 """Pieces start and end on its multiples."""
 
-SIZES = (1 << 20, 1 << 16, 1 << 12)
-"""Elements of a piece; few sizes, because each takes a second or two to compile."""
-
 
 def pieces(start: int, stop: int, device: torch.device, *, fixed: bool) -> Iterator[tuple[int, int]]:
     """Whole cells that cover start..stop as (first element, size); none crosses a multiple of 2^32.
 
     Args:
         start, stop: elements; device: where they live.
-        fixed: sizes from the list alone, for compiled code.
+        fixed: sizes of the device's policy alone, for compiled code.
 
     Example:
         >>> list(pieces(5000, 70_000, torch.device("cpu"), fixed=True))
@@ -49,13 +46,13 @@ def pieces(start: int, stop: int, device: torch.device, *, fixed: bool) -> Itera
         >>> list(pieces(5000, 6000, torch.device("cpu"), fixed=False))
         [(4864, 1280)]
     """
-    sizes = SIZES[1:] if device.type == "cpu" else SIZES  # where a launch costs more than a cache saves
-    cell = SIZES[-1] if fixed else CELL
+    drawn = sizes(device).drawn
+    cell = drawn[-1] if fixed else CELL
     at = start // cell * cell
     while at < stop:
         room = (1 << 32) - at % (1 << 32)
         left = min(-(-(stop - at) // cell) * cell, room)
-        size = next(s for s in sizes if s <= left) if fixed else min(left, sizes[0])
+        size = next(s for s in drawn if s <= left) if fixed else min(left, drawn[0])
         yield at, size
         at += size
 

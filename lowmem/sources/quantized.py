@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError
-from lowmem.optim.source import Named
+from lowmem.optim.source import Named, Source
 
 SCALE = "absmax"
 NAMED = {
@@ -56,6 +56,21 @@ def scales(model: nn.Module) -> Named:
     if not found:
         raise UserError(_none(model))
     return found
+
+
+def misfit(name: str, source: Source, quantize: str | None, adapts: bool) -> str:
+    """Why a source and the weights of a run do not go together, and what to do; "" where they do.
+
+    Args:
+        name: of the strategy; source: its own.
+        quantize: how weights are quantized, if they are; adapts: whether adapters are trained.
+    """
+    if not source.quantized:
+        frozen = quantize and not adapts
+        return "quantize: frozen weights only; give lora_rank as well, or train with qzo" if frozen else ""
+    if adapts:
+        return f"lora_rank, adapter: {name} trains the scales of 4-bit weights, no adapters; leave them out"
+    return "" if quantize else f"quantize: {name} trains the scales of 4-bit weights; give quantize: nf4"
 
 
 def is_four_bit(module: nn.Module) -> bool:

@@ -20,41 +20,26 @@ copies as there are directions `at_once`.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import Blocks, matrix_shape
+from lowmem.optim.blocks import Blocks
 from lowmem.optim.source import Named, Query
-from lowmem.optim.writers import HALF
+from lowmem.optim.state import State
 from lowmem.sources.batched import evaluate_at_once
 from lowmem.sources.directions import Direction
 from lowmem.sources.estimators import Estimator, TwoSided
 from lowmem.sources.probe import Prober, Shift
 from lowmem.sources.replicas import mean
+from lowmem.sources.slopes import Estimate, Evidence, Slope, checked, evaluating, refuse_compiled, values
 from lowmem.sources.structures import Free, Structure
 
-log = logging.getLogger(__name__)
-
 NOISES = ("gaussian", "rademacher")
-
-
-class Slope(NamedTuple):
-    """What an evaluation leaves: the difference quotient along a direction, and the direction's name."""
-
-    c: float
-    direction: Direction
-
-
-Evidence = tuple[Slope, ...]
 
 
 @dataclass(frozen=True)
@@ -110,9 +95,22 @@ class SPSA:
         """Whether it is scales of quantized weights that the structure finds."""
         return self.structure.quantized
 
+    @property
+    def holds(self) -> bool:
+        """Whether the structure holds something."""
+        return self.structure.holds
+
+    def init(self, x: Tensor) -> State:
+        """What the structure holds."""
+        return self.structure.init(x)
+
     def trained(self, model: nn.Module) -> Named:
         """Parameters that require gradients, or what the structure finds."""
         return self.structure.trained(model)
+
+    def direction(self, query: Query, k: int) -> Direction:
+        """The k-th direction of an evaluation."""
+        return self.structure.direction(self.noise, query, k)
 
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query
@@ -133,21 +131,21 @@ class SPSA:
             UserError: a compiled model, a loss that is not a scalar, or a model that cannot evaluate
                 several points at once.
         """
-        _refuse_compiled(model)
-        directions = [self.structure.direction(self.noise, query, k) for k in range(self.queries)]
+        refuse_compiled(model)
+        directions = [self.direction(query, k) for k in range(self.queries)]
         points = [_shift(z, side * self.eps) for z in directions for side in self.estimator.sides]
-        with torch.no_grad(), _evaluating(model):
-            base = [_checked(loss_fn())] if self.estimator.base else []
+        with torch.no_grad(), evaluating(model):
+            base = [checked(loss_fn())] if self.estimator.base else []
             probed = self._probe(Prober(params, model), loss_fn, points)
             losses = mean(torch.stack([x.double() for x in (*base, *probed)]))
-        slopes = self._slopes(_values(losses))
+        slopes = self._slopes(values(losses))
         told = losses[0] if base else losses.mean()
         return told.float(), tuple(map(Slope, slopes, directions))
 
     def _probe(self, prober: Prober, loss_fn: Callable[[], Tensor], points: list[Shift]) -> list[Tensor]:
         """The loss at each point; the first one alone where it is not known how weights are read."""
         alone = len(points) if self.at_once == 1 else 1 - prober.known
-        found = [_checked(prober(loss_fn, shift)) for shift in points[:alone]]
+        found = [checked(prober(loss_fn, shift)) for shift in points[:alone]]
         for i in range(alone, len(points), self.at_once):
             found += evaluate_at_once(prober, loss_fn, points[i : i + self.at_once])
         return found
@@ -164,7 +162,7 @@ class SPSA:
         for name, p in params:
             if slopes and p.requires_grad:
                 yield p, Estimate(name, p, slopes)
-                self.structure.settle_(p)
+                self.structure.settle_(name, p, slopes)
 
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """None."""
@@ -187,79 +185,9 @@ class SPSA:
         return max(sizes, default=0)
 
 
-class Estimate(Blocks):
-    """The sum of c z over evaluations, drawn where it is looked at.
-
-    Args:
-        name: of the parameter; p: the parameter.
-        slopes: what is summed.
-    """
-
-    def __init__(self, name: str, p: Tensor, slopes: Sequence[Slope]) -> None:
-        super().__init__(matrix_shape(p.shape), None, p.device)
-        self.pens = [z.pen(name, p.detach(), c) for c, z in slopes]
-        self.finite = all(math.isfinite(slope.c) for slope in slopes)
-
-    def chunk(self, start: int, stop: int) -> Tensor:
-        """Flat fp32 elements start..stop, new memory at each call."""
-        if not self.finite:
-            return torch.full((stop - start,), math.nan, device=self.device)
-        total: Tensor | None = None
-        for pen in self.pens:
-            part = pen.gradient(start, stop)
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
-
-    def rows(self, i: int, j: int) -> Tensor:
-        """Rows i..j, drawn."""
-        n = self.shape[1]
-        return self.chunk(i * n, j * n).view(j - i, n)
-
-
-def _refuse_compiled(model: nn.Module | None) -> None:
-    """Compiled code does not run hooks that were added later, and does not say so."""
-    for name, module in model.named_modules() if model is not None else ():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise UserError(
-                f"module {name!r} is compiled, and would not see the perturbed weights: "
-                "pass the model uncompiled (torch_compile=False)"
-            )
-
-
 def _shift(z: Direction, distance: float) -> Shift:
     return lambda name, w: z.displaced(name, w, distance)
 
 
-def _checked(loss: Tensor) -> Tensor:
-    if loss.numel() != 1:
-        raise UserError(f"the loss of a batch is one number, got shape {tuple(loss.shape)}: take its mean")
-    if loss.dtype in HALF:
-        log.warning(
-            "the loss is %s, too coarse to tell two probes apart: compute it from logits.float()", loss.dtype
-        )
-    return loss.detach().reshape(())
-
-
-def _values(losses: Tensor) -> list[float]:
-    """As Python floats; 0 where tensors have no values, so that a probe can be planned."""
-    if losses.device.type == "meta" or isinstance(losses, FakeTensor):
-        return [0.0] * losses.numel()
-    return [float(x) for x in losses.tolist()]
-
-
 def _bounded(c: float, clip: float) -> float:
     return max(-clip, min(clip, c)) if clip and not math.isnan(c) else c
-
-
-@contextmanager
-def _evaluating(model: nn.Module | None) -> Iterator[None]:
-    """Dropout off meanwhile; every module gets back the mode it had."""
-    modes = [(module, module.training) for module in model.modules()] if model is not None else []
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, was in modes:
-            module.training = was

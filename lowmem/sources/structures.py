@@ -13,8 +13,9 @@ step: nothing is held, and a resumed run needs nothing.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import matrix_shape
 from lowmem.optim.engine.cutting import pad, read_flat
 from lowmem.optim.source import Named, Query, trainable
+from lowmem.optim.state import State
 from lowmem.sources.directions import Direction, Pen, displace, numbers, wrapped
 from lowmem.sources.quantized import scales
 
@@ -35,16 +37,22 @@ class Structure(Protocol):
 
     Attributes:
         quantized: whether these are scales of quantized weights.
+        holds: whether something is held for each tensor.
     """
 
     @property
     def quantized(self) -> bool: ...
+    @property
+    def holds(self) -> bool: ...
+
+    def init(self, x: Tensor) -> State:
+        """What is held for a tensor like x."""
 
     def trained(self, model: nn.Module) -> Named:
         """Names and tensors that are displaced and stepped."""
 
-    def settle_(self, p: nn.Parameter) -> None:
-        """Called when a tensor has been stepped."""
+    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Direction]]) -> None:
+        """Called when a tensor has been stepped, with the slopes along each direction."""
 
     def direction(self, noise: str, query: Query, k: int) -> Direction:
         """The k-th direction of an evaluation."""
@@ -54,16 +62,22 @@ class Structure(Protocol):
 class Free:
     """Every element by itself."""
 
+    holds: ClassVar[bool] = False
+
     @property
     def quantized(self) -> bool:
         """They are parameters."""
         return False
 
+    def init(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
+
     def trained(self, model: nn.Module) -> Named:
         """Parameters that require gradients."""
         return trainable(model)
 
-    def settle_(self, p: nn.Parameter) -> None:
+    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Direction]]) -> None:
         """Nothing."""
 
     def direction(self, noise: str, query: Query, k: int) -> Direction:
@@ -133,12 +147,17 @@ class Scales:
     """
 
     quantized: bool = True
+    holds: ClassVar[bool] = False
+
+    def init(self, x: Tensor) -> State:
+        """Nothing."""
+        return {}
 
     def trained(self, model: nn.Module) -> Named:
         """Scales of every quantized layer."""
         return scales(model)
 
-    def settle_(self, p: nn.Parameter) -> None:
+    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Direction]]) -> None:
         """No scale below zero."""
         p.detach().clamp_(min=0.0)
 
@@ -147,7 +166,7 @@ class Scales:
         return _ScalesDirection(noise, (query.seed, query.step, query.index, k), query.compile)
 
 
-class _Structured(Pen):
+class Structured(Pen):
     """Draws values, and lays them on a weight, by plain operations."""
 
     def __init__(self, z: Direction, parameter: str, like: Tensor, scale: float) -> None:
@@ -183,7 +202,7 @@ class _LowRankDirection(Direction):
         return _LowRankPen(self, parameter, like, scale)
 
 
-class _LowRankPen(_Structured):
+class _LowRankPen(Structured):
     def __init__(self, z: _LowRankDirection, parameter: str, like: Tensor, scale: float) -> None:
         super().__init__(z, parameter, like, scale)
         self.n, self.rank, seed = matrix_shape(like.shape)[1], z.rank, z.name[0]
@@ -208,7 +227,7 @@ class _SparseDirection(Direction):
         return _SparsePen(self, parameter, like, scale)
 
 
-class _SparsePen(_Structured):
+class _SparsePen(Structured):
     def __init__(self, z: _SparseDirection, parameter: str, like: Tensor, scale: float) -> None:
         super().__init__(z, parameter, like, scale)
         self.bound = _quantile(like, z.share)
@@ -225,7 +244,7 @@ class _ScalesDirection(Direction):
         return _ScalesPen(self, parameter, like, scale)
 
 
-class _ScalesPen(_Structured):
+class _ScalesPen(Structured):
     def gradient(self, start: int, stop: int) -> Tensor:
         """Times the scale itself."""
         return self.draw(start, stop).mul_(read_flat(self.like, start, stop - start))

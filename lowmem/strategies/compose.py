@@ -130,6 +130,13 @@ class Composition:
         rules = self._rules()
         source, writer = self.make("source"), self.make("writer")
         schedule = self.make("schedule")
+        if schedule is not None and schedule.rests and rules and rules.get("inactive", rules["matrix"]).idle:
+            self.problems.append("no matrix would ever take a step; take residual=sign, or activate some")
+        if source is not None and source.holds and self.words["schedule"] != "always":
+            self.problems.append(
+                f"source={self.words['source']} holds something for every tensor, which "
+                f"schedule={self.words['schedule']} would let go; take schedule=always"
+            )
         if self.problems or rules is None:
             return None
         made = Strategy(rules=rules, source=source, writer=writer, schedule=schedule)

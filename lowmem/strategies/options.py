@@ -3,8 +3,9 @@
     def columns(*, rank: Size = 0.25, update_proj_gap: Gap = 200) -> Projector
 
 A type is int, float, str, bool or a `Literal` of words; `Annotated[..., Limits(...)]`
-says which numbers are allowed and what suits a small test. A size has one option:
-1 or more is a number, below 1 a share.
+says which numbers are allowed and what suits a small test, and a sentence in it what an option
+of this type means where the Args say nothing else. A size has one option: 1 or more is a number,
+below 1 a share.
 """
 
 from __future__ import annotations
@@ -61,8 +62,19 @@ class Limits:
 Size = Annotated[float, Limits(size=True, small=3)]
 """How much is seen: a number from 1 on, or a share below 1."""
 
-Gap = Annotated[int, Limits(least=1, small=4, gap=True)]
-"""Steps until something is found anew."""
+Gap = Annotated[int, Limits(least=1, small=4, gap=True), "Steps until the subspace is looked for anew."]
+
+Rank = Annotated[Size, "Directions of the subspace, or their share of the side; clipped to the short side."]
+
+Side = Annotated[
+    Literal["std", "reverse_std", "left", "right"], "Side that is projected; std is the short one."
+]
+
+States = Literal["fp32", "bf16", "int8", "int4", "companded8"]
+"""How a moment is held, see `codecs.blockwise.STATES`."""
+
+SubsetSize = Annotated[int, Limits(least=0)]
+"""Elements that share a second moment."""
 
 
 @dataclass(frozen=True)
@@ -150,23 +162,25 @@ def options_of(factory: Callable[..., Any], told: Collection[str] = ()) -> dict[
     for name, parameter in inspect.signature(factory).parameters.items():
         if name in told:
             continue
-        hint, limits = _parted(hints[name])
+        hint, limits, usual = _parted(hints[name])
+        help = helps.get(name, usual)
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
         kind = str if choices else hint
-        if parameter.default is parameter.empty or kind not in (int, float, str, bool) or name not in helps:
+        if parameter.default is parameter.empty or kind not in (int, float, str, bool) or not help:
             raise ValueError(
                 f"option {name!r} of {factory.__name__!r} needs a plain type, a default and a help line"
             )
-        found[name] = Option(name, kind, parameter.default, helps[name], choices, limits)
+        found[name] = Option(name, kind, parameter.default, help, choices, limits)
     return found
 
 
-def _parted(hint: Any) -> tuple[Any, Limits]:
-    """A type and its limits."""
+def _parted(hint: Any) -> tuple[Any, Limits, str]:
+    """A type, its limits, and what an option of it means."""
     if typing.get_origin(hint) is not Annotated:
-        return hint, Limits()
+        return hint, Limits(), ""
     base, *marks = typing.get_args(hint)
-    return base, next((mark for mark in marks if isinstance(mark, Limits)), Limits())
+    limits = next((mark for mark in marks if isinstance(mark, Limits)), Limits())
+    return base, limits, next((mark for mark in marks if isinstance(mark, str)), "")
 
 
 def helps_of(factory: Callable[..., Any]) -> dict[str, str]:

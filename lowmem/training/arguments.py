@@ -206,7 +206,8 @@ def _released(args: Any, strategy: Strategy) -> list[str]:
         ),
         (
             args.gradient_release and args.fp16,
-            "fp16: loss scaling needs all gradients before the first step; use bf16=True instead",
+            "fp16: a step is skipped where any scaled gradient overflows, which is not known when the first "
+            "tensor steps; leave gradient_release out, or use bf16=True on a card that has it",
         ),
         (
             args.gradient_release and args.auto_find_batch_size,

@@ -120,6 +120,7 @@ def go_back_to_best(trainer: Any) -> str | None:
     if best is None or trainer.state.best_global_step == trainer.state.global_step:
         return None
     trainer._load_best_model()
+    trainer.cut_log(trainer.state.best_global_step)
     return Path(best).name
 
 

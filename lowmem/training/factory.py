@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -131,4 +132,16 @@ def refuse_foreign(kwargs: dict[str, Any]) -> None:
     if given:
         raise UserError(
             f"{given[0]}: args.optim names the strategy here; pass your optimizer to the stock Trainer"
+        )
+
+
+def refuse_half(model: nn.Module, scaled: bool) -> None:
+    """Refuse what the loss scaler would refuse at its first step."""
+    half = next(
+        (n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), None
+    )
+    if scaled and half:
+        raise UserError(
+            f"fp16: {half} is trained in float16, whose gradients no loss scaler takes; load the model with "
+            "dtype=torch.float32, autocast computes in float16"
         )

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,8 +29,10 @@ from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors import resting
 from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
-from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign
+from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
+from lowmem.training.zeroth.scales import admitted
+from lowmem.training.zeroth.steps import ZerothOrder
 
 if TYPE_CHECKING:
     from lowmem.optim.release import Release
@@ -39,21 +40,21 @@ if TYPE_CHECKING:
 __all__ = ["LowMemMixin", "LowMemSFTTrainer", "LowMemTrainer", "hf_optimizer"]  # noqa: F822 (made on first use)
 
 
-class LowMemMixin(WholeCheckpoints):
+class LowMemMixin(ZerothOrder, WholeCheckpoints):
     """What a Hugging Face trainer needs to run any strategy; mix in before the trainer."""
 
     optimizer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         refuse_foreign(kwargs)
-        super().__init__(*args, **kwargs)
+        with admitted(*args, **kwargs):
+            super().__init__(*args, **kwargs)
         if not isinstance(self.args, LowMemFields):
             kind, given = type(self).__name__, type(self.args).__name__
             raise UserError(f"{kind} takes LowMemArguments or LowMemSFTConfig (or its like), not {given}")
         self._strategy = self.args.strategy()
         self._clip = self.args.clip_policy
         self._release: Release | None = None
-        self._window: list[dict[str, Any]] = []
         self._told_state = False
         self._projected_norm: float | None = None
         self._steps: int | None = None
@@ -71,6 +72,7 @@ class LowMemMixin(WholeCheckpoints):
         """Make the strategy's optimizer with the arguments' lr, betas, eps, weight decay and decay groups."""
         if self.optimizer is None:
             args = self.args
+            refuse_half(self.model if model is None else model, args.fp16)
             self.optimizer = make_optimizer(
                 self.model if model is None else model,
                 self._strategy,
@@ -102,41 +104,6 @@ class LowMemMixin(WholeCheckpoints):
             self._release.sync = last
         with own_name(self.args):
             return self._divergence.see(super().training_step(model, inputs, num_items_in_batch))  # type: ignore[misc]
-
-    def _probe(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, last: bool
-    ) -> Tensor:
-        """Gather micro-batches; at the last one let the source evaluate the loss of them all.
-
-        All probes see the same micro-batches and no dropout, so their difference is the
-        large batch's.
-        """
-        self._window.append(self._prepare_inputs(inputs))  # type: ignore[attr-defined]
-        if not last:
-            return torch.zeros((), device=self.args.device)
-        window, self._window = self._window, []
-
-        def loss() -> Tensor:
-            return cast(
-                Tensor, sum(self._micro_loss(model, batch, num_items, len(window)) for batch in window)
-            )
-
-        with _evaluating(model), torch.no_grad():
-            value = self.lowmem_optimizer.backward(loss, model)
-        return value.detach().to(self.args.device)
-
-    def _micro_loss(
-        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None, parts: int
-    ) -> Tensor:
-        """One micro-batch's share of the window's loss, in fp32."""
-        trainer = cast(Any, self)
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_items)
-        scaled = trainer.loss_is_scaled_for_ga
-        if scaled is None:
-            counted = trainer.model_accepts_loss_kwargs and num_items is not None
-            scaled = counted or trainer.compute_loss_func is not None
-        return cast(Tensor, loss.float() if scaled else loss.float() / parts)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip all gradients together where that is the policy."""
@@ -213,7 +180,9 @@ class LowMemMixin(WholeCheckpoints):
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Attach the hooks of gradient release once model and optimizer are what they will be."""
         self._steps = max_steps
-        result = super()._prepare_for_training(max_steps, *args, **kwargs)  # type: ignore[misc]
+        with self._without_wrapper():
+            result = super()._prepare_for_training(max_steps, *args, **kwargs)  # type: ignore[misc]
+        self._begin_log()
         resting.arrange_(self.lowmem_optimizer.roster, self._strategy.rules)
         if self.args.gradient_release:
             from lowmem.optim.release import release
@@ -234,6 +203,7 @@ class LowMemMixin(WholeCheckpoints):
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _detach(self) -> None:
+        self._end_log()
         if self._release is not None:
             self._release.remove()
             self._release = None
@@ -319,21 +289,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off meanwhile."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
-
-
 def _engine_problems(trainer: Any) -> list[str]:
     """What only the trainer knows of the devices it runs on."""
     name, args = trainer._strategy.name, trainer.args
-    alone = args.gradient_release or trainer._strategy.turns or not trainer._strategy.source.needs_autograd
+    by_values = not trainer._strategy.source.needs_autograd  # several processes exchange losses
+    alone = args.gradient_release or trainer._strategy.turns or (by_values and args.n_gpu > 1)
     what = "gradient_release" if args.gradient_release else name
     rules = [
         (trainer.is_deepspeed_enabled, f"deepspeed: it flattens parameters, {name} needs their shapes"),

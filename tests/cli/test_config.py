@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lowmem.combinations import of_precision
 from lowmem.config import RunConfig, build, dump, from_flags, load, read
 from lowmem.errors import ConfigError, UserError
 
@@ -24,6 +25,7 @@ OTHER: dict[str, Any] = {
     "max_completion": 9,
     "model": "./my model",
     "dtype": "float32",
+    "autocast": "bfloat16",
     "lora_rank": 8,
     "lora_alpha": 4.0,
     "lora_dropout": 0.05,
@@ -152,14 +154,38 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "differentiates", "problem"),
+    [
+        ({"dtype": "float16"}, True, "use dtype: float32 with autocast: float16"),
+        ({"dtype": "float16", "lora_rank": 4}, True, "set autocast: float16 as well"),
+        ({"dtype": "float32", "autocast": "float16"}, False, "use dtype: float16"),
+        ({"dtype": "float16"}, False, ""),
+        ({"dtype": "float16", "lora_rank": 4, "autocast": "float16"}, True, ""),
+        ({"dtype": "float32", "autocast": "float16"}, True, ""),
+        ({"dtype": "bfloat16"}, True, ""),
+    ],
+)
+def test_float16_trains_with_a_scaled_loss_or_not_at_all(
+    values: dict[str, Any], differentiates: bool, problem: str
+) -> None:
+    found = of_precision(dataclasses.asdict(build({**LEAST, **values})), differentiates=differentiates)
+    assert len(found) == bool(problem)
+    assert problem in "".join(found)
+
+
+@pytest.mark.parametrize(
     ("values", "problem"),
     [
         ({"steps": 10, "epochs": 1}, "steps and epochs: both given"),
         ({"resume": True, "overwrite": True}, "resume and overwrite"),
-        ({"quantize": "nf4"}, "give lora_rank as well"),
         ({"steps": 10, "warmup": 11}, "11 steps of warm-up in a run of 10; make it 10 or less"),
         ({"gradient_release": True, "clip": "global"}, "use clip: previous, tensor or none"),
         ({"clip": "previous"}, "clip: previous is for gradient_release; use clip: global"),
+        ({"autocast": "float16"}, "autocast: over weights of bfloat16"),
+        (
+            {"dtype": "float32", "autocast": "float16", "gradient_release": True},
+            "gradient_release: with autocast: float16 a step is skipped where any gradient overflows",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other(values: dict[str, Any], problem: str) -> None:
@@ -252,3 +278,21 @@ def test_several_data_sets_are_one_value(tmp_path: Path) -> None:
     assert load(tmp_path / "run.yaml").data == text
     assert from_flags({**LEAST, "data": ["a.jsonl", "b.jsonl=2"]}).data == text
     assert build({**LEAST, "data": text}).data == text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optim": "galore(rank=8"}, "lacks a bracket"),
+        ({"optim": "galore(rank=8)", "optim_args": "rank=4"}, "give them once"),
+        ({"optim": "galore(rank=8),adamw(states=bf16)"}, "a run takes one"),
+    ],
+)
+def test_options_in_brackets_are_whole_and_given_once(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build({"model": "gpt2", **given})
+
+
+def test_options_may_stand_in_brackets_as_in_a_plan() -> None:
+    made = build({"model": "gpt2", "optim": "galore(rank=8,states=int8)"})
+    assert (made.optim, made.optim_args) == ("galore", "rank=8,states=int8")

@@ -172,6 +172,7 @@ def test_an_empty_prompt_asks_nothing() -> None:
         ({"optim_args": "rank=0"}, "rank is a whole number from 1 on, or a share between 0 and 1, got 0"),
         ({"optim_args": "scale=nan"}, "scale is a finite number"),
         ({"optim_args": "writer=split", "dtype": "float16"}, "take 'kahan' or 'stochastic'"),
+        ({"dtype": "float16"}, "use dtype: float32 with autocast: float16"),
         ({"optim_args": "rank=-1"}, "rank"),
         ({"data_format": "alpacca"}, "did you mean 'alpaca'?"),
         ({"data": "absent.jsonl"}, "absent.jsonl"),

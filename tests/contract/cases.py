@@ -29,6 +29,10 @@ BESIDE: dict[str, dict[str, Any]] = {
     "source": {"rule": "sgd"},
 }
 """What stands beside a part of a kind that means nothing alone."""
+BESIDE_ONE: dict[tuple[str, str], dict[str, Any]] = {
+    ("residual", "subset_norm"): {"projector": "power", "rule": "average"},
+}
+"""What stands beside a part that does not go with Adam."""
 AXIS = {"modifier": "modifiers"}
 """The axis of a kind that is not called like it."""
 AXIS_OF = {axis: kind for kind, axis in AXIS.items()}
@@ -85,7 +89,12 @@ def case(name: str, **changes: Any) -> Case:
 
 def part_case(kind: str, name: str, **changes: Any) -> Case:
     """A part in the plainest method."""
-    return case(CARRIER, **{**BESIDE.get(kind, {}), AXIS.get(kind, kind): name}, **changes)
+    return case(CARRIER, **neighbours(kind, name), **changes)
+
+
+def neighbours(kind: str, name: str) -> dict[str, Any]:
+    """A part on its axis, and what must stand beside it."""
+    return {**BESIDE_ONE.get((kind, name), BESIDE.get(kind, {})), AXIS.get(kind, kind): name}
 
 
 def chosen() -> list[tuple[str, str]]:
@@ -124,7 +133,7 @@ def changed() -> list[Case]:
     """
     found = []
     for kind, name in chosen():
-        table = beside(CARRIER, **{**BESIDE.get(kind, {}), AXIS.get(kind, kind): name})
+        table = beside(CARRIER, **neighbours(kind, name))
         prefix = name if kind == "modifier" else kind
         own = [key if key in table else f"{prefix}_{key}" for key in parts(kind)[name].options]
         own += {"rule": ["states"], "projector": ["on_refresh"]}.get(kind, [])

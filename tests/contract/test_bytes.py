@@ -90,17 +90,23 @@ def test_state_lives_in_place(case: Case) -> None:
     assert before == after
 
 
+def low_part(rule: Any) -> Any:
+    """What says how large that is: a projector, or a rule whose step is a product; None."""
+    part = getattr(rule, "projector", rule)
+    return part if hasattr(part, "low_shape") else None
+
+
 def low_elements(strategy: Any, shape: tuple[int, int]) -> int:
-    """r l: the size of the projected gradient, read off the rule; none outside a subspace."""
-    projector = getattr(strategy.rules["matrix"], "projector", None)
-    if projector is None:
+    """r l: the size of the projected gradient, or of both factors of a step; none for other rules."""
+    low = low_part(strategy.rules["matrix"])
+    if low is None:
         return 0
-    rows, columns = projector.low_shape(shape)
+    rows, columns = low.low_shape(shape)
     return int(rows) * int(columns)
 
 
 def test_scratch_stays_inside_the_bound(case: Case) -> None:
-    """64 MiB + 4 r l, as much again for a residual, 12 s r for a refresh."""
+    """64 MiB + 4 r l, as much again for a residual; 12 k^2 for an orthogonal step; 12 s r for a refresh."""
     for shape in ((2048, 5504), (5504, 2048), (32000, 1024)):
         check_scratch(case, shape)
 
@@ -110,10 +116,11 @@ def check_scratch(case: Case, shape: tuple[int, int]) -> None:
     low = low_elements(strategy, shape)
     rule = strategy.rules["matrix"]
     bound = rule.scratch(shape)
-    assert bound <= 64 * MIB + 8 * low + 12 * min(shape) ** 2 * (not low)
+    stepped = low_part(rule).low_shape(shape) if low else shape
+    assert bound <= 64 * MIB + 8 * low + 12 * min(stepped) ** 2
     assert count.workspace_bytes(strategy, shape, torch.bfloat16, "matrix", False) <= bound
     x = torch.empty(shape, device="meta")
-    basis = rule.projector.init(x).get("basis", x[:0]).numel() if low else 0  # s r
+    basis = low_part(rule).init(x).get("basis", x[:0]).numel() if low else 0  # s r
     refresh = bound + 12 * basis
     if dict(case.options).get("projector") != "svd" and dict(case.options).get("split") != "svd":
         assert count.workspace_bytes(strategy, shape, torch.bfloat16, "matrix", True) <= refresh

@@ -211,3 +211,24 @@ def test_benchmark_on_a_gpu() -> None:
 
     found = benchmark("cuda", rounds=3, quick=True)
     assert found["milliseconds"]["lowmem adamw"] > 0.0
+
+
+@pytest.mark.cuda
+def test_a_compiled_step_runs_on_the_current_stream() -> None:
+    """A stream that is kept waiting writes the gradient: a kernel of another stream would not see it."""
+    weights = [nn.Parameter(torch.ones(512, 1024, device="cuda")) for _ in range(2)]
+    one, two = (lowmem.LowMemOptimizer([("w", w)], lowmem.create("adamw"), compile="on") for w in weights)
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    for optimizer in (one, two):
+        optimizer.step()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        weights[0].grad.fill_(1.0)
+        one.step()
+    side.synchronize()
+    weights[1].grad.fill_(1.0)
+    two.step()
+    assert torch.equal(weights[0], weights[1])

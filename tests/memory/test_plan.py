@@ -14,7 +14,7 @@ from lowmem import create
 from lowmem.errors import UserError
 from lowmem.memory.advice import emit, solve
 from lowmem.memory.device.gpus import GIB, budget
-from lowmem.memory.pictures import report_data
+from lowmem.memory.pictures import extras, report_data
 from lowmem.memory.plan import plan
 from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
@@ -214,6 +214,8 @@ def test_every_option_is_emitted_or_refused_by_name():
         "gpt2", Run(gradient_release=True, max_grad_norm=0.0, adapter="ia3"), "adamw", {}
     )
     assert (released.gradient_release, released.clip, released.adapter) == (True, "auto", "ia3")
+    mixed = Run(dtype="float32", autocast=True, autocast_dtype="float16")
+    assert emit.run_config("gpt2", mixed, "adamw", {}).autocast == "float16"
     assert emit.run_config("gpt2", Run(max_grad_norm=0.0), "adamw", {}).clip == "none"
     assert emit.run_config("gpt2", Run(max_grad_norm=0.5), "adamw", {}).max_grad_norm == 0.5
     assert [
@@ -228,7 +230,6 @@ def test_every_option_is_emitted_or_refused_by_name():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("autocast", True),
         ("attention", "eager"),
         ("keep_output", True),
         ("eval_batch_size", 8),
@@ -256,6 +257,21 @@ def test_report_data_has_every_picture():
         line = entry["timeline"]
         assert len({len(values) for values in line["bytes"].values()}) == 1
         assert {"name", "start", "stop"} <= set(line["phases"][0])
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_the_picture_of_a_step_reaches_the_peak_of_the_table(release):
+    found = plan(
+        FAMILIES["llama"](), "galore", budget="1GiB", gradient_release=release, **SMALL, advise=False
+    )
+    line = extras(found, found.plans[0], found.made[0])["timeline"]
+    totals = [sum(column) for column in zip(*line["bytes"].values(), strict=True)]
+    names = [phase["name"] for phase in line["phases"]]
+    assert ("optimizer step" in names) != release
+    for phase in line["phases"]:
+        shown = max(totals[phase["start"] : phase["stop"] + 1])
+        assert shown == found.plans[0].events[phase["name"]], phase["name"]
+    assert line["phases"][-1]["stop"] == len(totals) - 1
 
 
 def test_beyond_the_models_length_is_a_warning_with_the_number():

@@ -26,6 +26,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "seq_len": {"seq_len": 40},
     "dtype": {"dtype": "float16"},
     "autocast": {"autocast": True},
+    "autocast_dtype": {"dtype": "float32", "autocast": True, "autocast_dtype": "float16"},
     "attention": {"attention": "eager"},
     "rows": {"rows": "padded"},
     "longest": {"rows": "packed", "longest": 8},

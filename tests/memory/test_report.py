@@ -126,10 +126,17 @@ def test_every_strategy_is_named_in_tables_and_pictures(name: str) -> None:
         assert entry["strategy"] in text.replace("<wbr>", "")
     for section in report.build(data).sections:
         for figure in section.figures:
-            root = ElementTree.fromstring(figure.svg)
-            assert root.attrib["aria-label"]
+            assert [w for w, _ in drawn(figure.svg)] == [svg.WIDE, svg.NARROW]
+            for _, picture in drawn(figure.svg):
+                assert ElementTree.fromstring(picture).attrib["aria-label"]
             assert "nan" not in figure.svg
             assert "inf" not in figure.svg
+
+
+def drawn(pictures: str) -> list[tuple[float, str]]:
+    """The drawings of a figure, each with its width."""
+    found = [f"<svg{part}" for part in pictures.split("<svg")[1:]]
+    return [(float(ElementTree.fromstring(one).attrib["viewBox"].split()[2]), one) for one in found]
 
 
 def boxes(picture: str) -> list[tuple[float, float, float, float, str]]:
@@ -149,17 +156,18 @@ def boxes(picture: str) -> list[tuple[float, float, float, float, str]]:
 def test_no_label_is_cut_or_overlaps_another(name: str) -> None:
     for section in report.build(DOCUMENTS[name]).sections:
         for figure in section.figures:
-            height = float(ElementTree.fromstring(figure.svg).attrib["viewBox"].split()[3])
-            placed = boxes(figure.svg)
-            for left, top, right, bottom, words in placed:
-                assert left >= 0, words
-                assert right <= svg.WIDTH, words
-                assert top >= -1, words
-                assert bottom <= height, words
-            for i, a in enumerate(placed):
-                for b in placed[i + 1 :]:
-                    apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-                    assert apart, (section.title, a[4], b[4])
+            for width, picture in drawn(figure.svg):
+                height = float(ElementTree.fromstring(picture).attrib["viewBox"].split()[3])
+                placed = boxes(picture)
+                for left, top, right, bottom, words in placed:
+                    assert left >= 0, words
+                    assert right <= width, words
+                    assert top >= -1, words
+                    assert bottom <= height, words
+                for i, a in enumerate(placed):
+                    for b in placed[i + 1 :]:
+                        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+                        assert apart, (section.title, width, a[4], b[4])
 
 
 def test_a_hostile_name_cannot_leave_its_place() -> None:
@@ -331,3 +339,26 @@ def test_cells_are_written_as_the_terminal_shows_them() -> None:
         "1.0 MiB",
         "-0.50 %",
     ]
+
+
+def test_a_title_names_card_model_rows_and_dtype() -> None:
+    data = documents.plan_document(["adamw"])
+    data["run"] = {"batch_size": 2, "seq_len": 512, "dtype": "bfloat16"}
+    data["gpu"] = {"name": "rtx4090"}
+    title = report.build(data).title
+    assert title == f"Memory plan: {data['model']['name']} on rtx4090, batch 2 x 512 tokens, bfloat16"
+
+
+def test_retries_have_a_colour_and_a_word_of_their_own() -> None:
+    data = plan(fits=False, verdict="fits with retries", headroom_bytes=-5)
+    section = report.build(data).sections[0]
+    assert section.tables[0].marks == ["warn"]
+    assert "does not count as fitting" in section.text
+
+
+def test_a_telephone_gets_its_own_drawing_and_tables_that_do_not_scroll() -> None:
+    text = report.html(documents.plan_document(["adamw", "galore"], budget=100 * 2**30))
+    assert "min-width:700px" not in text
+    assert ".scroll>svg.wide{display:none}" in text
+    for columns in re.findall(r"<table>(.*?)</thead>", text):
+        assert columns.count("<th") <= 3

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.errors import UserError
+from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Dense, Direction
 from lowmem.optim.changes import Unrelated
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, Orthonormal, power_iteration
+from lowmem.optim.projectors.dense import Orthonormal, power_iteration
 from lowmem.optim.rules.adafactor import Adafactor
 from lowmem.optim.state import made
 from lowmem.optim.subspace import Subspace

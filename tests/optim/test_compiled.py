@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +21,9 @@ import lowmem
 from lowmem.optim.blocks import Dense
 from lowmem.optim.codecs.blockwise import codec
 from lowmem.optim.elementwise import coded
+from lowmem.optim.engine import compiling
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.engine.kernels import _Compiled, _forget_instructions, compiled
+from lowmem.optim.engine.compiling import ABSENT, PRIVATE, Compiled, _forget_instructions, compiled
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import Adam
@@ -36,8 +40,8 @@ NOISY = coded(Momentum(0.9), "bf16")
 class Whole(Chunks):
     """Cuts nothing: a chunk has as many rows as its tensor."""
 
-    def spans(self, rule: Any, count: int, most: int = 0) -> Iterator[tuple[int, int, int]]:
-        yield 0, count, count
+    def spans(self, rule: Any, count: int, device: Any, most: int = 0) -> Any:
+        return ((0, count, count),)
 
 
 WRITERS = {name: part.make({}) for name, part in parts("writer").items()}
@@ -150,7 +154,7 @@ def test_a_tensor_from_outside_is_left_to_torch_compile() -> None:
     def step(w: Tensor, g: Tensor) -> None:
         w.add_(g * factor)
 
-    kernel = _Compiled(step)
+    kernel = Compiled(step)
     for rows in (3, 7, 64):
         factor = normal(ROW, seed=rows)
         w, g = normal(rows, ROW, seed=1), normal(rows, ROW, seed=2)
@@ -167,7 +171,7 @@ def test_what_a_graph_gives_back_is_left_to_torch_compile() -> None:
         kept["largest"] = g.amax()
         return w.add_(g)
 
-    kernel = _Compiled(step)
+    kernel = Compiled(step)
     for rows in (3, 7, 64):
         w, g = normal(rows, ROW, seed=1), normal(rows, ROW, seed=rows)
         expected = w + g
@@ -175,6 +179,47 @@ def test_what_a_graph_gives_back_is_left_to_torch_compile() -> None:
         assert torch.equal(w, expected)
         assert torch.equal(kept["largest"], g.amax())
     assert len(kernel._graphs) == 1
+
+
+@pytest.mark.parametrize("gone", [*PRIVATE, "current_callable"])
+def test_a_private_name_that_is_gone_is_done_without(
+    gone: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step is right for any number of rows, and what is missing is said once, to who debugs."""
+    if gone == "current_callable":
+        home = importlib.import_module("torch._inductor.compile_fx")
+        inner = home.compile_fx_inner
+        monkeypatch.setattr(home, "compile_fx_inner", lambda *a, **more: inner(*a, **more).__call__)
+    look, last = compiling._look, gone.rpartition(".")[-1]
+    monkeypatch.setattr(compiling, "_look", lambda home, x: ABSENT if x == last else look(home, x))
+    monkeypatch.setattr(compiling, "_say", functools.cache(compiling._say.__wrapped__))
+    caplog.set_level("DEBUG", logger=compiling.log.name)
+    kernels = [compiled(add), compiled(add)]
+    for kernel, rows in itertools.product(kernels, (3, 7, 64, 1)):
+        w, g = normal(rows, ROW), normal(rows, ROW, seed=1)
+        expected = w + g
+        kernel(w, g)
+        assert torch.equal(w, expected)
+    said = [record for record in caplog.records if gone in record.getMessage()]
+    assert len(said) == (gone in caplog.text)
+    assert all(record.levelname == "DEBUG" for record in said)
+    needed = ("compile_fx", "compile_fx_inner", "vec_isa_ok", "mark_dynamic", "enable_autograd_cache")
+    assert not gone.endswith(needed) or said
+
+
+def test_sizes_that_a_kernel_was_not_made_for_go_by_the_public_call(caplog: pytest.LogCaptureFixture) -> None:
+    """Columns with ages of their own: as many as the rank, which need not be that of the matrix before."""
+
+    def step(w: Tensor, g: Tensor, numbers: Tensor) -> None:
+        w.add_(g * numbers.sum())
+
+    kernel = Compiled(step)
+    for columns, rows in ((5, 3), (5, 7), (4, 7), (5, 9), (4, 3)):
+        w, g, numbers = normal(rows, ROW), normal(rows, ROW, seed=1), normal(columns, seed=2).round()
+        expected = w + g * numbers.sum()
+        kernel(w, g, numbers)
+        torch.testing.assert_close(w, expected, rtol=0, atol=1e-6)
+    assert kernel._order
 
 
 @pytest.fixture(params=["-mavx", "-mavx512vnni*|*-mavx512bf16"], ids=["all", "newest"])
@@ -215,7 +260,7 @@ def test_a_compiler_older_than_the_processor_builds_without_its_instructions(
         assert pick_vec_isa().bit_width() == 512  # all that it does take
 
 
-class RefusedOnce(_Compiled):
+class RefusedOnce(Compiled):
     """What is left of the first attempt must not be called."""
 
     reason: Exception = CppCompileError(["g++"], "unknown instructions")

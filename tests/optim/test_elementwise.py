@@ -14,9 +14,11 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
 from lowmem.optim.changes import Rotation
-from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded, pooled, spread
-from lowmem.optim.engine.ages import _table, numbers_of
+from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
+from lowmem.optim.engine.ages import numbers_of, table
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.engine.cutting import policy
+from lowmem.optim.held import pooled, spread
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.moments import Momentum
@@ -180,13 +182,14 @@ def test_a_table_of_ages_holds_what_python_computes(step: int) -> None:
     """The table of a device, made here, against the numbers of the CPU."""
     w = torch.zeros(2, 2)
     hp = hyper(w, Chunks(), step)
-    table = _table(Adam(), hp, torch.device("cpu"))
-    assert table.rows.shape == ((step + 1) // 1024 * 1024 + 1024, 2)  # two of five depend on the age
+    rows = table(Adam(), hp, torch.device("cpu"))
+    assert rows.shape == ((step + 1) // 1024 * 1024 + 1024, 5)
     for age in {0, 1, step, step + 1}:
-        got = table.fixed.index_copy(0, table.places, table.rows[age])
-        want = numbers_of(Adam(), torch.tensor(age, dtype=torch.int32), hp)
-        assert torch.equal(got, want)
-    assert _table(Adam(), hp, torch.device("cpu")) is table
+        held = torch.tensor(age, dtype=torch.int32)
+        assert torch.equal(rows[age], numbers_of(Adam(), held, hp))
+        with policy("cuda"):
+            assert torch.equal(rows[age], numbers_of(Adam(), held, hp))
+    assert table(Adam(), hp, torch.device("cpu")) is rows
 
 
 def test_each_column_may_have_its_own_age() -> None:
@@ -198,3 +201,5 @@ def test_each_column_may_have_its_own_age() -> None:
     for i, age in enumerate(ages):
         assert torch.equal(columns[:, i], numbers_of(Adam(), age, hp))
     assert numbers_of(Adam(), ages.to("meta"), hyper(w, Chunks())).shape == (5, 3)
+    with policy("cuda"):
+        assert torch.equal(numbers_of(Adam(), ages, hp), columns)

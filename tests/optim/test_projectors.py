@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lowmem
+from lowmem.optim.bases import PROJ_TYPES, Frame
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.contract import AnyRule, Projector
 from lowmem.optim.elementwise import coded
@@ -17,7 +18,7 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dct import DCT
-from lowmem.optim.projectors.dense import PROJ_TYPES, Find, Frame, Orthonormal, power_iteration, svd
+from lowmem.optim.projectors.dense import Find, Orthonormal, power_iteration, svd
 from lowmem.optim.projectors.random import random
 from lowmem.optim.residuals import Drop, Stateless
 from lowmem.optim.rules.adam import Adam
@@ -72,8 +73,9 @@ def lift(projector: Projector, state: State, low: Tensor, like: Dense) -> Tensor
 def test_what_is_lifted_is_seen_again_and_nothing_is_counted_twice(
     projector: Projector, shape: tuple[int, int]
 ) -> None:
-    state = refreshed(projector, shape, *(normal(*shape, seed=t) for t in range(3)))
     x = Dense(normal(*shape, seed=9))
+    state = refreshed(projector, shape, *(normal(*shape, seed=t) for t in range(3)))
+    state = projector.opened(state, hyper(x.tensor))
     low = projector.down(state, x, hyper(x.tensor))
     assert tuple(low.shape) == projector.low_shape(shape)
     seen = lift(projector, state, low, x)

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrizations
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowmem
-from lowmem.optim.tensors import roles
+from lowmem.optim.tensors import heads, roles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch.compile imports it
@@ -154,3 +155,19 @@ def test_kernels_of_one_dimension_are_not_stacks() -> None:
     assert (seen["0.weight"], seen["1.weight"], seen["2.weight"]) == ("convolution", "convolution", "matrix")
     assert roles.is_stack("matrix", (8, 4, 4))
     assert not roles.is_stack(seen["0.weight"], (4, 2, 3))
+
+
+def test_heads_are_told_by_the_attention_or_the_configuration() -> None:
+    """Heads of another size than hidden / heads, fewer keys than queries; under a wrapper too."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 20}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    at = "model.layers.0.self_attn"
+    expected = {f"{at}.q_proj.weight": "4", f"{at}.k_proj.weight": "2"}
+    assert heads.find(model) == expected
+    del model.model.layers[0].self_attn.head_dim
+    assert heads.find(model) == expected
+    wrapped = torch.nn.ModuleDict({"module": model})
+    assert heads.find(wrapped) == {f"module.{name}": count for name, count in expected.items()}
+    assert heads.find(nn.Linear(4, 4)) == {}

@@ -78,8 +78,12 @@ class Apollo(Fira):
 class OnlineSubspace:
     """arXiv 2408.12857: the basis descends on what it misses of each gradient, by autograd."""
 
-    def __init__(self, w: Tensor, p: Tensor, adam: Adam, lr: float, rate: float, penalty: float) -> None:
+    def __init__(
+        self, w: Tensor, p: Tensor, adam: Adam, lr: float, rate: float, penalty: float,
+        of_basis: Adam | None = None,
+    ) -> None:  # fmt: skip
         self.w, self.p, self.adam, self.lr, self.rate, self.penalty = w, p, adam, lr, rate, penalty
+        self.of_basis = of_basis
 
     def step(self, g: Tensor) -> Tensor:
         """On the left."""
@@ -89,7 +93,8 @@ class OnlineSubspace:
         missed = (p @ p.mT @ a - a).square().sum()
         skew = (p.mT @ p - torch.eye(p.shape[1], dtype=p.dtype)).square().sum()
         (slope,) = torch.autograd.grad(missed + self.penalty * skew, p)
-        self.p = self.p - self.rate * self.lr * slope
+        step = self.of_basis.direction(slope) if self.of_basis else slope
+        self.p = self.p - self.rate * self.lr * step
         return self.w
 
 

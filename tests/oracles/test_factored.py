@@ -80,6 +80,8 @@ def test_sm3_bounds_the_sums_of_squares_and_never_shrinks() -> None:
         ("came", {}, 4 * 600 + 8 * 50),
         ("came", {"states": "int8"}, 600 + 4 * 3 + 8 * 50),
         ("sm3", {}, 4 * 50),
+        ("adam_mini", {}, 4 * 600 + 4 * 20 + 4),
+        ("adamw_4bit_rank1", {}, 300 + 4 * 5 + 300 + 4 * 50 + 4),
         ("sm3", {"momentum": 0.9, "states": "bf16"}, 2 * 600 + 4 * 50),
     ],
 )
@@ -96,7 +98,11 @@ def test_what_is_held(name: str, options: dict[str, Any], size: int) -> None:
         assert lowmem.state_bytes(strategy, shape) == held.pop() == count * size
 
 
-@pytest.mark.parametrize("name", ["came", "sm3"])
+def test_vectors_beside_4_bits_under_rows_and_columns_stay_fp32() -> None:
+    assert lowmem.state_bytes(lowmem.create("adamw_4bit_rank1"), (5000,), role="vector") == 8 * 5000 + 4
+
+
+@pytest.mark.parametrize("name", ["came", "sm3", "adam_mini", "adamw_4bit_rank1"])
 def test_zeros_stand_still_and_what_is_not_finite_is_refused(name: str) -> None:
     start, g = torch.ones(6, 9), drive.gradients((6, 9), 1)[0]
     bad = g.clone()
@@ -106,3 +112,88 @@ def test_zeros_stand_still_and_what_is_not_finite_is_refused(name: str) -> None:
     assert torch.equal(ends[1], start)
     assert ends[2].isfinite().all()
     assert not torch.equal(ends[2], start)
+
+
+@pytest.mark.parametrize(("shape", "blocks"), [((7, 11), 7), ((11, 7), 11), ((13,), 1)])
+def test_adam_mini_is_the_paper(shape: tuple[int, ...], blocks: int) -> None:
+    start, grads = drive.start_of(shape), drive.gradients(shape, 6)
+    truth = reference.AdamMini(start, 1e-2, 0.1, (0.9, 0.99), blocks)
+    ours = drive.follow("adam_mini", start, grads, hyper={**HYPER, "betas": (0.9, 0.99)})
+    for g, w in zip(grads, ours, strict=True):
+        torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_adam_mini_is_adamw_where_blocks_have_one_size(alike: bool) -> None:
+    """Of one element, or with elements that differ by sign alone."""
+    shape = (6, 9) if alike else (54, 1)
+    start, grads = drive.start_of(shape), drive.gradients(shape, 6)
+    grads = [g.sign() * g[:, :1].abs() for g in grads] if alike else grads
+    theirs = nn.Parameter(start.clone())
+    official = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+    for g, w in zip(grads, drive.follow("adam_mini", start, grads, hyper=HYPER), strict=True):
+        theirs.grad = g.clone()
+        official.step()
+        torch.testing.assert_close(w, theirs.detach(), rtol=1e-6, atol=1e-7)
+
+
+class Attention(nn.Module):
+    """Two query heads for each key head, three rows each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 3
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 12), nn.Linear(8, 6), nn.Linear(8, 6)
+
+
+def test_adam_mini_takes_queries_and_keys_by_heads() -> None:
+    """Also after a resume into an optimizer that knows the names alone."""
+    model = Attention()
+    blocks = {"q_proj": 4, "k_proj": 2, "v_proj": 6}
+    truth = {
+        name: reference.AdamMini(getattr(model, name).weight.detach(), 1e-2, 0.0, (0.9, 0.999), count)
+        for name, count in blocks.items()
+    }
+    optimizer = lowmem.optimizer(model, "adam_mini", lr=1e-2)
+    for step in range(4):
+        if step == 2:
+            saved = optimizer.state_dict()
+            optimizer = lowmem.optimizer(list(model.named_parameters()), "adam_mini", lr=1e-2)
+            optimizer.load_state_dict(saved)
+        for seed, name in enumerate(blocks):
+            weight = getattr(model, name).weight
+            weight.grad = drive.gradients(weight.shape, 1, seed=10 * step + seed)[0]
+        optimizer.step()
+        for seed, name in enumerate(blocks):
+            weight = getattr(model, name).weight.detach()
+            expected = truth[name].step(drive.gradients(weight.shape, 1, seed=10 * step + seed)[0])
+            torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (12, 7), (1, 5)])
+def test_adam_rank1_is_the_paper(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd rows share bytes of codes; they are stored in more than one block."""
+    monkeypatch.setattr("lowmem.optim.codecs.rankone.BLOCK", 44)
+    start, grads = drive.start_of(shape), drive.gradients(shape, 4)
+    truth = reference.AdamRankOne(start, 1e-2, 0.1, (0.9, 0.99))
+    hyper = {**HYPER, "betas": (0.9, 0.99)}
+    ours = drive.follow("adamw_4bit_rank1", start, grads, hyper=hyper, states="fp32")
+    for g, w in zip(grads, ours, strict=True):
+        torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=1e-6)
+
+
+def test_adam_rank1_in_4_bits_is_near_adamw() -> None:
+    """With loud columns, nearer than with scales of blocks."""
+    grads = drive.gradients((64, 64), 6)
+    loud = torch.ones(64, 64)
+    loud[:, [5, 20, 50]] = 100.0
+    exact, block, rank1 = (
+        drive.follow(name, torch.zeros(64, 64), [g * loud for g in grads], hyper={"lr": 1e-2}, **options)[-1]
+        for name, options in (
+            ("adamw", {}),
+            ("adamw", {"exp_avg_sq_states": "int4"}),
+            ("adamw_4bit_rank1", {"states": "fp32"}),
+        )
+    )
+    assert (rank1 - exact).norm() < 0.1 * exact.norm()
+    assert (rank1 - exact).norm() < 0.2 * (block - exact).norm()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowmem
+from lowmem.errors import UserError
 from tests.oracles import drive
 from tests.oracles.reference_adamw import AdamW
 from tests.oracles.reference_frugal import Frugal
@@ -148,13 +150,22 @@ def test_svd_at_full_density_skips_the_sign_of_rounding_noise(key: str) -> None:
         torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=1e-6)
 
 
-def test_where_nothing_is_seen_it_is_sign_descent_and_holds_nothing(key: str) -> None:
+NOTHING = [
+    {"projector": "none", "residual": "drop", "rule": "signsgd", "vector": "adam"},
+    {"projector": "none", "schedule": "blocks", "density": 0.0, "switch_gap": GAP},
+]
+
+
+@pytest.mark.parametrize("options", NOTHING, ids=["signsgd", "no block"])
+def test_where_nothing_is_seen_it_is_sign_descent_and_holds_nothing(
+    options: dict[str, Any], key: str
+) -> None:
+    """Over changes of the active tensors too, of which there are none."""
     shape, lr = (6, 12), 2.0**-6
-    start, grads = torch.zeros(shape), drive.gradients(shape, 6)
+    start, grads = torch.zeros(shape), drive.gradients(shape, GAP + 2)
     sizes: list[int] = []
-    rest = {"projector": "none", "residual": "drop", "rule": "signsgd", "vector": "adam"}
     hyper = {**HYPER, "lr": lr}
-    ours = follow(start, grads, key, lambda o, p: sizes.append(o.state_bytes()), **rest, hyper=hyper)
+    ours = follow(start, grads, key, lambda o, p: sizes.append(o.state_bytes()), **options, hyper=hyper)
     truth = start
     for g, w in zip(grads, ours, strict=True):
         truth = truth - lr * g.sign()
@@ -162,7 +173,12 @@ def test_where_nothing_is_seen_it_is_sign_descent_and_holds_nothing(key: str) ->
     assert set(sizes) == {0}
 
 
-@pytest.mark.parametrize("split", [*SPLITS, "blocks"])
+def test_a_schedule_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="take residual=sign"):
+        lowmem.create("frugal", projector="none", schedule="blocks", density=0.0, residual="drop")
+
+
+@pytest.mark.parametrize("split", [*SPLITS, "random", "blocks"])
 def test_every_step_has_full_rank(split: str, key: str) -> None:
     """What GaLore leaves out in a window takes its step here."""
     start, grads = torch.zeros(10, 16), drive.gradients((10, 16), GAP)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.count import state_bytes, workspace_bytes
+from lowmem.optim.bases import Frame
 from lowmem.optim.contract import Projector
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Find, Frame, Orthonormal
+from lowmem.optim.projectors.dense import Find, Orthonormal
 from lowmem.optim.projectors.grassmann import Track, Walk
 from lowmem.optim.projectors.random import Drawn, Switch
 from lowmem.optim.residuals import ScaledRest

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.memory.count import state_bytes, workspace_bytes
+from lowmem.optim.bases import Frame
 from lowmem.optim.elementwise import coded
-from lowmem.optim.projectors.dense import Frame
 from lowmem.optim.projectors.lazy import Lazy, dequantized, quantized
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.strategy import Strategy

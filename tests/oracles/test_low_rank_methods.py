@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import lowmem
+from lowmem.optim.bases import Frame
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import coded
-from lowmem.optim.projectors.dense import Frame, Orthonormal
+from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.projectors.grassmann import Track, Walk
 from lowmem.optim.projectors.lazy import Lazy
 from lowmem.optim.projectors.random import Drawn, Switch

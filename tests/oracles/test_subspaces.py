@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.count import model_state_bytes, workspace_bytes
+from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Dense
 from lowmem.optim.contract import AnyRule, Rest
 from lowmem.optim.elementwise import coded
@@ -18,12 +19,13 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.coordinate import Elements
 from lowmem.optim.projectors.dct import DCT
-from lowmem.optim.projectors.dense import Frame, Orthonormal
+from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Gaussian
 from lowmem.optim.residuals import ScaledGradient, ScaledRest
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.muon import Muon
+from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.schedules import Layers
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
@@ -98,21 +100,25 @@ def test_apollo(shape: tuple[int, int], limit: float) -> None:
     assert not any(key.startswith("projector") for key in optimizer.state[p])
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.1])
-def test_online_subspace(penalty: float) -> None:
+@pytest.mark.parametrize(("penalty", "own"), [(0.0, False), (0.1, False), (0.1, True)])
+def test_online_subspace(penalty: float, own: bool) -> None:
+    """Descent, or Adam on the same slope, whose moments are part of the state and counted."""
     shape, start = (6, 12), normal(6, 12)
     gradients = steps(shape, 8)
     first, q = optimizer_of(Subspace(Orthonormal(Frame(3)), coded(Adam())), start)
     q.grad = gradients[0]
     first.step()  # the same start: a power iteration on the first gradient
     basis = first.state[q]["projector.basis"].double()
-    optimizer, p = optimizer_of(Subspace(Online(Frame(3), 5.0, penalty), coded(Adam())), start)
-    truth = reference.OnlineSubspace(start.double(), basis, adam(), LR, 5.0, penalty)
+    rule = coded(Adam()) if own else coded(SGD())
+    optimizer, p = optimizer_of(Subspace(Online(Frame(3), 5.0, penalty, rule), coded(Adam())), start)
+    truth = reference.OnlineSubspace(start.double(), basis, adam(), LR, 5.0, penalty, adam() if own else None)
     for g in gradients:
         p.grad = g
         optimizer.step()
-        torch.testing.assert_close(p.detach().double(), truth.step(g.double()), rtol=0, atol=5e-6)
+        torch.testing.assert_close(p.detach().double(), truth.step(g.double()), rtol=0, atol=1e-5)
         torch.testing.assert_close(optimizer.state[p]["projector.basis"].double(), truth.p, rtol=0, atol=2e-6)
+    held = sum(x.nbytes for x in optimizer.state[p].values())
+    assert held == 4 * 6 * 3 + 8 * 3 * 12 + 4 + (8 * 6 * 3 + 4) * own
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 import transformers
 
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, UserError
 from lowmem.optim.writers import Split
 from lowmem.training.arguments import LowMemArguments, LowMemSFTConfig, build_strategy
+from lowmem.training.factory import refuse_half
 
 CPU = {"use_cpu": True, "report_to": "none"}
 
@@ -152,3 +154,11 @@ def test_a_pickled_config_is_found_again(tmp_path):
 
 def test_writer_reaches_the_strategy():
     assert build_strategy("adamw", "writer=split").writer == Split()
+
+
+def test_weights_in_float16_are_refused_before_the_scaler_does():
+    model = torch.nn.Linear(2, 2).half()
+    refuse_half(model, False)
+    with pytest.raises(UserError, match=r"weight is trained in float16.*dtype=torch.float32"):
+        refuse_half(model, True)
+    refuse_half(model.requires_grad_(False), True)

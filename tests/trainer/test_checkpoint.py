@@ -58,6 +58,20 @@ def test_changed_bytes_of_equal_length_are_noticed(tmp_path):
     assert checkpoint.damage(folder) == "scheduler.pt is not what was written"
 
 
+def test_an_edited_manifest_and_a_file_put_beside_are_noticed(tmp_path):
+    folder = write(tmp_path, 16)
+    (folder / ".DS_Store").write_bytes(b"a file manager's")
+    assert checkpoint.damage(folder) is None
+    text = (folder / "manifest.json").read_text()
+    said = json.loads(text)
+    said["about"]["options"]["rank"] = 8
+    (folder / "manifest.json").write_text(json.dumps(said))
+    assert checkpoint.damage(folder) == "manifest.json is not what was written"
+    (folder / "manifest.json").write_text(text)
+    (folder / "adapter_model.bin").write_bytes(b"")
+    assert checkpoint.damage(folder) == "adapter_model.bin was added to it"
+
+
 @pytest.mark.parametrize("place", [0, 1 << 20, (3 << 20) - 8])
 def test_large_file_is_checked_everywhere(tmp_path, place):
     folder = staged(tmp_path, 3)

@@ -19,13 +19,12 @@ SAME = (
     "compile", "steps",
 )  # fmt: skip
 """Options with the same name and meaning on both sides."""
-TRANSLATED = ("rows", "max_grad_norm")
+TRANSLATED = ("rows", "max_grad_norm", "autocast", "autocast_dtype")
 BESIDE = (
     "longest", "typical", "loss", "label_tokens", "device", "compute_capability", "workspace",
 )  # fmt: skip
 """What a plan knows of data and card; finetune takes the cheaper loss of each batch by itself."""
 NOT_DONE = {
-    "autocast": "weights are trained in their own dtype, without autocast",
     "attention": "the model's own choice of attention is used",
     "keep_output": "the logits are not kept",
     "eval_batch_size": "evaluations have the training's batch_size",
@@ -60,6 +59,7 @@ def run_config(
     values |= {"model": model, "optim": strategy, "packing": run.rows != "padded", "data": data}
     values["optim_args"] = ",".join(f"{k}={_word(v)}" for k, v in options.items())
     values["lora_rank"] = run.lora_rank or None
+    values["autocast"] = run.autocast_dtype if run.autocast else "none"
     if run.max_grad_norm > 0:
         values["max_grad_norm"] = run.max_grad_norm
     elif not run.gradient_release:  # under release it is 0 because nothing is clipped together

@@ -18,6 +18,7 @@ from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
 from lowmem.memory.trace.windows import special
 from lowmem.optim.strategy import Strategy
+from lowmem.report.units import format_bytes
 
 GRAIN = {"seq_len": 64, "batch_size": 1}
 LARGEST = {"seq_len": 1 << 20, "batch_size": 1 << 14}
@@ -27,11 +28,17 @@ TRIES = 6
 
 @dataclass(frozen=True)
 class Solution:
-    """One strategy's answer: `value` is 0 where nothing fits; `limited` by the model's length."""
+    """One strategy's answer.
+
+    Args:
+        strategy: its name; plan: at the answer, None where nothing fits.
+        value: the largest that fits, 0 where nothing does.
+        stopped: by what: the model's longest sequence, the largest that is tried, or the budget.
+    """
 
     strategy: str
     value: int
-    limited: bool
+    stopped: str
     plan: planning.StrategyPlan | None
 
 
@@ -59,10 +66,19 @@ def largest(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budg
         tried = replace(run, seq_len=guess) if unknown == "seq_len" else replace(run, batch_size=guess)
         row = planning.row(config, tried, strategy, limit, advise=False)
         if row.fits:
-            return Solution(name, guess, guess + grain > top, row)
+            return Solution(name, guess, _stopped(unknown, guess, top, positions, limit), row)
         short = (row.peak["reserved"] or row.peak["allocated"] or 1) / limit.capacity
         guess = min(guess - grain, int(guess * min(0.97, 1.02 / short)) // grain * grain)
-    return Solution(name, 0, False, None)
+    return Solution(name, 0, f"the budget: not even {grain} fits", None)
+
+
+def _stopped(unknown: str, value: int, top: int, positions: int | None, limit: Budget) -> str:
+    """What keeps the answer from being larger."""
+    if value + GRAIN[unknown] <= top:
+        return f"the budget of {format_bytes(limit.usable)}"
+    if unknown == "seq_len" and top == positions:
+        return f"the model's longest sequence, {positions}"
+    return f"the largest that is tried, {top}"
 
 
 def _search(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budget, top: int) -> int:

@@ -10,6 +10,7 @@ from lowmem.memory.device.gpus import Budget
 from lowmem.memory.gather import longest
 from lowmem.memory.run import Run
 from lowmem.optim.strategy import Strategy
+from lowmem.strategies import create
 
 
 def warnings(config: Any, run: Run, name: str) -> tuple[str, ...]:
@@ -25,10 +26,15 @@ def warnings(config: Any, run: Run, name: str) -> tuple[str, ...]:
         found.append(
             f"{name} soft-caps its attention scores, which no fused kernel of torch does: eager is planned"
         )
-    if run.is_old and (run.dtype == "bfloat16" or run.autocast):
+    if run.dtype == "float16" and not run.lora_rank:
+        found.append(
+            "gradients in float16 vanish below 6e-8, `lowmem finetune` refuses to train by them: plan with "
+            "--dtype float32 --autocast --autocast-dtype float16, or a strategy without gradients"
+        )
+    if run.is_old and (run.dtype == "bfloat16" or (run.autocast and run.autocast_dtype == "bfloat16")):
         found.append(
             f"a card of compute capability {run.compute_capability} has no bf16 arithmetic: it is emulated, "
-            "slowly, and no fused attention takes it; use --dtype float16 or float32"
+            "slowly, and no fused attention takes it; use --dtype float32 --autocast --autocast-dtype float16"
         )
     return tuple(found)
 
@@ -52,7 +58,8 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
     }
     found = [
         f"torch {torch.__version__}, transformers {transformers.__version__}; {attention}; model eager",
-        f"{run.dtype} weights" + (" under bf16 autocast" if run.autocast else ", no autocast"),
+        f"{run.dtype} weights"
+        + (f" under autocast in {run.autocast_dtype}" if run.autocast else ", no autocast"),
         losses[run.loss],
         rows[run.rows],
         "the peak of a step from the second on; a refresh of the basis is included",
@@ -67,6 +74,10 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
                 else ""
             )
             + (", embeddings, head and norms in fp32" if run.kbit_prepare else "")
+        )
+    elif run.quantize:
+        found.append(
+            "NF4 weights, of which the scales are trained, in fp32; embeddings, head and norms frozen"
         )
     if run.device == "cuda":
         found.append(
@@ -108,7 +119,8 @@ def command(
     default = Run()
     for name in run.__dataclass_fields__:
         value = getattr(run, name)
-        if value == getattr(default, name):
+        implied = name == "max_grad_norm" and run.gradient_release
+        if value == getattr(default, name) or implied:
             continue
         flag = name.replace("_", "-")
         words += (
@@ -121,7 +133,10 @@ def command(
 
 
 def _named(strategy: Strategy) -> str:
-    """A strategy with every option, as `--optim` takes it."""
-    options = strategy.options
+    """A strategy with every option that is not its own default, as `--optim` takes it."""
+    own = create(strategy.name).options
+    options = {key: value for key, value in strategy.options.items() if own.get(key) != value}
+    if not options:
+        return strategy.name
     words = (str(v).lower() if isinstance(v, bool) else str(v) for v in options.values())
     return f"{strategy.name}({','.join(f'{k}={word}' for k, word in zip(options, words, strict=True))})"

@@ -14,7 +14,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ from lowmem.texts import parse_json
 
 MIB, GIB = 1 << 20, 1 << 30
 UNITS = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6, "TiB": 1 << 40}
+OTHERS = {
+    "ROCm": "4-bit weights need a build of bitsandbytes for it.",
+    "Metal": "Unified memory, less what other programs hold; bitsandbytes has no 4 bits there.",
+}
+"""What else is to be known of the makers whose cards are estimated."""
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)")
 
 
@@ -39,6 +44,7 @@ class Budget:
         name: of the card, None for a plain number of bytes.
         notes: assumptions, as sentences.
         calibrated: measured on the card at hand.
+        estimated: of another maker than the one whose kernels are planned.
     """
 
     usable: int
@@ -48,6 +54,7 @@ class Budget:
     name: str | None = None
     notes: tuple[str, ...] = ()
     calibrated: bool = False
+    estimated: bool = False
 
     @property
     def outside(self) -> int:
@@ -68,6 +75,7 @@ class Budget:
             "workspace": self.workspace,
             "capability": self.capability,
             "calibrated": self.calibrated,
+            "estimated": self.estimated,
         }
 
 
@@ -119,7 +127,8 @@ def gpu(name: str) -> Budget:
     """A card by name.
 
     Args:
-        name: as in `lowmem gpus`; case, blanks, hyphens and a leading maker's name do not matter.
+        name: as in `lowmem gpus`; case, blanks, hyphens and the maker's name do not matter, nor does RTX
+            before a number; or the size on the box, as in 24GB.
 
     Raises:
         UserError: an unknown card, with the nearest match; a family of several sizes, with their names.
@@ -131,6 +140,10 @@ def gpu(name: str) -> Budget:
     measured = calibrations()
     known = {_plain(key): key for key in (*_table()["gpus"], *measured)}
     plain = _plain(name)
+    if re.fullmatch(r"[0-9]+g(i?b)?", plain):
+        return _of_size(int(re.sub(r"\D", "", plain)))
+    makers = ("", "rtx", "rx") if plain else ()
+    plain = next((maker + plain for maker in makers if _begins(known, maker + plain)), plain)
     if plain not in known:
         family = sorted(key for short, key in known.items() if plain and short.startswith(plain))
         if len(family) > 1:
@@ -144,16 +157,39 @@ def gpu(name: str) -> Budget:
     return _measured(found, measured[found]) if found in measured else _tabled(found)
 
 
+def _begins(known: Mapping[str, str], plain: str) -> bool:
+    return any(short.startswith(plain) for short in known)
+
+
+def _of_size(gib: int) -> Budget:
+    """The least that cards sold with so many GB have."""
+    sold = {name: row for name, row in _table()["gpus"].items() if row["nominal"] == gib * 1024}
+    cards = {name: row for name, row in sold.items() if _is_cuda(row)}
+    if not cards:
+        sizes = sorted({row["nominal"] // 1024 for row in _table()["gpus"].values() if _is_cuda(row)})
+        raise UserError(
+            f"no card with {gib} GB is listed, sizes are {', '.join(map(str, sizes))}; use --budget {gib}GiB"
+        )
+    least = min(cards, key=lambda name: cards[name]["usable"])
+    found = _tabled(least)
+    note = f"{gib} GB taken as {least}, the smallest of {len(cards)} listed cards of that size; name yours"
+    return replace(found, notes=(note, *found.notes))
+
+
+def _is_cuda(row: Mapping[str, Any]) -> bool:
+    return isinstance(row["arch"], (int, float))
+
+
 def _plain(name: str) -> str:
-    short = re.sub(r"nvidia|geforce|tesla|quadro|generation|[^a-z0-9]", "", name.lower())
+    short = re.sub(r"nvidia|geforce|tesla|quadro|generation|amd|radeon|instinct|[^a-z0-9]", "", name.lower())
     return re.sub(r"(pcie|sxm\d?|hbm\de?)", "", short)
 
 
 def _measured(name: str, values: Mapping[str, int]) -> Budget:
     context = values["context"]
     note = f"{name}: measured on this machine by `lowmem calibrate`"
-    row = _table()["gpus"].get(name, {})
-    capability = values.get("capability", row.get("arch"))
+    arch = _table()["gpus"].get(name, {}).get("arch")
+    capability = values.get("capability", arch if isinstance(arch, float) else None)
     return Budget(values["usable"], (context, context), values["workspace"], capability, name, (note,), True)
 
 
@@ -173,6 +209,8 @@ def _context(capability: float | None) -> tuple[int, int]:
 def _tabled(name: str) -> Budget:
     table = _table()
     row = table["gpus"][name]
+    if not _is_cuda(row):
+        return _estimated(name, row)
     arch = float(row["arch"])
     low, high = _context(arch)
     note = (
@@ -181,6 +219,16 @@ def _tabled(name: str) -> Budget:
         "not measured, run `lowmem calibrate` on the card"
     )
     return Budget(row["usable"] * MIB, (low, high), library(arch), arch, name, (note,))
+
+
+def _estimated(name: str, row: Mapping[str, Any]) -> Budget:
+    """A card of another maker: by the kernels and the allocator of CUDA, with a margin."""
+    low, high = _context(None)
+    note = (
+        f"{name} ({row['arch']}): an estimate, by the kernels and the allocator of CUDA; "
+        f"{row['usable'] / 1024:.2f} of {row['nominal'] / 1024:g} GiB usable. {OTHERS[row['arch']]}"
+    )
+    return Budget(row["usable"] * MIB, (low, high), library(None), None, name, (note,), estimated=True)
 
 
 def budget(text: str | int, capability: float | None = None) -> Budget:

@@ -81,6 +81,15 @@ def quantize(model: Any, *, double: bool = True) -> None:
             setattr(module, name, Linear4bit(shape, child.bias, child.weight.dtype, double))
 
 
+def train_scales(model: nn.Module) -> None:
+    """Scales are all that trains, as `lowmem.sources.quantized` makes it."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            held = module._buffers.pop("absmax")
+            module.absmax = nn.Parameter(held)  # type: ignore[arg-type]
+
+
 def prepare_for_kbit_training(model: nn.Module) -> None:
     """As `peft.prepare_model_for_kbit_training`: nothing trains, and what is not packed becomes fp32."""
     packed = {id(p) for m in model.modules() if isinstance(m, Linear4bit) for p in m.parameters()}

@@ -156,7 +156,7 @@ def _batch(run: Run) -> dict[str, Tensor]:
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Any:
     """The model's output with its loss: what else it holds dies with it, unless the loop keeps it."""
-    amp = torch.autocast("cpu", torch.bfloat16) if run.autocast else nullcontext()
+    amp = torch.autocast("cpu", getattr(torch, run.autocast_dtype)) if run.autocast else nullcontext()
     with amp:
         if run.loss == "labels":
             return SimpleNamespace(loss=_label_loss(model, batch, run))

@@ -47,7 +47,9 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
     if run.loss == "chunked":
         _chunk_loss(base)
     if run.quantize is not None:
-        quantized.quantize(base, double=run.double_quant)
+        quantized.quantize(base, double=run.double_quant and run.adapts)
+        if not run.adapts:  # scales that are trained are not quantized themselves
+            quantized.train_scales(base)
     if run.kbit_prepare:
         quantized.prepare_for_kbit_training(base)
     model = adapt(base, run) if run.adapts else base
@@ -139,9 +141,9 @@ def _conversion_on_fake_tensors() -> Iterator[None]:
 
 def count_parameters(model: nn.Module) -> int:
     """Logical elements: a packed 4-bit weight counts what it stands for."""
-    packed = {
-        id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)
-    }
+    four_bit = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    packed = {id(m.weight): m.in_features * m.out_features for m in four_bit}
+    packed |= {id(m.absmax): 0 for m in four_bit}  # scales are of the same elements
     return sum(packed.get(id(p), p.numel()) for p in model.parameters())
 
 

@@ -1,10 +1,10 @@
 """The frame around pure steps: cut, pad, guard, compile, write, commit.
 
-Element-wise work is done on flat chunks of at most `LADDER[0]` elements:
-temporaries stay in cache, and one compiled kernel for each (rule, writer,
-dtypes) serves every tensor of a model. A tensor is cut greedily, largest size
-first; the last piece is padded, so results do not depend on the cutting. The
-length of a row is static: for a dynamic one, codecs fall back to scalar code.
+Element-wise work is done on flat chunks, as large as the device's `Sizes` say; one
+compiled kernel for each (rule, writer, dtypes) serves every tensor of a model. A
+tensor is cut greedily, largest size first; the last piece is padded, so results do
+not depend on the cutting. The length of a row is static: for a dynamic one, codecs
+fall back to scalar code.
 
 Everything that protects a step is here and in the kernels, and nothing waits for a
 device. Where nobody judges the tensor as a whole, an element of the gradient that is
@@ -19,7 +19,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,16 +28,20 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Pointwise
-from lowmem.optim.engine import cutting, noise
-from lowmem.optim.engine.cutting import LADDER, Span, pad, read_flat, walk, write_flat
-from lowmem.optim.engine.kernels import LARGEST, Asks, Guard, Kernel, body, compiled
-from lowmem.optim.engine.layout import layout
+from lowmem.optim.engine import cutting
+from lowmem.optim.engine.compiling import Kernel, compiled
+from lowmem.optim.engine.cutting import LADDER, Span, sizes, walk
+from lowmem.optim.engine.kernels import LARGEST, Asks, Guard, body
+from lowmem.optim.engine.layout import ROW
+from lowmem.optim.engine.run import Run
+from lowmem.optim.engine.together import Together
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.state import State
 from lowmem.optim.writers import Nearest, Writer
 
 log = logging.getLogger(__name__)
 
+Act = Callable[[Tensor, Tensor, int, int], None]
 GRIDS = 64
 """Grids that are kept."""
 
@@ -68,6 +73,18 @@ class Chunks:
 
     def __post_init__(self) -> None:
         keep_heap()
+        self._small = Together(self)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Small tensors that are stepped inside may wait for each other, until the end of it at most."""
+        self._small.open = True
+        try:
+            yield
+            self._small.flush()
+        finally:
+            self._small = Together(self) if self._small.waits else self._small
+            self._small.open = False
 
     def apply_(
         self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
@@ -80,13 +97,18 @@ class Chunks:
             s: the rule's state and constants; extra: the writer's state.
             hp: of this step.
         """
-        _age(s, 1)
-        ok, speeds = self.true(p.device), rates(hp, dtype=_precision(p))
+        policy = sizes(p.device)
+        if policy.together and self._small.takes(rule, writer, p, g, s, extra, hp):
+            return
+        ok, speeds = self.true(p.device), hp.rates(dtype=_precision(p))
+        alone = not policy.at_hand and self._alone(rule, g, p.numel())
+        table = self._table(rule, s, hp) if alone else None
+        if table is None:
+            _age(s, 1)
         if rule.measures:
             speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
-        run = _Run(self, rule, writer, s, extra, hp, speeds, ok, "elements")
-        for start, length, size in walk(self.spans(rule, p.numel()), p.device):
-            run.step_weight(p, g.chunk(start, start + length), start, size)
+        run = Run(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
+        self._walk(run.step_weight, rule, p, g)
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
         """Turn a projected gradient into its direction, in place, judged as a whole.
@@ -101,14 +123,18 @@ class Chunks:
         """
         flat = low.view(-1)
         aged = "age" in s and s["age"].dim() > 0  # numbers for each element are five more temporaries
-        cuts = list(walk(self.spans(rule, flat.numel(), LADDER[1 if aged else 0]), low.device))
+        most = LADDER[1 if aged else 0]
+        cuts = list(walk(self.spans(rule, flat.numel(), low.device, most), low.device))
         guard: Guard = "given"
         if ok is None and len(cuts) == 1 and not rule.measures:  # the kernel that steps finds out on the way
             guard, ok = "found", torch.empty((), dtype=torch.bool, device=low.device)
         elif ok is None:
             ok = all_finite(low, hp)
-        _age(s, 1 if guard == "found" else ok)
-        run = _Run(self, rule, None, s, {}, hp, rates(hp), ok, guard, "both" if rule.measures else "step")
+        table = self._table(rule, s, hp) if len(cuts) == 1 else None
+        if table is None:
+            _age(s, 1 if guard == "found" else ok)
+        asks: Asks = "both" if rule.measures else "step"
+        run = Run(self, rule, None, s, {}, hp, hp.rates(), ok, guard, asks, table)
         for start, length, size in cuts:
             run.step_low(flat if length == flat.numel() else flat[start : start + length], start, size)
         if rule.measures:
@@ -132,9 +158,8 @@ class Chunks:
         speeds = rates(hp, direction, _precision(p))
         if rule is not None and rule.measures:
             speeds = self._measured(rule, p, direction.blocks, s, hp, speeds, ok, guard)
-        run = _Run(self, rule, writer, s, extra, hp, speeds, ok, guard)
-        for start, length, size in walk(self.spans(rule, p.numel()), p.device):
-            run.step_weight(p, direction.blocks.chunk(start, start + length), start, size)
+        run = Run(self, rule, writer, s, extra, hp, speeds, ok, guard)
+        self._walk(run.step_weight, rule, p, direction.blocks)
 
     def _measured(
         self,
@@ -148,16 +173,52 @@ class Chunks:
         guard: Guard,
     ) -> Tensor:
         """lr and decay, lr times the factor that takes a pass over the tensor to find."""
-        run = _Run(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
-        for start, length, size in walk(self.spans(rule, p.numel()), p.device):
-            run.measure(p, g.chunk(start, start + length), start, size)
+        run = Run(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
+        self._walk(run.measure, rule, p, g)
         return torch.stack((rates[0] * rule.factor_(s, ok, hp), rates[1]))
 
-    def spans(self, rule: Pointwise | None, count: int, most: int = LADDER[0]) -> tuple[Span, ...]:
-        """Ladder sizes where kernels are compiled; otherwise at most `most` elements, padded to the grain."""
-        if self.compile and (rule is None or rule.compilable):
+    def compiles(self, rule: Pointwise | None) -> bool:
+        """Whether the kernels of a rule are compiled."""
+        return self.compile and (rule is None or rule.compilable)
+
+    def spans(
+        self, rule: Pointwise | None, count: int, device: torch.device, most: int = LADDER[0]
+    ) -> tuple[Span, ...]:
+        """Sizes of the device's policy where kernels are compiled; otherwise at most `most` elements."""
+        grain, policy = rule.grain if rule else 1, sizes(device)
+        if not self.compiles(rule):
+            most = min(most, policy.eager)
+            return cutting.eager_spans(count, min(most, rule.chunk) if rule else most, grain)
+        if policy.ladder:
             return cutting.compiled_spans(count)
-        return cutting.eager_spans(count, min(most, rule.chunk) if rule else most, rule.grain if rule else 1)
+        return cutting.whole_spans(count, grain if grain > 1 else ROW)
+
+    def _walk(self, act: Act, rule: Pointwise | None, p: Tensor, g: Blocks) -> None:
+        """Act on a weight piece by piece: the weight, a piece of g, its first element, its padded size."""
+        look, count = self._look(rule, g), p.numel()
+        if not look:
+            for start, length, size in walk(self.spans(rule, count, p.device), p.device):
+                act(p, g.chunk(start, start + length), start, size)
+            return
+        width = math.lcm(rule.grain if rule else 1, ROW)
+        for first, last in walk(cutting.look_ranges(count, g.shape[1], look, width), p.device):
+            seen = g.chunk(first, last)
+            for start, length, size in walk(self.spans(rule, last - first, p.device), p.device):
+                act(p, seen[start : start + length], first + start, size)
+            del seen  # before the next one is made
+
+    def _look(self, rule: Pointwise | None, g: Blocks) -> int:
+        """Elements of g that may be made at once; 0 for those of a piece."""
+        return sizes(g.device).look(g.takes, self.compiles(rule))
+
+    def _alone(self, rule: Pointwise, g: Blocks, count: int) -> bool:
+        """Whether one kernel takes all of a step."""
+        return not self._look(rule, g) and len(self.spans(rule, count, g.device)) == 1
+
+    def _table(self, rule: Pointwise, s: State, hp: Hyper) -> Tensor | None:
+        """The scalars of all ages, where the kernel that takes all of a step moves the age on the way."""
+        elsewhere = not sizes(hp.weight.device).at_hand
+        return rule.table(s, hp) if elsewhere and self.compiles(rule) and not rule.measures else None
 
     def kernel(
         self,
@@ -169,15 +230,29 @@ class Chunks:
         live: bool,
         guard: Guard,
         asks: Asks,
+        counts: bool,
+        together: bool = False,
     ) -> Kernel:
         """The kernel for (rows, width) chunks like these: made once, compiled where `live`."""
         # rule and writer fix what the state looks like; both outlive the frame, so their ids name them;
         # a compiler takes a single row as something else than a number of rows
-        name = (id(rule), id(writer), w.dtype, g.dtype, w.device, guard, asks, w.shape[0] == 1, live)
+        name = (
+            id(rule),
+            id(writer),
+            w.dtype,
+            g.dtype,
+            w.device,
+            guard,
+            asks,
+            counts,
+            together,
+            w.shape[0] == 1,
+            live,
+        )
         if name not in self._kernels:
             held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
-            step = body(rule, writer, keys, held, guard, asks)
-            if live and not any(key[-1] for key in self._kernels):
+            step = body(rule, writer, keys, held, guard, asks, counts)
+            if live and not any(known[-1] for known in self._kernels):
                 log.info("compiling the optimizer's kernels: the first step takes some seconds more")
             self._kernels[name] = compiled(step) if live else step
         return self._kernels[name]
@@ -234,13 +309,12 @@ def _precision(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def rates(hp: Hyper, direction: Direction | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def rates(hp: Hyper, direction: Direction, dtype: torch.dtype = torch.float32) -> Tensor:
     """lr and decay as (2,) on the device; a direction may bring its own."""
-    scale = 1.0 if direction is None else direction.scale
-    group = hp.vector(hp.lr * scale, hp.decay, dtype=dtype)
-    if direction is None or (direction.lr is None and direction.decay is None):
+    group = hp.rates(direction.scale, dtype)
+    if direction.lr is None and direction.decay is None:
         return group
-    lr = group[0] if direction.lr is None else direction.lr * scale
+    lr = group[0] if direction.lr is None else direction.lr * direction.scale
     decay = group[1] if direction.decay is None else direction.decay
     return torch.stack((lr.to(dtype), decay.to(dtype)))
 
@@ -253,95 +327,5 @@ def _age(s: State, steps: int | Tensor) -> None:
 def _add_product_(p: Tensor, pair: tuple[Tensor, Tensor], alpha: float, ok: Tensor, hp: Hyper) -> None:
     """W <- decay W + alpha A B in one pass; the product is never held. Not ok, it is 0."""
     if hp.weight_decay:
-        p.mul_(torch.where(ok, rates(hp)[1], 1.0))
+        p.mul_(torch.where(ok, hp.rates()[1], 1.0))
     p.addmm_(*pair, alpha=alpha)
-
-
-class _Run:
-    """One tensor's pass through the frame: what is the same for all of its chunks.
-
-    Args:
-        frame: whose kernels run.
-        rule, writer: what the kernel does; s, extra: their states.
-        hp: of this step; rates: lr and decay, (2,).
-        ok: 0-D bool; guard: what it says, see `kernels.Guard`; asks: what for, see `kernels.Asks`.
-    """
-
-    def __init__(
-        self, frame: Chunks, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
-        hp: Hyper, rates: Tensor, ok: Tensor, guard: Guard, asks: Asks = "step",
-    ) -> None:  # fmt: skip
-        self.frame, self.rule, self.writer, self.hp = frame, rule, writer, hp
-        self.rates, self.ok, self.guard, self.asks = rates, ok, guard, asks
-        self.device = rates.device
-        live = frame.compile and self.device.type != "meta" and (rule is None or rule.compilable)
-        self.layout = layout(rule, writer, s, extra, live)
-        self.scalars = rule.scalars(s, hp) if rule else None
-        self.skipped = frame.counter(self.device) if writer else None
-        self._words: dict[int, Tensor] = {}
-
-    def step_weight(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
-        """Step the weight's elements start..start+len(g), padded to size."""
-        length = g.numel()
-        w = read_flat(p, start, length)
-        if length == size and p.is_contiguous():
-            self._launch(w, g, start, length)
-            return
-        padded = pad(w, size)
-        self._launch(padded, g if length == size else pad(g, size), start, length)
-        write_flat(p, start, padded[:length])
-
-    def measure(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
-        """Sum over the elements start..start+len(g); weight and gradient stay as they are."""
-        length = g.numel()
-        w = read_flat(p, start, length)
-        if length == size and p.is_contiguous():
-            self._launch(w, g, start, length)
-        else:
-            self._launch(pad(w, size), pad(g, size, math.nan), start, length)
-
-    def step_low(self, low: Tensor, start: int, size: int) -> None:
-        """Overwrite a piece of the projected gradient by its direction."""
-        if low.numel() == size:
-            self._launch(low, low, start, size)
-            return
-        padded = pad(low, size, math.nan if self.asks == "both" else 0.0)  # nobody measures the padding
-        self._launch(padded, padded, start, low.numel())
-        low.copy_(padded[: low.numel()])
-
-    def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
-        """Run the kernel on flat elements, of which the first `length` are the tensor's from `start` on."""
-        size = g.shape[0]
-        width = self.layout.width(size)
-        shaped = g.view(-1, width)
-        weight = shaped if w is g else w.view(-1, width)
-        views, back = self.layout.cut(start, length, size)
-        kernel = self.frame.kernel(
-            self.rule, self.writer, self.layout.keys, weight, shaped, self.layout.live,
-            self.guard, self.asks,
-        )  # fmt: skip
-        kernel(
-            weight, shaped, self.rates, self.ok, self.skipped, self.scalars,
-            *self._places(start, *shaped.shape), self._keys(start), *views,
-        )  # fmt: skip
-        for piece, padded in back:
-            piece.copy_(padded[: piece.shape[0]])
-
-    def _places(self, start: int, rows: int, width: int) -> tuple[Tensor | None, ...]:
-        """Where elements are in the tensor: the chunk, its rows, and the columns in a row."""
-        if not self.layout.placed:
-            return None, None, None
-        index = start & 0xFFFFFFFF
-        signed = index - (1 << 32) if index >= 1 << 31 else index
-        return self.hp.vector(signed, dtype=torch.int32)[0], *self.frame.grid(rows, width, self.device)
-
-    def _keys(self, start: int) -> Tensor | None:
-        """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
-        if not self.layout.streams:
-            return None
-        upper = start >> 32
-        if upper not in self._words:
-            hp = self.hp
-            names = [(hp.seed, hp.step, hp.name, stream, upper) for stream in self.layout.streams]
-            self._words[upper] = noise.key_tensor(names, self.device)
-        return self._words[upper]

@@ -3,7 +3,8 @@
 Papers hold a second copy of the weights and swap. What such a copy is apart from the
 weights is a sum of steps, so that is what is held here, in units of lr: it bears coding,
 works in a subspace, and reads no weight. A step counts with the lr of the step that
-looks back on it; decay is decoupled as everywhere, and no part of it.
+looks back on it; decay is decoupled as everywhere, and no part of it. Other modifiers
+stand outside: they change the steps that are taken, not those that are held.
 """
 
 from __future__ import annotations
@@ -85,6 +86,14 @@ class Around(Elementwise):
     def rotated(self, m: Mapping[str, Tensor], turn: Rotation, age: Tensor, hp: Hyper) -> dict[str, Tensor]:
         """The rule's; steps turn as they are."""
         return {**self.rule.rotated(m, turn, age, hp), **{name: turn(m[name]) for name in self.own}}
+
+    def centre(self, hp: Hyper) -> Mapping[str, float]:
+        """The rule's, seen from where the paper has its weight."""
+        return {**self.rule.centre(hp), **dict.fromkeys(self.own, self.away())}
+
+    def away(self) -> float:
+        """The factor of what is held, from the weight to the paper's."""
+        return 1.0
 
     def turns(self) -> bool:
         """Where the rule does."""
@@ -172,3 +181,7 @@ class XGrad(Around):
     def taken(self, d: Tensor, old: Moments, number: Tensor) -> Tensor:
         """Back, and further on."""
         return d + self.ahead * (d - old["previous_step"])
+
+    def away(self) -> float:
+        """Back from where the gradient is taken."""
+        return float(self.ahead)

@@ -186,9 +186,17 @@ class Modified(Wrapped, Pointwise):
         """Those of the rule."""
         return self.rule.scalars(s, hp)
 
+    def table(self, s: State, hp: Hyper) -> Tensor | None:
+        """That of the rule."""
+        return self.rule.table(s, hp)
+
     def moment(self, name: str, s: State) -> Tensor:
         """That of the rule."""
         return self.rule.moment(name, s)
+
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        return self.rule.beside(s, shape, hp)
 
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """The shaped step; where they are asked for, the sums with those of this chunk."""
@@ -254,6 +262,10 @@ class ModifiedRule(Wrapped, Rule):
         """Those of the rule."""
         return prefixed("rule", self.rule.constants(shape))
 
+    def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
+        """What the rule says."""
+        return self.rule.beside(scoped(s, "rule"), shape, hp)
+
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """That of the rule."""
         return self.rule.project(g, self.own(s), hp)
@@ -268,7 +280,7 @@ class ModifiedRule(Wrapped, Rule):
         step = _Shaped(self.chain, g, d.blocks)
         if not (self.chain.count or self.chain.pacing):
             return replace(d, blocks=step, pair=None)
-        lr = hp.vector(hp.lr)[0] if d.lr is None else d.lr
+        lr = hp.rate if d.lr is None else d.lr
         return replace(d, blocks=step, pair=None, lr=lr * self._factor(step, d, s, hp))
 
     def _factor(self, step: _Shaped, d: Direction, s: State, hp: Hyper) -> Tensor:

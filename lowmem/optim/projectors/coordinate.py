@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowmem.optim.bases import check_rank
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
 from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import Projector
 from lowmem.optim.engine import noise
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import check_gap, check_rank
+from lowmem.optim.projectors.dense import check_gap
 from lowmem.optim.state import State
 
 GROUP = 256

@@ -63,7 +63,7 @@ class DCT(Renewed):
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.projectors.dense import Frame
+        >>> from lowmem.optim.bases import Frame
         >>> DCT(Frame(4)).init(torch.zeros(16, 64))["index"]
         tensor([0, 1, 2, 3], dtype=torch.int32)
     """

@@ -16,12 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowmem.optim.bases import check_rank
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.coordinate import count_of
-from lowmem.optim.projectors.dense import check_rank
 from lowmem.optim.state import State
 
 EARLY, AGAIN = 16, 100

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
+from lowmem.optim.bases import Frame, energy, largest, orthonormal
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, energy, largest, orthonormal, power_iteration
+from lowmem.optim.projectors.dense import power_iteration
 
 
 def tangent(frame: Frame, basis: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:

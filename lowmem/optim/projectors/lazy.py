@@ -71,7 +71,7 @@ class Lazy(Orthonormal):
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.projectors.dense import Frame
+        >>> from lowmem.optim.bases import Frame
         >>> Lazy(Frame(4)).init(torch.zeros(16, 64))["codes"].shape
         torch.Size([32])
     """

@@ -1,7 +1,7 @@
 """A basis that moves after every step (Online Subspace Descent, arXiv 2408.12857).
 
     L(P) = |P P' A - A|^2 + lambda |P' P - I|^2,  A = G / |G|
-    P <- P - rate lr dL/dP
+    P <- P - rate lr D,  D = dL/dP, or what Adam makes of it
 
 Instead of a factorization now and then, one step of gradient descent on what the
 basis does not see of this gradient. The step is in closed form and costs two products:
@@ -14,44 +14,50 @@ and up of a step are of one basis.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
+from lowmem.optim.bases import energy, largest
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Unrelated
-from lowmem.optim.contract import Split
+from lowmem.optim.contract import Pointwise
+from lowmem.optim.elementwise import coded
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Framed, energy, largest, power_iteration
-from lowmem.optim.state import State
+from lowmem.optim.projectors.dense import Framed, power_iteration
+from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.split import Split
+from lowmem.optim.state import Constants, State, prefixed, scoped
 
 
 @dataclass(frozen=True)
 class Online(Framed):
     """A basis that follows the gradient by descent on what it misses.
 
-    Holds 4 s r bytes, s the side it spans. Workspace of a step beside R: R once more,
-    and 8 s r bytes.
+    Holds 4 s r bytes and what its rule holds of them, s the side it spans. Workspace of a step beside
+    R: R once more, and 8 s r bytes.
 
     Args:
         frame: rank and side.
         rate: of the descent, in units of the learning rate, above 0.
         penalty: lambda, of a basis that is not orthonormal, at least 0.
+        rule: what a step is made of by; betas and eps are those of the weight.
 
     Raises:
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.projectors.dense import Frame
+        >>> from lowmem.optim.bases import Frame
         >>> Online(Frame(4)).init(torch.zeros(16, 64))["basis"].shape
         torch.Size([16, 4])
     """
 
     rate: float = 5.0
     penalty: float = 0.1
+    rule: Pointwise = field(default_factory=lambda: coded(SGD()))
     orthonormal: ClassVar[bool] = False
     follows: ClassVar[bool] = True
 
@@ -60,8 +66,13 @@ class Online(Framed):
             raise UserError(f"rate must be above 0 and penalty at least 0, got {self.rate}, {self.penalty}")
 
     def init(self, x: Tensor) -> State:
-        """See Frame."""
-        return self.frame.init(x)
+        """See Frame; and the rule's state of a basis."""
+        held = self.frame.init(x)
+        return {**held, **prefixed("rule", self.rule.init(torch.empty(held["basis"].shape, device=x.device)))}
+
+    def constants(self, shape: tuple[int, int]) -> Constants:
+        """Those of the rule."""
+        return prefixed("rule", self.rule.constants(self.frame.size(shape)))
 
     def due(self, hp: Hyper) -> bool:
         """Once, at the first step."""
@@ -84,5 +95,6 @@ class Online(Framed):
         pulled = torch.where(ok & (norm > 0.0), pulled / norm, 0.0)
         overlap = basis.t() @ basis
         slope = basis @ (basis.t() @ pulled) + pulled @ overlap - 2.0 * pulled
-        slope = 2.0 * slope + 4.0 * self.penalty * (basis @ overlap - basis)
-        return {"basis": torch.where(split.ok & ok, basis - self.rate * split.hp.lr * slope, basis)}
+        slope = (2.0 * slope + 4.0 * self.penalty * (basis @ overlap - basis)).contiguous()
+        fine = split.hp.advance(self.rule, slope, scoped(s, "rule"), split.hp, split.ok & ok)
+        return {"basis": torch.where(fine, basis - self.rate * split.hp.lr * slope, basis)}

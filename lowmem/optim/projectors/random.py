@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
+from lowmem.optim.bases import Frame, orthonormal
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Rotation, Unrelated
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Frame, Renewed, orthonormal, power_iteration
+from lowmem.optim.projectors.dense import Renewed, power_iteration
 from lowmem.optim.state import State
 
 

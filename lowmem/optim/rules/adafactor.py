@@ -155,7 +155,7 @@ class Adafactor(Rule):
         if self.momentum is None:
             decay = None if alpha is None else 1.0 - hp.weight_decay * alpha
             return Direction(blocks, lr=alpha, decay=decay, ok=ok)
-        rate = hp.vector(hp.lr)[0] if alpha is None else alpha
+        rate = hp.rate if alpha is None else alpha
         held = {key: s[key] for key in sorted(s) if not key.startswith("square") and key != "age"}
         then = (self.momentum, {**held, "rate": rate})
         return Direction(blocks, lr=hp.vector(1.0)[0], decay=1.0 - hp.weight_decay * rate, ok=ok, then=then)
@@ -180,7 +180,7 @@ class Adafactor(Rule):
 
     def _alpha(self, s: State, hp: Hyper) -> Tensor:
         """The step size, 0-D float64."""
-        alpha = hp.vector(hp.lr)[0]
+        alpha = hp.rate
         if self.relative_step:
             age = s["age"].double()
             least = torch.minimum(alpha, age.rsqrt())

@@ -2,6 +2,8 @@
 
     CAME      row and column means of squares, and of how far steps lie from their average
     SM3       row and column maxima of sums of squares
+    AdamMini  one number for each row, or head
+    AdamRankOne  4 bits, under scales of rows and columns
 
 What divides a gradient is made of the two vectors row block by row block. A vector is a
 matrix of one row: then both hold its second moment exactly, in one number for each element.
@@ -17,14 +19,18 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.blocks import Blocks, Direction, matrix_shape
 from lowmem.optim.codecs.blockwise import Codec, Dense, codec
 from lowmem.optim.codecs.factored import LARGEST, Factored, RowCol
+from lowmem.optim.codecs.rankone import RankOne, least, maxima
 from lowmem.optim.contract import Rule
+from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adafactor import quotient
+from lowmem.optim.rules.adam import LEAST_EPS, Adam
+from lowmem.optim.rules.normalised import row_squares
 from lowmem.optim.state import Constants, State, part, prefixed, scoped
 
 
@@ -158,7 +164,7 @@ class SM3(Rule):
     held: Codec | None = None
     momentum: float = 0.0
     floor: float = 0.0
-    least: ClassVar[float] = 1e-30
+    small: ClassVar[float] = 1e-30
 
     @classmethod
     def of(cls, states: str, *, momentum: float = 0.0, floor: float = 0.0) -> SM3:
@@ -193,11 +199,11 @@ class SM3(Rule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find the new maxima; the step is made from the old ones while it is written."""
         sums = scoped(s, "accumulator")
-        n = Blocks(g.shape, lambda i, j: _bound(sums, i, j).addcmul_(g.rows(i, j), g.rows(i, j)), g.device)
-        new = _maxima(n, hp)
+        n = Blocks(g.shape, lambda i, j: least(sums, i, j).addcmul_(g.rows(i, j), g.rows(i, j)), g.device)
+        new = maxima(n, hp)
         top = hp.total(new["row"].amax(), "max")
-        ok, least = top <= LARGEST, self.floor * top + self.least
-        u = Blocks(g.shape, lambda i, j: g.rows(i, j) * n.rows(i, j).add_(least).rsqrt_(), g.device)
+        ok, small = top <= LARGEST, self.floor * top + self.small
+        u = Blocks(g.shape, lambda i, j: g.rows(i, j) * n.rows(i, j).add_(small).rsqrt_(), g.device)
 
         def grow() -> None:
             for key, value in new.items():
@@ -215,17 +221,130 @@ class SM3(Rule):
         return Direction(moment.towards(u, 1.0 - self.momentum), ok=ok, commit=commit)
 
 
-def _bound(sums: State, i: int, j: int) -> Tensor:
-    """Rows i..j of min(R, C); fresh."""
-    return torch.minimum(sums["row"][i:j, None], sums["col"])
+@dataclass(frozen=True)
+class AdamMini(Rule):
+    """Adam with one second moment for each block of a weight whose curvature is alike (arXiv 2406.16793).
+
+        v_b <- v_b + (1 - beta2)(mean of G^2 over the block - v_b),  M <- M + (1 - beta1)(G - M)
+        D = M / (1 - beta1^t) / (sqrt(v_b / (1 - beta2^t)) + eps)
+
+    A block is a row: an output neuron, a token. Of query and key weights it is a head, whose v is the mean
+    of its rows'; a vector is one block. Published code takes blocks by parts of names, and one for a whole
+    weight that it does not know. Bytes for an (m, n) weight: 4 m + 4, and what the codec takes for M,
+    4 m n in fp32; for a vector 8 and M.
+
+    Args:
+        held: codec of M.
+
+    Example:
+        >>> {key: tuple(value.shape) for key, value in AdamMini().init(torch.zeros(3, 5)).items()}
+        {'exp_avg': (3, 5), 'exp_avg_sq': (3,), 'age': ()}
+    """
+
+    held: Codec = field(default_factory=lambda: Dense(stream="exp_avg"))
+    reads_later: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, states: str) -> AdamMini:
+        """Adam-mini with its average held as `states` says."""
+        return cls(codec(states, signed=True, stream="exp_avg"))
+
+    def init(self, x: Tensor) -> State:
+        """Both moments zero, age 0."""
+        return prefixed("exp_avg", self.held.init(x)) | {
+            "exp_avg_sq": torch.zeros(matrix_shape(x.shape)[0], device=x.device),
+            "age": torch.zeros((), dtype=torch.int32, device=x.device),
+        }
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held)
+
+    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
+        """1 - beta2, eps, and what the bias corrections multiply by."""
+        beta1, beta2 = hp.betas
+        return 1.0 - beta2, max(hp.eps, LEAST_EPS), 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Move the second moments; the first moves after the write."""
+        squares, v = torch.empty(g.shape[0], device=g.device), s["exp_avg_sq"]
+        for i, j in walk(g.ranges(), g.device):
+            squares[i:j] = row_squares(g.rows(i, j)) / g.shape[1]
+        ok = hp.total(squares.amax(), "max") <= LARGEST
+        s["age"].add_(ok)
+        rate2, eps, correction1, correction2 = numbers_of(self, s["age"], hp).unbind()
+        v.lerp_(torch.where(ok, squares, v), rate2)
+        share = correction1 / (self._of_blocks(v, g, hp).sqrt() * correction2 + eps)
+        moment = HeldMoment(self.held, part(s, "exp_avg"), s, g.shape, hp)
+        rate1 = 1.0 - hp.betas[0]
+        m = moment.towards(g, rate1)
+        d = Blocks(g.shape, lambda i, j: m.rows(i, j).mul_(share[i:j, None]), g.device)
+        return Direction(d, ok=ok, commit=moment.following(g, rate1, ok))
+
+    @staticmethod
+    def _of_blocks(v: Tensor, g: Blocks, hp: Hyper) -> Tensor:
+        """Second moments of rows, the mean of its head for each row of a query or key weight."""
+        if hp.heads < 2 or g.shape != hp.weight.shape:  # in a subspace, rows are directions
+            return v
+        return v.view(hp.heads, -1).mean(1).repeat_interleave(v.numel() // hp.heads)
 
 
-def _maxima(x: Blocks, hp: Hyper) -> State:
-    """The largest element of each row, and of each column over all shards of rows."""
-    m, n = x.shape
-    row, col = torch.zeros(m, device=x.device), torch.zeros(n, device=x.device)
-    for i, j in walk(x.ranges(), x.device):
-        rows = x.rows(i, j)
-        row[i:j] = rows.amax(1)
-        col = torch.maximum(col, rows.amax(0))
-    return {"row": row, "col": hp.total(col, "max")}
+@dataclass(frozen=True)
+class AdamRankOne(Rule):
+    """Adam with its second moment in 4 bits under scales of rows and columns (arXiv 2309.01507).
+
+    The arithmetic is Adam's, in fp32; V is decoded before it, row block by row block, and encoded after the
+    write (`RankOne`). Bytes for an (m, n) weight: ceil(m n / 2) + 4 (m + n) + 4, and what the codec takes for
+    the first moment, ceil(m n / 2) + 4 ceil(m n / 128) in 4 bits.
+
+    Args:
+        held: codec of the first moment; second: how the second is held.
+
+    Example:
+        >>> sorted(AdamRankOne.of("bf16").init(torch.zeros(3, 5)))
+        ['age', 'exp_avg', 'exp_avg_sq.codes', 'exp_avg_sq.col', 'exp_avg_sq.row']
+    """
+
+    held: Codec = field(default_factory=lambda: Dense(stream="exp_avg"))
+    second: RankOne = field(default_factory=RankOne)
+    adam: ClassVar[Adam] = Adam()
+    reads_later: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, states: str) -> AdamRankOne:
+        """The rule with its first moment held as `states` says."""
+        return cls(codec(states, signed=True, stream="exp_avg"))
+
+    def init(self, x: Tensor) -> State:
+        """Both moments zero, age 0."""
+        moments = prefixed("exp_avg", self.held.init(x)) | prefixed("exp_avg_sq", self.second.init(x))
+        return {**moments, "age": torch.zeros((), dtype=torch.int32, device=x.device)}
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held)
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """The new scales take a pass; both moments move after the write."""
+        beta1, beta2 = hp.betas
+        square, moment = scoped(s, "exp_avg_sq"), HeldMoment(self.held, part(s, "exp_avg"), s, g.shape, hp)
+
+        def squares(i: int, j: int) -> Tensor:
+            return self.second.rows(square, i, j).lerp_(g.rows(i, j).square(), 1.0 - beta2)
+
+        v = Blocks(g.shape, squares, g.device)
+        new = maxima(v, hp)
+        ok = hp.total(new["row"].amax(), "max") <= LARGEST
+        s["age"].add_(ok)
+        _, _, eps, correction1, correction2 = numbers_of(self.adam, s["age"], hp).unbind()
+        m = moment.towards(g, 1.0 - beta1)
+        follow = moment.following(g, 1.0 - beta1, ok)
+
+        def step(i: int, j: int) -> Tensor:
+            return m.rows(i, j).mul_(correction1).div_(v.rows(i, j).sqrt_().mul_(correction2).add_(eps))
+
+        def commit() -> None:
+            follow()
+            self.second.store_(square, v, new, ok)
+
+        return Direction(Blocks(g.shape, step, g.device), ok=ok, commit=commit)

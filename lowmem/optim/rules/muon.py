@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.changes import Change, Rotation
 from lowmem.optim.codecs.blockwise import Codec, Dense, codec
 from lowmem.optim.codecs.linear import Linear
 from lowmem.optim.contract import SCRATCH, Rule
@@ -53,8 +54,9 @@ class Muon(Rule):
         held: codec of the momentum.
         momentum: share of the old momentum, in [0, 1).
         nesterov: look ahead by the fresh gradient.
-        iterations: of Newton and Schulz, at least 1.
+        iterations: of Newton and Schulz; 0 for the exact factor, by eigenvectors of the Gram matrix.
         scaling: rms (steps as long as AdamW's) or aspect (longer for tall matrices only).
+        sign: make the signs of the momentum orthogonal, instead of itself.
 
     Raises:
         UserError: a number or word outside its range.
@@ -69,12 +71,13 @@ class Muon(Rule):
     nesterov: bool = True
     iterations: int = 5
     scaling: str = "rms"
+    sign: bool = False
     reads_later: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         bad = {
             f"momentum must be in [0, 1), got {self.momentum}": not 0.0 <= self.momentum < 1.0,
-            f"iterations must be at least 1, got {self.iterations}": self.iterations < 1,
+            f"iterations must be at least 0, got {self.iterations}": self.iterations < 0,
             f"unknown scaling {self.scaling!r}; {nearest(self.scaling, SCALES)}": self.scaling not in SCALES,
         }
         if any(bad.values()):
@@ -83,7 +86,7 @@ class Muon(Rule):
     @classmethod
     def of(
         cls, states: str, *, momentum: float = 0.95, nesterov: bool = True, iterations: int = 5,
-        scaling: str = "rms", codes: str = "dynamic",
+        scaling: str = "rms", codes: str = "dynamic", sign: bool = False,
     ) -> Muon:  # fmt: skip
         """Muon with its momentum held as `states` says, and 8-bit codes `dynamic` or `linear`.
 
@@ -95,7 +98,7 @@ class Muon(Rule):
             if states != "int8":
                 raise UserError(f"codes='linear' are of states='int8', got {states!r}; take one of the two")
             held = Linear()
-        return cls(held, momentum, nesterov, iterations, scaling)
+        return cls(held, momentum, nesterov, iterations, scaling, sign)
 
     @property
     def uses(self) -> frozenset[str]:
@@ -126,8 +129,12 @@ class Muon(Rule):
         ok = hp.total(top, "max") <= torch.finfo(torch.float32).max
         # scaled by its largest element, so that no square overflows or vanishes
         x = seen.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0))
-        polynomial = self._polynomial(gram(x))
-        blocks = Product(polynomial, x)
+        if self.sign:  # once it is known to be finite: signs are
+            x = x.map(torch.sign)
+        if self.iterations:
+            blocks = Product(self._polynomial(gram(x)), x)
+        else:
+            blocks = Product(polar(x.map(lambda rows: torch.where(ok, rows, 0.0))), x)
         return Direction(blocks, scale=self._scale(g.shape), ok=ok, commit=lambda: moment.move_(moved, ok))
 
     def _seen(self, g: Blocks, moment: Blocks) -> Blocks:
@@ -144,6 +151,22 @@ class Muon(Rule):
     def _polynomial(self, a: Tensor) -> Tensor:
         """T with X after the iterations = T X, from A = X X' (used up), and the division by |X|."""
         return newton_schulz(a, a.diagonal().sum().sqrt() + 1e-7, [STEP] * self.iterations)[0]
+
+    def check_rebase(self, kind: str) -> None:
+        """A momentum is linear: it rotates, where it is held as it is."""
+        if kind == "rotate" and self.held != Dense(stream="momentum"):
+            raise UserError(
+                "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
+            )
+        if kind != "rotate":
+            super().check_rebase(kind)
+
+    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
+        """Forget, or rotate."""
+        if isinstance(change, Rotation):
+            s["momentum"].copy_(change(s["momentum"]))
+        else:
+            super().rebase_(s, change, shape, hp)
 
     def _scale(self, shape: tuple[int, int]) -> float:
         m, n = shape
@@ -250,3 +273,34 @@ def right_(x: Tensor, p: Tensor) -> None:
     height = max(1, PANEL // p.shape[0])
     for i in walk(range(0, x.shape[0], height), x.device):
         x[i : i + height] = x[i : i + height] @ p
+
+
+def polar(x: Blocks) -> Tensor:
+    """T with T X the orthogonal factor of X on its range, (s, s); X T of a tall one.
+
+    A Gram matrix knows singular values below 3e-4 of the largest by rounding noise alone. They are raised
+    as if they were that, and what comes out, in which they are large, is made orthogonal once more: they
+    become one as well, and their directions mix a little.
+
+    Args:
+        x: finite; singular values below 3e-7 of the largest become 0.
+    """
+    first = _inverse_root(gram(x), 1e-7, 1.0)
+    second = _inverse_root(gram(Product(first, x)), 1e-6, 0.0)
+    whole: Tensor = second @ first if x.shape[0] <= x.shape[1] else first @ second
+    return whole
+
+
+def _inverse_root(a: Tensor, floor: float, below: float) -> Tensor:
+    """A^(-1/2) of A (s, s); for eigenvalues below the floor, `below` times that of the floor.
+
+    Args:
+        floor: share of the largest eigenvalue.
+    """
+    values, vectors = torch.linalg.eigh(a)
+    least = (floor * values[-1]).clamp(min=TINY)
+    roots = torch.where(values > least, values, least).rsqrt()
+    half = torch.where(values > least, roots, below * roots).sqrt()
+    vectors.mul_(half)
+    root: Tensor = vectors @ vectors.t()
+    return root

@@ -2,6 +2,7 @@
 
     SinkGD    rows and columns in turn, until all have size one
     Scaled    rows, or columns, once; SCALE takes a momentum for the head alone
+    AuON      a momentum, as a whole, to norm one
     SWAN      rows around their mean, then all singular values
 
 What is divided is seen over its largest element, so that no square overflows or
@@ -18,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.errors import UserError
+from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.codecs.blockwise import Codec, codec
 from lowmem.optim.contract import SCRATCH, Rule
@@ -176,6 +177,89 @@ class Scaled(Rule):
             squares += x.rows(i, j).square().sum(0)
         q = inverse(hp.total(squares), m / hp.share)
         return x.map(lambda rows: rows * q)
+
+
+@dataclass(frozen=True)
+class AuON(Rule):
+    """The momentum over its norm, shorter where a few elements are all of it (arXiv 2509.24320).
+
+        M <- M + (1 - momentum)(G - M),  U = (1 - momentum) G + momentum M,  X = U / |U|
+        D = s X / rms(cosh(gamma X)),  s = sqrt(max(1, m / n)), or 0.2 sqrt(m n)
+
+    Of a large matrix, the elements of X are so small that their cosh is 1: the rule is a normalised
+    momentum. Published code steps by U, neither normalised nor scaled ("released"). Bytes for an (m, n)
+    weight: what the codec takes, 4 m n in fp32.
+
+    Args:
+        held: codec of the momentum.
+        momentum: share of the old momentum, in [0, 1).
+        gamma: how much large elements count, above 0.
+        scaling: aspect (the paper's), rms (steps as long as AdamW's) or released.
+
+    Raises:
+        UserError: a number or word outside its range.
+
+    Example:
+        >>> sorted(AuON.of("int8").init(torch.zeros(3, 5)))
+        ['momentum.codes', 'momentum.scale']
+    """
+
+    held: Codec
+    momentum: float = 0.95
+    gamma: float = 1.5
+    scaling: str = "aspect"
+    scalings: ClassVar[tuple[str, ...]] = ("aspect", "rms", "released")
+    reads_later: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        word = self.scaling
+        bad = {
+            f"momentum must be in [0, 1), got {self.momentum}": not 0.0 <= self.momentum < 1.0,
+            f"gamma must be above 0, got {self.gamma}": not self.gamma > 0.0,
+            f"unknown scaling {word!r}; {nearest(word, self.scalings)}": word not in self.scalings,
+        }
+        if any(bad.values()):
+            raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
+
+    @classmethod
+    def of(cls, states: str, *, momentum: float = 0.95, gamma: float = 1.5, scaling: str = "aspect") -> AuON:
+        """The rule with its momentum held as `states` says."""
+        return cls(codec(states, signed=True, stream="momentum"), momentum, gamma, scaling)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither."""
+        return frozenset()
+
+    def init(self, x: Tensor) -> State:
+        """A momentum of zero."""
+        return prefixed("momentum", self.held.init(x))
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held)
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Two sums over the matrix; what is divided is left to the write."""
+        share = 1.0 - self.momentum
+        moment = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp)
+        average = moment.towards(g, share)
+        u = Blocks(g.shape, lambda i, j: g.rows(i, j).lerp(average.rows(i, j), self.momentum), g.device)
+        x, ok = unit(u, hp)
+        over = inverse(_sum(x.map(torch.square), hp), 1.0)
+        wide = x.map(lambda rows: (rows * (self.gamma * over)).cosh_().square_())
+        m, n = g.shape
+        spread = (_sum(wide, hp) / (m / hp.share * n)).rsqrt()
+        if self.scaling == "released":
+            return Direction(u.map(lambda rows: rows * spread), ok=ok, commit=moment.following(g, share, ok))
+        scale = math.sqrt(max(1.0, m / n)) if self.scaling == "aspect" else 0.2 * math.sqrt(m * n)
+        step = x.map(lambda rows: rows * (over * spread))
+        return Direction(step, scale=scale, ok=ok, commit=moment.following(g, share, ok))
+
+
+def _sum(x: Blocks, hp: Hyper) -> Tensor:
+    """The sum of all elements, 0-D."""
+    return hp.total(torch.stack([x.rows(i, j).sum(1).sum() for i, j in walk(x.ranges(), x.device)]).sum())
 
 
 @dataclass(frozen=True)

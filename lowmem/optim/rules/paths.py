@@ -79,7 +79,7 @@ class ScheduleFree(Elementwise):
         d = (1 - beta1 (1 - c_t)) u + c_t q,  then  q <- (1 - c_t)(q + beta1 u)
 
     Weights W are the paper's y, where gradients are taken; its base is z = W - lr q, and the average, which
-    the paper evaluates, x = W + (1 / beta1 - 1) lr q (`averaged`). Take a constant lr: the distance q is
+    the paper evaluates, x = W + (1 / beta1 - 1) lr q (see `evaluated`). Take a constant lr: the distance q is
     counted in steps, so that a scheduler scales it too. Decay is decoupled and moves all three points.
     Bytes for an (m, n) weight in fp32: 8 m n + 4.
 
@@ -122,3 +122,8 @@ class ScheduleFree(Elementwise):
         beta1, length, weight = x.numbers[3:]
         unit = length * g / (m.root("exp_avg_sq") * x.numbers[2] + x.numbers[1])
         return (1.0 - beta1 * (1.0 - weight)) * unit + weight * old["distance"]
+
+    def centre(self, hp: Hyper) -> Mapping[str, float]:
+        """The average; with beta1 = 0 the weight is the base, which knows nothing of it."""
+        beta1 = hp.betas[0]
+        return {"distance": 1.0 / beta1 - 1.0} if beta1 else {}

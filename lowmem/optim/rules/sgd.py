@@ -1,13 +1,15 @@
-"""Rules without moments: the gradient itself, or its sign."""
+"""Rules without second moments: the gradient itself, its sign, or its average."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from lowmem.optim.elementwise import Beside, Elementwise, Moments
+from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
+from lowmem.optim.hyper import Hyper
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,48 @@ class SGD(Elementwise):
     ages: ClassVar[bool] = False
     uses: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def linear(self) -> bool:
+        """The gradient is in units of itself, its sign is not."""
+        return not self.sign
+
     def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
         """The gradient or its sign, scaled."""
         return (g.sign() if self.sign else g) * self.scale
+
+
+@dataclass(frozen=True)
+class AverageGradient(Elementwise):
+    """Momentum as an average of gradients: m <- m + (1 - beta1)(g - m),  d = m / (1 - beta1^t).
+
+    Bytes for an (m, n) weight in fp32: 4 m n + 4.
+
+    Args:
+        bias_correction: divide by 1 - beta1^t; without, the first steps are short.
+
+    Example:
+        >>> sorted(AverageGradient.moments)
+        ['exp_avg']
+    """
+
+    bias_correction: bool = True
+    moments: ClassVar[Mapping[str, Moment]] = {"exp_avg": Moment()}
+    uses: ClassVar[frozenset[str]] = frozenset({"betas"})
+
+    @property
+    def linear(self) -> bool:
+        """An average of gradients is one."""
+        return True
+
+    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
+        """1 - beta1, and what the bias correction multiplies by."""
+        beta1 = hp.betas[0]
+        return 1.0 - beta1, 1.0 / (1.0 - beta1**t) if self.bias_correction else 1.0
+
+    def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
+        """The average."""
+        return {"exp_avg": m["exp_avg"] + x.numbers[0] * (g - m["exp_avg"])}
+
+    def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
+        """The average, without its bias."""
+        return m["exp_avg"] * x.numbers[1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError, nearest
 from lowmem.optim.source import Named, trainable
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors import heads
 from lowmem.optim.tensors.checks import check_hyper
 from lowmem.optim.tensors.roles import ROLES, find, to_text
 from lowmem.optim.writers import select
@@ -38,13 +39,13 @@ def param_groups(
         trained: names and tensors to take instead, where a source trains others.
 
     Returns:
-        Groups with "params" as (name, parameter) pairs, "weight_decay" and "roles".
+        Groups with "params" as (name, parameter) pairs, "weight_decay", "roles" and "heads".
 
     Example:
         >>> [len(group["params"]) for group in param_groups(nn.Linear(4, 4), decay_names=["weight"])]
         [1, 1]
     """
-    found = find(model)
+    found, cut = find(model), heads.find(model)
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {}
     for name, p in trainable(model) if trained is None else trained:
         groups.setdefault(decay_names is None or name in decay_names, []).append((name, p))
@@ -53,6 +54,7 @@ def param_groups(
             "params": members,
             "weight_decay": weight_decay if decays else 0.0,
             "roles": to_text({name: found[name] for name, _ in members if name in found}),
+            "heads": to_text({name: cut[name] for name, _ in members if name in cut}),
         }
         for decays, members in groups.items()
     ]
@@ -93,10 +95,13 @@ def completed(
     for p in (member[1] if isinstance(member, tuple) else member for member in members):
         if isinstance(p, Tensor):
             select(strategy.writer, p.dtype)  # refuses what it cannot take
-    if model is not None and "role" not in group and "roles" not in group:
-        said = find(model)
+    if model is not None:
         names = [member[0] for member in members if isinstance(member, tuple)]
-        found["roles"] = to_text({name: said[name] for name in names if name in said})
+        looks = {"roles": find} if "role" not in group and "roles" not in group else {}
+        looks |= {"heads": heads.find} if "heads" not in group else {}
+        for key, look in looks.items():
+            said = look(model)
+            found[key] = to_text({name: said[name] for name in names if name in said})
     return {"params": members, **found}
 
 

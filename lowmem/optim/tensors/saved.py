@@ -11,7 +11,8 @@ A state is that of the step before the clock of its group: the next step may swi
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,19 @@ class Loading:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.found: dict[Tensor, State] = {}
+
+    @contextmanager
+    def around(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """While torch loads: after the caller's pre-hooks, before the caller's post-hooks."""
+        hooks = (
+            optimizer.register_load_state_dict_pre_hook(self.read),
+            optimizer.register_load_state_dict_post_hook(self.store, prepend=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def read(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Check and copy the state of every parameter; what is left of the state dict is torch's.
@@ -77,9 +91,12 @@ class Loading:
         groups = []
         for old, mine, theirs, ours in zip(saved, own, names_of(saved), names_of(own), strict=True):
             names = theirs if "param_names" in old else ours
-            roles = from_text(old.get("roles", "{}"))
-            kept = {name: roles[was] for name, was in zip(names, theirs, strict=True) if was in roles}
-            groups.append({"decided": "", **old, "params": mine["params"], "roles": to_text(kept)})
+            found = {key: from_text(old.get(key, "{}")) for key in ("roles", "heads")}
+            kept = {
+                key: to_text({new: said[was] for new, was in zip(names, theirs, strict=True) if was in said})
+                for key, said in found.items()
+            }
+            groups.append({"decided": "", **old, "params": mine["params"], **kept})
             if "param_names" in mine:
                 groups[-1]["param_names"] = list(names)
         tell(saved, own)

@@ -33,20 +33,23 @@ class Place:
     Args:
         group: its parameter group; name: its name.
         role: what it is; rule: the name of the rule that it follows unless a schedule says otherwise.
+        heads: into which its rows are cut, where it makes queries or keys; 0 elsewhere.
     """
 
     group: dict[str, Any]
     name: str
     role: str
     rule: str
+    heads: int = 0
 
     def numbers(self) -> dict[str, Any]:
-        """What `Hyper` takes from the group, as plain numbers: a scheduler may have put a tensor there."""
+        """What `Hyper` takes from here, numbers as plain ones: a scheduler may have put a tensor there."""
         group = self.group
         whole = {key: int(group[key]) for key in ("step", "seed")}
         real = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
         beta1, beta2 = group["betas"]
-        return {**whole, **real, "betas": (float(beta1), float(beta2))}
+        told = {"betas": (float(beta1), float(beta2)), "heads": self.heads, "group": group}
+        return {**whole, **real, **told}
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
@@ -70,11 +73,11 @@ class Roster:
         self.places: dict[Tensor, Place] = {}
         self._since: dict[str, list[tuple[int, str]]] = {}
         for group, names in zip(groups, names_of(groups), strict=True):
-            roles = from_text(group["roles"])
+            roles, heads = from_text(group["roles"]), from_text(group["heads"])
             for name, p in zip(names, group["params"], strict=True):
                 role = refined(roles.get(name, group["role"]), p.shape)
                 rule = strategy.rule_name(role, p.shape)
-                self.places[p] = Place(group, name, role, rule)
+                self.places[p] = Place(group, name, role, rule, int(heads.get(name, 0)))
                 self._since.setdefault(rule, []).append((group["since"], name))
         self._names: dict[tuple[str, int], tuple[str, ...]] = {}
 
@@ -166,7 +169,8 @@ def seat(
 ) -> Seat:
     """The seat of a parameter with this state."""
     rule, writer = strategy.rules[rule_name], select(strategy.writer, p.dtype)
-    own = {key: tensor for key, tensor in held.items() if not key.startswith(("writer.", "schedule."))}
+    beside = ("writer.", "source.", "schedule.")
+    own = {key: tensor for key, tensor in held.items() if not key.startswith(beside)}
     extra = scoped(held, "writer")
     if not strategy.slices(rule_name, place.role, p.shape):
         whole = Part(place.name, None, rule, writer, Held(own | constants), extra)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
+from lowmem.optim.bases import Frame
 from lowmem.optim.contract import Projector
-from lowmem.optim.projectors.dense import Frame, Orthonormal, power_iteration
+from lowmem.optim.projectors.blend import Blend
+from lowmem.optim.projectors.dense import Orthonormal, power_iteration
+from lowmem.optim.projectors.drift import Drift
 from lowmem.optim.projectors.grassmann import Track, Walk
 from lowmem.optim.projectors.lazy import Lazy
 from lowmem.optim.projectors.random import Drawn, Switch
-from lowmem.strategies.axes.projectors import Side
-from lowmem.strategies.options import Gap, Limits, Size
+from lowmem.strategies.options import Gap, Limits, Rank, Side
 from lowmem.strategies.parts import part
 
 
 @part("projector")
 def track(
     *,
-    rank: Size = 128,
+    rank: Rank = 128,
     update_proj_gap: Gap = 200,
     proj_type: Side = "std",
     rate: Annotated[float, Limits(above=0.0)] = 1.0,
@@ -26,9 +28,6 @@ def track(
     """A subspace that turns, now and then, towards what it misses of a gradient.
 
     Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps between turns.
-        proj_type: Side that is projected; std is the short one.
         rate: Radians of a turn where a gradient lies half in the subspace and half beside it.
     """
     return Orthonormal(Frame(rank, proj_type), Track(rate), update_proj_gap)
@@ -37,7 +36,7 @@ def track(
 @part("projector")
 def walk(
     *,
-    rank: Size = 128,
+    rank: Rank = 128,
     update_proj_gap: Gap = 200,
     proj_type: Side = "std",
     angle: Annotated[float, Limits(above=0.0, most=math.pi / 2)] = 0.5,
@@ -45,30 +44,21 @@ def walk(
     """A subspace that turns at random from a leading one.
 
     Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps between turns.
-        proj_type: Side that is projected; std is the short one.
         angle: The largest angle of a turn, in radians.
     """
     return Orthonormal(Frame(rank, proj_type), Walk(angle), update_proj_gap)
 
 
 @part("projector")
-def jump(*, rank: Size = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
-    """A random subspace that is drawn again in every step and never held.
-
-    Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps with the same subspace.
-        proj_type: Side that is projected; std is the short one.
-    """
+def jump(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+    """A random subspace that is drawn again in every step and never held."""
     return Drawn(Frame(rank, proj_type), update_proj_gap)
 
 
 @part("projector")
 def switch(
     *,
-    rank: Size = 128,
+    rank: Rank = 128,
     update_proj_gap: Gap = 200,
     proj_type: Side = "std",
     after: Annotated[int, Limits(least=0, small=4)] = 1000,
@@ -76,9 +66,6 @@ def switch(
     """The leading subspace at first, random ones later.
 
     Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps between subspaces.
-        proj_type: Side that is projected; std is the short one.
         after: Steps until subspaces are random.
     """
     return Orthonormal(Frame(rank, proj_type), Switch(after), update_proj_gap)
@@ -87,7 +74,7 @@ def switch(
 @part("projector")
 def lazy(
     *,
-    rank: Size = 128,
+    rank: Rank = 128,
     update_proj_gap: Gap = 200,
     proj_type: Side = "std",
     threshold: Annotated[float, Limits(above=0.0, most=1.0)] = 0.4,
@@ -95,9 +82,41 @@ def lazy(
     """The leading subspace in 4 bits, replaced less often once it stands still.
 
     Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps between looks at the subspace.
-        proj_type: Side that is projected; std is the short one.
         threshold: Mean likeness of subspaces from which the time to the next one doubles.
     """
     return Lazy(Frame(rank, proj_type), power_iteration, update_proj_gap, threshold)
+
+
+@part("projector")
+def drift(
+    *,
+    rank: Rank = 128,
+    update_proj_gap: Gap = 50,
+    proj_type: Side = "std",
+    threshold: Annotated[float, Limits(above=0.0, most=1.0)] = 0.5,
+    probes: Annotated[int, Limits(least=1)] = 16,
+) -> Projector:
+    """The leading subspace, replaced once gradients have drifted out of it.
+
+    Args:
+        update_proj_gap: Steps between looks at how far gradients have drifted.
+        threshold: Share of the way of unit gradients that must lie in the subspace.
+        probes: Random directions by which that way is measured.
+    """
+    return Drift(Frame(rank, proj_type), update_proj_gap=update_proj_gap, threshold=threshold, probes=probes)
+
+
+@part("projector")
+def blend(
+    *,
+    rank: Rank = 16,
+    update_proj_gap: Gap = 1,
+    proj_type: Side = "std",
+    rho: Annotated[float, Limits(least=0.0, below=1.0)] = 0.908,
+) -> Projector:
+    """The leading subspace of momentum and gradient, which moves a little at every step.
+
+    Args:
+        rho: Share of the momentum.
+    """
+    return Blend(Frame(rank, proj_type), update_proj_gap=update_proj_gap, rho=rho)

@@ -4,47 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from lowmem.optim.bases import Frame
 from lowmem.optim.contract import Projector
+from lowmem.optim.elementwise import coded
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dct import DCT
-from lowmem.optim.projectors.dense import Find, Frame, Orthonormal, power_iteration
+from lowmem.optim.projectors.dense import Orthonormal, power_iteration
 from lowmem.optim.projectors.dense import svd as exact
 from lowmem.optim.projectors.fisher import Fisher
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Gaussian
 from lowmem.optim.projectors.random import random as uniform
-from lowmem.strategies.options import Gap, Limits, Size
+from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.sgd import SGD
+from lowmem.strategies.options import Gap, Limits, Rank, Side, Size, States
 from lowmem.strategies.parts import part
 
-Side = Literal["std", "reverse_std", "left", "right"]
 
-
-def _dense(find: Find, rank: float, proj_type: str, gap: int) -> Projector:
-    return Orthonormal(Frame(rank, proj_type), find, gap)
+@part("projector")
+def power(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+    """The leading subspace, by warm-started power iteration."""
+    return Orthonormal(Frame(rank, proj_type), power_iteration, update_proj_gap)
 
 
 @part("projector")
-def power(*, rank: Size = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
-    """The leading subspace, by warm-started power iteration.
-
-    Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps between refreshes of the subspace.
-        proj_type: Side that is projected; std is the short one.
-    """
-    return _dense(power_iteration, rank, proj_type, update_proj_gap)
-
-
-@part("projector")
-def svd(*, rank: Size = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
-    """The leading subspace, by an exact singular value decomposition.
-
-    Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps between refreshes of the subspace.
-        proj_type: Side that is projected; std is the short one.
-    """
-    return _dense(exact, rank, proj_type, update_proj_gap)
+def svd(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+    """The leading subspace, by an exact singular value decomposition."""
+    return Orthonormal(Frame(rank, proj_type), exact, update_proj_gap)
 
 
 @part("projector")
@@ -72,33 +58,21 @@ def randk(
 
 
 @part("projector")
-def random(*, rank: Size = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
-    """A random subspace with an orthonormal basis.
-
-    Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps between subspaces.
-        proj_type: Side that is projected; std is the short one.
-    """
-    return _dense(uniform, rank, proj_type, update_proj_gap)
+def random(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+    """A random subspace with an orthonormal basis."""
+    return Orthonormal(Frame(rank, proj_type), uniform, update_proj_gap)
 
 
 @part("projector")
-def gaussian(*, rank: Size = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
-    """A random sketch that is drawn again in every step and never held.
-
-    Args:
-        rank: Rows of the sketch, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps with the same sketch.
-        proj_type: Side that is projected; std is the short one.
-    """
+def gaussian(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+    """A random sketch that is drawn again in every step and never held."""
     return Gaussian(Frame(rank, proj_type), update_proj_gap)
 
 
 @part("projector")
 def dct(
     *,
-    rank: Size = 128,
+    rank: Rank = 128,
     update_proj_gap: Gap = 200,
     proj_type: Side = "std",
     norm: Annotated[int, Limits(least=1, most=2)] = 1,
@@ -106,9 +80,6 @@ def dct(
     """The cosines of which the gradient has most, of one basis for all tensors.
 
     Args:
-        rank: Cosines that are chosen, or their share of the side; clipped to the short side.
-        update_proj_gap: Steps between choices.
-        proj_type: Side that is projected; std is the short one.
         norm: Which norm of a coordinate counts, 1 or 2.
     """
     return DCT(Frame(rank, proj_type), update_proj_gap, norm)
@@ -117,20 +88,23 @@ def dct(
 @part("projector")
 def online(
     *,
-    rank: Size = 128,
+    rank: Rank = 128,
     rate: Annotated[float, Limits(above=0.0)] = 5.0,
     penalty: Annotated[float, Limits(least=0.0)] = 0.1,
+    basis_rule: Literal["sgd", "adam"] = "sgd",
+    basis_states: States = "fp32",
     proj_type: Side = "std",
 ) -> Projector:
     """A subspace that follows every gradient by a step of descent.
 
     Args:
-        rank: Directions of the subspace, or their share of the side; clipped to the short side.
         rate: Of the basis, in units of the learning rate.
         penalty: Weight of a basis that is not orthonormal.
-        proj_type: Side that is projected; std is the short one.
+        basis_rule: How a step of the basis is made.
+        basis_states: Precision of the moments of that.
     """
-    return Online(Frame(rank, proj_type), rate, penalty)
+    rule = coded(Adam(), basis_states) if basis_rule == "adam" else coded(SGD())
+    return Online(Frame(rank, proj_type), rate, penalty, rule)
 
 
 @part("projector")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from lowmem.optim.contract import Residual
-from lowmem.optim.residuals import Drop, ScaledGradient, ScaledRest, Stateless
-from lowmem.strategies.options import Limits
+from lowmem.optim.residuals import Drop, Feedback, ScaledGradient, ScaledRest, Stateless, SubsetNormed
+from lowmem.optim.rules.subsets import Subsets
+from lowmem.strategies.options import Limits, States, SubsetSize
 from lowmem.strategies.parts import part
 
 Scale = Annotated[float, Limits(least=0.0)]
@@ -66,3 +67,24 @@ def scaled_gradient(
         per: One factor for each channel, or one for the tensor.
     """
     return ScaledGradient(scale, limit, per)
+
+
+@part("residual")
+def subset_norm(*, subset_size: SubsetSize = 0) -> Residual:
+    """A step by it and by what is seen, over norms that rows, columns or other subsets share.
+
+    Args:
+        subset_size: Elements of a subset; 0 for rows of a tall matrix, columns of a wide one.
+    """
+    return SubsetNormed(Subsets(subset_size))
+
+
+@part("residual")
+def feedback(*, error_states: States = "int8", momentum: bool = False) -> Residual:
+    """It is owed: added to the next gradient.
+
+    Args:
+        error_states: Precision of what is owed.
+        momentum: Owe what a change of basis takes from the momentum too.
+    """
+    return Feedback.of(error_states, momentum=momentum)

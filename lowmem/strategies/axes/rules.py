@@ -14,7 +14,7 @@ from lowmem.optim.rules.adafactor import Adafactor
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.microadam import MicroAdam
 from lowmem.optim.rules.muon import Muon
-from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.rules.sgd import SGD, AverageGradient
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
 
@@ -35,6 +35,16 @@ def sgd() -> Elementwise:
 def signsgd() -> Elementwise:
     """The sign of the gradient; no state."""
     return SGD(sign=True)
+
+
+@part("rule")
+def average(*, bias_correction: bool = True) -> Elementwise:
+    """Momentum: an average of gradients, without a second moment.
+
+    Args:
+        bias_correction: Divide by what the average lacks in the first steps.
+    """
+    return AverageGradient(bias_correction)
 
 
 @part("rule")
@@ -100,7 +110,7 @@ def muon(
     states: str,
     momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.95,
     nesterov: bool = True,
-    iterations: Annotated[int, Limits(least=1)] = 5,
+    iterations: Annotated[int, Limits(least=0)] = 5,
     scaling: Literal["rms", "aspect"] = "rms",
     codes: Literal["dynamic", "linear"] = "dynamic",
 ) -> AnyRule:
@@ -109,7 +119,7 @@ def muon(
     Args:
         momentum: Share of the old momentum.
         nesterov: Look ahead by the fresh gradient.
-        iterations: Of Newton and Schulz.
+        iterations: Of Newton and Schulz; 0 for the exact factor, by eigenvectors.
         scaling: Steps as long as AdamW's, or longer for tall matrices alone.
         codes: Map of 8-bit codes; linear ones have a scale for 2048 elements.
     """

@@ -18,12 +18,12 @@ def always() -> Schedule:
 
 @part("schedule")
 def blocks(
-    *, density: Annotated[float, Limits(above=0.0, most=1.0)] = 0.25, switch_gap: Gap = 200
+    *, density: Annotated[float, Limits(least=0.0, most=1.0)] = 0.25, switch_gap: Gap = 200
 ) -> Schedule:
     """Some of the matrices at a time, in a random order; the others hold no state.
 
     Args:
-        density: Share of the matrices that are active, by number.
+        density: Share of the matrices that are active, by number; 0 for none, ever.
         switch_gap: Steps until others have their turn.
     """
     return RandomBlocks(density, switch_gap)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from lowmem.optim.source import Source
-from lowmem.sources import SPSA, Backprop, Curved, LowRank, OneSided, Scales, Sparse, TwoSided
+from lowmem.sources import SPSA, Backprop, Curved, LowRank, Mixed, OneSided, Scales, Sparse, TwoSided
 from lowmem.sources.estimators import Estimator
 from lowmem.strategies.options import Gap, Limits
 from lowmem.strategies.parts import part
@@ -110,6 +110,25 @@ def sparse_spsa(
         share: Part of each tensor that moves, that of its smallest weights.
     """
     return SPSA(eps_perturb, noise, queries, structure=Sparse(share))
+
+
+@part("source")
+def momentum_spsa(
+    *,
+    eps_perturb: Radius = 1e-3,
+    noise: Noise = "gaussian",
+    queries: Count = 1,
+    total_steps: Annotated[int, Limits(least=20, small=40)] = 20_000,
+) -> Source:
+    """Two forward passes along noise mixed with the direction before.
+
+    Args:
+        eps_perturb: Radius of the perturbation for each unit of noise.
+        noise: Normal numbers as in the paper, or signs.
+        queries: Directions of each step, two forward passes each.
+        total_steps: Of the run: over them noise gives way to momentum.
+    """
+    return SPSA(eps_perturb, noise, queries, structure=Mixed(total_steps))
 
 
 @part("source")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
+from lowmem.optim.bases import Frame
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.rules.factored import CAME, SM3
+from lowmem.optim.rules.factored import CAME, SM3, AdamMini, AdamRankOne
 from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI, StableSPAM
-from lowmem.optim.rules.normalised import SWAN, Scaled, SinkGD
+from lowmem.optim.rules.mlorc import MLorc
+from lowmem.optim.rules.normalised import SWAN, AuON, Scaled, SinkGD
+from lowmem.optim.rules.orthonormal import AdaMuon, Dion
 from lowmem.optim.rules.smmf import SMMF
-from lowmem.strategies.options import Limits
+from lowmem.optim.rules.subsets import SubsetNorm
+from lowmem.strategies.options import Limits, Size, SubsetSize
 from lowmem.strategies.parts import part
 
 
@@ -98,6 +102,18 @@ def sm3(
 
 
 @part("rule")
+def adam_mini(*, states: str) -> AnyRule:
+    """Adam-mini: Adam with one second moment for each row, or head."""
+    return AdamMini.of(states)
+
+
+@part("rule")
+def adam_rank1(*, states: str) -> AnyRule:
+    """Adam with a second moment of 4 bits under scales of rows and columns."""
+    return AdamRankOne.of(states)
+
+
+@part("rule")
 def sinkgd(
     *,
     iterations: Annotated[int, Limits(least=1)] = 5,
@@ -110,6 +126,60 @@ def sinkgd(
         alpha: Rms of a step, in units of lr.
     """
     return SinkGD(iterations, alpha)
+
+
+@part("rule")
+def ada_muon(
+    *,
+    states: str,
+    momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.95,
+    nesterov: bool = True,
+    iterations: Annotated[int, Limits(least=0)] = 5,
+    sign: bool = True,
+) -> AnyRule:
+    """AdaMuon: Muon's step over the root of the average of its squares.
+
+    Args:
+        momentum: Share of the old momentum.
+        nesterov: Look ahead by the fresh gradient.
+        iterations: Of Newton and Schulz; 0 for the exact factor, by eigenvectors.
+        sign: Make the signs of the momentum orthogonal, as in the paper, instead of the momentum.
+    """
+    return AdaMuon.of(states, momentum=momentum, nesterov=nesterov, iterations=iterations, sign=sign)
+
+
+@part("rule")
+def auon(
+    *,
+    states: str,
+    momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.95,
+    gamma: Annotated[float, Limits(above=0.0)] = 1.5,
+    scaling: Literal["aspect", "rms", "released"] = "aspect",
+) -> AnyRule:
+    """AuON: the momentum over its norm.
+
+    Args:
+        momentum: Share of the old momentum.
+        gamma: How much large elements shorten a step.
+        scaling: Norm 1 or more, steps as long as AdamW's, or the published code's.
+    """
+    return AuON.of(states, momentum=momentum, gamma=gamma, scaling=scaling)
+
+
+@part("rule")
+def dion(
+    *,
+    states: str,
+    rank: Size = 128,
+    momentum: Annotated[float, Limits(least=0.0, below=1.0)] = 0.95,
+) -> AnyRule:
+    """Dion: the orthogonal factor of a low-rank part of the momentum.
+
+    Args:
+        rank: Directions that a step has, or their share of the short side; clipped to that side.
+        momentum: Share of what was seen that stays in the momentum.
+    """
+    return Dion.of(states, rank=rank, momentum=momentum)
 
 
 @part("rule")
@@ -144,3 +214,24 @@ def row_norm_momentum(
         momentum: Share of the old momentum; 0 holds none.
     """
     return Scaled.of(states, momentum=momentum)
+
+
+@part("rule")
+def subset_norm(*, states: str, subset_size: SubsetSize = 0) -> AnyRule:
+    """A momentum over norms that rows, columns or other subsets share.
+
+    Args:
+        subset_size: Elements of a subset; 0 for rows of a tall matrix, columns of a wide one.
+    """
+    return SubsetNorm.of(states, size=subset_size)
+
+
+@part("rule")
+def mlorc(*, rank: Size = 4, iterations: Annotated[int, Limits(least=1)] = 1) -> AnyRule:
+    """MLorc: Adam with both moments held as products of two thin matrices.
+
+    Args:
+        rank: Columns of the thin matrices, or their share of the short side.
+        iterations: Power iterations at a step.
+    """
+    return MLorc(Frame(rank), iterations)

@@ -139,7 +139,8 @@ register(
             W <- (1 - lr wd) W - lr ((1 - beta1 (1 - c_t)) u + c_t Q),  Q <- (1 - c_t)(Q + beta1 u)
 
         Take a constant lr, 1 to 10 times AdamW's, and some warmup. W is where gradients are taken; the
-        average of the paper, W + (1 / beta1 - 1) lr Q, is near it.
+        average of the paper is W + (1 / beta1 - 1) lr Q: the Trainer evaluates and saves that, in a loop
+        of your own `lowmem.optim.evaluated` does.
 
         Bytes for an (m, n) weight: 8 m n + 4 with fp32 states.
         """,

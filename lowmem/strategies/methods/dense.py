@@ -64,6 +64,26 @@ register(
 
 register(
     Method(
+        "adamw_4bit_rank1",
+        """AdamW with moments of 4 bits, the second under scales of rows and columns.
+
+        The arithmetic is AdamW's, in fp32. The scale of an element of the second moment is the smaller of
+        its row's and its column's largest, which follows loud tokens and channels; the first
+        moment has a scale for each 128 elements, as in `adamw_4bit`. Norms and biases take Adam with
+        fp32 moments.
+
+        Bytes for an (m, n) weight, d = m n: 2 ceil(d / 2) + 4 ceil(d / 128) + 4 (m + n) + 4.
+        """,
+        paper="2309.01507",
+        rule="adam_rank1",
+        vector="adam",
+        states="int4",
+        vector_states="fp32",
+    )
+)
+
+register(
+    Method(
         "ano",
         """The direction of the momentum, the size of the gradient.
 

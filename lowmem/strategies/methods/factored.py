@@ -67,6 +67,27 @@ register(
 
 register(
     Method(
+        "subset_norm",
+        """Adam with one second moment for each row or column: the norm of what shares it.
+
+            M <- beta1 M + (1 - beta1) G,  v_i <- beta2 v_i + (1 - beta2) |G_i|^2
+            W <- (1 - lr wd) W - lr M_i / (1 - beta1^t) / (sqrt(v_i / (1 - beta2^t)) + eps)
+
+        i counts the rows of a tall matrix and the columns of a wide one, or `subset_size` elements at a
+        time; vectors have Adam. Norms are sums, so that steps are shorter than Adam's: take about ten
+        times its lr (the paper has 0.05 where Adam has 0.005). Embeddings take Adam, as published;
+        embedding=subset_norm saves their second moment too.
+
+        Bytes for an (m, n) weight, fp32 states: 4 m n + 4 max(m, n) + 4.
+        """,
+        paper="2411.07120",
+        rule="subset_norm",
+        embedding="adam",
+    )
+)
+
+register(
+    Method(
         "sm3",
         """Adagrad with a number for each row and column.
 
@@ -80,5 +101,43 @@ register(
         """,
         paper="1901.11150",
         rule="sm3",
+    )
+)
+
+register(
+    Method(
+        "adam_mini",
+        """Adam with one second moment for each row, or head.
+
+            W <- (1 - lr wd) W - lr m_hat / (sqrt(v_hat) + eps),  v averages the mean of G^2 over a block
+
+        A block is a head of query and key weights, which the model tells, a row of other matrices, and all
+        of a norm or bias. Take AdamW's lr and betas. A fused query-key-value weight goes row by row.
+
+        Bytes for an (m, n) weight: 4 m n + 4 m + 4 with fp32 states; m n + 4 ceil(m n / 256) + 4 m + 4
+        with int8.
+        """,
+        paper="2406.16793",
+        rule="adam_mini",
+    )
+)
+
+register(
+    Method(
+        "mlorc",
+        """Adam with both moments held as products of two thin matrices: the momentum is compressed.
+
+            M = beta1 M~ + (1 - beta1) G,  V = beta2 V~ + (1 - beta2) G^2,  held as P R of rank r
+            W <- (1 - lr wd) W - lr M / (1 - beta1^t) / (sqrt(V / (1 - beta2^t)) + eps)
+
+        The gradient is not projected: a step sees all of it and has full rank. Negative entries of V~
+        become the mean of their magnitudes. Where the released code draws a sketch at every step, power
+        iterations go on from what is held; and vectors, which it leaves as they are, take Adam, which a
+        rank of one is for them. Take Adam's lr.
+
+        Bytes for an (m, n) weight: 8 r (m + n) + 4.
+        """,
+        paper="2506.01897",
+        rule="mlorc",
     )
 )

@@ -103,3 +103,89 @@ register(
         other="adam",
     )
 )
+
+register(
+    Method(
+        "ada_muon",
+        """Muon's step over the root of the average of its squares.
+
+            O = orthogonal factor of the signs of the momentum,  V <- beta2 V + (1 - beta2) O^2
+            W <- (1 - lr wd) W - lr N,  N = O / (sqrt(v_hat) + eps) with an rms of 0.2
+
+        Two moments, as in AdamW: it saves no memory with fp32 states. Embeddings, head, norms and biases
+        take Adam. `sign=false` is the published code.
+
+        Bytes for an (m, n) weight: 8 m n + 4 with fp32 states, 2 m n + 8 ceil(m n / 256) + 4 with int8.
+        """,
+        paper="2507.11005",
+        rule="ada_muon",
+        other="adam",
+    )
+)
+
+register(
+    Method(
+        "dion",
+        """The orthogonal factor of a low-rank part of the momentum.
+
+            B = M + G,  P = orth(B Q),  R = B' P
+            M <- B - (1 - momentum) P R',  Q <- R with columns of norm 1
+            W <- (1 - lr wd) W - lr sqrt(m / n) P Q'
+
+        What a step does not see stays in M. A step has the spectral norm sqrt(m / n): take lr 0.01 from
+        scratch. Embeddings, head, norms and biases take Adam.
+
+        Bytes for an (m, n) weight, rank r: 4 m n + 4 n r with fp32 states.
+        """,
+        paper="2504.05295",
+        rule="dion",
+        other="adam",
+    )
+)
+
+register(
+    Method(
+        "auon",
+        """The momentum over its norm.
+
+            M <- M + (1 - momentum)(G - M),  U = (1 - momentum) G + momentum M,  X = U / |U|
+            W <- (1 - lr wd) W - lr sqrt(max(1, m / n)) X / rms(cosh(gamma X))
+
+        A step is as long as lr, whatever the size of the matrix: take `scaling=rms` for steps as long as
+        AdamW's. `scaling=released` is the published code, which steps by U itself. Embeddings, head,
+        norms and biases take Adam.
+
+        Bytes for an (m, n) weight: 4 m n with fp32 states, m n + 4 ceil(m n / 256) with int8.
+        """,
+        paper="2509.24320",
+        rule="auon",
+        other="adam",
+    )
+)
+
+register(
+    Method(
+        "sumo",
+        """Momentum with equal singular values in the leading subspace of the gradient.
+
+            R = P' G,  M <- M + (1 - momentum)(R - M),  O = orthogonal factor of M, by eigenvectors
+            W <- (1 - lr wd) W - lr 0.2 sqrt(longest side of M) P O
+
+        Every update_proj_gap steps P is found anew, and M turns with it. The factor is that of an SVD: in a
+        few directions it costs little, and small singular values, which Newton and Schulz leave behind,
+        are many. The paper's limiter never acts: O always has norm sqrt(r). Embeddings, head, norms
+        and biases take Adam.
+
+        Bytes for an (m, n) weight, short side s, long side l, rank r: 4 r (s + l).
+        """,
+        paper="2505.24749",
+        projector="power",
+        rule="muon",
+        other="adam",
+        on_refresh="rotate",
+        rank=128,
+        update_proj_gap=200,
+        nesterov=False,
+        iterations=0,
+    )
+)

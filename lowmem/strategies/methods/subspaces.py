@@ -10,7 +10,8 @@ register(
             S = G C',  R = S[:, index] with the r largest columns,  W <- (1 - lr wd) W - lr Adam(R) C[index]
 
         C is the orthonormal DCT-II of the side, the same for all tensors that have it. A
-        cosine that stays keeps its moments, a new one starts with age 0 (on_refresh=rotate).
+        cosine that stays keeps its moments, a new one starts with age 0 (on_refresh=rotate). With
+        residual=feedback,error_states=int4 what is not seen is owed to the next gradient.
         Embeddings, head, norms and biases take Adam.
 
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 8 r l + 8 r; and 4 s^2
@@ -31,9 +32,11 @@ register(
             R = P'G,  W <- (1 - lr wd) W - lr scale P Adam(R)
             P <- P - rate lr d/dP (|P P'A - A|^2 + penalty |P'P - I|^2),  A = G / |G|
 
-        No factorization after the first step. Embeddings, head, norms and biases take Adam.
+        No factorization after the first step. The paper finds 8-bit Adam for P a little better than
+        descent: basis_rule=adam,basis_states=int8. Embeddings, head, norms and biases take Adam.
 
-        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 4.
+        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 4; with
+        basis_rule=adam 8 s r + 4 more.
         """,
         paper="2408.12857",
         projector="online",
@@ -53,7 +56,8 @@ register(
         The share is one of the columns, of single elements (projector=randk), of the singular
         directions (projector=svd), or of whole matrices (projector=none,schedule=blocks). It changes
         every `update_proj_gap` steps, and the moments start afresh. Updates stay full rank. A rank that
-        takes in everything is AdamW within a window. Embeddings, head, norms and biases take Adam.
+        takes in everything is AdamW within a window; projector=none,schedule=blocks,density=0 sees nothing,
+        is signSGD, and holds nothing. Embeddings, head, norms and biases take Adam.
 
         Bytes for an (m, n) weight, fp32 states: columns, k = floor(rank n): 8 m k + 4 k + 4;
         randk, g = ceil(m n / 256) groups of k = round(256 rank): 9 g k + 4;

@@ -113,3 +113,75 @@ register(
         scale=0.25,
     )
 )
+
+register(
+    Method(
+        "subspace_momentum",
+        """A momentum in the leading subspace, the gradient itself beside it, over norms of rows or columns.
+
+            M <- beta1 M + (1 - beta1) P'G,  v_i <- beta2 v_i + (1 - beta2) |G_i|^2
+            W <- (1 - lr wd) W - lr (P M + G - P P'G)_i / (1 - beta1^t) / (sqrt(v_i / (1 - beta2^t)) + eps)
+
+        i counts the rows of a tall matrix and the columns of a wide one (see `subset_norm`). The momentum
+        starts afresh with each subspace; in the released code a refresh uses the old one once more and
+        then forgets the new. Take about ten times Adam's lr. Embeddings, head, norms and biases take Adam.
+
+        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 4 r l + 4 l + 8.
+        """,
+        paper="2411.07120",
+        projector="power",
+        rule="average",
+        bias_correction=False,
+        residual="subset_norm",
+        on_refresh="reset",
+        other="adam",
+    )
+)
+
+register(
+    Method(
+        "ldadam",
+        """Adam in a subspace that moves at every step, and nothing of the gradient is lost.
+
+            A = G + E,  P <- orth(B B'P),  B = rho P M^ + (1 - rho) A,  R = P'A,  N = Adam(R)
+            W <- (1 - lr wd) W - lr scale P N
+            E <- A - P R + beta1 / (1 - beta1) (P_old M_old - P M)
+
+        The moments follow the basis; what neither of the two sees is owed to the next gradient. The paper
+        takes betas (0.908, 0.99). It keeps E in the gradient, which a trainer clears; here E is state,
+        and holds a byte for each weight with error_states=int8. Embeddings, head, norms and biases
+        take Adam.
+
+        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 4 m n + 4.
+        """,
+        paper="2410.16103",
+        projector="blend",
+        rule="adam",
+        residual="feedback",
+        error_states="fp32",
+        momentum=True,
+        on_refresh="rotate",
+    )
+)
+
+register(
+    Method(
+        "lotus",
+        """Adam in the leading subspace of the gradient, replaced once gradients have drifted out of it.
+
+            R = P'G,  N = Adam(R),  W <- (1 - lr wd) W - lr scale P N
+            A = sum of G / |G| since the last look;  |P'A| < threshold |A|: P anew, by randomized iterations
+
+        Looked at every `update_proj_gap` steps. A has the weight's size: its norms are those of `probes`
+        random combinations of its columns. The threshold is not the paper's, which measures A itself.
+        Embeddings, head, norms and biases take Adam.
+
+        Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states:
+        4 s r + 4 s probes + 8 r l + 4.
+        """,
+        paper="2602.01233",
+        projector="drift",
+        rule="adam",
+        scale=0.25,
+    )
+)

@@ -88,3 +88,49 @@ register(
         source="sparse_spsa",
     )
 )
+
+register(
+    Method(
+        "zo_adamu",
+        """MeZO along directions with momentum, normalised element by element.
+
+            n1 = sqrt(a) z1,    n2 = m + sqrt(1 - a) z2,    d = b1 n1 + (1 - b1) n2
+            c = (L(W + eps d) - L(W - eps d)) / (2 eps),    m <- sign(c) d
+            W <- (1 - lr wd) W - lr c d / sqrt(b2 n1^2 + (1 - b2) n2^2 + 1e-8)
+
+        a, b1 and b2 are 1 for the first twentieth of `total_steps`, at most 1024, where the
+        step is c sign(z), and fall by a cosine each until four fifths of them. This is the
+        paper's text, its code probes one direction and steps along another. The estimate
+        is biased; what the paper reports has not been found again by others.
+
+        Bytes for an (m, n) weight of b bytes each: b m n of m, and no gradient; while a
+        module runs, its weights once more.
+        """,
+        paper="2312.15184",
+        rule="sgd",
+        source="momentum_spsa",
+    )
+)
+
+register(
+    Method(
+        "qzo",
+        """Zeroth-order steps of the scales of 4-bit weights; their codes stay.
+
+            c = (L(s exp(eps z)) - L(s exp(-eps z))) / (2 eps),  |c| <= clip_slope
+            s <- max(s - lr s c z, 0)
+
+        The paper displaces scales by a fixed length, which suits one quantizer; here steps
+        are in proportion to the scale. Its settings for int4 (eps 1e-3, lr 1e-7, clip 100,
+        scales near 0.007) are eps 0.14, lr 2e-3, clip 0.7 in these units. Codes are never
+        touched, and the result is an ordinary quantized checkpoint. Where a backward pass
+        fits, LoRA on the same 4-bit weights learns more.
+
+        Bytes for an (m, n) weight in NF4: m n / 2 of codes and 4 m n / 64 of scales, no state
+        and no gradient; while a module runs, its scales once more.
+        """,
+        paper="2505.13430",
+        rule="sgd",
+        source="quantized_spsa",
+    )
+)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import CheckpointError
-from lowmem.models.sealed import about, broken, discard, files, ours
+from lowmem.models.sealed import about, added, broken, discard, files, ours
 from lowmem.training.folder.lock import BusyError, held
 from lowmem.training.folder.staging import fresh, recover
 
@@ -32,6 +32,8 @@ def damage(folder: Path) -> str | None:
     """Say what keeps a checkpoint from being resumed, None when it is whole."""
     if (reason := broken(folder)) is not None:
         return reason
+    if more := added(folder):
+        return f"{more[0]} was added to it"
     listing = files(folder)
     single = {"rng_state.pth"} if "rng_state_0.pth" in listing else set()
     absent = [name for name in REQUIRED if name not in {*listing, *single}]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import nn
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.models import sealed
 from lowmem.models.adapters import name_base
+from lowmem.optim.evaluated import evaluated
 from lowmem.optim.tensors.marks import trains
 from lowmem.training.callbacks import Divergence
 from lowmem.training.folder import checkpoint, settings
@@ -53,11 +54,12 @@ class WholeCheckpoints:
     _resumed: str | None = None
     _changed: Mapping[str, str] = {}
     _divergence: Divergence
+    save_log: Callable[[Path], None]
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to: strategy, options, what is trained, and how."""
         config = self._strategy.to_config()
-        named = [(n, p) for n, p in self.model.named_parameters() if trains(p)]
+        named = self._strategy.source.trained(self.model)
         shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
         return {
             "strategy": config["name"] or config["parts"],
@@ -126,6 +128,23 @@ class WholeCheckpoints:
         if self.base is not None:
             name_base(Path(output_dir or self.args.output_dir), self.base)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the weights that the method evaluates."""
+        with self._evaluated():
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint holds the weights of training, a model for use those that the method evaluates.
+
+        The best of several checkpoints, loaded at the end, is saved as it is.
+        """
+        as_held = _internal_call or self.args.load_best_model_at_end
+        with nullcontext() if as_held else self._evaluated():
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
+    def _evaluated(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.optimizer is None else evaluated(self.lowmem_optimizer)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write beside, seal, rename, then delete what is too old; one process of several does.
 
@@ -143,6 +162,7 @@ class WholeCheckpoints:
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
             self._name_best(staged, target)
             if self.args.should_save:
+                self.save_log(staged)
                 sealed.seal(staged, self.about())
                 publish(staged, target)
                 best = self.state.best_model_checkpoint

@@ -1,0 +1,327 @@
+"""What fits a card, best first, where nobody has chosen a method yet.
+
+Every method is tried on all weights, and Adam's on adapters, over plain and over 4-bit weights; each with
+the levers that cost least time: none, gradient release, recomputed activations, both. What the user has
+said of the run stays. All methods share the traces, which are of a few layers; the rows at the top are then
+planned in full, with the allocator simulated at the limit, until some of them hold.
+
+    order = verdict, kind (what is kept of Adam's moments), recomputation, bytes to spare
+
+Kinds are an order of expectation, not of measurement: what a method costs in quality depends on the data
+(`lowmem compare` measures it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from lowmem.errors import UserError
+from lowmem.memory import count, gather
+from lowmem.memory import plan as planning
+from lowmem.memory.advice import wording
+from lowmem.memory.device.allocator import FITS, OUT, RETRIES
+from lowmem.memory.device.gpus import Budget
+from lowmem.memory.footprint import Footprint, Peak, combine, footprint
+from lowmem.memory.run import Run
+from lowmem.memory.trace.extrapolate import extrapolated
+from lowmem.memory.trace.windows import special
+from lowmem.models import loss
+from lowmem.optim.strategy import Strategy
+from lowmem.report.units import format_bytes
+from lowmem.strategies import available, create
+
+KINDS = (
+    "whole moments",
+    "moments in few bits",
+    "one whole moment",
+    "moments of a subspace or of sums",
+    "LoRA",
+    "LoRA over 4 bits",
+    "no moments",
+    "no gradients",
+)
+"""What is kept of two whole moments of every weight, best first."""
+ADAPTED = ("adamw", "adamw_8bit")
+"""Methods for adapters, whose matrices are small already."""
+RANK = 16  # of adapters, where none is given
+ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
+HALVINGS = 3
+TOP, CHECKED = 5, 3  # rows that are planned in full, and the runs that they may have
+
+
+@dataclass(frozen=True)
+class Found:
+    """One way to train the model on the card.
+
+    Args:
+        strategy: the method; mode: what is trained; run: the same with its levers.
+        kind: of `KINDS`; levers: their names.
+        peak: bytes by row at the peak, and the event; state_bytes: of the optimizer.
+        verdict: fits, fits with retries or out of memory; headroom_bytes: to spare, or missing.
+        checked: the allocator was simulated over the whole model; otherwise the verdict is an estimate.
+        needs: what would make it fit, "" where it does.
+        largest_batch: that the tensors leave room for, by a line; None where it was not looked for.
+        command: that plans it in full; None for a model without a name.
+    """
+
+    strategy: Strategy
+    mode: Run
+    run: Run
+    kind: str
+    levers: tuple[str, ...]
+    peak: Peak
+    state_bytes: int
+    verdict: str
+    headroom_bytes: int
+    checked: bool = False
+    needs: str = ""
+    largest_batch: int | None = None
+    command: str | None = None
+
+    @property
+    def trains(self) -> str:
+        """What is trained, in two words."""
+        if not self.run.adapts:
+            return "all weights"
+        over = ", 4-bit base" if self.run.quantize else ""
+        return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
+
+    @property
+    def order(self) -> tuple[int, int, bool, int, bool]:
+        """Smaller is better."""
+        word = (FITS, RETRIES, OUT).index(self.verdict)
+        kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
+        plain = self.strategy.name != "adamw"  # of equals, what everybody knows
+        return word, kind, self.run.gradient_checkpointing and not word, -self.headroom_bytes, plain
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, sizes in bytes."""
+        return {
+            "strategy": self.strategy.name, "options": dict(self.strategy.options), "trains": self.trains,
+            "kind": self.kind, "levers": list(self.levers), "batch_size": self.run.batch_size,
+            "seq_len": self.run.seq_len, "loss": self.run.loss, "state_bytes": self.state_bytes,
+            "allocated": self.peak.allocated, "event": self.peak.event, "fits": self.verdict == FITS,
+            "verdict": self.verdict, "headroom_bytes": self.headroom_bytes, "checked": self.checked,
+            "needs": self.needs, "largest_batch_size": self.largest_batch, "command": self.command,
+        }  # fmt: skip
+
+
+def search(
+    model: Any, limit: Budget, options: Mapping[str, Any], *, full: bool = False, gpu: str | None = None,
+    budget: str | int | None = None,
+) -> tuple[Found, ...]:  # fmt: skip
+    """Every method on a card, best first.
+
+    Args:
+        model: as `plan` takes it.
+        limit: the card's budget; gpu, budget: how it was named, for the commands.
+        options: of the run that are decided, by name; None is open.
+        full: all weights must be trained.
+
+    Raises:
+        UserError: as `plan`; a model object, which is planned as it is.
+
+    Example:
+        >>> from lowmem.memory.device.gpus import gpu
+        >>> search("smollm2-135m", gpu("t4"), {"seq_len": 256, "dtype": "float16"})[0].verdict
+        'fits'
+    """
+    _, config = gather.model_config(model)
+    if hasattr(config, "skeleton"):
+        raise UserError(
+            "a model object is planned as it is: name its optimizer, or search by the model's name"
+        )
+    decided = {key: value for key, value in options.items() if value is not None}
+    finder = _Finder(config, limit, decided)
+    rows = [row for run in finder.modes(full) for row in finder.over(run)]
+    rows = finder.confirmed(sorted(rows, key=lambda row: row.order))
+    named = model if isinstance(model, str) else None
+    return tuple(
+        replace(row, command=wording.command(named, finder.asked(row.run), [row.strategy], budget, gpu))
+        for row in rows
+    )
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """What is the same for all rows."""
+
+    config: Any
+    limit: Budget
+    decided: Mapping[str, Any]
+    footprints: dict[Any, Footprint] = field(default_factory=dict)
+
+    def modes(self, full: bool) -> Iterator[Run]:
+        """All weights, LoRA, LoRA over 4 bits: those that the user left open."""
+        asked = {"lora_rank", "adapter", "quantize"} & set(self.decided)
+        changes: list[dict[str, Any]] = [{}]
+        if not full and not asked:
+            changes += [{"lora_rank": RANK}, {"lora_rank": RANK, "quantize": "nf4"}]
+        for change in changes:
+            run = gather.make_run({**self.decided, **change})
+            if full and run.adapts:
+                raise UserError("--full trains all weights: leave out the options of adapters")
+            yield run
+
+    def asked(self, run: Run) -> Run:
+        """A run without what it has from the card."""
+        of_card: dict[str, Any] = {key: self.decided.get(key) for key in ("compute_capability", "workspace")}
+        return replace(run, **of_card)
+
+    def over(self, run: Run) -> Iterator[Found]:
+        """A row for each method, with the cheapest levers that make it fit."""
+        for name in ADAPTED if run.adapts else available():
+            strategy = create(name)
+            if run.accumulation > 1 and not strategy.source.needs_autograd:
+                continue
+            yield self._cheapest(run, strategy)
+
+    def _cheapest(self, run: Run, strategy: Strategy) -> Found:
+        """The row with the cheapest levers that make it fit; where none do, the one that misses least."""
+        tried: list[Found] = []
+        for changed, levers in self._levered(run, strategy):
+            tried.append(self._row(strategy, run, changed, levers))
+            if tried[-1].verdict == FITS:
+                return tried[-1]
+        best = min(tried, key=lambda row: (row.order[0], -row.headroom_bytes))
+        return self._short(best) if best.verdict == OUT else best
+
+    def _levered(self, run: Run, strategy: Strategy) -> Iterator[tuple[Run, tuple[str, ...]]]:
+        """The run under each lever that is open, cheapest first."""
+        first_order = strategy.source.needs_autograd
+        run = self._with_loss(planning.suited(run, strategy), first_order)
+        recompute = self._open("gradient_checkpointing", run, first_order)
+        release = self._open(
+            "gradient_release", run, first_order and not run.adapts and run.accumulation == 1
+        )
+        for checkpointing in recompute:
+            for released in release:
+                named = (
+                    ("checkpointing", checkpointing),
+                    ("release", released),
+                    ("chunked loss", run.loss == "chunked"),
+                )
+                norm = 0.0 if released else run.max_grad_norm
+                yield (
+                    replace(
+                        run,
+                        gradient_checkpointing=checkpointing,
+                        gradient_release=released,
+                        max_grad_norm=norm,
+                    ),
+                    tuple(word for word, on in named if on),
+                )
+
+    def _open(self, name: str, run: Run, useful: bool) -> tuple[bool, ...]:
+        return (False, True) if useful and name not in self.decided else (getattr(run, name),)
+
+    def _with_loss(self, run: Run, first_order: bool) -> Run:
+        """The loss that `lowmem finetune` takes for such a batch."""
+        size = loss.logits_bytes(run.tokens, self.config.vocab_size, getattr(torch, run.dtype).itemsize)
+        large = size > loss.LIMIT and first_order
+        return run if "loss" in self.decided else replace(run, loss="chunked" if large else "plain")
+
+    def _row(self, strategy: Strategy, mode: Run, run: Run, levers: tuple[str, ...]) -> Found:
+        run = gather.on_card(run, self.limit)
+        peak, held = self._peak(strategy, run)
+        spare = self.limit.capacity - peak.allocated
+        word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
+        return Found(strategy, mode, run, _kind(strategy, run), levers, peak, held.state_bytes, word, spare)
+
+    def _peak(self, strategy: Strategy, run: Run) -> tuple[Peak, Footprint]:
+        found = extrapolated(self.config, run, special(strategy))
+        key = (strategy, run.lora_rank, run.adapter, run.quantize)  # levers change nothing of the optimizer
+        if key not in self.footprints:
+            self.footprints[key] = footprint(strategy, found.parameters, run)
+        held = self.footprints[key]
+        return combine(found, held), held
+
+    def _short(self, row: Found) -> Found:
+        """What a row that does not fit would need."""
+        parts = row.peak.at_peak
+        fixed = parts.get("weights", 0) + parts.get("optimizer_state", 0)
+        if fixed > self.limit.capacity:
+            fewer = (
+                "a smaller model"
+                if row.run.quantize
+                else "--quantize nf4"
+                if row.run.adapts
+                else "--lora-rank 16"
+            )
+            return replace(
+                row,
+                needs=f"{fewer}, or {format_bytes(-row.headroom_bytes)} more: weights and state are too much",
+            )
+        for halving in range(1, HALVINGS + 1):
+            length = row.run.seq_len >> halving
+            if length < 64:
+                break
+            shorter = replace(row.run, seq_len=length)
+            if self._peak(row.strategy, shorter)[0].allocated <= (1 - ROOM) * self.limit.capacity:
+                return replace(row, needs=f"--seq-len {length}")
+        return replace(row, needs=f"{format_bytes(-row.headroom_bytes)} more")
+
+    def confirmed(self, rows: list[Found]) -> list[Found]:
+        """The rows with those at the top planned in full, as long as few runs are needed for it."""
+        runs: set[Run] = set()
+        while (at := next((i for i, row in enumerate(rows[:TOP]) if not row.checked), None)) is not None:
+            runs.add(rows[at].run)
+            if rows[at].verdict == OUT or len(runs) > CHECKED:
+                break
+            rows[at] = self._checked(rows[at])
+            if rows[at].verdict != FITS:
+                rows[at] = self._further(rows[at])
+            rows.sort(key=lambda row: row.order)
+        return [self._widened(row) if row.checked else row for row in rows]
+
+    def _checked(self, row: Found) -> Found:
+        full = planning.row(self.config, row.run, row.strategy, self.limit, advise=False)
+        peak = Peak(full.event, full.at_peak, full.events)
+        verdict, room = full.verdict or row.verdict, full.headroom_bytes or 0
+        return replace(row, peak=peak, verdict=verdict, headroom_bytes=room, checked=True)
+
+    def _further(self, row: Found) -> Found:
+        """The same method with more levers, where the allocator finds no room for what the tensors take."""
+        ways = list(self._levered(row.mode, row.strategy))
+        place = next(i for i, (_, levers) in enumerate(ways) if levers == row.levers)
+        for run, levers in ways[place + 1 :]:
+            further = self._row(row.strategy, row.mode, run, levers)
+            if further.verdict == FITS:
+                return further
+        return self._short(row) if row.verdict == OUT else row
+
+    def _widened(self, row: Found) -> Found:
+        """How many rows the tensors leave room for: every event is a line in the batch."""
+        if row.verdict != FITS or "batch_size" in self.decided:
+            return row
+        size, room = row.run.batch_size, (1 - ROOM) * self.limit.capacity
+        one, two = (
+            self._peak(row.strategy, replace(row.run, batch_size=n))[0].events for n in (size, 2 * size)
+        )
+        counts = [
+            int((room - one[event]) // (two[event] - one[event])) for event in one if two[event] > one[event]
+        ]
+        return replace(row, largest_batch=size * (1 + max(0, min(counts, default=0))))
+
+
+def _kind(strategy: Strategy, run: Run) -> str:
+    """What is kept of two moments of every weight: by what the state of a large matrix takes."""
+    if not strategy.source.needs_autograd:
+        return "no gradients"
+    if run.adapts:
+        return "LoRA over 4 bits" if run.quantize else "LoRA"
+    shape = (1024, 1024)
+    each = count.state_bytes(strategy, shape, torch.bfloat16) / (shape[0] * shape[1])
+    if strategy.options.get("projector", "none") != "none":
+        return "moments of a subspace or of sums"
+    limits = (
+        (7.9, "whole moments"),
+        (3.9, "one whole moment"),
+        (0.4, "moments in few bits"),
+        (1e-4, "moments of a subspace or of sums"),
+    )
+    return next((kind for least, kind in limits if each >= least), "no moments")

@@ -1,0 +1,273 @@
+"""How a kernel is compiled, and called without what `torch.compile` puts around it.
+
+Calling what `torch.compile` gives takes tens of microseconds, and hundreds where other work has
+emptied the caches: more than the kernel itself for most tensors of a model. Nothing of that is
+needed after the first call, as the cache of kernels fixes dtypes, widths and device: what was
+generated is called directly, with the tensors in the order in which it took them the first time.
+It asks for the current stream at every call and was made for one device, whatever thread calls.
+
+The number of rows is left open, where tensors have any: one kernel serves chunks of all sizes.
+
+The ways to what was generated are no public ones. This file alone knows them; where one is not
+there, or sizes are not those of the first call, the public call serves as well, only later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import itertools
+import logging
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Kernel = Callable[..., None]
+
+OPTIONS = {
+    "emulate_precision_casts": True,  # a cast to 16 bits and back rounds, and must not be dropped
+    "assert_indirect_indexing": False,  # codes cannot point outside their table: checks cost a third
+}
+PRIVATE = (
+    "torch._inductor.compile_fx.compile_fx",
+    "torch._inductor.compile_fx.compile_fx_inner",
+    "torch._inductor.config.cpp.vec_isa_ok",
+    "torch._inductor.cpu_vec_isa.VecISA.check_build",
+    "torch._inductor.cpu_vec_isa.supported_vec_isa_list",
+    "torch._inductor.cpu_vec_isa.valid_vec_isa_list",
+    "torch._inductor.exc.CppCompileError",
+    "torch._inductor.exc.InductorError",
+    "torch._functorch.config.enable_autograd_cache",
+    "torch._inductor.list_options",
+    "torch._dynamo.mark_dynamic",
+)
+"""All names that are not public; each may be gone in another version."""
+ABSENT = object()
+_NUMBERS = itertools.count()
+
+
+def private(name: str) -> Any:
+    """What a private name of torch stands for, None where there is no such thing."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        home: Any = importlib.import_module(owner)
+    except ImportError:  # no module, but something in one
+        home = private(owner) if "." in owner else None
+    found = None if home is None else _look(home, attribute)
+    if found is ABSENT:
+        _say(f"torch {torch.__version__} has no {name}: the step goes without")
+        return None
+    return found
+
+
+def _look(home: Any, attribute: str) -> Any:
+    return getattr(home, attribute, ABSENT)
+
+
+@functools.cache
+def _say(what: str) -> None:
+    """Once."""
+    log.debug(what)
+
+
+def compiled(step: Kernel) -> Kernel:
+    """Compile a kernel on its own."""
+    return Compiled(step)
+
+
+class Compiled:
+    """A kernel that compiles itself when it is first called.
+
+    Args:
+        step: works in place on what it is given; the rows of its first tensor are the number left open.
+    """
+
+    def __init__(self, step: Kernel) -> None:
+        # recompilations are counted for each code object, and sizes that changed remembered for each name
+        code = step.__code__.replace(co_name=f"lowmem_kernel_{next(_NUMBERS)}")
+        self._step = types.FunctionType(
+            code, step.__globals__, code.co_name, step.__defaults__, step.__closure__
+        )
+        self._whole: Kernel = torch.compile(self._step, backend=self._backend, fullgraph=True)
+        self._missing: Exception | None = None
+        self._graphs: list[Any] = []
+        self._taken: list[Tensor | int] = []
+        self._order: list[int] = []
+        self._fixed: list[tuple[int, torch.Size]] = []
+        self._direct: Kernel = self._whole
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if self._order and self._fits(tensors):
+            rows = _rows(tensors)
+            self._direct([rows if i < 0 else tensors[i] for i in self._order])
+            return
+        rows = _leave_rows_open(tensors)
+        self._taken = []
+        self._call(*tensors)
+        if not self._order:
+            self._remember(tensors, rows)
+
+    def _call(self, *tensors: Tensor | None) -> None:
+        """By what is public; nothing has been written where compiling fails."""
+        try:
+            self._whole(*tensors)
+        except Exception:
+            if self._missing is None:
+                raise
+            _say(
+                f"torch {torch.__version__} compiles otherwise than known ({self._missing}): called publicly"
+            )
+            self._missing, self._graphs = None, []
+            options = private("torch._inductor.list_options")
+            known: dict[str, Any] = {
+                key: value for key, value in OPTIONS.items() if options and key in options()
+            }
+            self._whole = torch.compile(self._step, fullgraph=True, options=known)
+            self._whole(*tensors)
+
+    def _remember(self, tensors: Sequence[Tensor | None], rows: int) -> None:
+        """Call directly from now on, if one graph takes nothing but these tensors and gives nothing back."""
+        places = {id(tensor): i for i, tensor in enumerate(tensors)}
+        order = [self._place(x, places, rows) for x in self._taken]
+        found = [i for i in order if i is not None]
+        self._taken = []
+        if len(self._graphs) != 1 or len(found) != len(order):
+            return
+        self._order = found
+        opened = rows if -1 in found else -1
+        self._fixed = [
+            (i, tensor.shape)
+            for i, tensor in enumerate(tensors)
+            if tensor is not None and _place_of_rows(tensor, opened) is None
+        ]
+        # past the wrapper around it, which serves caches and profilers of torch.compile
+        within = _look(self._graphs[0], "current_callable")
+        if within is ABSENT:
+            _say(f"torch {torch.__version__} has no current_callable: graphs are called whole")
+        self._direct = self._graphs[0] if within is ABSENT else within
+
+    def _fits(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether what is not cut into rows is as large as at the first call."""
+        for i, shape in self._fixed:
+            tensor = tensors[i]
+            if tensor is None or tensor.shape != shape:
+                _say("a kernel is called with sizes that it was not made for: called publicly")
+                return False
+        return True
+
+    @staticmethod
+    def _place(x: Tensor | int, places: dict[int, int], rows: int) -> int | None:
+        """Where among the tensors one that the graph takes is found; -1 for the number of rows."""
+        if isinstance(x, int):
+            return -1 if x == rows else None
+        return places.get(id(x))
+
+    def _backend(self, graph: Any, inputs: Any) -> Any:
+        try:
+            if private("torch._inductor.config.cpp.vec_isa_ok") is not None:
+                return self._build(graph, inputs)
+            # what the processor says it can, g++ can too; compiling a test for all of it takes ten seconds
+            with _instructions_believed():
+                return self._build(graph, inputs)
+        except Exception as error:
+            if not _refused(error):
+                raise
+            _forget_instructions()
+            self._graphs.clear()
+            return self._build(graph, inputs)
+
+    def _build(self, graph: Any, inputs: Any) -> Any:
+        compile_fx = private("torch._inductor.compile_fx.compile_fx")
+        try:
+            if compile_fx is None or private("torch._inductor.compile_fx.compile_fx_inner") is None:
+                raise AttributeError("no compile_fx")
+            with _no_cache():  # a hit there would not come by `_generate`
+                return compile_fx(graph, inputs, inner_compile=self._generate, config_patches=OPTIONS)
+        except (AttributeError, ImportError, TypeError) as error:
+            self._missing = error
+            raise
+
+    def _generate(self, graph: Any, inputs: Any, **more: Any) -> Any:
+        generated = private("torch._inductor.compile_fx.compile_fx_inner")(graph, inputs, **more)
+        self._graphs.append(generated)
+
+        def call(tensors: list[Tensor | int]) -> Any:
+            given = list(tensors)  # it empties what it is given
+            outputs = generated(tensors)
+            # an output would be for torch.compile to put where it belongs
+            self._taken = [] if outputs else given
+            return outputs
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+
+@contextlib.contextmanager
+def _instructions_believed() -> Iterator[None]:
+    """No test is compiled of what the processor says it can."""
+    home = private("torch._inductor.cpu_vec_isa.VecISA")
+    if private("torch._inductor.cpu_vec_isa.VecISA.check_build") is None:
+        yield
+        return
+    with patch.object(home, "check_build", lambda instructions, code: True):
+        yield
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Without the cache of torch.compile that goes past inner compilers."""
+    config = private("torch._functorch.config")
+    if private("torch._functorch.config.enable_autograd_cache") is None:
+        yield
+        return
+    with config.patch(enable_autograd_cache=False):
+        yield
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the C++ compiler did not take what it was given."""
+    wrapper = private("torch._inductor.exc.InductorError")
+    kind = private("torch._inductor.exc.CppCompileError")
+    if wrapper is None or kind is None or not isinstance(error, wrapper):
+        return False
+    return isinstance(getattr(error, "inner_exception", None), kind)
+
+
+def _forget_instructions() -> None:
+    """Let Inductor find out anew what the compiler takes: every set of instructions remembers its claim."""
+    getattr(private("torch._inductor.cpu_vec_isa.valid_vec_isa_list"), "cache_clear", lambda: None)()
+    for instructions in private("torch._inductor.cpu_vec_isa.supported_vec_isa_list") or ():
+        for found in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+            vars(instructions).pop(found, None)  # of the class, False
+        for kind in type(instructions).__mro__:
+            for member in vars(kind).values():
+                getattr(member, "cache_clear", lambda: None)()
+
+
+def _rows(tensors: Sequence[Tensor | None]) -> int:
+    """Rows of a chunk: its weight comes first."""
+    weight = tensors[0]
+    assert weight is not None
+    return weight.shape[0]
+
+
+def _place_of_rows(tensor: Tensor, rows: int) -> int | None:
+    """Which of a tensor's sizes is the number of rows: (rows, width), or (..., rows, 1) of more."""
+    place = 0 if tensor.dim() == 2 else tensor.dim() - 2
+    return place if tensor.dim() > 1 and tensor.shape[place] == rows else None
+
+
+def _leave_rows_open(tensors: Sequence[Tensor | None]) -> int:
+    """Mark the rows of chunks as a size that changes; gives their number now."""
+    rows, mark = _rows(tensors), private("torch._dynamo.mark_dynamic")
+    for tensor in tensors if rows > 1 and mark else ():  # a size of 1 is always taken as fixed
+        if tensor is not None and (place := _place_of_rows(tensor, rows)) is not None:
+            mark(tensor, place)
+    return rows

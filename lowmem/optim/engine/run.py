@@ -1,0 +1,125 @@
+"""One tensor's pass through the frame: pieces of weight, gradient and state, handed to the kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.optim.contract import Pointwise
+from lowmem.optim.engine.compiling import Kernel
+from lowmem.optim.engine.cutting import pad, read_flat, write_flat
+from lowmem.optim.engine.kernels import Asks, Guard
+from lowmem.optim.engine.layout import layout
+from lowmem.optim.hyper import Hyper
+from lowmem.optim.state import State
+from lowmem.optim.writers import Writer
+
+
+class Frame(Protocol):
+    """Whose kernels run; see `Chunks`."""
+
+    def compiles(self, rule: Pointwise | None) -> bool: ...
+
+    def counter(self, device: torch.device) -> Tensor: ...
+
+    def grid(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]: ...
+
+    def kernel(
+        self, rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], w: Tensor, g: Tensor,
+        live: bool, guard: Guard, asks: Asks, counts: bool,
+    ) -> Kernel: ...  # fmt: skip
+
+
+class Run:
+    """One tensor's pass through the frame: what is the same for all of its chunks.
+
+    Args:
+        frame: whose kernels run.
+        rule, writer: what the kernel does; s, extra: their states.
+        hp: of this step; rates: lr and decay, (2,).
+        ok: 0-D bool; guard: what it says, see `kernels.Guard`; asks: what for, see `kernels.Asks`.
+        table: the scalars of all ages, where the kernel moves the age.
+    """
+
+    def __init__(
+        self, frame: Frame, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
+        hp: Hyper, rates: Tensor, ok: Tensor, guard: Guard, asks: Asks = "step",
+        table: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.frame, self.rule, self.writer, self.hp = frame, rule, writer, hp
+        self.rates, self.ok, self.guard, self.asks = rates, ok, guard, asks
+        self.device = rates.device
+        self.layout = layout(rule, writer, s, extra, frame.compiles(rule))
+        self.live = self.layout.live and self.device.type != "meta"
+        self.counts = table is not None
+        self.scalars = rule.scalars(s, hp) if rule and table is None else table
+        self.skipped = frame.counter(self.device) if writer else None
+        self._words: dict[int, Tensor] = {}
+
+    def step_weight(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
+        """Step the weight's elements start..start+len(g), padded to size."""
+        length = g.numel()
+        w = read_flat(p, start, length)
+        if length == size and p.is_contiguous():
+            self._launch(w, g, start, length)
+            return
+        padded = pad(w, size)
+        self._launch(padded, g if length == size else pad(g, size), start, length)
+        write_flat(p, start, padded[:length])
+
+    def measure(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
+        """Sum over the elements start..start+len(g); weight and gradient stay as they are."""
+        length = g.numel()
+        w = read_flat(p, start, length)
+        if length == size and p.is_contiguous():
+            self._launch(w, g, start, length)
+        else:
+            self._launch(pad(w, size), pad(g, size, math.nan), start, length)
+
+    def step_low(self, low: Tensor, start: int, size: int) -> None:
+        """Overwrite a piece of the projected gradient by its direction."""
+        if low.numel() == size:
+            self._launch(low, low, start, size)
+            return
+        padded = pad(low, size, math.nan if self.asks == "both" else 0.0)  # nobody measures the padding
+        self._launch(padded, padded, start, low.numel())
+        low.copy_(padded[: low.numel()])
+
+    def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
+        """Run the kernel on flat elements, of which the first `length` are the tensor's from `start` on."""
+        size = g.shape[0]
+        width = self.layout.width(size)
+        shaped = g.view(-1, width)
+        weight = shaped if w is g else w.view(-1, width)
+        views, back = self.layout.cut(start, length, size)
+        kernel = self.frame.kernel(
+            self.rule, self.writer, self.layout.keys, weight, shaped, self.live,
+            self.guard, self.asks, self.counts,
+        )  # fmt: skip
+        kernel(
+            weight, shaped, self.rates, self.ok, self.skipped, self.scalars,
+            *self._places(start, *shaped.shape), self._keys(start), *views,
+        )  # fmt: skip
+        for piece, padded in back:
+            piece.copy_(padded[: piece.shape[0]])
+
+    def _places(self, start: int, rows: int, width: int) -> tuple[Tensor | None, ...]:
+        """Where elements are in the tensor: the chunk, its rows, and the columns in a row."""
+        if not self.layout.placed:
+            return None, None, None
+        index = start & 0xFFFFFFFF
+        signed = index - (1 << 32) if index >= 1 << 31 else index
+        return self.hp.vector(signed, dtype=torch.int32)[0], *self.frame.grid(rows, width, self.device)
+
+    def _keys(self, start: int) -> Tensor | None:
+        """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
+        if not self.layout.streams:
+            return None
+        upper = start >> 32
+        if upper not in self._words:
+            self._words[upper] = self.hp.keys(self.layout.streams, upper)
+        return self._words[upper]

@@ -1,0 +1,105 @@
+"""What an evaluation of the loss leaves, the gradient that is drawn from it, and what is asked of a loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lowmem.errors import UserError
+from lowmem.optim.blocks import Blocks, matrix_shape
+from lowmem.optim.writers import HALF
+from lowmem.sources.directions import Direction
+
+log = logging.getLogger(__name__)
+
+
+class Slope(NamedTuple):
+    """What an evaluation leaves: the difference quotient along a direction, and the direction's name."""
+
+    c: float
+    direction: Direction
+
+
+Evidence = tuple[Slope, ...]
+
+
+class Estimate(Blocks):
+    """The sum of c z over evaluations, drawn where it is looked at.
+
+    Args:
+        name: of the parameter; p: the parameter.
+        slopes: what is summed.
+    """
+
+    def __init__(self, name: str, p: Tensor, slopes: Sequence[Slope]) -> None:
+        super().__init__(matrix_shape(p.shape), None, p.device)
+        self.pens = [z.pen(name, p.detach(), c) for c, z in slopes]
+        self.finite = all(math.isfinite(slope.c) for slope in slopes)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Flat fp32 elements start..stop, new memory at each call."""
+        if not self.finite:
+            return torch.full((stop - start,), math.nan, device=self.device)
+        total: Tensor | None = None
+        for pen in self.pens:
+            part = pen.gradient(start, stop)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j, drawn."""
+        n = self.shape[1]
+        return self.chunk(i * n, j * n).view(j - i, n)
+
+
+def refuse_compiled(model: nn.Module | None) -> None:
+    """Compiled code does not run hooks that were added later, and does not say so."""
+    for name, module in model.named_modules() if model is not None else ():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UserError(
+                f"module {name!r} is compiled, and would not see the perturbed weights: "
+                "pass the model uncompiled (torch_compile=False)"
+            )
+
+
+def checked(loss: Tensor) -> Tensor:
+    """A loss as a 0-D tensor; one that is too coarse is told.
+
+    Raises:
+        UserError: it is not one number.
+    """
+    if loss.numel() != 1:
+        raise UserError(f"the loss of a batch is one number, got shape {tuple(loss.shape)}: take its mean")
+    if loss.dtype in HALF:
+        log.warning(
+            "the loss is %s, too coarse to tell two probes apart: compute it from logits.float()", loss.dtype
+        )
+    return loss.detach().reshape(())
+
+
+def values(losses: Tensor) -> list[float]:
+    """As Python floats; 0 where tensors have no values, so that a probe can be planned."""
+    if losses.device.type == "meta" or isinstance(losses, FakeTensor):
+        return [0.0] * losses.numel()
+    return [float(x) for x in losses.tolist()]
+
+
+@contextmanager
+def evaluating(model: nn.Module | None) -> Iterator[None]:
+    """Dropout off meanwhile; every module gets back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()] if model is not None else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
