@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def searched(
-    model: str, gpu: str | None, budget: str | None, full: bool, flags: Mapping[str, Any]
+    model: str, gpu: str | None, budget: str | None, flags: Mapping[str, Any], *, full: bool, advise: bool
 ) -> tuple[Plan, tuple[Found, ...]]:
-    """The rows of a search, and the plan of the first."""
+    """The rows of a search, and the plan of the first; its levers cost some seconds more."""
     from lowmem.memory import plan as planning
     from lowmem.memory.advice.search import search
 
@@ -28,7 +28,7 @@ def searched(
     found = search(model, limit, flags, full=full, gpu=gpu, budget=budget)
     best = found[0]
     run = {name: getattr(best.run, name) for name in best.run.__dataclass_fields__}
-    planned = planning.plan(model, best.strategy, gpu=gpu, budget=budget, **run)
+    planned = planning.plan(model, best.strategy, gpu=gpu, budget=budget, advise=advise, **run)
     return planned, found
 
 

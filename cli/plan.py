@@ -77,7 +77,7 @@ def command(
     ways: tuple[Found, ...] = ()
     with Bars():  # an architecture that takes long says so
         if looking:
-            planned, ways = _search.searched(model, gpu, budget, full, flags)
+            planned, ways = _search.searched(model, gpu, budget, flags, full=full, advise=html is not None)
         else:
             planned = planning.plan(
                 model, optim or "adamw", options=optim_args or None, budget=budget, gpu=gpu, **flags

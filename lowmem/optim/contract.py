@@ -15,7 +15,6 @@ What a part needs or forbids is declared on it. It holds nothing itself: state i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
 import torch
@@ -219,18 +218,6 @@ class Rule(AnyRule):
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """What is summed over micro-batches instead of the gradient, where the rule `keeps_sum`; fp32."""
         raise NotImplementedError(f"{type(self).__name__} keeps no sum")
-
-
-@dataclass(frozen=True)
-class Rest(Rule):
-    """The rule of a tensor that is put aside: no step, no decay, no gradient, no state."""
-
-    idle: ClassVar[bool] = True
-
-    @property
-    def uses(self) -> frozenset[str]:
-        """Nothing."""
-        return frozenset()
 
 
 def is_pointwise(rule: AnyRule) -> TypeGuard[Pointwise]:

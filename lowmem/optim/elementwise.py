@@ -36,9 +36,6 @@ from lowmem.optim.held import permute_, rotate_, tables, weighted
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.state import Constants, State, part, prefixed
 
-FEW = 4
-"""More moments than this are taken in smaller chunks."""
-
 
 @dataclass(frozen=True)
 class Moment:
@@ -145,8 +142,7 @@ class Elementwise:
 
     def turns(self) -> bool:
         """Whether `rotated` is right for all moments."""
-        own = type(self).rotated is not Elementwise.rotated
-        return own or all(moment.signed for moment in self.moments.values())
+        return type(self).rotated is not Elementwise.rotated or all(m.signed for m in self.moments.values())
 
 
 def coded(rule: Elementwise, states: str | Mapping[str, str] = "fp32") -> Coded:
@@ -220,8 +216,8 @@ class Coded(Pointwise):
 
     @property
     def chunk(self) -> int:
-        """Fewer elements where there are many moments."""
-        return LADDER[0] if len(self.codecs) <= FEW else LADDER[1]
+        """Fewer elements where there are more than four moments."""
+        return LADDER[0] if len(self.codecs) <= 4 else LADDER[1]
 
     @property
     def compilable(self) -> bool:

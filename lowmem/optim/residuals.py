@@ -19,7 +19,7 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.codecs.blockwise import Codec, Dense, codec
 from lowmem.optim.codecs.factored import LARGEST
-from lowmem.optim.contract import AnyRule, Commit, Residual, Rest
+from lowmem.optim.contract import AnyRule, Commit, Residual, Rule
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.held import HeldMoment, tables
@@ -29,6 +29,18 @@ from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.rules.subsets import Subsets
 from lowmem.optim.split import Split
 from lowmem.optim.state import Constants, State, apply_in_place, part, prefixed
+
+
+@dataclass(frozen=True)
+class Rest(Rule):
+    """The rule of a tensor that is put aside: no step, no decay, no gradient, no state."""
+
+    idle: ClassVar[bool] = True
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
 
 @dataclass(frozen=True)

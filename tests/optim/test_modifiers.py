@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError
 from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected
-from lowmem.optim.contract import AnyRule, Rest, Rule, is_pointwise
+from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine import cutting
 from lowmem.optim.engine.chunks import Chunks
@@ -29,7 +29,7 @@ from lowmem.optim.modifiers.spikes import SpikeClip
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.projectors.coordinate import Columns
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
-from lowmem.optim.residuals import Stateless
+from lowmem.optim.residuals import Rest, Stateless
 from lowmem.optim.rules.adafactor import Adafactor
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.microadam import MicroAdam

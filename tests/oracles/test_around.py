@@ -124,6 +124,11 @@ def test_what_is_evaluated_is_where_the_last_look_back_was(name: str) -> None:
     assert all(torch.equal(p, now[key]) for key, p in model.items())
 
 
+def test_steps_in_units_of_the_gradient_stay_so() -> None:
+    assert coded(Lookahead(XGrad(SGD()))).linear
+    assert not coded(Lookahead(Adam())).linear
+
+
 def test_they_take_codecs_subspaces_and_each_other() -> None:
     made = lowmem.create("galore", rank=4, states="int8", modifiers="cautious+lookahead+xgrad")
     assert lowmem.create("galore", **made.options) == made

@@ -13,7 +13,7 @@ from lowmem.errors import UserError
 from lowmem.memory.count import model_state_bytes, workspace_bytes
 from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Dense
-from lowmem.optim.contract import AnyRule, Rest
+from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
@@ -22,7 +22,7 @@ from lowmem.optim.projectors.dct import DCT
 from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Gaussian
-from lowmem.optim.residuals import ScaledGradient, ScaledRest
+from lowmem.optim.residuals import Rest, ScaledGradient, ScaledRest
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.muon import Muon
 from lowmem.optim.rules.sgd import SGD

@@ -295,6 +295,11 @@ def little_reading(model: nn.Module) -> nn.Module:
     return model
 
 
+def test_nothing_to_train_is_refused_with_the_remedy() -> None:
+    with pytest.raises(UserError, match="set requires_grad"):
+        lowmem.optimizer(Vector(4).requires_grad_(False), "mezo")
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(UserError, match="8"):
         SPSA(estimator=OneSided(spread=True))

@@ -50,7 +50,7 @@ ADAPTED = ("adamw", "adamw_8bit")
 RANK = 16  # of adapters, where none is given
 ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
 HALVINGS = 3
-TOP, CHECKED = 5, 3  # rows that are planned in full, and the runs that they may have
+TOP, CHECKED = 3, 3  # rows that are planned in full, and the runs that they may have
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class Around(Elementwise):
         """Those of the rule."""
         return self.rule.uses
 
+    @property
+    def linear(self) -> bool:
+        """That of the rule: sums of its steps are taken, and no sizes."""
+        return self.rule.linear
+
     def count(self, t: int) -> float:
         """The number of this age that the rule around needs."""
         return 0.0

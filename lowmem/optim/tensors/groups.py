@@ -41,6 +41,9 @@ def param_groups(
     Returns:
         Groups with "params" as (name, parameter) pairs, "weight_decay", "roles" and "heads".
 
+    Raises:
+        UserError: nothing of the model is trainable.
+
     Example:
         >>> [len(group["params"]) for group in param_groups(nn.Linear(4, 4), decay_names=["weight"])]
         [1, 1]
@@ -49,6 +52,8 @@ def param_groups(
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {}
     for name, p in trainable(model) if trained is None else trained:
         groups.setdefault(decay_names is None or name in decay_names, []).append((name, p))
+    if not groups:
+        raise UserError("no parameter of the model is trainable: set requires_grad on those to train")
     return [
         {
             "params": members,
