@@ -44,9 +44,8 @@ class AnyRule:
         reads_weight: element by element (`ChunkHyper.weight`), so that the rule cannot step inside another.
         linear: the step is in units of the gradient: of twice the gradients, it is twice as long.
         period: steps between steps that take longer or hold more; 0 for none.
-        partial: some of the elements alone are stepped, and decay.
         keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
-        own_decay: weight decay goes with the length of the step that the rule takes, not by lr alone.
+        own_decay: weight decay goes with the step: with its length, or by the elements that it takes.
     """
 
     idle: ClassVar[bool] = False
@@ -59,11 +58,6 @@ class AnyRule:
     @property
     def reads_weight(self) -> bool:
         """Most rules do not."""
-        return False
-
-    @property
-    def partial(self) -> bool:
-        """All of a tensor is stepped."""
         return False
 
     @property
@@ -109,8 +103,7 @@ class AnyRule:
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
         """Carry the state over a change of coordinates that `check_rebase` allows: start afresh."""
         like = torch.empty(1, 1, device=hp.weight.device)
-        fresh = {**self.init(like), **self.init(like[0])}  # a vector may be held otherwise
-        reset_(s, {key: value for key, value in fresh.items() if key in s}, change.ok)
+        reset_(s, {**self.init(like), **self.init(like[0])}, change.ok)  # a vector may be held otherwise
 
     def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
         """B, (m, n), where the method evaluates W + lr B; None where it evaluates the weight itself."""

@@ -96,8 +96,9 @@ def reset_(state: State, fresh: State, ok: Tensor) -> None:
 
     Args:
         state: of any size.
-        fresh: what init gives for a tensor of one element: each fresh tensor has one value throughout.
+        fresh: what init gives for a tensor of one element: each has one value throughout; those that the
+            state does not have are left out.
         ok: 0-D bool; where it is False, nothing happens.
     """
-    for key, value in fresh.items():
+    for key, value in ((key, value) for key, value in fresh.items() if key in state):
         state[key].masked_fill_(ok, value.view(-1)[0])

@@ -130,7 +130,7 @@ class Subspace(Rule):
     @property
     def own_decay(self) -> bool:
         """That of the inner rule."""
-        return self.inner.own_decay
+        return self.inner.own_decay or self.projector.partial
 
     @property
     def period(self) -> int:
@@ -142,11 +142,6 @@ class Subspace(Rule):
         """Where nobody looks at the whole gradient between refreshes, and there is a between."""
         looks = self.residual.reads_rest or self.projector.follows or self.projector.partial
         return not looks and self.period != 1
-
-    @property
-    def partial(self) -> bool:
-        """That of the projector."""
-        return self.projector.partial
 
     def scratch(self, shape: tuple[int, int]) -> int:
         """R, R once more where it is looked at after the step, and what the inner rule takes."""

@@ -87,11 +87,6 @@ class Wrapped(AnyRule):
         return self.rule.period
 
     @property
-    def partial(self) -> bool:
-        """That of the rule."""
-        return self.rule.partial
-
-    @property
     def reads_weight(self) -> bool:
         """Where the rule or a modifier does."""
         return self.rule.reads_weight or self.chain.reads_weight
