@@ -226,13 +226,19 @@ def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -
     columns = ["strategy", *(["verdict", "to spare"] if judged else [])]
     columns += ["allocated", "reserved", "device", "state", "peak at"]
     rows = [[name, *_cells(row, judged)] for name, row in zip(_names(planned), planned.plans, strict=True)]
+    stops: list[str] = []
     if solutions:
-        columns += [f"largest {str(unknown).replace('_', ' ')}", "stopped by"]
-        rows = [[*cells, s.value or "none fits", s.stopped] for cells, s in zip(rows, solutions, strict=True)]
+        columns.append(f"largest {str(unknown).replace('_', ' ')}")
+        rows = [[*cells, s.value or "none fits"] for cells, s in zip(rows, solutions, strict=True)]
+        stops = [
+            f"{cells[0]}: {cells[-1]}, stopped by {s.stopped}"
+            for cells, s in zip(rows, solutions, strict=True)
+        ]
     shown: list[Any] = [
         head,
         render.table("", columns, rows, right=["to spare", "allocated", "reserved", "device", "state"]),
     ]
+    shown += stops
     if any(row.verdict == "fits with retries" for row in planned.plans):
         from lowmem.report.plan import RETRIES
 

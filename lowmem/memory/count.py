@@ -17,16 +17,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lowmem.errors import UserError
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine.cutting import policy
 from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.schedules import Always
+from lowmem.optim.shards import Shard
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.marks import trains
+from lowmem.optim.tensors.seats import fresh
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
@@ -39,7 +42,13 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def state_bytes(
-    strategy: Strategy, shape: Shape, dtype: torch.dtype = torch.float32, role: str = "matrix"
+    strategy: Strategy,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    role: str = "matrix",
+    *,
+    ranks: int = 1,
+    rank: int = 0,
 ) -> int:
     """Bytes of optimizer state held for one weight, exactly; constants shared by all weights not included.
 
@@ -47,14 +56,34 @@ def state_bytes(
         strategy: from `create`.
         shape: of the weight; dtype: of the weight.
         role: what the weight is (`lowmem.optim.tensors.roles.ROLES`), or "other".
+        ranks: processes over which FSDP2 spreads its rows; rank: the one that is asked for (rank 0 has most).
+
+    Raises:
+        UserError: a rank that is none of so many.
 
     Example:
         >>> from lowmem import create
-        >>> state_bytes(create("adamw"), (3, 5))
-        124
+        >>> state_bytes(create("adamw"), (3, 5)), state_bytes(create("adamw"), (3, 5), ranks=2)
+        (124, 84)
     """
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return _bytes(strategy.init(strategy.rule_name(role, shape), x, role).values())
+    shard = _shard(shape, ranks, rank)
+    return _held_bytes(strategy, strategy.rule_name(role, shape, shard), role, shape, dtype, shard)
+
+
+def _shard(shape: Shape, ranks: int, rank: int) -> Shard | None:
+    """The rows of a tensor that a rank holds; None where there is one rank, or no rows."""
+    if not 0 <= rank < ranks:
+        raise UserError(f"ranks is at least 1 and rank one of 0 to ranks - 1, got ranks={ranks}, rank={rank}")
+    return Shard.of(shape, ranks, rank) if ranks > 1 and shape else None
+
+
+def _held_bytes(
+    strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None
+) -> int:
+    device = torch.device("meta")
+    if shard is not None:
+        return _bytes(fresh(strategy, rule_name, role, shard, dtype, device).values())
+    return _bytes(strategy.init(rule_name, torch.empty(shape, dtype=dtype, device=device), role).values())
 
 
 def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> list[int]:
@@ -70,25 +99,37 @@ def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> 
 
 
 def model_state_bytes(
-    strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0, decided: str = ""
+    strategy: Strategy,
+    model: nn.Module,
+    *,
+    step: int = 0,
+    seed: int = 0,
+    decided: str = "",
+    ranks: int = 1,
+    rank: int = 0,
 ) -> int:
     """Bytes of optimizer state for the trainable parameters of a model, constants included.
 
     Args:
-        strategy: from `create`; model: on any device, meta too.
+        strategy: from `create`; model: on any device, meta too, not sharded.
         step: for schedules that change which tensors hold state; seed: of the run.
         decided: of the optimizer's groups, for schedules that go by gradients.
+        ranks, rank: as for `state_bytes`.
     """
     found = roles.find(model)
     trained = {name: p for name, p in model.named_parameters() if trains(p)}
-    ordinary = {name: strategy.rule_name(found.get(name, "matrix"), p.shape) for name, p in trained.items()}
+    shards = {name: _shard(tuple(p.shape), ranks, rank) for name, p in trained.items()}
+    ordinary = {
+        name: strategy.rule_name(found.get(name, "matrix"), p.shape, shards[name])
+        for name, p in trained.items()
+    }
     cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
     total, rules = 0, strategy.rules_at(ordinary, step, seed, decided)
     for name, p in trained.items():
         role = found.get(name, "matrix")
         key = (rules[name], role, tuple(p.shape), p.dtype)
         if key not in cache:
-            cache[key] = _bytes(strategy.init(rules[name], torch.empty_like(p, device="meta"), role).values())
+            cache[key] = _held_bytes(strategy, *key, shards[name])
         total += cache[key]
     return total + sum(shared_sizes(strategy, [(rule, role, shape) for rule, role, shape, _ in cache]))
 

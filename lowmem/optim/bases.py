@@ -17,6 +17,7 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.changes import Change, Rotation, Unrelated
+from lowmem.optim.shards import resized, shard_in, total, whole
 from lowmem.optim.state import State
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
@@ -42,21 +43,22 @@ class Frame:
 
     def left(self, shape: tuple[int, int]) -> bool:
         """Whether the basis spans the rows' index (m); square weights are projected on the right."""
-        m, n = shape
+        m, n = whole(shape)
         if self.proj_type in ("left", "right"):
             return self.proj_type == "left"
         return (m < n) == (self.proj_type == "std")
 
     def size(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(s, r) of the basis."""
-        side = shape[0] if self.left(shape) else shape[1]
+        m, n = whole(shape)
+        side = m if self.left(shape) else n
         rank = int(self.rank) if self.rank >= 1 else max(1, round(side * self.rank))
-        return side, min(rank, *shape)
+        return side, min(rank, m, n)
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """(r, n) on the left, (m, r) on the right."""
+        """(r, n) on the left, all of it on every rank; (m, r) on the right, spread as the matrix is."""
         rank = self.size(shape)[1]
-        return (rank, shape[1]) if self.left(shape) else (shape[0], rank)
+        return (rank, shape[1]) if self.left(shape) else resized(shape, rank)
 
     def init(self, x: Tensor) -> State:
         """The first r coordinate axes: orthonormal before any gradient was seen.
@@ -67,21 +69,34 @@ class Frame:
         return {"basis": torch.eye(rank, side, device=x.device).t()}
 
     def down(self, basis: Tensor, g: Blocks) -> Tensor:
-        """P' G or G P."""
-        return g.left(basis) if self.left(g.shape) else g.right(basis)
+        """P' G or G P; of rows here, P' G of all."""
+        if not self.left(g.shape):
+            return g.right(basis)
+        return total(g.shape, g.left(own_rows(basis, g.shape)))
 
     def across(self, low: Tensor, g: Blocks) -> Tensor:
-        """G R' or G' R, (s, r): the other half of a power iteration."""
-        return g.right(low.t()) if self.left(g.shape) else g.left(low).t()
+        """G R' or G' R, (s, r): the other half of a power iteration; of all rows."""
+        if not self.left(g.shape):
+            return total(g.shape, g.left(low)).t()
+        shard, own = shard_in(g.shape), g.right(low.t())
+        return own if shard is None else shard.gathered(own)
+
+    def largest(self, low: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
+        """`largest` of a projected gradient, be it spread or not."""
+        if shard_in(self.low_shape(g.shape)) is None:
+            return largest(low)
+        low = low if low.numel() else low.new_zeros(1)
+        return usable(total(g.shape, low.abs().amax(), "max"))
 
     def up(self, basis: Tensor, low: Tensor, i: int, j: int, weight: Blocks) -> Tensor:
         """Rows of P R or R P', in the precision of the weight."""
-        a, b = (basis[i:j], low) if self.left(weight.shape) else (low[i:j], basis.t())
+        left = self.left(weight.shape)
+        a, b = (own_rows(basis, weight.shape)[i:j], low) if left else (low[i:j], basis.t())
         return a.to(weight.dtype) @ b.to(weight.dtype)
 
     def pair(self, basis: Tensor, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The two factors of the lifted matrix."""
-        return (basis, low) if self.left(shape) else (low, basis.t())
+        return (own_rows(basis, shape), low) if self.left(shape) else (low, basis.t())
 
     def replace_(self, basis: Tensor, new: Tensor, ok: Tensor, shape: tuple[int, int], say: bool) -> Change:
         """Store a new basis where ok, and say how the coordinates change."""
@@ -95,10 +110,20 @@ class Frame:
         return 0 if self.left(shape) else 1
 
 
+def own_rows(basis: Tensor, shape: tuple[int, int]) -> Tensor:
+    """What of a basis on the left belongs to the rows held here; every rank has all of it."""
+    shard = shard_in(shape)
+    return basis if shard is None else shard.own(basis)
+
+
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest magnitude, 1 where x is not usable; and a 0-D bool: all finite and not all zero."""
     low, high = x.aminmax()
-    top = torch.maximum(high, -low)
+    return usable(torch.maximum(high, -low))
+
+
+def usable(top: Tensor) -> tuple[Tensor, Tensor]:
+    """A largest magnitude, 1 where it is not finite or 0; and a 0-D bool, whether it is."""
     ok = torch.isfinite(top) & (top != 0)
     return torch.where(ok, top, 1.0), ok
 
@@ -110,8 +135,9 @@ def unit(x: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def energy(g: Blocks, top: Tensor) -> Tensor:
-    """|G / top|^2, 0-D fp32."""
-    return g.sum(lambda rows: torch.linalg.vector_norm(rows / top, dtype=torch.float64).square()).float()
+    """|G / top|^2 of all rows, 0-D fp32."""
+    own = g.sum(lambda rows: torch.linalg.vector_norm(rows / top, dtype=torch.float64).square())
+    return total(g.shape, own).float()
 
 
 def orthonormal(x: Tensor) -> Tensor:

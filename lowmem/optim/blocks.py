@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.optim.engine.cutting import sizes
+from lowmem.optim.engine.cutting import sizes, walk
+from lowmem.optim.shards import Shape, matrix
 
 CAST = 8 << 20
 """Bytes of factors that are kept cast between the rows of a product."""
@@ -36,6 +37,9 @@ def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     >>> matrix_shape((8, 3, 3, 3)), matrix_shape((5,)), matrix_shape(())
     ((8, 27), (1, 5), (1, 1))
     """
+    if isinstance(shape, Shape):
+        found: tuple[int, int] = matrix(shape.shard)
+        return found
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
@@ -45,7 +49,7 @@ class Blocks:
     """An (m, n) matrix given by a function of a row range.
 
     Args:
-        shape: (m, n).
+        shape: (m, n); a `shards.Shape` where these are some rows of a larger matrix.
         rows: maps (i, j) to the rows i..j, (j - i, n), in any floating dtype; None where a subclass has
             its own `rows`. A bound method of the object itself would be a reference cycle, and what it
             holds (a gradient) would live until the garbage collector runs.
@@ -94,10 +98,10 @@ class Blocks:
         return out
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Row ranges of at most `BLOCK` elements that cover the matrix."""
+        """Row ranges of at most `BLOCK` elements that cover the matrix; one without rows if it has none."""
         m, n = self.shape
-        height = max(1, BLOCK // n)
-        for i in range(0, m, height):
+        height = max(1, BLOCK // max(1, n))
+        for i in range(0, max(1, m), height):
             yield i, min(m, i + height)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Blocks:
@@ -123,6 +127,13 @@ class Blocks:
         parts = [f(self.rows(i, j)) for i, j in self.ranges()]
         return torch.stack(parts).sum(0)
 
+    def peak(self) -> Tensor:
+        """The largest magnitude, 0-D; 0 where there are no elements."""
+        if not self.shape[0] * self.shape[1]:
+            return torch.zeros((), device=self.device)
+        parts = [self.rows(i, j).abs().amax() for i, j in walk(self.ranges(), self.device)]
+        return torch.stack(parts).amax()
+
 
 class Dense(Blocks):
     """A matrix that is held as a tensor, times an optional 0-D factor.
@@ -130,10 +141,13 @@ class Dense(Blocks):
     Args:
         tensor: any shape and floating dtype; seen as `matrix_shape`.
         factor: 0-D fp32 on the same device (the clip factor), or None for 1.
+        shape: (m, n) as a part of a larger matrix; that of the tensor, if None.
     """
 
-    def __init__(self, tensor: Tensor, factor: Tensor | None = None) -> None:
-        shape = matrix_shape(tensor.shape)
+    def __init__(
+        self, tensor: Tensor, factor: Tensor | None = None, shape: tuple[int, int] | None = None
+    ) -> None:
+        shape = matrix_shape(tensor.shape) if shape is None else shape
         dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
         view = factor is None and tensor.layout == torch.strided and tensor.is_contiguous()
         super().__init__(shape, None, tensor.device, dtype, 0 if view else 8)
@@ -186,6 +200,27 @@ class Dense(Blocks):
     def _scaled(self, product: Tensor) -> Tensor:
         product = product.float()
         return product if self.factor is None else product.mul_(self.factor)
+
+
+class Slice(Blocks):
+    """Some rows of a matrix that is drawn where it is looked at.
+
+    Args:
+        whole: the matrix; shape: of the rows, with where they are.
+    """
+
+    def __init__(self, whole: Blocks, shape: Shape) -> None:
+        super().__init__(matrix_shape(shape), None, whole.device, whole.dtype)
+        self.whole, self.first = whole, shape.shard.first
+        self.offset = self.first * shape.shard.width
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j of those here."""
+        return self.whole.rows(self.first + i, self.first + j)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Flat elements of those here."""
+        return self.whole.chunk(self.offset + start, self.offset + stop)
 
 
 def product(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Blocks:

@@ -2,12 +2,11 @@
 
 There are two kinds of rule, because two things cannot be one:
 
-* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules
-  over codecs, MicroAdam). Its step is a pure function of a flat chunk: the frame
-  cuts, pads, guards, writes and stores, and compiles the function with the writer.
-* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at
-  gradients as `Blocks`, keeps its state up to date itself, and returns a
-  `Direction` that the frame writes.
+* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs,
+  MicroAdam). Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes and
+  stores, and compiles the function with the writer.
+* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at gradients as `Blocks`,
+  keeps its state up to date itself, and returns a `Direction` that the frame writes.
 
 What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 """
@@ -25,6 +24,7 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.engine.cutting import LADDER
 from lowmem.optim.hyper import ChunkHyper, Hyper
+from lowmem.optim.shards import ByRows, Shape
 from lowmem.optim.split import Split
 from lowmem.optim.state import Constants, State, reset_
 
@@ -34,7 +34,7 @@ SCRATCH = 64 << 20
 """Bytes that a step may take beside what grows with a projected gradient."""
 
 
-class AnyRule:
+class AnyRule(ByRows):
     """What both kinds of rule have.
 
     Attributes:
@@ -172,6 +172,10 @@ class Pointwise(AnyRule):
         """None."""
         return frozenset()
 
+    def shards(self, shape: Shape) -> bool:
+        """Where every shard starts on a block."""
+        return shape.shard.starts_on(self.grain)
+
     def moment(self, name: str, s: State) -> Tensor:
         """A moment of a chunk as it is held before the step: fp32, a number for each element."""
         raise NotImplementedError(f"{type(self).__name__} holds no {name} that can be read")
@@ -218,7 +222,7 @@ def is_pointwise(rule: AnyRule) -> TypeGuard[Pointwise]:
     return isinstance(rule, Pointwise)
 
 
-class Projector:
+class Projector(ByRows):
     """Where a gradient is seen: R = down(G). Shapes are those of the (m, n) matrix.
 
     Attributes:
@@ -308,12 +312,13 @@ class Residual:
     Attributes:
         reads_rest: the rest, or the whole gradient, is looked at; if not, the projection is enough.
         lifts: the lifted step is taken too; if not, `absorb` gives all of the step.
-        needs: what the projector must be, of "dense" and "orthonormal".
+        needs: what the projector must be, of "dense" and "orthonormal"; shards: rows may be absorbed here.
         needs_linear: the inner rule must be `linear`.
         uses: settings of the parameter group that are read, of betas and eps.
         takes: the moment of the inner rule of which `take_` is told what a change of basis loses; "".
     """
 
+    shards: ClassVar[bool] = False
     reads_rest: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -138,6 +138,7 @@ class HeldMoment(Blocks):
         """What a codec may know; of all, it asks for random bits alone."""
         device, hp, streams = self.device, self.hp, self.codec.streams
         true = torch.ones((), dtype=torch.bool, device=device)
+        start += hp.offset
         rates, keys = hp.rates(), hp.keys(streams, start >> 32)
         place = noise.positions(start, size if streams else 0, device)
         return ChunkHyper(rates, rates[0], rates[1], true, true, place, keys, streams)

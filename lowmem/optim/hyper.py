@@ -11,7 +11,7 @@ import functools
 import hashlib
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.engine.parcel import Contents, Parcel
+from lowmem.optim.shards import Shard, shard_in
 
 
 @functools.lru_cache(1 << 16)
@@ -70,6 +71,8 @@ class Hyper:
         advance: the frame's `Chunks.advance_`, for rules that hold a pointwise rule.
         first: the state was created for this step.
         heads: into which the weight's rows are cut, where it makes queries or keys; 0 elsewhere.
+        shard: which rows of the tensor these are, where they are spread over ranks.
+        sound: 0-D bool, where all ranks have agreed already whether the gradient is finite (`Rule.unsound`).
         constant: cache of small tensors.
         group: the parameter group that the numbers are from, as it is at any time.
     """
@@ -86,6 +89,8 @@ class Hyper:
     first: bool = False
     heads: int = 0
     constant: Lookup = field(default_factory=Lookup)
+    shard: Shard | None = None
+    sound: Tensor | None = None
     group: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -137,8 +142,20 @@ class Hyper:
 
     @property
     def share(self) -> float:
-        """The part of the tensor that is held here; one device holds it all today."""
-        return 1.0
+        """The part of the tensor that is held here."""
+        return 1.0 if self.shard is None else self.shard.rows / self.shard.full[0]
+
+    @property
+    def offset(self) -> int:
+        """Elements of the tensor before those held here."""
+        return 0 if self.shard is None else self.shard.first * self.shard.width
+
+    def inside(self, shape: tuple[int, int]) -> Hyper:
+        """What a rule may know that steps a projected gradient of this shape: all of it is here, or rows."""
+        if self.shard is None:
+            return self
+        shard = shard_in(shape)
+        return replace(self, shard=shard, sound=self.sound if shard else None)
 
     def due(self, gap: int) -> bool:
         """Whether a refresh with this gap falls on this step: at first, then staggered by name."""
@@ -149,10 +166,10 @@ class Hyper:
         return (self.step + stagger(self.name, gap)) // gap
 
     def total(self, x: Tensor, op: str = "sum") -> Tensor:
-        """Reduce over the shards of the tensor ("sum" or "max"); one device holds it all today."""
+        """Reduce over the shards of the tensor, "sum" or "max"; the same bits on all ranks."""
         if op not in ("sum", "max"):
             raise ValueError(f"total over shards: op is 'sum' or 'max', got {op!r}")
-        return x
+        return x if self.shard is None else self.shard.total(x, op)
 
     def gaussian(self, shape: tuple[int, int], use: str, gap: int = 1) -> Tensor:
         """A standard normal matrix named by (seed, window of `gap` steps, parameter, use)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -27,20 +27,22 @@ from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.hyper import Hyper, Lookup
+from lowmem.optim.shards import Shard
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, held_bytes, made, scoped
+from lowmem.optim.state import State, made, scoped, stored
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
+from lowmem.optim.tensors.checks import check_gradient, check_gradients, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
 from lowmem.optim.tensors.marks import mark_, rests, trains
 from lowmem.optim.tensors.resting import arrange_, observe_, turn_
-from lowmem.optim.tensors.saved import Loading
+from lowmem.optim.tensors.saved import Resumable
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
+from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
 
 Params = Iterable[Any]
 
 
-class LowMemOptimizer(torch.optim.Optimizer):
+class LowMemOptimizer(Resumable):
     """Takes the steps of a strategy.
 
         W <- (1 - lr weight_decay) W - lr D    (float64 weights in float64)
@@ -120,14 +122,14 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
         self._lookup = Lookup()
         self._evidence: list[Any] = []
+        self._begun: dict[Tensor, Step] = {}
         self._switched = -1
         self._at = threading.local()  # hooks of several devices run in threads of their own
         arrange_(self.roster, self.strategy.rules)
 
     def __getstate__(self) -> dict[str, Any]:
-        resting = [p for p in self.roster.places if rests(p)]
-        own = {"strategy": self.strategy, "released": False, "_model": None, "_resting": resting}
-        return {**super().__getstate__(), **own}
+        own = {"strategy": self.strategy, "released": False, "_model": None}
+        return {**super().__getstate__(), **own, "_resting": [p for p in self.roster.places if rests(p)]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for p in state.pop("_resting", []):
@@ -189,8 +191,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def place(self, p: Tensor) -> Place:
         """The group, name and role of a parameter."""
-        if p not in self.roster.places:
-            self._roster = None  # accelerate swaps the tensors in param_groups
+        if p not in self.roster.places:  # accelerate swaps the tensors in param_groups
+            self._roster = None
         return self.roster[p]
 
     def named_parameters(self) -> Named:
@@ -205,17 +207,14 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Whether a parameter takes no part in the next step."""
         return self.strategy.rules[self.rule_name(p)].idle
 
-    def hyper(self, p: Tensor, part: Part | None = None, first: bool = False) -> Hyper:
-        """What a rule may know of the next step of a parameter, or of a part of it."""
+    def hyper(
+        self, p: Tensor, part: Part | None = None, first: bool = False, weight: Blocks | None = None,
+        shard: Shard | None = None,
+    ) -> Hyper:  # fmt: skip
+        """What a rule may know of the next step of a parameter, or of a part of it, or of some rows."""
         place = self.place(p)
-        return Hyper(
-            **place.numbers(),
-            name=part.name if part else place.name,
-            weight=Dense(part.of(p.detach()) if part else p.detach()),
-            advance=self.chunks.advance_,
-            first=first,
-            constant=self._lookup,
-        )
+        weight = weight or Dense(part.of(p.detach()) if part else p.detach())
+        return hyper(place, (part or place).name, weight, self.chunks.advance_, self._lookup, first, shard)
 
     def constants(self, p: Tensor) -> State:
         """The constants of a parameter's rule, each held once for a device."""
@@ -230,7 +229,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if known and known.fits(rule_name, held):
             return known, False
         if fresh := not held:
-            held.update(self.strategy.init(rule_name, p, self.place(p).role))
+            held.update(self.place(p).fresh(self.strategy, rule_name, p))
         self._seats[p] = seat(self.strategy, self.place(p), rule_name, p, held, self.constants(p))
         return self._seats[p], fresh
 
@@ -261,18 +260,35 @@ class LowMemOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: a gradient of another shape or device, sparse, or not of real numbers.
         """
-        with self._at_work():
-            self._step_param(p, g)
+        if p.numel():
+            with self._at_work():
+                self._step_param(p, g)
 
     def _step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
         g = Dense(g) if isinstance(g, Tensor) else g
         check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
-        if not p.numel() or self.resting(p):
+        if self.resting(p):
+            return
+        if self.roster.spread:
+            (self._begun.pop(p, None) or self._begin(p, g)).finish(self.chunks)
             return
         seat, fresh = self.ready(p)
         observe_(self.strategy.schedule, seat, g)
         for part in seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
+
+    def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
+        seat, fresh = self.ready(p)
+        return begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
+
+    def _together(self, pairs: Params) -> Params:
+        """Gradients whose ranks have agreed where they must: once for all of them."""
+        if not self.roster.spread:
+            return pairs
+        found = list(pairs)
+        joint = (pair for pair in found if self.place(pair[0]).judged(self.strategy, self.rule_name(pair[0])))
+        self._begun = agreed({p: self._begin(p, g) for p, g in joint})
+        return found
 
     def backward(self, loss_fn: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
         """Evaluate the loss and leave what the step needs.
@@ -301,21 +317,18 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Step every parameter that has a gradient; tensors that were released have had theirs."""
-        source = self.strategy.source
-        loss = None
+        source, loss = self.strategy.source, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure() if source.needs_autograd else self.backward(closure)
         self._roster = None  # the caller may have changed the groups
         with self._at_work():
-            for name, p in self.named_parameters():
-                if p.grad is not None:
-                    check_gradient(name, p, p.grad)  # before any tensor is stepped
+            check_gradients(self.named_parameters())  # before any tensor is stepped
             if not self._evidence and not source.needs_autograd:
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
             with self.chunks.together():
-                for p, g in source.gradients(self.named_parameters(), self._evidence):
+                for p, g in self._together(source.gradients(self.named_parameters(), self._evidence)):
                     self.step_param(p, g)
         self._evidence.clear()
         for group in self.param_groups:
@@ -329,19 +342,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def nonfinite(self) -> int:
-        """Elements whose gradient or new fp16 weight was not finite: not stepped. Reads from the device."""
+        """Elements here that were not stepped: gradient or new fp16 weight not finite. Reads the device."""
         return self.chunks.skipped()
 
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""
-        return held_bytes([*self.state.values(), self._constants])
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.
-
-        Raises:
-            CheckpointError: saved by another strategy, for other shapes, or without what was held.
-        """
-        with Loading(self.strategy).around(self), NEUTRAL.entered():
-            super().load_state_dict(dict(state_dict))
-        arrange_(self.roster, self.strategy.rules)
+        tensors = [t for held in self.state.values() if isinstance(held, dict) for t in held.values()]
+        return stored([*tensors, *self._constants.values()])

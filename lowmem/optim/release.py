@@ -27,6 +27,7 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Projected
 from lowmem.optim.contract import AnyRule, Rule
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.shards import Shard, local
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import awake, trains
 
@@ -53,6 +54,7 @@ class Release:
     _previous: dict[torch.device, Tensor] = field(default_factory=dict)
     _low: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
+    _shard: Shard | None = None
 
     def attach(self) -> None:
         """Hook every trainable parameter."""
@@ -60,6 +62,7 @@ class Release:
         known = float(group["previous_norm"])
         for _, p in self.optimizer.named_parameters():
             if trains(p):
+                self._shard = self._shard or self.optimizer.place(p).shard
                 with awake(p):
                     hook = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
                 self._handles.append(hook)
@@ -80,10 +83,10 @@ class Release:
     def grad_norm(self) -> float:
         """Norm of the gradients of the last backward pass, before clipping. Reads from the device.
 
-        A Trainer asks between backward and `step()`. Where only the projection of a
+        A Trainer asks between backward and `step()`, on all ranks. Where only the projection of a
         gradient was kept, its norm stands for the gradient's: see `projected`.
         """
-        squares = [float(square) for square in self._square.values()]
+        squares = [float(square) for square in self._summed().values()]
         squares = squares or [float(norm) ** 2 for norm in self._previous.values()]
         return float(sum(squares) ** 0.5)
 
@@ -108,8 +111,8 @@ class Release:
     def _projecting(self, p: nn.Parameter, rule: AnyRule) -> bool:
         """Whether the projected gradient of a tensor suffices in this window."""
         watched = self.optimizer.strategy.schedule.observes
-        if not rule.keeps_sum or watched or not self.optimizer.state.get(p):
-            return False
+        if self._shard is not None or watched or not rule.keeps_sum or not self.optimizer.state.get(p):
+            return False  # of sharded gradients little is held
         # of a stack, some matrices may be refreshed and others not
         whole = len(self.optimizer.ready(p)[0].parts) == 1
         return whole and not (rule.period and self.optimizer.hyper(p).due(rule.period))
@@ -132,12 +135,14 @@ class Release:
         return None if p.grad is None else Dense(p.grad, self._measure(p.grad))
 
     def _measure(self, g: Tensor) -> Tensor | None:
-        """Add a gradient's norm to the step's, and give its clip factor."""
-        norm = torch.linalg.vector_norm(g, dtype=torch.float32)
+        """Add a gradient's norm, or that of the rows here, to the step's, and give its clip factor."""
+        norm = torch.linalg.vector_norm(local(g), dtype=torch.float32)
         total = self._square.setdefault(g.device, torch.zeros((), device=g.device))
         total.add_(norm.square())
         if self.clip == "none":
             return None
+        if self.clip == "tensor" and self._shard is not None:
+            norm = self._shard.total(norm.square()).sqrt()
         seen = norm if self.clip == "tensor" else self._previous.get(g.device)
         if seen is None:
             return None
@@ -145,8 +150,13 @@ class Release:
         # a norm that is not finite clips nothing: the elements that made it so are not stepped
         return torch.where(torch.isfinite(seen), factor, 1.0)
 
+    def _summed(self) -> dict[torch.device, Tensor]:
+        """Squares of all gradients so far; of all ranks, which ask together."""
+        shard = self._shard
+        return {d: square if shard is None else shard.total(square) for d, square in self._square.items()}
+
     def _on_step(self, *_: Any) -> None:
-        for device, square in self._square.items():
+        for device, square in self._summed().items():
             self._previous[device] = square.sqrt()
         self._square.clear()
         self.projected = False

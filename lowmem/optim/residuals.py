@@ -27,6 +27,7 @@ from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import LARGEST as LARGEST_OWED
 from lowmem.optim.rules.sgd import SGD
 from lowmem.optim.rules.subsets import Subsets
+from lowmem.optim.shards import shard_in, total
 from lowmem.optim.split import Split
 from lowmem.optim.state import Constants, State, apply_in_place, part, prefixed
 
@@ -47,6 +48,7 @@ class Rest(Rule):
 class Drop(Residual):
     """Forget the rest (GaLore)."""
 
+    shards: ClassVar[bool] = True
     reads_rest: ClassVar[bool] = False
 
     def aside(self) -> AnyRule:
@@ -65,6 +67,7 @@ class Stateless(Residual):
 
     sign: bool = True
     scale: float = 1.0
+    shards: ClassVar[bool] = True
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """scale sign(rest) or scale rest; what is not finite stays so, for the frame to refuse."""
@@ -103,6 +106,7 @@ class ScaledRest(Residual):
     limit: float = 1.01
     per: str = "channel"
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
+    shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.scale > 0.0 or not (self.limit == 0.0 or self.limit >= 1.0):
@@ -121,7 +125,7 @@ class ScaledRest(Residual):
         factors = self._factors(split).mul_(self.scale)
         if not self.limit:
             return self._scaled(split, factors), None
-        norm = self._scaled(split, factors).sum(_square).sqrt().float()
+        norm = total(split.g.shape, self._scaled(split, factors).sum(_square)).sqrt().float()
         before, most = s["norm"], s["norm"] * self.limit
         longer = (before > 0.0) & (norm > most)
         factors.mul_(torch.where(longer, most / norm, 1.0))
@@ -132,7 +136,7 @@ class ScaledRest(Residual):
         """phi, one for each row or column of the gradient."""
         own, seen = (torch.linalg.vector_norm(x, dim=split.axis) for x in (split.step, split.low))
         if self.per == "tensor":
-            own, seen = (torch.linalg.vector_norm(x).expand_as(own) for x in (own, seen))
+            own, seen = (_length(x, split).expand_as(own) for x in (own, seen))
         factors: Tensor = own / (seen + 1e-8)
         return factors
 
@@ -146,6 +150,13 @@ class ScaledRest(Residual):
 
 
 PER = ("channel", "tensor")
+
+
+def _length(channels: Tensor, split: Split) -> Tensor:
+    """The norm of all channels; where they are rows, of those of all ranks."""
+    norm: Tensor = torch.linalg.vector_norm(channels)
+    shard = shard_in(split.g.shape)
+    return norm if shard is None or split.axis == 0 else shard.total(norm.square()).sqrt()
 
 
 def _square(rows: Tensor) -> Tensor:

@@ -85,6 +85,12 @@ def part(state: Mapping[str, Tensor], name: str) -> State:
     return {"": state[name]} if name in state else scoped(state, name)
 
 
+def stored(held: Iterable[Any]) -> int:
+    """Bytes of what tensors lie in, every storage once; what else is held does not count."""
+    storages = [x.untyped_storage() for x in held if isinstance(x, Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
 def apply_in_place(state: State, new: Mapping[str, Tensor]) -> None:
     """Store new values under the same keys, into the same memory."""
     for key, value in new.items():

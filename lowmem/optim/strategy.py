@@ -18,12 +18,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lowmem.optim.contract import AnyRule, is_pointwise
 from lowmem.optim.schedules import Always, Schedule
+from lowmem.optim.shards import Shard
 from lowmem.optim.source import Source
 from lowmem.optim.state import Constants, State, prefixed
 from lowmem.optim.tensors import stacks
@@ -34,6 +35,8 @@ SMALL = 4096
 """Tensors with fewer elements take the "small" rule where there is one."""
 
 Plain = bool | int | float | str
+Way = Literal["rows", "stack", "whole"]
+"""How a tensor is stepped whose rows are spread over ranks; see `shards`."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,22 @@ class Strategy:
             return {"name": self.name, "options": dict(self.options)}
         return {"name": "", "options": {}, "parts": text_of(self)}
 
-    def rule_name(self, role: str, shape: Sequence[int]) -> str:
+    def rule_name(self, role: str, shape: Sequence[int], shard: Shard | None = None) -> str:
         """The name of the rule that a tensor of this role and shape follows.
 
         A tensor below SMALL elements follows "small" where there is such a rule, unless its role has
-        a rule of its own, or is a matrix that is projected: what is held of it is smaller still.
+        a rule of its own, or is a matrix that is projected: what is held of it is smaller still. So does
+        a tensor whose shards do not start on a block of the ordinary rule.
         """
         role = refined(role, shape)
         if role == "convolution":
             role = "matrix"
         name = role if role in self.rules else "other"
         shrinks = name in ("matrix", "other") and is_pointwise(self.rules[name])
-        return "small" if shrinks and "small" in self.rules and math.prod(shape) < SMALL else name
+        if not shrinks or "small" not in self.rules:
+            return name
+        cut = shard is not None and self.way(name, role, shard) == "whole"
+        return "small" if cut or math.prod(shape) < SMALL else name
 
     def rules_at(
         self, ordinary: Mapping[str, str], step: int, seed: int, decided: str = ""
@@ -121,6 +128,18 @@ class Strategy:
         return {
             name: switched(name, rule, names[rule], step, seed, decided) for name, rule in ordinary.items()
         }
+
+    def way(self, rule_name: str, role: str, shard: Shard) -> Way:
+        """How a tensor is stepped whose rows are spread; the same on all ranks."""
+        if self.slices(rule_name, role, shard.full):
+            return "stack"
+        rule = self.rules[rule_name]
+        cut = is_pointwise(rule) or len(shard.full) > 1  # a vector has no rows
+        return "rows" if cut and rule.shards(shard.shape) else "whole"
+
+    def judges(self, rule_name: str, role: str, shard: Shard) -> bool:
+        """Whether ranks must agree on the step of a tensor whose rows are spread."""
+        return not is_pointwise(self.rules[rule_name]) and self.way(rule_name, role, shard) == "rows"
 
     def slices(self, rule_name: str, role: str, shape: Sequence[int]) -> bool:
         """Whether a tensor is a stack of matrices that are stepped one by one."""

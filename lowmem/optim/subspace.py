@@ -30,10 +30,11 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape, product
 from lowmem.optim.changes import Unrelated
 from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, is_pointwise
-from lowmem.optim.engine.chunks import all_finite
 from lowmem.optim.engine.cutting import sizes
+from lowmem.optim.engine.finite import all_finite, unsound
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.residuals import Drop
+from lowmem.optim.shards import Shape, shard_in
 from lowmem.optim.split import Split
 from lowmem.optim.state import Constant, Constants, State, apply_in_place, prefixed, scoped
 
@@ -143,6 +144,20 @@ class Subspace(Rule):
         looks = self.residual.reads_rest or self.projector.follows or self.projector.partial
         return not looks and self.period != 1
 
+    def shards(self, shape: Shape) -> bool:
+        """Where all parts take rows, and shards of R, if it is spread, start on a block of the inner rule."""
+        takes, low = self.projector.shards(shape), self.projector.low_shape(matrix_shape(shape))
+        inside = not isinstance(low, Shape) or self.inner.shards(low)
+        return takes and self.residual.shards and inside
+
+    def unsound(self, g: Blocks, s: State, hp: Hyper) -> Tensor | None:
+        """Of what is seen, where R is spread; where it is not, all ranks have it."""
+        if shard_in(self.projector.low_shape(g.shape)) is None:
+            return None
+        if isinstance(g, Projected) or not self.projector.dense:
+            return unsound(g.low if isinstance(g, Projected) else self.project(g, s, hp))
+        return g.sum(unsound).clamp(max=1.0)  # a dense basis sees every element
+
     def scratch(self, shape: tuple[int, int]) -> int:
         """R, R once more where it is looked at after the step, and what the inner rule takes."""
         low = self.projector.low_shape(shape)
@@ -225,7 +240,7 @@ class Subspace(Rule):
         change = self.projector.refresh(moving, self._owing(held, g, hp), hp, inner, say=rotates)
         if self.on_refresh != "keep":
             change = change if rotates else Unrelated(change.ok)
-            self.inner.rebase_(inner, change, self.projector.low_shape(g.shape), hp)
+            self.inner.rebase_(inner, change, low := self.projector.low_shape(g.shape), hp.inside(low))
         if before is not None:
             after = self._lifted(takes, s, hp)
             lost = Blocks(g.shape, lambda i, j: before.rows(i, j) - after.rows(i, j), g.device)
@@ -274,7 +289,8 @@ class Subspace(Rule):
             low: R; step: R too, and N afterwards. They are one tensor where nobody looks at R again.
             inner: the inner rule's state and constants; hp: of this step.
         """
-        g = Dense(low)
+        shape = self.projector.low_shape(hp.weight.shape)
+        g, hp = Dense(low, shape=shape), hp.inside(shape)
         self.inner.prepare(g, inner, hp)
         if is_pointwise(self.inner):
             return Inside(hp.advance(self.inner, step, inner, hp))

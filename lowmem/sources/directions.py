@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.compiling import Kernel, compiled
-from lowmem.optim.engine.cutting import pad, read_flat, sizes, write_flat
+from lowmem.optim.engine.cutting import read_flat, sizes, write_flat
 from lowmem.optim.writers import HALF
 
 log = logging.getLogger(__name__)
@@ -85,19 +85,20 @@ class Direction:
         """Elements start..stop of scale z for a parameter, flat fp32."""
         return self.pen(parameter, like, scale).draw(start, stop)
 
-    def displaced(self, parameter: str, w: Tensor, distance: float) -> Tensor:
-        """A copy of a weight, distance along z, in its own dtype and layout."""
-        out = torch.empty_like(w)
+    def displaced(self, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
+        """A copy of a weight, distance along z, in its dtype and layout; the elements from `start` on."""
+        out, end = torch.empty_like(w), start + w.numel()
         pen = self.pen(parameter, w, distance)
-        for at, size in pieces(0, w.numel(), w.device, fixed=self.compile):
-            length = min(size, w.numel() - at)
-            old = read_flat(w, at, length)
-            if length == size and w.is_contiguous():
-                pen.fill(out.view(-1)[at : at + size], old, at)
+        for at, size in pieces(start, end, w.device, fixed=self.compile):
+            first, last = max(at, start), min(at + size, end)
+            old = read_flat(w, first - start, last - first)
+            if last - first == size and w.is_contiguous():
+                pen.fill(out.view(-1)[at - start : at - start + size], old, at)
                 continue
             new = torch.empty(size, dtype=w.dtype, device=w.device)
-            pen.fill(new, pad(old, size), at)
-            write_flat(out, at, new[:length])
+            padded = torch.nn.functional.pad(old, (first - at, at + size - last))
+            pen.fill(new, padded, at)
+            write_flat(out, first - start, new[first - at : last - at])
         return out
 
 

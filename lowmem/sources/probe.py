@@ -38,7 +38,7 @@ from lowmem.sources.quantized import owned
 
 log = logging.getLogger(__name__)
 
-Shift = Callable[[str, Tensor], Tensor]
+Shift = Callable[..., Tensor]
 Slot = tuple[int, str]
 """A module (by id) and the name a parameter has in it."""
 

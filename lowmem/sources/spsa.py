@@ -37,6 +37,7 @@ from lowmem.sources.estimators import Estimator, TwoSided
 from lowmem.sources.probe import Prober, Shift
 from lowmem.sources.replicas import mean
 from lowmem.sources.slopes import Estimate, Evidence, Slope, checked, evaluating, refuse_compiled, values
+from lowmem.sources.spread import SpreadProber, check_spread, is_spread
 from lowmem.sources.structures import Free, Structure
 
 NOISES = ("gaussian", "rademacher")
@@ -136,14 +137,21 @@ class SPSA:
         points = [_shift(z, side * self.eps) for z in directions for side in self.estimator.sides]
         with torch.no_grad(), evaluating(model):
             base = [checked(loss_fn())] if self.estimator.base else []
-            probed = self._probe(Prober(params, model), loss_fn, points)
+            probed = self._probe(params, model, loss_fn, points)
             losses = mean(torch.stack([x.double() for x in (*base, *probed)]))
         slopes = self._slopes(values(losses))
         told = losses[0] if base else losses.mean()
         return told.float(), tuple(map(Slope, slopes, directions))
 
-    def _probe(self, prober: Prober, loss_fn: Callable[[], Tensor], points: list[Shift]) -> list[Tensor]:
+    def _probe(
+        self, params: Named, model: nn.Module | None, loss_fn: Callable[[], Tensor], points: list[Shift]
+    ) -> list[Tensor]:
         """The loss at each point; the first one alone where it is not known how weights are read."""
+        if is_spread(params):
+            check_spread(self.structure.on_rows, self.at_once)
+            rows = SpreadProber(params, model)
+            return [checked(rows(loss_fn, shift)) for shift in points]
+        prober = Prober(params, model)
         alone = len(points) if self.at_once == 1 else 1 - prober.known
         found = [checked(prober(loss_fn, shift)) for shift in points[:alone]]
         for i in range(alone, len(points), self.at_once):
@@ -186,7 +194,7 @@ class SPSA:
 
 
 def _shift(z: Direction, distance: float) -> Shift:
-    return lambda name, w: z.displaced(name, w, distance)
+    return lambda name, w, start=0: z.displaced(name, w, distance, start)
 
 
 def _bounded(c: float, clip: float) -> float:

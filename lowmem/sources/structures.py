@@ -37,11 +37,14 @@ class Structure(Protocol):
 
     Attributes:
         quantized: whether these are scales of quantized weights.
+        on_rows: an element of a direction follows from its index, so that some rows can be displaced alone.
         holds: whether something is held for each tensor.
     """
 
     @property
     def quantized(self) -> bool: ...
+    @property
+    def on_rows(self) -> bool: ...
     @property
     def holds(self) -> bool: ...
 
@@ -62,6 +65,7 @@ class Structure(Protocol):
 class Free:
     """Every element by itself."""
 
+    on_rows: ClassVar[bool] = True
     holds: ClassVar[bool] = False
 
     @property
@@ -100,6 +104,7 @@ class LowRank(Free):
 
     rank: int = 2
     gap: int = 50
+    on_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("update_gap", self.gap)):
@@ -126,6 +131,7 @@ class Sparse(Free):
     """
 
     share: float = 0.25
+    on_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
@@ -147,6 +153,7 @@ class Scales:
     """
 
     quantized: bool = True
+    on_rows: ClassVar[bool] = False
     holds: ClassVar[bool] = False
 
     def init(self, x: Tensor) -> State:

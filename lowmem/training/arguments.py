@@ -169,8 +169,16 @@ def _clips(args: Any) -> bool:
 def _engines(args: Any) -> list[str]:
     """Engines that flatten or shard parameters, which a strategy per tensor cannot see through."""
     rules = [
-        (args.deepspeed, "deepspeed: it flattens parameters, a strategy needs their shapes; leave it out"),
-        (args.fsdp, "fsdp: sharded parameters are not supported yet; leave it out, or train with plain DDP"),
+        (
+            args.deepspeed,
+            "deepspeed: it flattens parameters, a strategy needs their shapes; shard with fully_shard "
+            "instead, in a loop of your own",
+        ),
+        (
+            args.fsdp,
+            "fsdp: the Trainer does not shard yet; leave it out and train with plain DDP, or shard the model "
+            "with torch.distributed.fsdp.fully_shard in a loop of your own",
+        ),
         (
             args.optim_target_modules,
             "optim_target_modules: a strategy finds the matrices by itself; leave it out",

@@ -299,7 +299,7 @@ def _engine_problems(trainer: Any) -> list[str]:
         (trainer.is_deepspeed_enabled, f"deepspeed: it flattens parameters, {name} needs their shapes"),
         (
             trainer.is_fsdp_enabled,
-            f"fsdp: {name} does not take sharded parameters yet; train with plain DDP",
+            "fsdp: the Trainer does not shard yet; train with plain DDP, or call fully_shard in a loop",
         ),
         (
             alone and (args.world_size > 1 or args.n_gpu > 1),

@@ -215,7 +215,7 @@ def test_every_command_has_help_and_json(name: str) -> None:
 
 def test_the_commands_of_the_design_exist() -> None:
     expected = "finetune plan profile compare calibrate strategies models gpus cp validate env"
-    expected += " merge chat generate export"
+    expected += " merge chat generate export check replay"
     assert set(commands()) == set(expected.split())
 
 

@@ -37,6 +37,7 @@ def test_table_report_and_run(tiny_model: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "largest batch size" in done.stdout
+    assert "stopped by" in done.stdout
     assert "The peak of" in done.stdout
     assert page.read_text().startswith("<!doctype html>")
     assert runner.invoke(cli.app, ["validate", str(run)]).exit_code == 0

@@ -140,7 +140,7 @@ def _softmax(
 def fused_noise() -> Iterator[None]:
     """Displaced copies of zeroth-order sources are written by one compiled kernel, without scratch."""
 
-    def displaced(self: Direction, parameter: str, w: Tensor, distance: float) -> Tensor:
+    def displaced(self: Direction, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
         return torch.empty_like(w)
 
     with patch.object(Direction, "displaced", displaced):

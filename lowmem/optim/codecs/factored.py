@@ -24,6 +24,7 @@ from torch import Tensor
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.hyper import Hyper
+from lowmem.optim.shards import whole
 from lowmem.optim.state import State
 
 TINY = torch.finfo(torch.float32).tiny
@@ -76,7 +77,7 @@ class RowCol:
         m, n = g.shape
         row, col = torch.full((m,), eps, device=g.device), torch.full((n,), eps * hp.share, device=g.device)
         for i, j in walk(g.ranges(), g.device):
-            _add_means_(row[i:j], col, g.rows(i, j), g.shape, hp.share)
+            _add_means_(row[i:j], col, g.rows(i, j), whole(g.shape))
         return {"row": row, "col": hp.total(col)}
 
     def sound(self, new: State, hp: Hyper) -> Tensor:
@@ -98,10 +99,11 @@ class RowCol:
 
     @staticmethod
     def _mean(s: State, hp: Hyper) -> Tensor:
-        return torch.dot(s["row"], s["row"].new_full(s["row"].shape, hp.share / s["row"].numel()))
+        count = s["row"].numel() if hp.shard is None else hp.shard.full[0]
+        return torch.dot(s["row"], s["row"].new_full(s["row"].shape, 1.0 / count))
 
 
-def _add_means_(row: Tensor, col: Tensor, rows: Tensor, shape: tuple[int, int], share: float) -> None:
+def _add_means_(row: Tensor, col: Tensor, rows: Tensor, shape: tuple[int, int]) -> None:
     """Of its own so that the squares of one block are gone before those of the next are made."""
     m, n = shape
     longest = max(m, n)  # squares over it have finite sums along both sides
@@ -109,4 +111,4 @@ def _add_means_(row: Tensor, col: Tensor, rows: Tensor, shape: tuple[int, int], 
     square = torch.addcmul(row.new_zeros(()), rows, rows, value=1.0 / longest)
     # a sum uses all threads where a product with a vector uses one
     row.add_(square.sum(1), alpha=longest / n)
-    col.add_(square.sum(0), alpha=share * longest / m)
+    col.add_(square.sum(0), alpha=longest / m)

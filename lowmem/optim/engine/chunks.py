@@ -31,7 +31,8 @@ from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import cutting
 from lowmem.optim.engine.compiling import Kernel, compiled
 from lowmem.optim.engine.cutting import LADDER, Span, sizes, walk
-from lowmem.optim.engine.kernels import LARGEST, Asks, Guard, body
+from lowmem.optim.engine.finite import all_finite
+from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.run import Run
 from lowmem.optim.engine.together import Together
@@ -126,7 +127,8 @@ class Chunks:
         most = LADDER[1 if aged else 0]
         cuts = list(walk(self.spans(rule, flat.numel(), low.device, most), low.device))
         guard: Guard = "given"
-        if ok is None and len(cuts) == 1 and not rule.measures:  # the kernel that steps finds out on the way
+        alone = hp.shard is None and len(cuts) == 1
+        if ok is None and alone and not rule.measures:  # the kernel that steps finds out on the way
             guard, ok = "found", torch.empty((), dtype=torch.bool, device=low.device)
         elif ok is None:
             ok = all_finite(low, hp)
@@ -176,6 +178,11 @@ class Chunks:
         run = Run(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
         self._walk(run.measure, rule, p, g)
         return torch.stack((rates[0] * rule.factor_(s, ok, hp), rates[1]))
+
+    @functools.cached_property
+    def aside(self) -> Chunks:
+        """Another one, for steps that are counted elsewhere."""
+        return Chunks(self.compile)
 
     def compiles(self, rule: Pointwise | None) -> bool:
         """Whether the kernels of a rule are compiled."""
@@ -296,12 +303,6 @@ class Chunks:
     def grids(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """The grids made so far by (rows, width): they stay from one step to the next."""
         return {(rows, width): grid for (rows, width, _), grid in self._grids.items()}
-
-
-def all_finite(x: Tensor, hp: Hyper) -> Tensor:
-    """0-D bool, the same for all shards."""
-    least, most = x.aminmax()
-    return hp.total(most - least, "max") <= LARGEST  # false for NaN and Inf
 
 
 def _precision(p: Tensor) -> torch.dtype:

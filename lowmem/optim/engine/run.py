@@ -111,7 +111,7 @@ class Run:
         """Where elements are in the tensor: the chunk, its rows, and the columns in a row."""
         if not self.layout.placed:
             return None, None, None
-        index = start & 0xFFFFFFFF
+        index = (start + self.hp.offset) & 0xFFFFFFFF
         signed = index - (1 << 32) if index >= 1 << 31 else index
         return self.hp.vector(signed, dtype=torch.int32)[0], *self.frame.grid(rows, width, self.device)
 
@@ -119,7 +119,7 @@ class Run:
         """Keys of the random streams; the upper half of a 64-bit element index is part of the name."""
         if not self.layout.streams:
             return None
-        upper = start >> 32
+        upper = (start + self.hp.offset) >> 32
         if upper not in self._words:
             self._words[upper] = self.hp.keys(self.layout.streams, upper)
         return self._words[upper]

@@ -28,6 +28,7 @@ from lowmem.optim.engine.cutting import walk
 from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.modifiers.chain import SUMS, Chain
 from lowmem.optim.modifiers.modifier import Modifier
+from lowmem.optim.shards import Shape
 from lowmem.optim.state import Constants, State, prefixed, scoped
 
 
@@ -169,6 +170,10 @@ class Modified(Wrapped, Pointwise):
         """Where a modifier asks for sums."""
         return self.chain.count > 0
 
+    def shards(self, shape: Shape) -> bool:
+        """Where the rule does."""
+        return self.rule.shards(shape)
+
     def init(self, x: Tensor) -> State:
         """The rule's state and the modifiers'."""
         return self.rule.init(x) | self.chain.init(x)
@@ -244,6 +249,14 @@ class ModifiedRule(Wrapped, Rule):
     def keeps_sum(self) -> bool:
         """Where the rule does and no modifier looks at the whole gradient."""
         return self.rule.keeps_sum and not self.chain.reads_gradient
+
+    def shards(self, shape: Shape) -> bool:
+        """Where the rule does."""
+        return self.rule.shards(shape)
+
+    def unsound(self, g: Blocks, s: State, hp: Hyper) -> Tensor | None:
+        """What the rule says."""
+        return self.rule.unsound(g, scoped(s, "rule"), hp)
 
     def init(self, x: Tensor) -> State:
         """The rule's state under "rule", and the modifiers'."""

@@ -7,7 +7,8 @@ identity. Choices are random, named by parameter and step, and sorted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from lowmem.optim.contract import Projector
 from lowmem.optim.engine import noise
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import check_gap
+from lowmem.optim.shards import Shape, resized, shard_in
 from lowmem.optim.state import State
 
 GROUP = 256
@@ -61,7 +63,11 @@ class Columns(Projector):
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(m, r)."""
-        return shape[0], self._rank(shape)
+        return resized(shape, self._rank(shape))
+
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank picks the same columns."""
+        return True
 
     def complete(self, shape: tuple[int, int]) -> bool:
         """True where every column is active."""
@@ -117,7 +123,17 @@ class Elements(Projector):
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(groups, k)."""
-        return -(-shape[0] * shape[1] // GROUP), self._picked
+        shard = shard_in(shape)
+        if shard is None:
+            return -(-shape[0] * shape[1] // GROUP), self._picked
+        groups, chunk = (-(-rows * shard.width // GROUP) for rows in (shard.full[0], shard.chunk))
+        spread: Any = replace(shard, full=(groups, self._picked), chunk=chunk).shape
+        low: tuple[int, int] = spread
+        return low
+
+    def shards(self, shape: Shape) -> bool:
+        """Where every shard starts on a group."""
+        return shape.shard.starts_on(GROUP)
 
     def complete(self, shape: tuple[int, int]) -> bool:
         """True where every element is active."""
@@ -136,18 +152,18 @@ class Elements(Projector):
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Choose anew, some groups at a time; the gradient is not looked at."""
-        index = s["index"]
+        index, first = s["index"], hp.offset // GROUP
         step = BLOCK // GROUP // 4
         for a in range(0, index.shape[0], step):
             b = min(a + step, index.shape[0])
-            index[a:b] = _choose(a, b - a, GROUP, self._picked, hp)
+            index[a:b] = _choose(first + a, b - a, GROUP, self._picked, hp)
         return Unrelated(torch.ones((), dtype=torch.bool, device=g.device))
 
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The active elements, group by group."""
         index, total = s["index"], g.shape[0] * g.shape[1]
         parts = []
-        for a in range(0, index.shape[0], BLOCK // GROUP):
+        for a in range(0, max(1, index.shape[0]), BLOCK // GROUP):
             b = min(a + BLOCK // GROUP, index.shape[0])
             flat = g.chunk(a * GROUP, min(b * GROUP, total)).float()
             flat = torch.nn.functional.pad(flat, (0, (b - a) * GROUP - flat.numel()))

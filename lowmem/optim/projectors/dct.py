@@ -25,6 +25,7 @@ from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
 from lowmem.optim.changes import Change, Permutation
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Renewed
+from lowmem.optim.shards import Shape, total
 from lowmem.optim.state import Constant, Constants, State
 
 
@@ -76,6 +77,10 @@ class DCT(Renewed):
         if self.norm not in (1, 2):
             raise UserError(f"norm is 1 or 2, got {self.norm}")
 
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the basis."""
+        return True
+
     def init(self, x: Tensor) -> State:
         """The r slowest cosines."""
         rank = self.frame.size(matrix_shape(x.shape))[1]
@@ -102,10 +107,10 @@ class DCT(Renewed):
     def _norms(self, c: Tensor, g: Blocks) -> Tensor:
         """The norm of what the gradient has of each cosine, (s,)."""
         if self.axis(g.shape) == 1:
-            return g.sum(lambda rows: self._powers(rows @ c.t(), 0))
+            return total(g.shape, g.sum(lambda rows: self._powers(rows @ c.t(), 0)))
         height = max(1, 4 * BLOCK // g.shape[1])
-        parts = [self._powers(g.left(c[a : a + height].t()), 1) for a in range(0, c.shape[0], height)]
-        return torch.cat(parts)
+        panels = (c[a : a + height].t() for a in range(0, c.shape[0], height))
+        return torch.cat([self._powers(self.frame.down(panel, g), 1) for panel in panels])
 
     def _powers(self, x: Tensor, dim: int) -> Tensor:
         return x.abs().sum(dim) if self.norm == 1 else x.square().sum(dim)

@@ -7,23 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame, largest, orthonormal, unit
+from lowmem.optim.bases import Frame, orthonormal, unit
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change
 from lowmem.optim.contract import Projector
 from lowmem.optim.hyper import Hyper
+from lowmem.optim.shards import Shape, shard_in
 from lowmem.optim.state import State
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def of_all_rows(find: F) -> F:
+    """Say of a `Find` that it sums over all rows, where they are spread over ranks."""
+    find.of_all_rows = True  # type: ignore[attr-defined]
+    return find
+
 
 Find = Callable[[Frame, Tensor, Blocks, Hyper], tuple[Tensor, Tensor]]
 """(frame, basis before, gradient, hyper) to the new basis and whether the gradient could tell one."""
 
 
+@of_all_rows
 def power_iteration(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
     """Warm-started power iteration: P <- orth(G G' P).
 
@@ -43,20 +54,23 @@ def power_iteration(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[
 def _iterate(frame: Frame, q: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
     """One power iteration; of its own so that R is gone before the next one is made."""
     low = frame.down(q, g)
-    top, good = largest(low)
+    top, good = frame.largest(low, g)
     # in place: a second copy of R would double the workspace of a refresh
     y, fine = unit(frame.across(low.div_(top), g), q)
     return orthonormal(y), good & fine
 
 
+@of_all_rows
 def svd(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
     """The r leading singular vectors, exactly (arXiv 2403.03507).
 
-    Costs O(m n s) and an fp32 copy of the gradient with its factors. Signs
-    follow the basis before, since an SVD leaves them open.
+    Costs O(m n s) and an fp32 copy of the gradient with its factors: on every rank,
+    where rows are spread. Signs follow the basis before, since an SVD leaves them open.
     """
-    whole, ok = unit(torch.cat([g.rows(i, j) for i, j in g.ranges()]), torch.zeros((), device=basis.device))
-    u, _, vh = torch.linalg.svd(whole, full_matrices=False)
+    copy, shard = torch.cat([g.rows(i, j) for i, j in g.ranges()]), shard_in(g.shape)
+    copy = copy if shard is None else shard.gathered(copy)
+    scaled, ok = unit(copy, torch.zeros((), device=basis.device))
+    u, _, vh = torch.linalg.svd(scaled, full_matrices=False)
     rank = basis.shape[1]
     new = (u[:, :rank] if frame.left(g.shape) else vh[:rank].t()).contiguous()
     return new * torch.where((new * basis).sum(0) < 0, -1.0, 1.0), ok
@@ -126,7 +140,7 @@ class Renewed(Framed):
 class Orthonormal(Framed):
     """An orthonormal basis that is found anew every `update_proj_gap` steps.
 
-    Holds 4 s r bytes, s the side it spans.
+    Holds 4 s r bytes, s the side it spans; where rows are spread, on every rank.
 
     Args:
         frame: rank and side.
@@ -144,6 +158,10 @@ class Orthonormal(Framed):
 
     def __post_init__(self) -> None:
         check_gap(self.update_proj_gap)
+
+    def shards(self, shape: Shape) -> bool:
+        """Where the basis is found of all rows: every rank has all of it."""
+        return getattr(self.find, "of_all_rows", False)
 
     @property
     def period(self) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def tangent(frame: Frame, basis: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
     """T = 2 (A - P P'A) (P'A)', A = G / |G|, singular values at most 1; and whether G has one."""
     low = frame.down(basis, g)
     # in units of the largest number that P'G has, so that no square overflows
-    top, ok = largest(low)
+    top, ok = frame.largest(low, g)
     pulled = frame.across(low.div_(top), g).div_(top)
     # P'G A' is exactly P' times this: the tangent has no part in the basis
     pulled = pulled.addmm_(basis, basis.t() @ pulled, alpha=-1.0)
@@ -59,6 +60,7 @@ class Track:
     """
 
     rate: float = 1.0
+    of_all_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.rate > 0.0:
@@ -97,6 +99,7 @@ class Walk:
     """
 
     angle: float = 0.5
+    of_all_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.angle <= math.pi / 2:

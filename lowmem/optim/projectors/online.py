@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import energy, largest
+from lowmem.optim.bases import energy
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import Pointwise
@@ -29,6 +29,7 @@ from lowmem.optim.elementwise import coded
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Framed, power_iteration
 from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.shards import Shape
 from lowmem.optim.split import Split
 from lowmem.optim.state import Constants, State, prefixed, scoped
 
@@ -65,6 +66,10 @@ class Online(Framed):
         if not self.rate > 0.0 or not self.penalty >= 0.0:
             raise UserError(f"rate must be above 0 and penalty at least 0, got {self.rate}, {self.penalty}")
 
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the basis."""
+        return True
+
     def init(self, x: Tensor) -> State:
         """See Frame; and the rule's state of a basis."""
         held = self.frame.init(x)
@@ -88,7 +93,7 @@ class Online(Framed):
         """One step of descent on L."""
         basis, g = s["basis"], split.g
         # in units of the largest number that R has, so that no square overflows
-        top, ok = largest(split.low)
+        top, ok = self.frame.largest(split.low, g)
         low = split.low.div_(top)  # the weight is written: nobody looks at R again
         pulled = self.frame.across(low, g).div_(top)  # G Y, as (s, r)
         norm = energy(g, top)

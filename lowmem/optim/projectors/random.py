@@ -19,10 +19,12 @@ from lowmem.optim.bases import Frame, orthonormal
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.changes import Change, Rotation, Unrelated
 from lowmem.optim.hyper import Hyper
-from lowmem.optim.projectors.dense import Renewed, power_iteration
+from lowmem.optim.projectors.dense import Renewed, of_all_rows, power_iteration
+from lowmem.optim.shards import Shape
 from lowmem.optim.state import State
 
 
+@of_all_rows
 def random(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
     """A uniformly random orthonormal basis, named by parameter and step; see `dense.Find`."""
     ok = torch.ones((), dtype=torch.bool, device=basis.device)
@@ -44,6 +46,7 @@ class Switch:
     """
 
     after: int
+    of_all_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.after < 0:
@@ -72,6 +75,10 @@ class Drawn(Renewed):
     """
 
     changes: ClassVar[str] = "rotate"
+
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the basis."""
+        return True
 
     def basis(self, hp: Hyper) -> Tensor:
         """The basis of this step, (s, r)."""
@@ -106,6 +113,10 @@ class Gaussian(Renewed):
     """
 
     orthonormal: ClassVar[bool] = False
+
+    def shards(self, shape: Shape) -> bool:
+        """Always: every rank has all of the sketch."""
+        return True
 
     def opened(self, s: State, hp: Hyper) -> State:
         """The sketch, drawn once for a step."""

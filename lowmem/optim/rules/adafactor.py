@@ -37,6 +37,7 @@ from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.moments import Momentum, Square
+from lowmem.optim.shards import Shape, total, whole
 from lowmem.optim.state import Constants, State, part, prefixed
 
 
@@ -46,9 +47,10 @@ def _norms(rows: Tensor) -> Tensor:
     return norms
 
 
-def _shrink(squares: Tensor, count: int, most: float, hp: Hyper) -> Tensor:
-    """min(1, most / rms(U)), from the sum of U^2 over the `count` elements held here."""
-    mean = hp.total(squares) * (hp.share / count / most**2)
+def _shrink(squares: Tensor, shape: tuple[int, int], most: float, hp: Hyper) -> Tensor:
+    """min(1, most / rms(U)), from the sum of U^2 over the rows held here."""
+    m, n = whole(shape)
+    mean = hp.total(squares) * (1.0 / (m * n) / most**2)
     return mean.rsqrt_().clamp_(max=1.0)
 
 
@@ -58,7 +60,7 @@ def quotient(g: Blocks, p: Tensor, q: Tensor, most: float, hp: Hyper) -> Blocks:
     for i, j in walk(g.ranges(), g.device):
         norms[i:j] = _norms(g.rows(i, j) * q)
     norms.mul_(p)
-    p.mul_(_shrink(torch.dot(norms, norms), g.shape[0] * g.shape[1], most, hp))
+    p.mul_(_shrink(torch.dot(norms, norms), g.shape, most, hp))
     return Blocks(g.shape, lambda i, j: (g.rows(i, j) * q).mul_(p[i:j, None]), g.device)
 
 
@@ -146,6 +148,10 @@ class Adafactor(Rule):
         square = self.square.constants(shape) if len(shape) < 2 else {}
         return {**square, **(self.momentum.constants(shape) if self.momentum else {})}
 
+    def shards(self, shape: Shape) -> bool:
+        """Where the momentum does; columns are averaged over all rows."""
+        return self.momentum is None or self.momentum.shards(shape)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Divide by the root of the second moment, clip, find the step size."""
         find = self._vector if "square.row" not in s else self._matrix
@@ -176,7 +182,7 @@ class Adafactor(Rule):
         ok = torch.isfinite(hp.total(u.abs().amax(), "max").square())
         held = {key: s[key] for key in sorted(s) if not key.startswith("momentum")}
         hp.advance(self.square, u, held, hp, ok)
-        return Dense(u, _shrink(torch.dot(u[0], u[0]), u.numel(), self.clip_threshold, hp)), ok
+        return Dense(u, _shrink(torch.dot(u[0], u[0]), g.shape, self.clip_threshold, hp)), ok
 
     def _alpha(self, s: State, hp: Hyper) -> Tensor:
         """The step size, 0-D float64."""
@@ -187,9 +193,9 @@ class Adafactor(Rule):
             alpha = torch.minimum(least, alpha * age / self.warmup) if self.warmup else least
         if not self.scale_parameter:
             return alpha
-        m, n = hp.weight.shape
+        (m, n), shape = whole(hp.weight.shape), hp.weight.shape  # spread, even where the gradient is not
         squares = hp.weight.sum(lambda rows: _norms(rows).double().square().sum())
-        return alpha * hp.total(squares * (hp.share / (m * n))).sqrt().clamp(min=self.eps2)
+        return alpha * total(shape, squares * (1.0 / (m * n))).sqrt().clamp(min=self.eps2)
 
     def check_rebase(self, kind: str) -> None:
         """Means over rows and columns do not determine those in another basis."""

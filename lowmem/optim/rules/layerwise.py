@@ -27,6 +27,7 @@ from lowmem.optim.elementwise import Beside, Coded, Elementwise, Moment, Moments
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.adam import LARGEST, LEAST_EPS, Adam
+from lowmem.optim.shards import Shape, whole
 from lowmem.optim.state import Constants, State
 
 LEAST_SPREAD = 1e-12
@@ -92,6 +93,10 @@ class Layerwise(Rule):
     def init(self, x: Tensor) -> State:
         """A momentum of zero, and a number that is not found yet."""
         return {**self.momentum.init(x), self.number: torch.zeros((), device=x.device)}
+
+    def shards(self, shape: Shape) -> bool:
+        """Where the momentum does."""
+        return self.momentum.shards(shape)
 
     def constants(self, shape: tuple[int, ...]) -> Constants:
         """The codec's tables."""
@@ -163,7 +168,8 @@ class SGDSaI(Layerwise):
 
     def _scale(self, found: Tensor, g: Blocks, hp: Hyper) -> Tensor:
         """k, 0-D fp32."""
-        count = g.shape[0] * g.shape[1] / hp.share
+        m, n = whole(g.shape)
+        count = float(m * n)
         total, squares = found.unbind()
         variance = (squares - total.square() / count) / max(1.0, count - 1)
         equal = variance <= LEAST_SPREAD * squares / count

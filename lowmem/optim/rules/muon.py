@@ -25,14 +25,16 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.blocks import Blocks, Dense, Direction, Slice
 from lowmem.optim.changes import Change, Rotation
-from lowmem.optim.codecs.blockwise import Codec, Dense, codec
+from lowmem.optim.codecs.blockwise import Codec, codec
+from lowmem.optim.codecs.blockwise import Dense as Uncoded
 from lowmem.optim.codecs.linear import Linear
 from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import Hyper
+from lowmem.optim.shards import Shape, shard_in, total, whole
 from lowmem.optim.state import Constants, State, part, prefixed
 
 SCALES = ("rms", "aspect")
@@ -48,7 +50,8 @@ class Muon(Rule):
     """Momentum with equal singular values, for matrices.
 
     Bytes for an (m, n) weight: what the codec takes (4 m n in fp32, m n in 8 bits).
-    Workspace: 12 s^2 bytes beside that of every step, s the short side.
+    Workspace: 12 s^2 bytes beside that of every step, s the short side; where rows are spread, and
+    there are no more of them than columns, 4 m n for all of X on every rank.
 
     Args:
         held: codec of the momentum.
@@ -66,7 +69,7 @@ class Muon(Rule):
         ['momentum.codes', 'momentum.scale']
     """
 
-    held: Codec = field(default_factory=lambda: Dense(stream="momentum"))
+    held: Codec = field(default_factory=lambda: Uncoded(stream="momentum"))
     momentum: float = 0.95
     nesterov: bool = True
     iterations: int = 5
@@ -125,17 +128,28 @@ class Muon(Rule):
             return old + (1.0 - self.momentum) * (g.chunk(start, stop).float() - old)
 
         seen = self._seen(g, moment)
-        top = torch.stack([seen.rows(i, j).abs().amax() for i, j in walk(seen.ranges(), g.device)]).amax()
-        ok = hp.total(top, "max") <= torch.finfo(torch.float32).max
+        top = hp.total(seen.peak(), "max")
+        ok = top <= torch.finfo(torch.float32).max
         # scaled by its largest element, so that no square overflows or vanishes
         x = seen.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0))
         if self.sign:  # once it is known to be finite: signs are
             x = x.map(torch.sign)
-        if self.iterations:
-            blocks = Product(self._polynomial(gram(x)), x)
-        else:
-            blocks = Product(polar(x.map(lambda rows: torch.where(ok, rows, 0.0))), x)
-        return Direction(blocks, scale=self._scale(g.shape), ok=ok, commit=lambda: moment.move_(moved, ok))
+        scale = self._scale(whole(g.shape))
+        return Direction(self._made(x, ok), scale=scale, ok=ok, commit=lambda: moment.move_(moved, ok))
+
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block: Gram matrices of columns are summed, those of rows need all of X."""
+        return self.iterations > 0 and shape.shard.starts_on(self.held.grain)
+
+    def _made(self, x: Blocks, ok: Tensor) -> Blocks:
+        """X with equal singular values; of the rows held here."""
+        (m, n), shard = whole(x.shape), shard_in(x.shape)
+        if not self.iterations:
+            return Product(polar(x.map(lambda rows: torch.where(ok, rows, 0.0))), x)
+        if shard is None or m > n:
+            return Product(self._polynomial(total(x.shape, gram(x))), x)
+        every = Dense(shard.gathered(torch.cat([x.rows(i, j) for i, j in x.ranges()])))
+        return Slice(Product(self._polynomial(gram(every)), every), shard.shape)
 
     def _seen(self, g: Blocks, moment: Blocks) -> Blocks:
         """What is made orthogonal: the momentum after this gradient, or a look ahead of it."""
@@ -154,7 +168,7 @@ class Muon(Rule):
 
     def check_rebase(self, kind: str) -> None:
         """A momentum is linear: it rotates, where it is held as it is."""
-        if kind == "rotate" and self.held != Dense(stream="momentum"):
+        if kind == "rotate" and self.held != Uncoded(stream="momentum"):
             raise UserError(
                 "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
             )
@@ -191,7 +205,7 @@ def whole_rows(x: Blocks, i: int, j: int) -> Tensor:
 
 def gram(x: Blocks) -> Tensor:
     """X X' of a wide matrix, X' X of a tall one; (s, s) fp32."""
-    m, n = x.shape
+    m, n = whole(x.shape)
     out = torch.zeros(min(m, n), min(m, n), device=x.device)
     if m > n:
         for i, j in walk(x.ranges(), x.device):
@@ -221,7 +235,8 @@ class Product(Blocks):
 
     def rows(self, i: int, j: int) -> Tensor:
         """Rows i..j; cheap where they are asked for in order."""
-        if self.shape[0] > self.shape[1]:
+        m, n = whole(self.shape)
+        if m > n:
             return self.x.rows(i, j) @ self.polynomial
         if not self._first <= i <= j <= self._first + self._panel.shape[0]:
             self._make(i, j)

@@ -28,6 +28,7 @@ from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.rules.layerwise import LEAST_SPREAD
 from lowmem.optim.rules.muon import Product, gram, left_, newton_schulz
+from lowmem.optim.shards import Shape, whole
 from lowmem.optim.state import Constants, State, part, prefixed
 
 TINY = torch.finfo(torch.float32).tiny
@@ -36,8 +37,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 def unit(g: Blocks, hp: Hyper) -> tuple[Blocks, Tensor]:
     """The matrix over its largest element, and a 0-D bool: all of it is finite."""
-    top = torch.stack([g.rows(i, j).abs().amax() for i, j in walk(g.ranges(), g.device)]).amax()
-    top = hp.total(top, "max")
+    top = hp.total(g.peak(), "max")
     ok = top <= LARGEST
     return g.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0)), ok
 
@@ -91,6 +91,10 @@ class SinkGD(Rule):
         """Neither."""
         return frozenset()
 
+    def shards(self, shape: Shape) -> bool:
+        """Always: sizes of columns are summed."""
+        return True
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find both vectors; the product with G is left to the write."""
         x, ok = unit(g, hp)
@@ -102,7 +106,7 @@ class SinkGD(Rule):
                 rows = x.rows(i, j) * b
                 a[i:j] = inverse(row_squares(rows), n)
                 columns += rows.mul_(a[i:j, None]).square_().sum(0)
-            b = b * inverse(hp.total(columns), m / hp.share)
+            b = b * inverse(hp.total(columns), whole(g.shape)[0])
         blocks = Blocks(g.shape, lambda i, j: (x.rows(i, j) * b).mul_(a[i:j, None]), g.device)
         return Direction(blocks, scale=self.alpha, ok=ok)
 
@@ -157,6 +161,10 @@ class Scaled(Rule):
         """The codec's tables."""
         return tables(self.held) if self.held else {}
 
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of the momentum."""
+        return self.held is None or shape.shard.starts_on(self.held.grain)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find the sizes; the division is left to the write."""
         if self.held is None:
@@ -169,13 +177,13 @@ class Scaled(Rule):
 
     def _divided(self, x: Blocks, hp: Hyper) -> Blocks:
         """Rows, or columns, over their rms."""
-        m, n = x.shape
+        m, n = whole(x.shape)
         if not self.columns:
             return x.map(lambda rows: rows * inverse(row_squares(rows), n)[:, None])
         squares = torch.zeros(n, device=x.device)
         for i, j in walk(x.ranges(), x.device):
             squares += x.rows(i, j).square().sum(0)
-        q = inverse(hp.total(squares), m / hp.share)
+        q = inverse(hp.total(squares), m)
         return x.map(lambda rows: rows * q)
 
 

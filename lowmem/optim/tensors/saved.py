@@ -19,16 +19,32 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import CheckpointError
+from lowmem.optim.engine.settings import NEUTRAL
 from lowmem.optim.schedules import Always
 from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import trains
+from lowmem.optim.tensors.outside import Outside
+from lowmem.optim.tensors.resting import arrange_
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
 
 log = logging.getLogger(__name__)
 
 Group = dict[str, Any]
+
+
+def saved(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
+    """The state dict that torch has packed, with every state as it stands in checkpoints."""
+    outside = Outside(optimizer.strategy)
+    indices = [i for group in packed["param_groups"] for i in group["params"]]
+    state = dict(packed["state"])
+    for i, p in zip(indices, [p for group in optimizer.param_groups for p in group["params"]], strict=True):
+        if state.get(i):
+            place = optimizer.place(p)
+            rule_name = optimizer.roster.rule_at(p, max(0, place.group["step"] - 1))
+            state[i] = outside.out(place, rule_name, p, state[i])
+    return {**packed, "state": state}
 
 
 class Loading:
@@ -40,6 +56,7 @@ class Loading:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self.outside = Outside(strategy)
         self.found: dict[Tensor, State] = {}
 
     @contextmanager
@@ -115,9 +132,7 @@ class Loading:
                 continue
             if p in held and not turns:
                 return ""
-            if p not in held and self.strategy.init(
-                rule_name, torch.empty_like(p, device="meta"), place.role
-            ):
+            if p not in held and place.fresh(self.strategy, rule_name, p, "meta"):
                 found = f"optimizer state of {place.name!r}" if turns else "optimizer state"
         return found
 
@@ -125,9 +140,35 @@ class Loading:
         """A copy of a parameter's state, in the order and with the strides that kernels were given."""
         place = roster[p]
         rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
-        needed = self.strategy.init(rule_name, torch.empty_like(p, device="meta"), place.role)
+        needed = place.fresh(self.strategy, rule_name, p, "meta")
+        given = self.outside.back(place, rule_name, p, given, needed)
         check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
         return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
+
+
+class Resumable(torch.optim.Optimizer):
+    """An optimizer that is saved and loaded exactly; `roster`: all parameters, as they are now."""
+
+    strategy: Strategy
+
+    @property
+    def roster(self) -> Roster:
+        """Told by the optimizer itself."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
+        return saved(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.
+
+        Raises:
+            CheckpointError: saved by another strategy, for other shapes, or without what was held.
+        """
+        with NEUTRAL.entered(), Loading(self.strategy).around(self):
+            super().load_state_dict(dict(state_dict))
+        arrange_(self.roster, self.strategy.rules)
 
 
 def laid_out(value: Tensor, like: Tensor, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
@@ -19,8 +20,9 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
+from lowmem.optim.shards import Like, Shard, local, refuse_flattened, shard_of
 from lowmem.optim.state import Held, State, scoped
-from lowmem.optim.strategy import Strategy
+from lowmem.optim.strategy import Strategy, Way
 from lowmem.optim.tensors import stacks
 from lowmem.optim.tensors.roles import from_text, refined
 from lowmem.optim.writers import Writer, select
@@ -34,6 +36,7 @@ class Place:
         group: its parameter group; name: its name.
         role: what it is; rule: the name of the rule that it follows unless a schedule says otherwise.
         heads: into which its rows are cut, where it makes queries or keys; 0 elsewhere.
+        shard: which of its rows are here, where they are spread over ranks.
     """
 
     group: dict[str, Any]
@@ -41,15 +44,30 @@ class Place:
     role: str
     rule: str
     heads: int = 0
+    shard: Shard | None = None
 
-    def numbers(self) -> dict[str, Any]:
-        """What `Hyper` takes from here, numbers as plain ones: a scheduler may have put a tensor there."""
-        group = self.group
-        whole = {key: int(group[key]) for key in ("step", "seed")}
-        real = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
-        beta1, beta2 = group["betas"]
-        told = {"betas": (float(beta1), float(beta2)), "heads": self.heads, "group": group}
-        return {**whole, **real, **told}
+    def judged(self, strategy: Strategy, rule_name: str) -> bool:
+        """Whether ranks must agree on its step."""
+        return self.shard is not None and strategy.judges(rule_name, self.role, self.shard)
+
+    def fresh(self, strategy: Strategy, rule_name: str, p: Tensor, device: str = "") -> State:
+        """Fresh state of a parameter here; counted on a device that has no memory, where one is named."""
+        where = torch.device(device) if device else p.device
+        if self.shard is None:
+            own = local(p.detach())
+            return strategy.init(rule_name, torch.empty_like(own, device=where) if device else own, self.role)
+        return fresh(strategy, rule_name, self.role, self.shard, p.dtype, where)
+
+
+def fresh(
+    strategy: Strategy, rule_name: str, role: str, shard: Shard, dtype: torch.dtype, device: torch.device
+) -> State:
+    """Fresh state of a tensor whose rows are spread, as this rank holds it."""
+    way = strategy.way(rule_name, role, shard)
+    if way == "rows":
+        return strategy.init(rule_name, cast("Tensor", Like(shard.shape, dtype, device)), role)
+    shape = shard.full if way == "whole" else tuple(shard.shape)
+    return strategy.init(rule_name, torch.empty((), dtype=dtype, device=device).expand(shape), role)
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
@@ -76,9 +94,12 @@ class Roster:
             roles, heads = from_text(group["roles"]), from_text(group["heads"])
             for name, p in zip(names, group["params"], strict=True):
                 role = refined(roles.get(name, group["role"]), p.shape)
-                rule = strategy.rule_name(role, p.shape)
-                self.places[p] = Place(group, name, role, rule, int(heads.get(name, 0)))
+                refuse_flattened(p)
+                shard = shard_of(p)
+                rule = strategy.rule_name(role, p.shape, shard)
+                self.places[p] = Place(group, name, role, rule, int(heads.get(name, 0)), shard)
                 self._since.setdefault(rule, []).append((group["since"], name))
+        self.spread = any(hasattr(p, "device_mesh") for p in self.places)
         self._names: dict[tuple[str, int], tuple[str, ...]] = {}
 
     def __getitem__(self, p: Tensor) -> Place:
@@ -116,11 +137,21 @@ class Seat:
     Args:
         rule_name: of the rule it follows now; held: all of its state tensors, by key.
         parts: what is stepped, one after the other: the parameter, or each matrix of a stack.
+        shard: which of its rows are here, where they are spread; way: how they are stepped then.
+        idle: nothing is done.
     """
 
     rule_name: str
     held: Mapping[str, Tensor]
     parts: tuple[Part, ...]
+    shard: Shard | None = None
+    way: Way = "rows"
+    idle: bool = False
+
+    @property
+    def joint(self) -> bool:
+        """Whether ranks must agree on the step."""
+        return self.shard is not None and self.way == "rows" and not is_pointwise(self.parts[0].rule)
 
     def fits(self, rule_name: str, held: Mapping[str, Tensor]) -> bool:
         """Whether rule and state tensors are still those it was made of."""
@@ -149,12 +180,13 @@ class Part:
         """A view of what is stepped of a parameter."""
         return p if self.index is None else p[self.index]
 
-    def step_(self, chunks: Chunks, p: Tensor, g: Blocks, hp: Hyper) -> None:
+    def step_(self, chunks: Chunks, p: Tensor, g: Blocks, hp: Hyper, prepared: bool = False) -> None:
         """Take its step of a whole parameter's: update the state, write the weight."""
         weight = self.of(p)
         if self.index is not None:
             g = stacks.gradient(g, tuple(p.shape), self.index)
-        self.rule.prepare(g, self.state, hp)
+        if not prepared:
+            self.rule.prepare(g, self.state, hp)
         if is_pointwise(self.rule):
             chunks.apply_(self.rule, self.writer, weight, g, self.state, self.extra, hp)
             return
@@ -172,14 +204,17 @@ def seat(
     beside = ("writer.", "source.", "schedule.")
     own = {key: tensor for key, tensor in held.items() if not key.startswith(beside)}
     extra = scoped(held, "writer")
+    shard = place.shard
+    way: Way = strategy.way(rule_name, place.role, shard) if shard else "rows"
     if not strategy.slices(rule_name, place.role, p.shape):
         whole = Part(place.name, None, rule, writer, Held(own | constants), extra)
-        return Seat(rule_name, dict(held), (whole,))
+        return Seat(rule_name, dict(held), (whole,), shard, way, rule.idle)
+    first, count = (shard.first, shard.rows) if shard else (0, len(p))
     parts = (
         Part(
-            f"{place.name}.{i}", i, rule, writer,
-            Held(stacks.state(own, i) | constants), stacks.flat(extra, i, len(p)),
+            f"{place.name}.{first + i}", i, rule, writer,
+            Held(stacks.state(own, i) | constants), stacks.flat(extra, i, count),
         )
-        for i in range(len(p))
+        for i in range(count)
     )  # fmt: skip
-    return Seat(rule_name, dict(held), tuple(parts))
+    return Seat(rule_name, dict(held), tuple(parts), shard, way, rule.idle)

@@ -1,0 +1,13 @@
+"""A checkpoint of two ranks is read by one, three and four, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.distributed.ranks import together
+
+
+def test_checkpoints_of_two_ranks_are_read_by_others(tmp_path: Path) -> None:
+    assert together("save", 2, tmp_path) == []
+    wrong = {ranks: together("load", ranks, tmp_path) for ranks in (1, 3, 4)}
+    assert not any(wrong.values()), wrong
