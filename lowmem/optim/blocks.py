@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,3 +293,14 @@ class Direction:
     ok: Tensor | None = None
     commit: Callable[[], None] | None = None
     then: tuple[Any, dict[str, Tensor]] | None = None  # a Pointwise of `contract`, which stands above
+
+
+def chained(commits: Sequence[Callable[[], None] | None]) -> Callable[[], None] | None:
+    """All that is left to do, in order."""
+    left = [commit for commit in commits if commit is not None]
+
+    def commit() -> None:
+        for each in left:
+            each()
+
+    return commit if left else None

@@ -1,12 +1,10 @@
 """The contract between the frame and the parts: base classes with defaults, so a part writes what is its own.
 
 There are two kinds of rule, because two things cannot be one:
-
-* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs,
-  MicroAdam). Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes and
-  stores, and compiles the function with the writer.
-* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at gradients as `Blocks`,
-  keeps its state up to date itself, and returns a `Direction` that the frame writes.
+* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs, MicroAdam).
+  Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes, stores and compiles it.
+* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at gradients as `Blocks`, keeps
+  its state up to date itself, and returns a `Direction` that the frame writes.
 
 What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 """
@@ -230,8 +228,7 @@ class Projector(ByRows):
         dense: the basis spans one side, and R has a channel for each index of the other.
         orthonormal: down(up(R)) = R, and up(down(G)) is the nearest to G that can be seen.
         follows: the basis moves after every step (`follow`).
-        partial: what is not seen stays as it is; it does not decay either.
-        everywhere: any tensor can be seen through it, not matrices alone.
+        partial: what is not seen stays as it is, undecayed; any tensor is seen so, not matrices alone.
         period: steps between refreshes; 0 for never.
         reads: the moment of the inner rule that a refresh looks at; "" for none.
     """
@@ -241,7 +238,6 @@ class Projector(ByRows):
     orthonormal: ClassVar[bool] = True
     follows: ClassVar[bool] = False
     partial: ClassVar[bool] = False
-    everywhere: ClassVar[bool] = False
 
     @property
     def period(self) -> int:

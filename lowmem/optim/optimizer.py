@@ -203,10 +203,6 @@ class LowMemOptimizer(Resumable):
         """The name of the rule that the next step of a parameter follows."""
         return self.roster.rule_at(p, self.place(p).group["step"])
 
-    def resting(self, p: Tensor) -> bool:
-        """Whether a parameter takes no part in the next step."""
-        return self.strategy.rules[self.rule_name(p)].idle
-
     def hyper(
         self, p: Tensor, part: Part | None = None, first: bool = False, weight: Blocks | None = None,
         shard: Shard | None = None,

@@ -19,7 +19,7 @@ element reaches.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape, product
+from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, chained, matrix_shape, product
 from lowmem.optim.changes import Unrelated
 from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, is_pointwise
 from lowmem.optim.engine.cutting import sizes
@@ -280,7 +280,7 @@ class Subspace(Rule):
         else:
             blocks, pair, scale = (_sum(split, absorbed) if self.residual.lifts else absorbed), None, 1.0
         decay = hp.vector(1.0)[0] if self.projector.partial else inside.decay
-        return Direction(blocks, pair, scale, inside.lr, decay, inside.ok, _chain(commits))
+        return Direction(blocks, pair, scale, inside.lr, decay, inside.ok, chained(commits))
 
     def _step_inside(self, low: Tensor, step: Tensor, inner: State, hp: Hyper) -> Inside:
         """Make a step of a projected gradient, in place.
@@ -332,17 +332,6 @@ def _sum(split: Split, absorbed: Blocks) -> Blocks:
         return (lifted if split.scale == 1.0 else lifted * split.scale) + absorbed.rows(i, j)
 
     return Blocks(split.g.shape, rows, split.g.device)
-
-
-def _chain(commits: Sequence[Commit | None]) -> Commit | None:
-    """All that is left to do, in order."""
-    left = [commit for commit in commits if commit is not None]
-
-    def commit() -> None:
-        for each in left:
-            each()
-
-    return commit if left else None
 
 
 def _number(value: int, device: torch.device) -> Tensor:

@@ -51,7 +51,6 @@ class Fisher(Projector):
 
     rank: float = 0.005
     partial: ClassVar[bool] = True
-    everywhere: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rank(self.rank)

@@ -156,6 +156,10 @@ class Resumable(torch.optim.Optimizer):
         """Told by the optimizer itself."""
         raise NotImplementedError
 
+    def resting(self, p: Tensor) -> bool:
+        """Whether a parameter takes no part in the next step."""
+        return self.strategy.rules[self.roster.rule_at(p, self.roster[p].group["step"])].idle
+
     def state_dict(self) -> dict[str, Any]:
         """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
         return saved(self, super().state_dict())
