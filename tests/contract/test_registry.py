@@ -159,7 +159,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "adamw",
         {"rank": 4},
-        r"rank comes with projector=\S*power\S* or rule=mlorc or source=low_rank_spsa; choose that, or",
+        r"rank comes with projector=\S*power\S* or rule=\S*mlorc\S* or source=low_rank_spsa; choose that, or",
     ),
     ("adamw", {"scale": 0.5}, "scale comes with a projector; choose one"),
     ("adamw", {"on_refresh": "reset"}, "on_refresh comes with a projector; choose one"),
