@@ -22,6 +22,7 @@ FLOORS = {
     "optim": [
         {
             "tensors.checks",
+            "tensors.marks",
             "codecs.dynamic",
             "engine.noise",
             "engine.cutting",
@@ -41,8 +42,10 @@ FLOORS = {
         {"residuals", "projectors", "modifiers"},
         {"subspace"},
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
-        {"strategy", "tensors.heads"},
-        {"tensors.groups", "tensors.seats"},
+        {"strategy", "watching", "tensors.heads"},
+        {"tensors.seats"},
+        {"tensors.resting"},
+        {"tensors.groups"},
         {"tensors.steps", "tensors.outside"},
         {"tensors.saved"},
         {"optimizer"},

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine.cutting import policy
 from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.schedules import Always
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
+from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.seats import fresh
 
 Shape = tuple[int, ...]
@@ -97,24 +99,32 @@ def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> 
 
 
 def model_state_bytes(
-    strategy: Strategy, model: nn.Module, *, step: int = 0, seed: int = 0, ranks: int = 1, rank: int = 0
+    strategy: Strategy,
+    model: nn.Module,
+    *,
+    step: int = 0,
+    seed: int = 0,
+    decided: str = "",
+    ranks: int = 1,
+    rank: int = 0,
 ) -> int:
     """Bytes of optimizer state for the trainable parameters of a model, constants included.
 
     Args:
         strategy: from `create`; model: on any device, meta too, not sharded.
         step: for schedules that change which tensors hold state; seed: of the run.
+        decided: of the optimizer's groups, for schedules that go by gradients.
         ranks, rank: as for `state_bytes`.
     """
     found = roles.find(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if trains(p)}
     shards = {name: _shard(tuple(p.shape), ranks, rank) for name, p in trained.items()}
     ordinary = {
         name: strategy.rule_name(found.get(name, "matrix"), p.shape, shards[name])
         for name, p in trained.items()
     }
     cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
-    total, rules = 0, strategy.rules_at(ordinary, step, seed)
+    total, rules = 0, strategy.rules_at(ordinary, step, seed, decided)
     for name, p in trained.items():
         role = found.get(name, "matrix")
         key = (rules[name], role, tuple(p.shape), p.dtype)
@@ -189,6 +199,7 @@ def measure_workspace(
     Args:
         device: where it runs, "cpu" under a fake-tensor mode; compile: whether pieces are compiled ones.
     """
+    strategy = replace(strategy, schedule=Always())  # while the tensor is active
     if strategy.slices(strategy.rule_name(role, shape), role, shape):
         shape = shape[1:]  # one matrix of the stack after the other
     p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
@@ -261,5 +272,5 @@ def workspace_table(strategy: Strategy, model: nn.Module, *, refresh: bool) -> M
     return {
         name: workspace_bytes(strategy, tuple(p.shape), p.dtype, found.get(name, "matrix"), refresh)
         for name, p in model.named_parameters()
-        if p.requires_grad
+        if trains(p)
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,13 +24,13 @@ from lowmem.memory import count
 from lowmem.memory.count import Workspace
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import kind
-from lowmem.memory.trace.replica import Parameter, Trace
+from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
+from lowmem.memory.trace.windows import Parameter, windows
 from lowmem.optim.engine.chunks import GRIDS, Chunks
 from lowmem.optim.engine.cutting import POLICIES, compiled_spans, policy
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.together import ELEMENTS, TENSORS
-from lowmem.optim.source import Source
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
 from lowmem.sources import directions
@@ -83,7 +83,7 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     elements = sum(_product(p.shape) for p in parameters)
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
     best: list[int] = []
-    for rules in _schedules(strategy, parameters):
+    for rules in windows(strategy, parameters):
         sizes = [size for p in parameters for size in _state(strategy, rules[p.name], p)]
         sizes += count.shared_sizes(strategy, [(rules[p.name], p.role, p.shape) for p in parameters])
         best = max(best, sizes, key=sum)
@@ -110,24 +110,11 @@ def _grids(shapes: set[tuple[int, int]], ladder: bool) -> list[tuple[int, int]]:
     return sorted(shapes, key=sum)[-GRIDS:]
 
 
-def evaluates(strategy: Strategy) -> Source | None:
-    """The source that probes by forward passes; None for backpropagation."""
-    return None if strategy.source.needs_autograd else strategy.source
-
-
 def _product(shape: Sequence[int]) -> int:
     total = 1
     for n in shape:
         total *= n
     return total
-
-
-def _schedules(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[dict[str, str]]:
-    """The rule of each parameter by name, for every window of the schedule that may differ."""
-    ordinary = {p.name: strategy.rule_name(p.role, p.shape) for p in parameters}
-    steps = [0, *(s for s in range(1, 20_000) if strategy.schedule.switches(s))][:64]
-    for step in steps:
-        yield strategy.rules_at(ordinary, step, 0)
 
 
 def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:

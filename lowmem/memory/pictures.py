@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.memory import plan as planning
 from lowmem.memory.advice.levers import waterfall
-from lowmem.memory.footprint import STEP, Footprint, evaluates, footprint
+from lowmem.memory.footprint import STEP, Footprint, footprint
 from lowmem.memory.gather import longest
 from lowmem.memory.surface import Surface
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.sampling import timeline
+from lowmem.memory.trace.windows import special
 
 if TYPE_CHECKING:
     from lowmem.memory.plan import Plan, StrategyPlan
@@ -88,7 +89,7 @@ def _grid(plan: Plan, strategy: Strategy) -> dict[str, Any]:
     most = longest(plan.config) or SEQ_LENS[-1]
     lengths = [s for s in SEQ_LENS if s <= most] or [most]
     run = planning.suited(plan.run, strategy)
-    surface = Surface(plan.config, run, evaluates(strategy), most)
+    surface = Surface(plan.config, run, special(strategy), most)
     found = planning.traced(plan.config, plan.run, strategy)
     held: Footprint = footprint(strategy, found.parameters, run)
     peaks = [[surface.peak(held, b, s) for b in BATCH_SIZES] for s in lengths]

@@ -30,13 +30,14 @@ from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict, simulate
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.device.gpus import budget as parse_budget
 from lowmem.memory.device.gpus import gpu as find_gpu
-from lowmem.memory.footprint import SAVE, Footprint, Peak, combine, evaluates, footprint, saving
+from lowmem.memory.footprint import SAVE, Footprint, Peak, combine, footprint, saving
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
 from lowmem.memory.trace.extrapolate import evaluated, remembered
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import EVALUATION, Trace
 from lowmem.memory.trace.tracker import Moment
+from lowmem.memory.trace.windows import special
 from lowmem.optim.strategy import Strategy
 from lowmem.sources.quantized import misfit
 
@@ -215,7 +216,7 @@ def suited(run: Run, strategy: Strategy) -> Run:
 
 def traced(config: Any, run: Run, strategy: Strategy) -> Trace:
     """The trace that belongs to a strategy; made once for all that share it."""
-    return remembered(config, suited(run, strategy), evaluates(strategy))
+    return remembered(config, suited(run, strategy), special(strategy))
 
 
 def _info(name: str, config: Any, run: Run, strategy: Strategy) -> ModelInfo:
@@ -324,7 +325,7 @@ def _certainty(run: Run, held: Footprint) -> dict[str, str]:
 
 
 def _cross_check(config: Any, run: Run, held: Footprint, peak: Peak) -> float | None:
-    if not held.strategy.source.needs_autograd or not closed_form.supports(config, run):
+    if special(held.strategy) is not None or not closed_form.supports(config, run):
         return None
     return 100.0 * (formula(config, run, held)[1] / peak.allocated - 1.0)
 

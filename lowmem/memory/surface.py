@@ -20,7 +20,7 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.tracker import Moment
-from lowmem.optim.source import Source
+from lowmem.optim.strategy import Strategy
 
 SAMPLES = ((1, 256), (2, 256), (1, 640), (3, 512), (1, 1280), (2, 1024), (5, 1024))
 CHUNK = 4096  # tokens of a tile of the chunked loss
@@ -32,19 +32,19 @@ class Surface:
 
     Args:
         config: of the model; run: all options but batch_size and seq_len.
-        source: of a zeroth-order strategy, None for backpropagation.
+        strategy: one whose step is `special`, or None.
         limit: longest sequence to sample at.
     """
 
     config: Any
     run: Run
-    source: Source | None = None
+    strategy: Strategy | None = None
     limit: int = 1 << 30
 
     def peak(self, held: Footprint, batch_size: int, seq_len: int) -> int:
         """Allocated bytes at the peak."""
         run = replace(self.run, batch_size=batch_size, seq_len=seq_len)
-        if self.source is None and closed_form.supports(self.config, run):
+        if self.strategy is None and closed_form.supports(self.config, run):
             return formula(self.config, run, held)[1]
         return combine(self._trace(batch_size, seq_len), held).allocated
 
@@ -65,7 +65,7 @@ class Surface:
             (b, max(2, self.limit // b)) for b, _ in SAMPLES
         ]
         traces = [
-            extrapolated(self.config, replace(self.run, batch_size=b, seq_len=s), self.source)
+            extrapolated(self.config, replace(self.run, batch_size=b, seq_len=s), self.strategy)
             for b, s in points
         ]
         rows = torch.tensor([_features(b, s) for b, s in points], dtype=torch.float64)

@@ -250,8 +250,10 @@ def parameter_count(model: torch.nn.Module) -> int:
 
 
 def trainable_count(model: torch.nn.Module) -> int:
-    """Number of parameters that require a gradient; tied weights count once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Number of parameters that are trained; tied weights count once."""
+    from lowmem.optim.tensors.marks import trains
+
+    return sum(p.numel() for p in model.parameters() if trains(p))
 
 
 def to_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,17 @@ class Blocks:
         look = self._rows or self.rows  # kernels cast as they read
         flat = look(first, -(-stop // n)).contiguous().view(-1)  # of a single row, reshape gives it strided
         return flat[start - first * n : stop - first * n]
+
+    def take(self, index: Tensor) -> Tensor:
+        """Elements at flat row-major places, ascending, in fp32; zero where a place is below 0."""
+        n, out = self.shape[1], torch.zeros(index.numel(), device=self.device)
+        for i, j in self.ranges():
+            flat = self.rows(i, j).reshape(-1)
+            for a in range(0, index.numel(), BLOCK):
+                place = index[a : a + BLOCK].long() - i * n
+                inside = (place >= 0) & (place < flat.numel()) & (index[a : a + BLOCK] >= 0)
+                out[a : a + BLOCK] += torch.where(inside, flat[place.clamp(0, flat.numel() - 1)], 0.0)
+        return out
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Row ranges of at most `BLOCK` elements that cover the matrix; one without rows if it has none."""
@@ -162,6 +173,17 @@ class Dense(Blocks):
             return super().chunk(start, stop)
         piece = self._flat[start:stop]
         return piece if self.factor is None else piece.float() * self.factor
+
+    def take(self, index: Tensor) -> Tensor:
+        """Each element once, whatever the layout."""
+        n, out = self.shape[1], torch.zeros(index.numel(), device=self.device)
+        for a in range(0, index.numel(), BLOCK // 4):
+            piece = index[a : a + BLOCK // 4]
+            place = piece.clamp(min=0).long()
+            found = self._matrix[place // n, place % n].float()
+            found = found if self.factor is None else found * self.factor
+            out[a : a + BLOCK // 4] = torch.where(piece >= 0, found, 0.0)
+        return out
 
     def left(self, q: Tensor) -> Tensor:
         """One product in the data's own precision: the whole matrix is never cast."""
@@ -271,3 +293,14 @@ class Direction:
     ok: Tensor | None = None
     commit: Callable[[], None] | None = None
     then: tuple[Any, dict[str, Tensor]] | None = None  # a Pointwise of `contract`, which stands above
+
+
+def chained(commits: Sequence[Callable[[], None] | None]) -> Callable[[], None] | None:
+    """All that is left to do, in order."""
+    left = [commit for commit in commits if commit is not None]
+
+    def commit() -> None:
+        for each in left:
+            each()
+
+    return commit if left else None

@@ -1,12 +1,10 @@
 """The contract between the frame and the parts: base classes with defaults, so a part writes what is its own.
 
 There are two kinds of rule, because two things cannot be one:
-
-* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs,
-  MicroAdam). Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes and
-  stores, and compiles the function with the writer.
-* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at gradients as `Blocks`,
-  keeps its state up to date itself, and returns a `Direction` that the frame writes.
+* A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs, MicroAdam).
+  Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes, stores and compiles it.
+* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at gradients as `Blocks`, keeps
+  its state up to date itself, and returns a `Direction` that the frame writes.
 
 What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 """
@@ -45,7 +43,7 @@ class AnyRule(ByRows):
         linear: the step is in units of the gradient: of twice the gradients, it is twice as long.
         period: steps between steps that take longer or hold more; 0 for none.
         keeps_sum: between those, the projected gradients of micro-batches may stand for their sum.
-        own_decay: weight decay goes with the length of the step that the rule takes, not by lr alone.
+        own_decay: weight decay goes with the step: with its length, or by the elements that it takes.
     """
 
     idle: ClassVar[bool] = False
@@ -101,8 +99,9 @@ class AnyRule(ByRows):
         """What is rare, such as a refresh; branches on `hp.step` alone. Called by whoever holds the rule."""
 
     def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """Carry the state of a projected matrix over a change that `check_rebase` allows: start afresh."""
-        reset_(s, self.init(torch.empty(1, 1, device=hp.weight.device)), change.ok)
+        """Carry the state over a change of coordinates that `check_rebase` allows: start afresh."""
+        like = torch.empty(1, 1, device=hp.weight.device)
+        reset_(s, {**self.init(like), **self.init(like[0])}, change.ok)  # a vector may be held otherwise
 
     def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
         """B, (m, n), where the method evaluates W + lr B; None where it evaluates the weight itself."""
@@ -229,6 +228,7 @@ class Projector(ByRows):
         dense: the basis spans one side, and R has a channel for each index of the other.
         orthonormal: down(up(R)) = R, and up(down(G)) is the nearest to G that can be seen.
         follows: the basis moves after every step (`follow`).
+        partial: what is not seen stays as it is, undecayed; any tensor is seen so, not matrices alone.
         period: steps between refreshes; 0 for never.
         reads: the moment of the inner rule that a refresh looks at; "" for none.
     """
@@ -237,6 +237,7 @@ class Projector(ByRows):
     dense: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = True
     follows: ClassVar[bool] = False
+    partial: ClassVar[bool] = False
 
     @property
     def period(self) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -31,16 +31,18 @@ from lowmem.optim.shards import Shard
 from lowmem.optim.source import Named, Query, check_asked
 from lowmem.optim.state import State, made, scoped, stored
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.tensors.checks import check_gradient, check_hyper, compiles
+from lowmem.optim.tensors.checks import check_gradient, check_gradients, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
-from lowmem.optim.tensors.saved import Loading, saved
+from lowmem.optim.tensors.marks import mark_, rests, trains
+from lowmem.optim.tensors.resting import arrange_, observe_, turn_
+from lowmem.optim.tensors.saved import Resumable
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
 from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
 
 Params = Iterable[Any]
 
 
-class LowMemOptimizer(torch.optim.Optimizer):
+class LowMemOptimizer(Resumable):
     """Takes the steps of a strategy.
 
         W <- (1 - lr weight_decay) W - lr D    (float64 weights in float64)
@@ -99,6 +101,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             "step": 0,
             "since": 0,
             "previous_norm": -1.0,
+            "decided": "",
             "seed": seed,
             "strategy": json.dumps(strategy.to_config(), sort_keys=True),
         }
@@ -120,11 +123,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._begun: dict[Tensor, Step] = {}
         self._switched = -1
         self._at = threading.local()  # hooks of several devices run in threads of their own
+        arrange_(self.roster, self.strategy.rules)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "strategy": self.strategy, "released": False, "_model": None}
+        own = {"strategy": self.strategy, "released": False, "_model": None}
+        return {**super().__getstate__(), **own, "_resting": [p for p in self.roster.places if rests(p)]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for p in state.pop("_resting", []):
+            mark_(p)  # a copy of a parameter does not know it
         super().__setstate__(state)
         self._derive()
 
@@ -152,6 +159,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 param_group.update(before)
                 raise
         self._roster = None
+        if hasattr(self, "chunks"):  # torch adds the first ones while the optimizer is made
+            arrange_(self.roster, self.strategy.rules)
 
     @property
     def model(self) -> nn.Module | None:
@@ -220,20 +229,19 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def _switch(self, step: int) -> None:
         """Drop what is held for the step before, all at once, where roles may change at this one."""
-        schedule = self.strategy.schedule
-        if self._switched != step and schedule.switches(step):
+        if self._switched != step and self.strategy.schedule.switches(step):
             self._switched = step
             self._seats.clear()
             self._constants.clear()  # those that only resting tensors read are not held
-            for p, place in self.roster.places.items():
-                if schedule.moves(place.rule):
-                    self.state.pop(p, None)
+            for p in self.roster.restarting(step):
+                self.state.pop(p, None)
 
     def init_state(self) -> None:
         """Make the state of every parameter now, as the first step would."""
+        arrange_(self.roster, self.strategy.rules)
         with self._at_work():
             for _, p in self.named_parameters():
-                if p.requires_grad and p.numel():
+                if trains(p) and p.numel() and not self.resting(p):
                     self.ready(p)
 
     def step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
@@ -253,11 +261,14 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def _step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
         g = Dense(g) if isinstance(g, Tensor) else g
         check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
+        if self.resting(p):
+            return
         if self.roster.spread:
             (self._begun.pop(p, None) or self._begin(p, g)).finish(self.chunks)
             return
         seat, fresh = self.ready(p)
-        for part in () if seat.idle else seat.parts:
+        observe_(self.strategy.schedule, seat, g)
+        for part in seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
     def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
@@ -304,9 +315,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             loss = None if closure is None else closure() if source.needs_autograd else self.backward(closure)
         self._roster = None  # the caller may have changed the groups
         with self._at_work():
-            for name, p in self.named_parameters():
-                if p.grad is not None:
-                    check_gradient(name, p, p.grad)  # before any tensor is stepped
+            check_gradients(self.named_parameters())  # before any tensor is stepped
             if not self._evidence and not source.needs_autograd:
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
@@ -317,6 +326,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._evidence.clear()
         for group in self.param_groups:
             group["step"] += 1
+        turn_(self.strategy, self.roster, self.state)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -332,16 +342,3 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Bytes of state held now: every storage once, constants included."""
         tensors = [t for held in self.state.values() if isinstance(held, dict) for t in held.values()]
         return stored([*tensors, *self._constants.values()])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
-        return saved(self, super().state_dict())
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.
-
-        Raises:
-            CheckpointError: saved by another strategy, for other shapes, or without what was held.
-        """
-        with NEUTRAL.entered(), Loading(self.strategy).around(self):
-            super().load_state_dict(dict(state_dict))

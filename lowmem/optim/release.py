@@ -29,6 +29,7 @@ from lowmem.optim.contract import AnyRule, Rule
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import Shard, local
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.marks import awake, trains
 
 CLIP = ("none", "tensor", "previous")
 
@@ -60,9 +61,10 @@ class Release:
         group = self.optimizer.param_groups[0]
         known = float(group["previous_norm"])
         for _, p in self.optimizer.named_parameters():
-            if p.requires_grad:
+            if trains(p):
                 self._shard = self._shard or self.optimizer.place(p).shard
-                hook = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+                with awake(p):
+                    hook = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
                 self._handles.append(hook)
                 if known >= 0.0:
                     self._previous.setdefault(p.device, torch.tensor(known, device=p.device))
@@ -92,10 +94,10 @@ class Release:
     def _on_gradient(self, p: nn.Parameter) -> None:
         if p.grad is None:
             return
-        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
-        if rule.idle:
+        if self.optimizer.resting(p):
             p.grad = None
             return
+        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
         if (not self.sync or p in self._low) and self._projecting(p, rule):
             self._accumulate(p, p.grad, rule)
             p.grad = None
@@ -108,7 +110,8 @@ class Release:
 
     def _projecting(self, p: nn.Parameter, rule: AnyRule) -> bool:
         """Whether the projected gradient of a tensor suffices in this window."""
-        if self._shard is not None or not rule.keeps_sum or not self.optimizer.state.get(p):
+        watched = self.optimizer.strategy.schedule.observes
+        if self._shard is not None or watched or not rule.keeps_sum or not self.optimizer.state.get(p):
             return False  # of sharded gradients little is held
         # of a stack, some matrices may be refreshed and others not
         whole = len(self.optimizer.ready(p)[0].parts) == 1
@@ -215,7 +218,7 @@ def accumulation_problem(strategy: Strategy) -> str:
     rule, name = strategy.rules["matrix"], strategy.name
     if rule.period == 1:
         return f"gradient release with accumulation: {name} refreshes at every step; take update_proj_gap > 1"
-    if rule.keeps_sum:
+    if rule.keeps_sum and not strategy.schedule.observes:
         return ""
     remedy = "take accumulation 1, no gradient release, or galore"
     return f"gradient release with accumulation: {name} needs the whole gradient of a window; {remedy}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.state import State
+from lowmem.optim.tensors.marks import trains
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -41,8 +42,8 @@ class Query:
 
 
 def trainable(model: nn.Module) -> Named:
-    """Names and parameters that require gradients, in the order of the model, tied ones once."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """Names and parameters that are trained, now or in turn, in the order of the model, tied ones once."""
+    return [(name, p) for name, p in model.named_parameters() if trains(p)]
 
 
 class Source(Protocol):

@@ -54,6 +54,14 @@ class Held(State):
         self.layouts: dict[tuple[int, int, bool], Any] = {}
 
 
+def held_bytes(states: Iterable[Any]) -> int:
+    """Bytes of the tensors in some states, every storage once; what is no state has none."""
+    held = [state for state in states if isinstance(state, dict)]
+    tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
 def scoped(state: Mapping[str, Tensor], scope: str) -> State:
     """The part of a state under a dotted prefix, without it.
 
@@ -94,8 +102,9 @@ def reset_(state: State, fresh: State, ok: Tensor) -> None:
 
     Args:
         state: of any size.
-        fresh: what init gives for a tensor of one element: each fresh tensor has one value throughout.
+        fresh: what init gives for a tensor of one element: each has one value throughout; those that the
+            state does not have are left out.
         ok: 0-D bool; where it is False, nothing happens.
     """
-    for key, value in fresh.items():
+    for key, value in ((key, value) for key, value in fresh.items() if key in state):
         state[key].masked_fill_(ok, value.view(-1)[0])

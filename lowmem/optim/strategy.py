@@ -72,6 +72,11 @@ class Strategy:
     def __hash__(self) -> int:
         return hash((frozenset(self.rules.items()), self.source, self.writer, self.schedule))
 
+    @property
+    def turns(self) -> bool:
+        """Whether tensors rest for a time, without a gradient."""
+        return any(rule.idle for rule in self.rules.values())
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (dict(self.rules), self.source, self.writer, self.schedule, self.to_config())
 
@@ -109,16 +114,20 @@ class Strategy:
         cut = shard is not None and self.way(name, role, shard) == "whole"
         return "small" if cut or math.prod(shape) < SMALL else name
 
-    def rules_at(self, ordinary: Mapping[str, str], step: int, seed: int) -> dict[str, str]:
+    def rules_at(
+        self, ordinary: Mapping[str, str], step: int, seed: int, decided: str = ""
+    ) -> dict[str, str]:
         """The names of the rules that tensors follow after so many completed steps.
 
         Args:
             ordinary: tensor to `rule_name`, of all tensors.
-            step: completed steps; seed: of the run.
+            step: completed steps; seed: of the run; decided: by a schedule that goes by gradients.
         """
         names = {rule: tuple(n for n, r in ordinary.items() if r == rule) for rule in set(ordinary.values())}
         switched = self.schedule.role
-        return {name: switched(name, rule, names[rule], step, seed) for name, rule in ordinary.items()}
+        return {
+            name: switched(name, rule, names[rule], step, seed, decided) for name, rule in ordinary.items()
+        }
 
     def way(self, rule_name: str, role: str, shard: Shard) -> Way:
         """How a tensor is stepped whose rows are spread; the same on all ranks."""
@@ -143,10 +152,13 @@ class Strategy:
         return self.rules[rule_name].constants(tuple(one))
 
     def init(self, rule_name: str, x: Tensor, role: str = "matrix") -> State:
-        """Fresh state of a weight like x under this rule: the rule's, the writer's and the source's."""
+        """Fresh state of a weight like x under this rule: also the writer's, the source's, the schedule's."""
         rule = self.rules[rule_name]
+        if rule.idle:
+            return {}
         state = stacks.init(rule, x) if self.slices(rule_name, role, x.shape) else rule.init(x)
         beside = {"writer": select(self.writer, x.dtype).init(x), "source": self.source.init(x)}
+        beside["schedule"] = self.schedule.init(rule_name, x)
         return state | {key: t for name, own in beside.items() for key, t in prefixed(name, own).items()}
 
 

@@ -19,7 +19,7 @@ element reaches.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, matrix_shape, product
+from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, chained, matrix_shape, product
 from lowmem.optim.changes import Unrelated
 from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, is_pointwise
 from lowmem.optim.engine.cutting import sizes
@@ -101,6 +101,8 @@ class Subspace(Rule):
             found.append(_refusal(self.inner.check_rebase, carried))
         if self.inner.reads_weight:
             found.append("a rule that reads the weight cannot step inside a subspace; take projector=none")
+        if self.projector.partial and self.residual.reads_rest:
+            found.append("what this projector does not see stays as it is: take residual=drop")
         found.append(self._unreadable())
         if self.residual.needs_linear and not self.inner.linear:
             found.append(
@@ -129,7 +131,7 @@ class Subspace(Rule):
     @property
     def own_decay(self) -> bool:
         """That of the inner rule."""
-        return self.inner.own_decay
+        return self.inner.own_decay or self.projector.partial
 
     @property
     def period(self) -> int:
@@ -139,7 +141,8 @@ class Subspace(Rule):
     @property
     def keeps_sum(self) -> bool:
         """Where nobody looks at the whole gradient between refreshes, and there is a between."""
-        return not (self.residual.reads_rest or self.projector.follows) and self.period != 1
+        looks = self.residual.reads_rest or self.projector.follows or self.projector.partial
+        return not looks and self.period != 1
 
     def shards(self, shape: Shape) -> bool:
         """Where all parts take rows, and shards of R, if it is spread, start on a block of the inner rule."""
@@ -264,6 +267,9 @@ class Subspace(Rule):
         low = g.low if isinstance(g, Projected) else self.projector.down(basis, whole, hp)
         step = low.clone() if self._looks(g.shape) else low
         inside = self._step_inside(low, step, scoped(s, "inner"), hp)
+        if self.projector.partial and hp.weight_decay:
+            own = self.scale * inside.scale
+            step.add_(self.projector.down(basis, hp.weight, hp), alpha=hp.weight_decay / own)
         split = self._split(basis, whole, low, step, inside, hp)
         absorbed, commit = self.residual.absorb(held, split) if self._absorbs(g.shape) else (None, None)
         commits = [inside.commit, commit]
@@ -273,7 +279,8 @@ class Subspace(Rule):
             blocks, pair, scale = split.lifted, split.pair, split.scale
         else:
             blocks, pair, scale = (_sum(split, absorbed) if self.residual.lifts else absorbed), None, 1.0
-        return Direction(blocks, pair, scale, inside.lr, inside.decay, inside.ok, _chain(commits))
+        decay = hp.vector(1.0)[0] if self.projector.partial else inside.decay
+        return Direction(blocks, pair, scale, inside.lr, decay, inside.ok, chained(commits))
 
     def _step_inside(self, low: Tensor, step: Tensor, inner: State, hp: Hyper) -> Inside:
         """Make a step of a projected gradient, in place.
@@ -325,17 +332,6 @@ def _sum(split: Split, absorbed: Blocks) -> Blocks:
         return (lifted if split.scale == 1.0 else lifted * split.scale) + absorbed.rows(i, j)
 
     return Blocks(split.g.shape, rows, split.g.device)
-
-
-def _chain(commits: Sequence[Commit | None]) -> Commit | None:
-    """All that is left to do, in order."""
-    left = [commit for commit in commits if commit is not None]
-
-    def commit() -> None:
-        for each in left:
-            each()
-
-    return commit if left else None
 
 
 def _number(value: int, device: torch.device) -> Tensor:

@@ -193,6 +193,8 @@ class Composition:
         if plain is None or other is None or small is None:
             return None
         matrix = plain if self.words["projector"] == NONE else self._subspace(residual)
+        if isinstance(matrix, Subspace) and matrix.projector.partial and not self._own("other"):
+            other = small = matrix
         rules = {"matrix": matrix or plain, "other": other}
         if is_pointwise(other) and small != other and (other == plain or not is_pointwise(rules["matrix"])):
             rules["small"] = small

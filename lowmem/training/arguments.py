@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,19 @@ class LowMemArguments(LowMemFields, TrainingArguments):
         >>> LowMemArguments(output_dir="out", optim="galore", optim_args="rank=128").optim
         'galore'
     """
+
+
+@contextmanager
+def own_name(args: Any) -> Iterator[None]:
+    """Meanwhile transformers does not take a strategy for an optimizer of its own that has the same name.
+
+    To one it calls lomo it would hand the learning rate in the backward pass.
+    """
+    name, args.optim = args.optim, "adamw_torch"
+    try:
+        yield
+    finally:
+        args.optim = name
 
 
 def build_strategy(name: str, options: str | Mapping[str, Any] | None) -> Strategy:

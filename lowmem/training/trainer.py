@@ -26,7 +26,8 @@ from lowmem.errors import ConfigError, UserError
 from lowmem.models.attention import applies, attend_by_example
 from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
-from lowmem.training.arguments import LowMemArguments, LowMemFields
+from lowmem.optim.tensors import resting
+from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
@@ -101,7 +102,8 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
             return self._divergence.see(self._probe(model, inputs, num_items_in_batch, last))
         if self._release is not None:
             self._release.sync = last
-        return self._divergence.see(super().training_step(model, inputs, num_items_in_batch))  # type: ignore[misc]
+        with own_name(self.args):
+            return self._divergence.see(super().training_step(model, inputs, num_items_in_batch))  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip all gradients together where that is the policy."""
@@ -181,6 +183,7 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
         with self._without_wrapper():
             result = super()._prepare_for_training(max_steps, *args, **kwargs)  # type: ignore[misc]
         self._begin_log()
+        resting.arrange_(self.lowmem_optimizer.roster, self._strategy.rules)
         if self.args.gradient_release:
             from lowmem.optim.release import release
 
@@ -204,6 +207,8 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
         if self._release is not None:
             self._release.remove()
             self._release = None
+        if self.optimizer is not None:
+            resting.wake_all_(self.lowmem_optimizer.roster)
 
 
 class LowMemTrainer(LowMemMixin, Trainer):  # type: ignore[misc]
@@ -288,7 +293,7 @@ def _engine_problems(trainer: Any) -> list[str]:
     """What only the trainer knows of the devices it runs on."""
     name, args = trainer._strategy.name, trainer.args
     by_values = not trainer._strategy.source.needs_autograd  # several processes exchange losses
-    alone = args.gradient_release or (by_values and args.n_gpu > 1)
+    alone = args.gradient_release or trainer._strategy.turns or (by_values and args.n_gpu > 1)
     what = "gradient_release" if args.gradient_release else name
     rules = [
         (trainer.is_deepspeed_enabled, f"deepspeed: it flattens parameters, {name} needs their shapes"),

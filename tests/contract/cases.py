@@ -202,7 +202,7 @@ def draw(lot: int) -> Case:
     words["residual"] = _turn("residual", lot, rng)
     if rng.random() < 0.15:
         words["projector"] = "none"
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         words["schedule"] = _turn("schedule", lot, rng)
     if rng.random() < 0.1:
         words["source"] = _turn("source", lot, rng)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.training.contract import zoo
-from lowmem.training.contract.check import from_file, same, state_of, to_file
+from lowmem.training.contract.check import from_file, same, state_of, stepping, to_file
 from tests.contract.cases import GAP, Case
 
-__all__ = ["advance", "feed", "finish", "from_file", "record", "run", "same", "state_of", "to_file"]
+__all__ = [
+    "advance", "feed", "finish", "from_file", "record", "run", "same", "state_of", "stepping", "to_file",
+]  # fmt: skip
 
 STEPS = 2 * GAP + 2
 SAVED = (1, GAP - 1, GAP, GAP + 1)
@@ -57,6 +59,7 @@ class Record:
     saved: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     bytes_held: int = 0
+    decided: str = ""
 
 
 @functools.cache
@@ -71,6 +74,7 @@ def record(case: Case, dtype: torch.dtype) -> Record:
         out.held.append(
             {i: {k: (v.dtype, v.shape) for k, v in s.items()} for i, s in state_of(optimizer).items()}
         )
+    out.decided = optimizer.param_groups[0]["decided"]
     out.weights, out.state = zoo.weights(model), state_of(optimizer)
     out.bytes_held = sum(v.nbytes for s in out.state.values() for v in s.values())
     return out

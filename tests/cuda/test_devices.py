@@ -39,12 +39,11 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(32, 80)
-        self.up = nn.Linear(80, 144)
-        self.norm = nn.LayerNorm(144)
-        self.down = nn.Linear(144, 80, bias=False)
+        self.layers = nn.ModuleList([nn.Linear(80, 144), nn.LayerNorm(144), nn.Linear(144, 80, bias=False)])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.down(self.norm(self.up(self.embedding(tokens)).tanh()))
+        first, norm, last = self.layers
+        x = last(norm(first(self.embedding(tokens)).tanh()))
         return x.float().square().mean()
 
 

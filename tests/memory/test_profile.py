@@ -101,6 +101,8 @@ def test_categories_sum_to_the_peak_and_state_is_exact(name: str | None) -> None
 @pytest.mark.parametrize("name", [None, *WITH_GRADIENTS])
 def test_peak_equals_that_of_torch_s_tracker(name: str | None) -> None:
     ours, theirs = Loop(name), Loop(name)
+    if not all(p.requires_grad for p in theirs.model.parameters()):
+        pytest.skip("torch's tracker puts a hook on every parameter, also on one that rests")
     found = profile(ours.step, ours.model, ours.optimizer).measured["peak"]["allocated"]
     for _ in range(2):
         theirs.step()

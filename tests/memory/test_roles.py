@@ -12,7 +12,7 @@ from lowmem.memory.advice import levers as advice
 from lowmem.memory.count import model_state_bytes
 from lowmem.memory.footprint import footprint
 from lowmem.memory.run import Run
-from lowmem.memory.trace.replica import Parameter
+from lowmem.memory.trace.windows import Parameter
 from lowmem.models.entries import resolve, skeleton
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors import roles

@@ -42,7 +42,7 @@ def gradient(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def of_stack(name: str, options: dict[str, Any], w: Tensor) -> tuple[Any, nn.Parameter]:
     p = nn.Parameter(w.clone())
-    return lowmem.optimizer([("w", p)], name, lr=1e-2, weight_decay=0.1, **options), p
+    return lowmem.optimizer([("0.w", p)], name, lr=1e-2, weight_decay=0.1, **options), p
 
 
 @pytest.mark.parametrize("writer", ["stochastic", "kahan", "split"])
@@ -104,7 +104,7 @@ def test_a_stack_resumes_exactly(name: str, options: dict[str, Any]) -> None:
 def test_layout_of_a_stack_does_not_matter(name: str, options: dict[str, Any]) -> None:
     optimizer, p = of_stack(name, options, start())
     turned = nn.Parameter(start().transpose(1, 2).contiguous().transpose(1, 2))
-    other = lowmem.optimizer([("w", turned)], name, lr=1e-2, weight_decay=0.1, **options)
+    other = lowmem.optimizer([("0.w", turned)], name, lr=1e-2, weight_decay=0.1, **options)
     assert not turned.is_contiguous()
     for step in range(GAP + 1):
         p.grad, turned.grad = gradient(step), gradient(step)
@@ -130,7 +130,7 @@ def test_elementwise_rules_step_a_stack_as_a_whole() -> None:
         if is_pointwise(rule) and not rule.measures and strategy.source.needs_autograd:
             optimizer, p = of_stack(name, {}, start())
             flat = nn.Parameter(start().flatten(1))
-            other = lowmem.optimizer([("w", flat)], name, lr=1e-2, weight_decay=0.1)
+            other = lowmem.optimizer([("0.w", flat)], name, lr=1e-2, weight_decay=0.1)
             for step in range(2):
                 p.grad, flat.grad = gradient(step), gradient(step).flatten(1)
                 optimizer.step()

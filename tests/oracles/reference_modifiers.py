@@ -5,6 +5,7 @@
     limiter    2410.01623   if |u_t| > gamma |u_(t-1)|:  u_t = u_t gamma |u_(t-1)| / |u_t|
     spam       2501.06842   where g^2 > theta v:  g = sign(g) sqrt(theta v)
     lamb       1904.00962   u = u |w| / |u|
+    alpha      2501.18094   u = u o 1[m o g > 0] |u| / |masked u|, m before the step; all of it at first
 
 u is AdamW's bias-corrected step for lr = 1. Loops over elements, where the paper speaks of elements.
 """
@@ -48,6 +49,22 @@ def grams(g: Tensor, u: Tensor, w: Tensor) -> Tensor:
 
 def lamb(g: Tensor, u: Tensor, w: Tensor) -> Tensor:
     return u * (w.norm() / u.norm()) if float(w.norm()) and float(u.norm()) else u
+
+
+class Alpha:
+    """The momentum before each step is kept here, an average of the gradients that it is shown."""
+
+    def __init__(self, beta1: float) -> None:
+        self.beta1, self.m = beta1, torch.zeros(())
+
+    def __call__(self, g: Tensor, u: Tensor, w: Tensor) -> Tensor:
+        m = self.m.expand_as(g)
+        mask = torch.tensor(
+            [float(a) * float(b) > 0 for a, b in zip(m.reshape(-1), g.reshape(-1), strict=True)]
+        )
+        masked = u * mask.view_as(u) if bool(m.any()) else u
+        self.m = self.beta1 * m + (1 - self.beta1) * g
+        return masked * (u.norm() / masked.norm())
 
 
 class Limiter:

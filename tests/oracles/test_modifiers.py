@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import coded
-from lowmem.optim.modifiers.masks import Cautious, Grams
+from lowmem.optim.modifiers.masks import AlphaMask, Cautious, Grams
 from lowmem.optim.modifiers.modified import modified
 from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.modifiers.norms import Limit, TrustRatio
 from lowmem.optim.modifiers.spikes import SpikeClip
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.sign import Lion
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
 from tests.oracles import drive
@@ -63,6 +64,21 @@ def agree(modifiers: Sequence[Modifier], grads: Sequence[Tensor], **ours: Any) -
 )
 def test_a_modifier_of_the_step(shape: tuple[int, ...], modifier: Modifier, after: reference.After) -> None:
     agree([modifier], gradients(shape, 8), after=[after])
+
+
+@pytest.mark.parametrize("rule", [coded(Adam(), "int8"), coded(Lion())])
+def test_alpha_mask_keeps_the_length_and_leaves_out_what_turned(rule: AnyRule) -> None:
+    start, g = start_of((8, 64)), gradients((8, 64), 2)
+    one, two = follow(modified(rule, [AlphaMask()]), start, g)
+    turned = g[0].sign() != g[1].sign()
+    still = (two - one * (1 - 1e-3)).abs() < 1e-7
+    assert torch.equal(still, turned)
+    plain = follow(rule, start, g)
+    torch.testing.assert_close((two - one * (1 - 1e-3)).norm(), (plain[1] - plain[0] * (1 - 1e-3)).norm())
+
+
+def test_alpha_mask_is_the_papers_mask() -> None:
+    agree([AlphaMask()], gradients((7, 12), 8), after=[reference.Alpha(0.9)])
 
 
 def growing(shape: tuple[int, ...]) -> list[Tensor]:

@@ -13,11 +13,11 @@ from typing import Any
 
 from lowmem.memory import closed_form
 from lowmem.memory.count import state_bytes
-from lowmem.memory.footprint import Footprint, Peak, combine, evaluates, footprint
+from lowmem.memory.footprint import Footprint, Peak, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import as_peak
 from lowmem.memory.trace.extrapolate import extrapolated
-from lowmem.memory.trace.replica import Parameter
+from lowmem.memory.trace.windows import Parameter, special
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 from lowmem.strategies import create
@@ -60,10 +60,10 @@ def variants(run: Run, needs_autograd: bool) -> dict[str, Run]:
 
 def quick_peak(config: Any, run: Run, held: Footprint) -> Peak:
     """The peak of a run at the cost of a formula or a few layers."""
-    source = evaluates(held.strategy)
-    if source is None and closed_form.supports(config, run):
+    strategy = special(held.strategy)
+    if strategy is None and closed_form.supports(config, run):
         return as_peak(config, run, held)
-    return combine(extrapolated(config, run, source), held)
+    return combine(extrapolated(config, run, strategy), held)
 
 
 def levers(config: Any, run: Run, held: Footprint) -> tuple[Lever, ...]:

@@ -25,9 +25,10 @@ from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
-from lowmem.memory.footprint import Footprint, Peak, combine, evaluates, footprint
+from lowmem.memory.footprint import Footprint, Peak, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
+from lowmem.memory.trace.windows import special
 from lowmem.models import loss
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
@@ -232,7 +233,7 @@ class _Finder:
         return Found(strategy, mode, run, _kind(strategy, run), levers, peak, held.state_bytes, word, spare)
 
     def _peak(self, strategy: Strategy, run: Run) -> tuple[Peak, Footprint]:
-        found = extrapolated(self.config, run, evaluates(strategy))
+        found = extrapolated(self.config, run, special(strategy))
         key = (strategy, run.lora_rank, run.adapter, run.quantize)  # levers change nothing of the optimizer
         if key not in self.footprints:
             self.footprints[key] = footprint(strategy, found.parameters, run)

@@ -13,9 +13,10 @@ from lowmem.errors import UserError, nearest
 from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.device.gpus import Budget
-from lowmem.memory.footprint import evaluates, footprint
+from lowmem.memory.footprint import footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
+from lowmem.memory.trace.windows import special
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 
@@ -83,7 +84,7 @@ def _stopped(unknown: str, value: int, top: int, positions: int | None, limit: B
 def _search(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budget, top: int) -> int:
     """Largest multiple of the grain whose tensors fit, by bisection."""
     run = planning.suited(run, strategy)
-    surface = Surface(config, run, evaluates(strategy), gather.longest(config) or 1 << 30)
+    surface = Surface(config, run, special(strategy), gather.longest(config) or 1 << 30)
     found = planning.traced(config, run, strategy)
     held = footprint(strategy, found.parameters, run)
     room = limit.capacity * (1 - MARGIN)

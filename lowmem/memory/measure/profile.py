@@ -37,6 +37,7 @@ from lowmem.errors import UserError
 from lowmem.memory.device import readings as device_memory
 from lowmem.memory.measure.measured import measure
 from lowmem.memory.measure.watch import Watch
+from lowmem.optim.tensors.marks import trains
 from lowmem.report.profile import errors
 from lowmem.report.units import format_bytes
 
@@ -208,7 +209,7 @@ class Profiler:
         self._count += 1
         self._device = next(model.parameters()).device.type
         if self._count == 1:
-            counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+            counts = [(p.numel(), trains(p)) for p in model.parameters()]
             self._strategy = getattr(optimizer, "strategy", None)
             self._about = {
                 "parameters": sum(n for n, _ in counts),

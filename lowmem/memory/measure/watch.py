@@ -23,6 +23,7 @@ from lowmem.errors import UserError
 from lowmem.memory.trace import quantized, trainable
 from lowmem.memory.trace.replica import phase_hooks
 from lowmem.memory.trace.tracker import CATEGORIES, Moment, Tracker, storages
+from lowmem.optim.tensors.marks import awake, trains
 
 
 def kind_of(name: str) -> str:
@@ -185,8 +186,10 @@ class Watch:
         yield global_hooks.register_module_forward_pre_hook(push)
         yield global_hooks.register_module_forward_hook(pop, always_call=True)
         for p in self._names:
-            if p.requires_grad:
-                yield p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+            if trains(p):
+                with awake(p):
+                    hook = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+                yield hook
         yield self.optimizer.register_step_pre_hook(self._before_step)
         yield self.optimizer.register_step_post_hook(lambda *_: self._claim_state())
 

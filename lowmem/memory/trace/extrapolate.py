@@ -17,10 +17,11 @@ from typing import Any
 
 from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
-from lowmem.memory.trace.replica import Parameter, Trace, evaluation, trace
+from lowmem.memory.trace.replica import Trace, evaluation, trace
 from lowmem.memory.trace.tracker import Moment
+from lowmem.memory.trace.windows import Parameter
 from lowmem.models.entries import parameter_count, skeleton
-from lowmem.optim.source import Source
+from lowmem.optim.strategy import Strategy
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 PER_LAYER = ("layer_types", "layers_block_type", "sliding_window_pattern_list")
@@ -46,22 +47,22 @@ def shallow(config: Any, depth: int) -> Any:
     return short
 
 
-def extrapolated(config: Any, run: Run, source: Source | None = None) -> Trace:
+def extrapolated(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     """`trace`, without its stream, at the cost of a few layers.
 
     Args:
         config: a transformers configuration.
         run: the options.
-        source: as in `trace`.
+        strategy: as in `trace`.
     """
     if isinstance(config, Given):
-        return remembered(config, run, source)
+        return remembered(config, run, strategy)
     depth, repeat = int(config.num_hidden_layers), period(config)
     low, high = _samples(config)
     if depth <= high or not uniform(config, low, high):
-        return _remembered(_Key(config, run, source))
-    a = _remembered(_Key(shallow(config, low), run, source))
-    b = _remembered(_Key(shallow(config, high), run, source))
+        return _remembered(_Key(config, run, strategy))
+    a = _remembered(_Key(shallow(config, low), run, strategy))
+    b = _remembered(_Key(shallow(config, high), run, strategy))
     line = functools.partial(_line, depth=depth, low=low, high=high)
     moments = {name: line(a.moments[name], b.moments[name]) for name in b.moments if name in a.moments}
     first, second = _by_kind(a.releases), _by_kind(b.releases)
@@ -123,9 +124,9 @@ def _uniform(key: _Key, low: int, high: int) -> bool:
 class _Key:
     """A configuration and run as a dictionary key: configurations do not hash."""
 
-    def __init__(self, config: Any, run: Run, source: Source | None) -> None:
-        self.config, self.run, self.source = config, run, source
-        self._id = (json.dumps(config.to_dict(), sort_keys=True, default=str), run, source)
+    def __init__(self, config: Any, run: Run, strategy: Strategy | None) -> None:
+        self.config, self.run, self.strategy = config, run, strategy
+        self._id = (json.dumps(config.to_dict(), sort_keys=True, default=str), run, strategy)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self._id == other._id
@@ -136,12 +137,12 @@ class _Key:
 
 @functools.lru_cache(maxsize=64)
 def _remembered(key: _Key) -> Trace:
-    return trace(key.config, key.run, key.source)
+    return trace(key.config, key.run, key.strategy)
 
 
-def remembered(config: Any, run: Run, source: Source | None = None) -> Trace:
+def remembered(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     """`trace`, once for each configuration and run."""
-    return _remembered(_Key(config, run, source))
+    return _remembered(_Key(config, run, strategy))
 
 
 def _line(a: Moment, b: Moment, *, depth: int, low: int, high: int) -> Moment:

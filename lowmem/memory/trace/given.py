@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.memory.trace.quantized import Linear4bit
+from lowmem.optim.tensors.marks import trains
 
 
 class Given:
@@ -67,7 +68,7 @@ def _check(model: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
     parameters = list(model.parameters())
-    if not any(p.requires_grad for p in parameters):
+    if not any(trains(p) for p in parameters):
         raise UserError(
             "cannot plan this model: none of its parameters requires a gradient, nothing is trained"
         )
@@ -85,7 +86,7 @@ def emptied(model: Any, make: Callable[[Tensor], Tensor]) -> Any:
         if id(tensor) not in memo:
             new = make(tensor)
             trained = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if trained else new
+            memo[id(tensor)] = nn.Parameter(new, requires_grad=trains(tensor)) if trained else new
     for module in model.modules():
         state = getattr(module._parameters.get("weight"), "quant_state", None)
         if state is not None:

@@ -32,21 +32,13 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, trainable
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.tracker import Moment, Tracker
+from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.optim.source import Query, Source
+from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.checks import pays
 
 EVALUATION = "evaluation"
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    role: str
 
 
 @dataclass(frozen=True)
@@ -70,24 +62,27 @@ class Trace:
     tracker: Tracker | None = None
 
 
-def trace(config: Any, run: Run, source: Source | None = None) -> Trace:
+def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     """Trace one step.
 
     Args:
         config: a transformers configuration; it is copied, not changed.
         run: the options.
-        source: of a zeroth-order strategy, which probes by forward passes; None for backpropagation.
+        strategy: one that probes by forward passes, or lets tensors rest; None for any other.
 
     Raises:
         UserError: the architecture cannot be traced.
     """
     tracker = Tracker(run.granularity)
     with _ready(config, run, tracker) as (model, batch, run):
-        if source is None:
+        parameters = tuple(_parameters(model))
+        aside = resting(strategy, parameters)
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and name not in aside)
+        if strategy is None or strategy.source.needs_autograd:
             releases = _step(model, batch, run, tracker)
         else:
-            releases = _probe(model, batch, run, tracker, source)
-        parameters = tuple(_parameters(model))
+            releases = _probe(model, batch, run, tracker, strategy.source)
         total = trainable.count_parameters(model)
         tracker.stop()
     found = tracker.at([at for at, _ in releases])

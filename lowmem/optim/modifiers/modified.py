@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.changes import Change
+from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import AnyRule, Pointwise, Rule, is_pointwise
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.hyper import ChunkHyper, Hyper
@@ -62,16 +62,14 @@ def _modified(rule: AnyRule, modifiers: tuple[Modifier, ...]) -> AnyRule:
 
 
 @dataclass(frozen=True)
-class Modified(Pointwise):
-    """A pointwise rule with modifiers; made by `modified`.
-
-    Bytes: the rule's, what the modifiers hold, 8 for each sum.
+class Wrapped(AnyRule):
+    """What a rule of either kind with modifiers has of the rule that it stands around.
 
     Raises:
         UserError: a modifier that the rule cannot serve; all of them.
     """
 
-    rule: Pointwise
+    rule: AnyRule
     chain: Chain
 
     def __post_init__(self) -> None:
@@ -88,6 +86,49 @@ class Modified(Pointwise):
     def period(self) -> int:
         """That of the rule."""
         return self.rule.period
+
+    @property
+    def reads_weight(self) -> bool:
+        """Where the rule or a modifier does."""
+        return self.rule.reads_weight or self.chain.reads_weight
+
+    @property
+    def own_decay(self) -> bool:
+        """That of the rule."""
+        return self.rule.own_decay
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """That of the rule."""
+        return self.rule.scratch(shape)
+
+    def check_rebase(self, kind: str) -> None:
+        """What is held of the length of steps is the same in any basis."""
+        self.rule.check_rebase(kind)
+
+    def own(self, s: State) -> State:
+        """What the rule sees of the state."""
+        return s
+
+    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
+        """Let the rule forget its moments where a modifier says so, then what it has to do itself."""
+        if self.chain.begin_(s, hp):
+            always = torch.ones((), dtype=torch.bool, device=g.device)
+            self.rule.rebase_(self.own(s), Unrelated(always), g.shape, hp)
+        self.rule.prepare(g, self.own(s), hp)
+
+    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
+        """The rule's moments alone."""
+        self.rule.rebase_(self.own(s), change, shape, hp)
+
+
+@dataclass(frozen=True)
+class Modified(Wrapped, Pointwise):
+    """A pointwise rule with modifiers; made by `modified`.
+
+    Bytes: the rule's, what the modifiers hold, 8 for each sum.
+    """
+
+    rule: Pointwise
 
     @property
     def grain(self) -> int:
@@ -125,11 +166,6 @@ class Modified(Pointwise):
         return self.rule.readable
 
     @property
-    def reads_weight(self) -> bool:
-        """Where the rule or a modifier does."""
-        return self.rule.reads_weight or self.chain.reads_weight
-
-    @property
     def measures(self) -> bool:
         """Where a modifier asks for sums."""
         return self.chain.count > 0
@@ -138,10 +174,6 @@ class Modified(Pointwise):
         """Where the rule does."""
         return self.rule.shards(shape)
 
-    def scratch(self, shape: tuple[int, int]) -> int:
-        """That of the rule."""
-        return self.rule.scratch(shape)
-
     def init(self, x: Tensor) -> State:
         """The rule's state and the modifiers'."""
         return self.rule.init(x) | self.chain.init(x)
@@ -149,10 +181,6 @@ class Modified(Pointwise):
     def constants(self, shape: tuple[int, ...]) -> Constants:
         """Those of the rule."""
         return self.rule.constants(shape)
-
-    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
-        """What the rule has to do."""
-        self.rule.prepare(g, s, hp)
 
     def scalars(self, s: State, hp: Hyper) -> Tensor | None:
         """Those of the rule."""
@@ -170,25 +198,19 @@ class Modified(Pointwise):
         """What the rule says."""
         return self.rule.beside(s, shape, hp)
 
-    def check_rebase(self, kind: str) -> None:
-        """What is held of the length of steps is the same in any basis."""
-        self.rule.check_rebase(kind)
-
-    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """The rule's moments alone."""
-        self.rule.rebase_(s, change, shape, hp)
-
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """The shaped step; where they are asked for, the sums with those of this chunk."""
-        if self.chain.needs:
-            g = self.chain.before(g, {name: self.moment(name, s) for name in self.chain.needs}, _age(s, hp))
+        moments = {name: self.moment(name, s) for name in self.chain.needs}
+        if moments:
+            g = self.chain.before(g, moments, _age(s, hp))
         d, new = self.rule.step(g, s, hp)
         if not hp.keeps:
             new = {}
         d = torch.where(hp.finite, d, 0.0)
         if hp.measures:
-            new = {**new, SUMS: s[SUMS] + self.chain.sums(g, d, hp.weight)}
-        return self.chain.shaped(g, d), new
+            new = {**new, SUMS: s[SUMS] + self.chain.sums(g, d, hp.weight, moments)}
+        d = self.chain.shaped(g, d, moments)
+        return (d * self.chain.pace(s) if self.chain.pacing else d), new
 
     def factor_(self, s: State, ok: Tensor, hp: Hyper) -> Tensor:
         """The product of the modifiers' factors."""
@@ -198,54 +220,30 @@ class Modified(Pointwise):
 
 
 def _age(s: State, hp: ChunkHyper) -> Tensor:
-    """Steps that the moments have seen with this one: of all, or of each element where columns have ages."""
+    """Steps that the moments have seen with this one: of all, or of each element where columns have ages.
+
+    1 where the rule does not count.
+    """
+    if "age" not in s:
+        return torch.ones((), dtype=torch.int32, device=hp.ok.device)
     age = s["age"]
     return age if age.dim() == 0 else age[(hp.position // s["stride"]) % age.shape[0]]
 
 
 @dataclass(frozen=True)
-class ModifiedRule(Rule):
+class ModifiedRule(Wrapped, Rule):
     """A rule that needs the whole tensor, with modifiers; made by `modified`.
 
     Where the rule ends in a pointwise one (Adafactor's momentum), they modify that, and what it is given
     stands for the gradient. Bytes: the rule's, what the modifiers hold, 8 for each sum.
-
-    Raises:
-        UserError: a modifier that the rule cannot serve; all of them.
     """
 
     rule: Rule
-    chain: Chain
-
-    def __post_init__(self) -> None:
-        problems = list(self.chain.problems(self.rule))
-        if problems:
-            raise UserError("; ".join(problems))
-
-    @property
-    def uses(self) -> frozenset[str]:
-        """Those of the rule."""
-        return self.rule.uses
-
-    @property
-    def period(self) -> int:
-        """That of the rule."""
-        return self.rule.period
 
     @property
     def reads_later(self) -> bool:
         """Where the rule does."""
         return self.rule.reads_later
-
-    @property
-    def reads_weight(self) -> bool:
-        """Where the rule or a modifier does."""
-        return self.rule.reads_weight or self.chain.reads_weight
-
-    @property
-    def own_decay(self) -> bool:
-        """That of the rule."""
-        return self.rule.own_decay
 
     @property
     def keeps_sum(self) -> bool:
@@ -260,58 +258,46 @@ class ModifiedRule(Rule):
         """What the rule says."""
         return self.rule.unsound(g, scoped(s, "rule"), hp)
 
-    def scratch(self, shape: tuple[int, int]) -> int:
-        """That of the rule."""
-        return self.rule.scratch(shape)
-
     def init(self, x: Tensor) -> State:
         """The rule's state under "rule", and the modifiers'."""
         return prefixed("rule", self.rule.init(x)) | self.chain.init(x)
+
+    def own(self, s: State) -> State:
+        """What lies under "rule"."""
+        return scoped(s, "rule")
 
     def constants(self, shape: tuple[int, ...]) -> Constants:
         """Those of the rule."""
         return prefixed("rule", self.rule.constants(shape))
 
-    def prepare(self, g: Blocks, s: State, hp: Hyper) -> None:
-        """What the rule has to do."""
-        self.rule.prepare(g, scoped(s, "rule"), hp)
-
     def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
         """What the rule says."""
         return self.rule.beside(scoped(s, "rule"), shape, hp)
 
-    def check_rebase(self, kind: str) -> None:
-        """What is held of the length of steps is the same in any basis."""
-        self.rule.check_rebase(kind)
-
-    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
-        """The rule's moments alone."""
-        self.rule.rebase_(scoped(s, "rule"), change, shape, hp)
-
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """That of the rule."""
-        return self.rule.project(g, scoped(s, "rule"), hp)
+        return self.rule.project(g, self.own(s), hp)
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """The rule's step, shaped, with the factor in its step size."""
-        d = self.rule.update(g, scoped(s, "rule"), hp)
+        d = self.rule.update(g, self.own(s), hp)
         if d.then is not None:
             last, held = d.then
-            return replace(
-                d,
-                then=(
-                    modified(last, self.chain.modifiers),
-                    held | prefixed("modified", scoped(s, "modified")),
-                ),
-            )
+            held = held | prefixed("modified", scoped(s, "modified"))
+            return replace(d, then=(_modified(last, self.chain.modifiers), held))
         step = _Shaped(self.chain, g, d.blocks)
-        if not self.chain.count:
+        if not (self.chain.count or self.chain.pacing):
             return replace(d, blocks=step, pair=None)
-        ok = torch.ones((), dtype=torch.bool, device=g.device) if d.ok is None else d.ok
-        sums = torch.stack([step.sums(i, j, hp) for i, j in walk(step.ranges(), g.device)]).sum(0)
-        factor = self.chain.factor_(hp.total(sums), s, ok, d.scale)
         lr = hp.rate if d.lr is None else d.lr
-        return replace(d, blocks=step, pair=None, lr=lr * factor)
+        return replace(d, blocks=step, pair=None, lr=lr * self._factor(step, d, s, hp))
+
+    def _factor(self, step: _Shaped, d: Direction, s: State, hp: Hyper) -> Tensor:
+        """The product of the modifiers' factors."""
+        if self.chain.pacing:
+            return self.chain.pace(s)
+        ok = torch.ones((), dtype=torch.bool, device=step.device) if d.ok is None else d.ok
+        sums = torch.stack([step.sums(i, j, hp) for i, j in walk(step.ranges(), step.device)]).sum(0)
+        return self.chain.factor_(hp.total(sums), s, ok, d.scale)
 
 
 class _Shaped(Blocks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.modifiers.modifier import Modifier
+from lowmem.optim.modifiers.modifier import NONE, Modifier
 from lowmem.optim.state import State
 
 
@@ -43,7 +43,9 @@ class Limit(Modifier):
         """The length of the step before; 0 before the first, which has no limit."""
         return {"norm": torch.zeros((), device=x.device)}
 
-    def measure(self, g: Tensor, d: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
+    def measure(
+        self, g: Tensor, d: Tensor, w: Tensor | None, moments: Mapping[str, Tensor] = NONE
+    ) -> tuple[Tensor, ...]:
         """In double precision, where no square overflows."""
         return (d.double().square(),)
 
@@ -72,7 +74,9 @@ class TrustRatio(Modifier):
         """The squares of the weight and of the step."""
         return 0, 2
 
-    def measure(self, g: Tensor, d: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
+    def measure(
+        self, g: Tensor, d: Tensor, w: Tensor | None, moments: Mapping[str, Tensor] = NONE
+    ) -> tuple[Tensor, ...]:
         """In double precision, where no square overflows."""
         assert w is not None
         return w.double().square(), d.double().square()

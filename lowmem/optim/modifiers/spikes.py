@@ -1,8 +1,9 @@
-"""Modifiers against spikes of the gradient."""
+"""Modifiers against spikes of the gradient, and against what they leave in the moments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
+from lowmem.optim.hyper import Hyper, stagger
 from lowmem.optim.modifiers.modifier import Modifier
+from lowmem.optim.state import State
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,65 @@ class SpikeClip(Modifier):
         most = square.sqrt() * self.threshold**0.5
         judged = (age >= self.guard) & (square > 0.0)
         return torch.where(judged, torch.minimum(torch.maximum(g, -most), most), g)
+
+
+LEAST = 0.01
+"""The factor of the first step after a reset."""
+
+
+@dataclass(frozen=True)
+class MomentumReset(Modifier):
+    """Forget the moments now and then, and take short steps after it (SPAM, arXiv 2501.06842).
+
+        every `gap` steps: moments 0, age 0
+        d <- phi(c) d,   phi(c) = 1 - 0.99 (1 + cos(pi c / (warmup + 1))) / 2,   c steps after the reset
+
+    Tensors take turns, as with every refresh; before its first reset a tensor's steps are as they are.
+    The bias corrections start afresh with the moments, which the released code forgets to do. Holds 4
+    bytes, none without warmup.
+
+    Args:
+        gap: steps between resets, at least 1; warmup: steps until they are as long as before, at least 0.
+
+    Raises:
+        UserError: a number outside its range.
+
+    Example:
+        >>> [round(MomentumReset(500, 3).factor_at(c), 2) for c in range(5)]
+        [0.01, 0.15, 0.51, 1.0, 1.0]
+    """
+
+    gap: int = 500
+    warmup: int = 150
+    reads_gradient: ClassVar[bool] = False
+    resets: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.gap < 1 or self.warmup < 0:
+            raise UserError(f"gap must be at least 1 and warmup at least 0, got {self.gap}, {self.warmup}")
+
+    @property
+    def paces(self) -> bool:
+        """Where steps are short after a reset."""
+        return self.warmup > 0
+
+    def init(self, x: Tensor) -> State:
+        """The factor of the step."""
+        return {"pace": torch.ones((), device=x.device)} if self.warmup else {}
+
+    def factor_at(self, since: int) -> float:
+        """phi, so many steps after a reset."""
+        if since >= self.warmup:
+            return 1.0
+        return 1.0 - (1.0 - LEAST) * 0.5 * (1.0 + math.cos(math.pi * since / (self.warmup + 1)))
+
+    def begin_(self, s: State, hp: Hyper) -> bool:
+        """Nothing is to be forgotten at the first step of a run."""
+        since = (hp.step + stagger(hp.name, self.gap)) % self.gap
+        if self.warmup:
+            s["pace"].fill_(self.factor_at(since) if since < hp.step else 1.0)
+        return since == 0 and hp.step > 0
+
+    def factor(self, sums: Sequence[Tensor], s: State) -> tuple[Tensor, State]:
+        """What the clock said."""
+        return (s["pace"] if self.warmup else torch.ones(())), {}

@@ -35,7 +35,7 @@ def _choose(first: int, rows: int, count: int, pick: int, hp: Hyper) -> Tensor:
     return words.argsort(dim=1, stable=True)[:, :pick].sort(dim=1).values
 
 
-def _count(rank: float, of: int, share: int) -> int:
+def count_of(rank: float, of: int, share: int) -> int:
     """So many of `of`: a number from 1 on, clipped, or a share below 1 that came to `share`; at least 1."""
     return max(1, min(int(rank), of) if rank >= 1 else share)
 
@@ -59,7 +59,7 @@ class Columns(Projector):
         check_gap(self.update_proj_gap)
 
     def _rank(self, shape: tuple[int, int]) -> int:
-        return _count(self.rank, shape[1], int(self.rank * shape[1]))
+        return count_of(self.rank, shape[1], int(self.rank * shape[1]))
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(m, r)."""
@@ -119,7 +119,7 @@ class Elements(Projector):
 
     @property
     def _picked(self) -> int:
-        return _count(self.rank, GROUP, round(GROUP * self.rank))
+        return count_of(self.rank, GROUP, round(GROUP * self.rank))
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(groups, k)."""

@@ -81,6 +81,13 @@ def check_gradient(name: str, p: Tensor, g: Tensor | None) -> None:
         raise UserError(f"gradient of {name!r}: {problem}")
 
 
+def check_gradients(params: Iterable[tuple[str, Tensor]]) -> None:
+    """`check_gradient` for those that have one."""
+    for name, p in params:
+        if p.grad is not None:
+            check_gradient(name, p, p.grad)
+
+
 def idle(name: str, rules: Iterable[Any], *, betas: Sequence[float], eps: float) -> list[str]:
     """A sentence for each number that was set and that no rule of a strategy reads.
 

@@ -19,7 +19,7 @@ from lowmem.optim.tensors.checks import check_hyper
 from lowmem.optim.tensors.roles import ROLES, find, to_text
 from lowmem.optim.writers import select
 
-RUN = ("step", "seed", "compile", "strategy", "previous_norm")
+RUN = ("step", "seed", "compile", "strategy", "previous_norm", "decided")
 """What a group holds of the run: the same in all of them."""
 
 

@@ -11,7 +11,7 @@ A state is that of the step before the clock of its group: the next step may swi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import CheckpointError
+from lowmem.optim.engine.settings import NEUTRAL
 from lowmem.optim.schedules import Always
 from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.outside import Outside
+from lowmem.optim.tensors.resting import arrange_
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
 
@@ -58,7 +61,7 @@ class Loading:
 
     @contextmanager
     def around(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """The hooks stand while torch loads."""
+        """While torch loads: after the caller's pre-hooks, before the caller's post-hooks."""
         hooks = (
             optimizer.register_load_state_dict_pre_hook(self.read),
             optimizer.register_load_state_dict_post_hook(self.store, prepend=True),
@@ -81,9 +84,12 @@ class Loading:
         roster = Roster(groups, self.strategy)
         indices = [i for group in saved["param_groups"] for i in group["params"]]
         states = saved["state"]
-        if not any(i in states for i in indices) and any(g["step"] for g in groups) and self._holds(roster):
-            raise lost(max(group["step"] for group in groups))
-        for i, p in zip(indices, [p for group in own for p in group["params"]], strict=True):
+        params = [p for group in own for p in group["params"]]
+        held = {p for i, p in zip(indices, params, strict=True) if states.get(i)}
+        step = max((g["step"] for g in groups), default=0)
+        if step and (missing := self._missing(roster, held)):
+            raise lost(step, missing)
+        for i, p in zip(indices, params, strict=True):
             if i in states:
                 self.found[p] = self._exact(roster, p, states[i])
         rest = {key: value for key, value in states.items() if key not in set(indices)}
@@ -107,16 +113,28 @@ class Loading:
                 key: to_text({new: said[was] for new, was in zip(names, theirs, strict=True) if was in said})
                 for key, said in found.items()
             }
-            groups.append({**old, "params": mine["params"], **kept})
+            groups.append({"decided": "", **old, "params": mine["params"], **kept})
             if "param_names" in mine:
                 groups[-1]["param_names"] = list(names)
         tell(saved, own)
         return groups
 
-    def _holds(self, roster: Roster) -> bool:
-        """Whether a parameter that trains has state in its ordinary role."""
-        trained = [(p, place) for p, place in roster.places.items() if p.requires_grad and p.numel()]
-        return any(place.fresh(self.strategy, place.rule, p, "meta") for p, place in trained)
+    def _missing(self, roster: Roster, held: Collection[Tensor]) -> str:
+        """Whose state is missing: all of it, or that of a tensor which had its turn; nothing, if empty."""
+        schedule, rules = self.strategy.schedule, self.strategy.rules
+        turns, found = self.strategy.turns, ""
+        for p, place in roster.places.items():
+            rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
+            divided = schedule.restarts(place.name, place.rule) or (
+                schedule.observes and rule_name == "matrix"
+            )
+            if rules[rule_name].idle or not trains(p) or not p.numel() or (turns and not divided):
+                continue
+            if p in held and not turns:
+                return ""
+            if p not in held and place.fresh(self.strategy, rule_name, p, "meta"):
+                found = f"optimizer state of {place.name!r}" if turns else "optimizer state"
+        return found
 
     def _exact(self, roster: Roster, p: Tensor, given: Mapping[str, Tensor]) -> State:
         """A copy of a parameter's state, in the order and with the strides that kernels were given."""
@@ -126,6 +144,35 @@ class Loading:
         given = self.outside.back(place, rule_name, p, given, needed)
         check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
         return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
+
+
+class Resumable(torch.optim.Optimizer):
+    """An optimizer that is saved and loaded exactly; `roster`: all parameters, as they are now."""
+
+    strategy: Strategy
+
+    @property
+    def roster(self) -> Roster:
+        """Told by the optimizer itself."""
+        raise NotImplementedError
+
+    def resting(self, p: Tensor) -> bool:
+        """Whether a parameter takes no part in the next step."""
+        return self.strategy.rules[self.roster.rule_at(p, self.roster[p].group["step"])].idle
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
+        return saved(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load exactly: dtypes, bits and strides as saved, on the parameter's device; all of it or nothing.
+
+        Raises:
+            CheckpointError: saved by another strategy, for other shapes, or without what was held.
+        """
+        with NEUTRAL.entered(), Loading(self.strategy).around(self):
+            super().load_state_dict(dict(state_dict))
+        arrange_(self.roster, self.strategy.rules)
 
 
 def laid_out(value: Tensor, like: Tensor, device: torch.device) -> Tensor:
@@ -180,10 +227,10 @@ def check_groups(saved: Mapping[str, Any], groups: Sequence[Group]) -> None:
         )
 
 
-def lost(steps: int) -> CheckpointError:
-    """The error for a state dict of a run under way that holds no state."""
+def lost(steps: int, what: str) -> CheckpointError:
+    """The error for a state dict of a run under way that does not hold what it should."""
     return CheckpointError(
-        f"the checkpoint is of step {steps} and holds no optimizer state: torch.distributed.checkpoint reads "
+        f"the checkpoint is of step {steps} and holds no {what}: torch.distributed.checkpoint reads "
         f"what the optimizer that it loads into holds already; call init_state() on it first, or use "
         f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
     )

@@ -111,9 +111,16 @@ class Roster:
 
     def rule_at(self, p: Tensor, step: int) -> str:
         """The name of the rule that a parameter follows after so many completed steps."""
-        place = self[p]
+        place, group = self[p], self[p].group
         names = self._taking_part(place.rule, step)
-        return self.schedule.role(place.name, place.rule, names, step, place.group["seed"])
+        return self.schedule.role(place.name, place.rule, names, step, group["seed"], group["decided"])
+
+    def restarting(self, step: int) -> Iterator[Tensor]:
+        """The parameters whose state is made anew where rules may change at this step."""
+        for p, place in self.places.items():
+            changed = self.rule_at(p, step) != self.rule_at(p, max(0, step - 1))
+            if changed or self.schedule.restarts(place.name, place.rule):
+                yield p
 
     def _taking_part(self, rule: str, step: int) -> tuple[str, ...]:
         """The tensors of a rule that a schedule divides: those that join do so when roles next change."""
@@ -194,7 +201,8 @@ def seat(
 ) -> Seat:
     """The seat of a parameter with this state."""
     rule, writer = strategy.rules[rule_name], select(strategy.writer, p.dtype)
-    own = {key: tensor for key, tensor in held.items() if not key.startswith(("writer.", "source."))}
+    beside = ("writer.", "source.", "schedule.")
+    own = {key: tensor for key, tensor in held.items() if not key.startswith(beside)}
     extra = scoped(held, "writer")
     shard = place.shard
     way: Way = strategy.way(rule_name, place.role, shard) if shard else "rows"

@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 
 from lowmem.optim.elementwise import Elementwise
 from lowmem.optim.modifiers.around import Lookahead, XGrad
-from lowmem.optim.modifiers.masks import Cautious, Grams
+from lowmem.optim.modifiers.masks import AlphaMask, Cautious, Grams
 from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.modifiers.norms import Limit, TrustRatio
-from lowmem.optim.modifiers.spikes import SpikeClip
-from lowmem.strategies.options import Limits
+from lowmem.optim.modifiers.spikes import MomentumReset, SpikeClip
+from lowmem.strategies.options import Gap, Limits
 from lowmem.strategies.parts import part
 
 
@@ -63,6 +63,23 @@ def spike_clip(
         guard: Steps at the start in which nothing is cut.
     """
     return SpikeClip(threshold, guard)
+
+
+@part("modifier")
+def alpha_mask() -> Modifier:
+    """No step where the gradient goes against the momentum so far; what is left is as long as the whole."""
+    return AlphaMask()
+
+
+@part("modifier")
+def momentum_reset(*, gap: Gap = 500, warmup: Annotated[int, Limits(least=0, small=2)] = 150) -> Modifier:
+    """The moments are forgotten now and then, and steps are short after it.
+
+    Args:
+        gap: Steps until the moments are forgotten.
+        warmup: Steps until they are as long as before; 0 for at once.
+    """
+    return MomentumReset(gap, warmup)
 
 
 @part("modifier")

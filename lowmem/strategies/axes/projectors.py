@@ -11,6 +11,7 @@ from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dct import DCT
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
 from lowmem.optim.projectors.dense import svd as exact
+from lowmem.optim.projectors.fisher import Fisher
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Gaussian
 from lowmem.optim.projectors.random import random as uniform
@@ -104,3 +105,13 @@ def online(
     """
     rule = coded(Adam(), basis_states) if basis_rule == "adam" else coded(SGD())
     return Online(Frame(rank, proj_type), rate, penalty, rule)
+
+
+@part("projector")
+def fisher(*, rank: Size = 0.005) -> Projector:
+    """The single elements with the largest gradients at first, for good; all others stay as they are.
+
+    Args:
+        rank: Elements that are seen of a tensor, or their share.
+    """
+    return Fisher(rank)

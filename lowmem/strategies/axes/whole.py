@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from lowmem.optim.bases import Frame
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.rules.factored import CAME, SM3, AdamMini, AdamRankOne
-from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI
+from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI, StableSPAM
 from lowmem.optim.rules.mlorc import MLorc
 from lowmem.optim.rules.normalised import SWAN, AuON, Scaled, SinkGD
 from lowmem.optim.rules.orthonormal import AdaMuon, Dion
@@ -35,6 +35,21 @@ def novograd(*, states: str, averaging: bool = False) -> AnyRule:
         averaging: Make the momentum an average instead of a sum.
     """
     return NovoGrad.of(states, averaging=averaging)
+
+
+Share = Annotated[float, Limits(least=0.0, below=1.0)]
+
+
+@part("rule")
+def stable_spam(*, states: str, gamma1: Share = 0.7, gamma2: Share = 0.9, theta: Share = 0.999) -> AnyRule:
+    """Adam on gradients that are clipped and normalised by their own history.
+
+    Args:
+        gamma1: Share of the old average of the gradient's norm.
+        gamma2: Share of the old average of its square.
+        theta: Share of the old average of the largest element.
+    """
+    return StableSPAM.of(states, gamma1=gamma1, gamma2=gamma2, theta=theta)
 
 
 @part("rule")

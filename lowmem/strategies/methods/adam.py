@@ -1,4 +1,4 @@
-"""AdamW: in every precision."""
+"""AdamW: in every precision, and made safe from spikes."""
 
 from lowmem.strategies.method import Method, register
 
@@ -32,5 +32,49 @@ register(
         paper="2110.02861",
         rule="adam",
         states="int8",
+    )
+)
+
+register(
+    Method(
+        "spam",
+        """Adam whose gradients are clipped at spikes and whose moments are forgotten now and then.
+
+            where g^2 > threshold v: g <- sign(g) sqrt(threshold v),  v before the step
+            every `gap` steps: m = v = 0;  W <- (1 - lr wd) W - lr phi Adam(G)
+
+        phi leads steps up from a hundredth over `warmup` steps after each time. Tensors take turns, and the
+        bias corrections start afresh with the moments; the released code keeps them. Sparse momentum, that
+        steps a share of the elements and holds moments for them alone, is projector=randk, rank=0.25,
+        update_proj_gap=500, on_refresh=reset.
+
+        Bytes for an (m, n) weight: 8 m n + 8 with fp32 states; sparse, g = ceil(m n / 256) groups of
+        k = round(256 rank): 9 g k + 8.
+        """,
+        paper="2501.06842",
+        rule="adam",
+        modifiers="spike_clip+momentum_reset",
+    )
+)
+
+register(
+    Method(
+        "stable_spam",
+        """Adam on gradients clipped and normalised by their own history, with moments that are forgotten.
+
+            X averages max|G|, N averages |G|, S averages |G|^2, each without bias
+            where |g| > X: g <- g X / max|G|;  G <- G N / (|G| sqrt(S))
+            every `gap` steps: m = v = 0;  W <- (1 - lr wd) W - lr Adam(G)
+
+        Made for 4-bit training; a trajectory does not depend on the scale of the gradients. At a reset
+        the moments are zero before the step, where the released code takes one step more by the old ones.
+
+        Bytes for an (m, n) weight: 8 m n + 32 with fp32 states.
+        """,
+        paper="2502.17055",
+        rule="stable_spam",
+        modifiers="momentum_reset",
+        momentum_reset_gap=1000,
+        momentum_reset_warmup=0,
     )
 )

@@ -21,3 +21,23 @@ register(
         rule="microadam",
     )
 )
+
+register(
+    Method(
+        "fish_mask",
+        """Adam on the few elements that the loss depends on most; all others keep their bits.
+
+            F = G^2 at the first gradient,  mask = the largest `rank` of F in each tensor, for good
+            W[mask] <- (1 - lr wd) W[mask] - lr Adam(G[mask])
+
+        Matrices, embeddings, head, norms and biases alike. The paper averages F over samples and compares
+        all tensors; here the first batch decides, so let it be a large one (accumulation counts), and each
+        tensor has its share. The released code holds moments for all elements, and decays them all.
+
+        Bytes for an (m, n) weight, k = floor(rank m n), fp32 states: 12 k + 4, 0.06 m n by default.
+        """,
+        paper="2111.09839",
+        projector="fisher",
+        rule="adam",
+    )
+)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem.memory import count
 from lowmem.optim.optimizer import LowMemOptimizer
@@ -111,7 +111,8 @@ class _Run:
         self._count(0, "before the first step")
 
     def _count(self, step: int, when: str) -> None:
-        planned = count.model_state_bytes(self.strategy, self.model, step=step)
+        decided = self.optimizer.param_groups[0]["decided"]
+        planned = count.model_state_bytes(self.strategy, self.model, step=step, decided=decided)
         if planned != (held := self.optimizer.state_bytes()):
             raise BrokenError(f"{when} {held} bytes are held, {planned} were planned")
 
@@ -175,7 +176,7 @@ def advance(strategy: Strategy, optimizer: LowMemOptimizer, model: zoo.Zoo, step
         optimizer.step()
         optimizer.zero_grad()
         return
-    before, counted = zoo.weights(model), optimizer.nonfinite()
+    before, counted = zoo.weights(model), optimizer.nonfinite() + seen(optimizer, model)
     bad = feed(model, step)
     decay = [group["weight_decay"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -185,7 +186,7 @@ def advance(strategy: Strategy, optimizer: LowMemOptimizer, model: zoo.Zoo, step
     for group, value in zip(optimizer.param_groups, decay, strict=True):
         group["weight_decay"] = value
     if step == BAD_AT:
-        yield from _guarded(strategy, optimizer, model, before, bad, counted)
+        yield from _guarded(optimizer, model, before, bad, counted)
     elif step == NAN_AT and not same(zoo.weights(model), before):
         yield "a gradient of nothing but NaN moved a weight"
     if not all_finite(optimizer, model):
@@ -193,7 +194,6 @@ def advance(strategy: Strategy, optimizer: LowMemOptimizer, model: zoo.Zoo, step
 
 
 def _guarded(
-    strategy: Strategy,
     optimizer: LowMemOptimizer,
     model: zoo.Zoo,
     before: dict[str, Tensor],
@@ -203,7 +203,7 @@ def _guarded(
     for name, p in model.named_parameters():
         if not torch.equal(p.detach()[bad[name]], before[name][bad[name]]):
             yield f"{name}: an element whose gradient is not finite was stepped"
-    if optimizer.nonfinite() - counted < seen(optimizer, model):
+    if optimizer.nonfinite() < counted:
         yield "elements whose gradient is not finite were not all counted"
 
 
@@ -223,8 +223,17 @@ def feed(model: zoo.Zoo, step: int) -> dict[str, Tensor]:
 
 def seen(optimizer: LowMemOptimizer, model: zoo.Zoo) -> int:
     """Tensors of which every element is looked at; a projection that drops coordinates leaves some out."""
-    rules: list[Any] = [optimizer.strategy.rules[optimizer.rule_name(p)] for p in model.parameters()]
+    rules: list[Any] = [
+        optimizer.strategy.rules[optimizer.rule_name(p)]
+        for name, p in model.named_parameters()
+        if name in stepping(optimizer, model)
+    ]
     return sum(not hasattr(rule, "projector") or rule.residual.reads_rest for rule in rules)
+
+
+def stepping(optimizer: LowMemOptimizer, model: nn.Module) -> set[str]:
+    """Names of the tensors that take part in the next step: a schedule may let others rest."""
+    return {name for name, p in model.named_parameters() if not optimizer.resting(p)}
 
 
 def all_finite(optimizer: LowMemOptimizer, model: zoo.Zoo) -> bool:

@@ -1,7 +1,7 @@
 """A model small enough for hundreds of runs that holds every kind of weight there is.
 
 Tall, wide, square, prime and odd matrices, a 4-D convolution, GPT-2's transposed Conv1D, an embedding
-tied to the head, norms and biases; and the loss that the contract suite lowers.
+tied to the head, norms and biases, in numbered layers; and the loss that the contract suite lowers.
 """
 
 from __future__ import annotations
@@ -14,24 +14,34 @@ from transformers.pytorch_utils import Conv1D
 VOCABULARY, WIDTH = 23, 12
 
 
-class Block(nn.Module):
-    """Matrices of every shape, under the names a decoder layer has."""
+class First(nn.Module):
+    """Matrices of some shapes, under the names a decoder layer has."""
 
     def __init__(self) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(WIDTH)
         self.up_proj = nn.Linear(WIDTH, 31, bias=False)
         self.down_proj = nn.Linear(31, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.gelu(self.up_proj(self.input_layernorm(x))))
+        return out
+
+
+class Second(nn.Module):
+    """Matrices of the other shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.c_proj = Conv1D(13, 17)  # type: ignore[no-untyped-call]
         self.o_proj = nn.Linear(13, 13, bias=False)
         self.conv = nn.Conv2d(1, 5, (3, 2), bias=False)
         self.out_proj = nn.Linear(5 * 11 * 12, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(self.up_proj(self.input_layernorm(x)))
-        y = self.o_proj(self.c_proj(self.down_proj(y)))
+        y = self.o_proj(self.c_proj(x))
         image = (y.unsqueeze(-1) * y.unsqueeze(-2)).unsqueeze(1)  # of full rank, as its gradients are then
-        out: Tensor = x + self.out_proj(self.conv(image).flatten(1))
+        out: Tensor = self.out_proj(self.conv(image).flatten(1))
         return out
 
 
@@ -41,13 +51,14 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.layer = Block()
+        self.layers = nn.ModuleList([First(), Second()])
         self.norm = nn.LayerNorm(WIDTH)
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(self.norm(self.layer(self.embed_tokens(ids))))
+        x = self.embed_tokens(ids)
+        logits: Tensor = self.lm_head(self.norm(x + self.layers[1](self.layers[0](x))))
         return logits.float()
 
 

@@ -21,6 +21,7 @@ from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_roo
 from lowmem.models import sealed
 from lowmem.models.adapters import name_base
 from lowmem.optim.evaluated import evaluated
+from lowmem.optim.tensors.marks import trains
 from lowmem.training.callbacks import Divergence
 from lowmem.training.folder import checkpoint, settings
 from lowmem.training.folder.lock import held
@@ -236,7 +237,7 @@ class WholeCheckpoints:
 
 def nonfinite_weights(model: nn.Module) -> list[str]:
     """Names of the trainable tensors that hold a number that is not finite."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    named = [(n, p) for n, p in model.named_parameters() if trains(p) and p.numel()]
     bounds = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]  # NaN wins over both
     return [name for (name, _), finite in zip(named, bounds, strict=True) if not finite]
 

@@ -1,0 +1,54 @@
+"""Which tensors are active when: what a schedule does to the step that is traced.
+
+Of the windows of a schedule, the one whose backward pass reaches furthest is traced: gradients exist for
+its tensors alone, and layers above the first of them still pass gradients on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lowmem.optim.strategy import Strategy
+
+MOST = 64
+"""Windows that are looked at."""
+FAR = 20_000
+"""Steps among which they are looked for."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    role: str
+
+
+def special(strategy: Strategy) -> Strategy | None:
+    """The strategy, where a step is not a forward and a backward pass with a gradient for every tensor."""
+    return strategy if strategy.turns or not strategy.source.needs_autograd else None
+
+
+def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[Mapping[str, str]]:
+    """The rule of each parameter by name, for every window of the schedule that may differ."""
+    ordinary = {p.name: strategy.rule_name(p.role, p.shape) for p in parameters}
+    steps = [0, *(s for s in range(1, FAR) if strategy.schedule.switches(s))][:MOST]
+    for step in steps:
+        yield strategy.rules_at(ordinary, step, 0)
+
+
+def resting(strategy: Strategy | None, parameters: Sequence[Parameter]) -> frozenset[str]:
+    """Names of the parameters that no gradient is made for, while the first that can be is active."""
+    if strategy is None or not strategy.turns:
+        return frozenset()
+    found = [
+        tuple(i for i, p in enumerate(parameters) if not strategy.rules[rules[p.name]].idle)
+        for rules in windows(strategy, parameters)
+    ]
+    active = min(found)
+    return frozenset(p.name for i, p in enumerate(parameters) if i not in active)

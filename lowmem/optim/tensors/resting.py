@@ -1,0 +1,70 @@
+"""What a schedule means for the tensors of an optimizer: who rests, and what it is shown and asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowmem.optim.blocks import Blocks
+from lowmem.optim.contract import AnyRule
+from lowmem.optim.schedules import Schedule
+from lowmem.optim.state import scoped
+from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.marks import rest_, wake_
+from lowmem.optim.tensors.seats import Roster, Seat
+
+
+def arrange_(roster: Roster, rules: Mapping[str, AnyRule]) -> None:
+    """Put aside what takes no step now, and take up all else, whoever has put it aside.
+
+    Args:
+        roster: all parameters; rules: by name, of which some may be idle.
+    """
+    idle = {name for name, rule in rules.items() if rule.idle}
+    for p, place in roster.places.items():
+        resting = idle and roster.rule_at(p, place.group["step"]) in idle
+        (rest_ if resting else wake_)(p)
+
+
+def wake_all_(roster: Roster) -> None:
+    """Let all that was put aside require gradients again: at the end of a run."""
+    for p in roster.places:
+        wake_(p)
+
+
+def observe_(schedule: Schedule, seat: Seat, g: Blocks) -> None:
+    """Show a gradient to a schedule, where it holds something of the tensor."""
+    if schedule.observes and "schedule.seen" in seat.held:
+        schedule.observe_(scoped(seat.held, "schedule"), g)
+
+
+def turn_(strategy: Strategy, roster: Roster, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Once a step is taken: where roles change now, decide whose turn it is, and let the others rest.
+
+    Args:
+        strategy: whose schedule decides; roster: all parameters; state: of the optimizer.
+    """
+    step = max((place.group["step"] for place in roster.places.values()), default=0)
+    if strategy.schedule.switches(step):
+        if strategy.schedule.observes:
+            _decide_(strategy.schedule, roster, state)
+        arrange_(roster, strategy.rules)
+
+
+def _decide_(schedule: Schedule, roster: Roster, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """By what was seen, which is read from the devices, once each; then look anew."""
+    watched = {p: state[p]["schedule.seen"] for p in roster.places if "schedule.seen" in state.get(p, {})}
+    seen: dict[str, float] = {}
+    for device in {x.device for x in watched.values()}:
+        here = [p for p in watched if p.device == device]
+        sums = torch.stack([watched[p] for p in here]).tolist()
+        seen |= {roster[p].name: total / n for p, (total, n) in zip(here, sums, strict=True) if n}
+    group = next(iter(roster.places.values())).group
+    names = [place.name for place in roster.places.values() if place.rule == "matrix"]
+    decided = schedule.decide(group["decided"], seen, names, group["step"], group["seed"])
+    for place in roster.places.values():
+        place.group["decided"] = decided
+    for x in watched.values():
+        x.zero_()
