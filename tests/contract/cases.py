@@ -18,7 +18,7 @@ from lowmem.strategies import parts
 from lowmem.strategies.method import AXES, ROLES, methods
 from lowmem.strategies.parts import KINDS
 from lowmem.strategies.registry import beside
-from tests.enrolled import of_kind, on_any_model
+from tests.enrolled import of_kind, on_any_model, unlike
 
 GAP = 4
 CARRIER = "adamw"
@@ -116,6 +116,12 @@ def each() -> list[Case]:
     return [*plain(), *(part_case(kind, name) for kind, name in chosen() if (kind, name) not in has)]
 
 
+def kinds() -> list[Case]:
+    """A method of each make, and the parts that no method has."""
+    names = unlike()
+    return [one for one in each() if one.varied or one.name in names]
+
+
 def others(option: Any) -> list[Any]:
     """Other values that an option may take: each word, the other truth value, a number nearby."""
     if option.choices:
@@ -168,7 +174,7 @@ def refused(found: list[Case]) -> list[tuple[Case, UserError]]:
 
 def choose(width: str) -> list[Case]:
     """As wide as a test needs: methods as they come, with every part, or with every option too."""
-    wide = {"plain": plain, "each": each, "changed": lambda: [*each(), *defined(changed())]}
+    wide = {"plain": plain, "kinds": kinds, "each": each, "changed": lambda: [*each(), *defined(changed())]}
     return list(dict.fromkeys(wide[width]()))
 
 

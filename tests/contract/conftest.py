@@ -16,6 +16,7 @@ from tests.contract import cases
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain: every method as it comes is enough")
     config.addinivalue_line("markers", "changed: every option changed as well")
+    config.addinivalue_line("markers", "kinds: it is the frame that is asked; methods of one make are one")
     config.addinivalue_line("markers", "both: methods as they come in fp32 and bf16, not in turns")
 
 
@@ -31,7 +32,9 @@ def dtypes_of(case: cases.Case, both: bool) -> tuple[torch.dtype, ...]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    marks = [width for width in ("plain", "changed") if metafunc.definition.get_closest_marker(width)]
+    marks = [
+        width for width in ("plain", "changed", "kinds") if metafunc.definition.get_closest_marker(width)
+    ]
     found = cases.choose(marks[0] if marks else "each")
     if "dtype" not in metafunc.fixturenames:
         in_fp32 = [case for case in found if case.create().writer == Stochastic()]

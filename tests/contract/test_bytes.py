@@ -67,6 +67,7 @@ def test_keys_shapes_and_dtypes_never_change(case: Case, dtype: torch.dtype) -> 
     assert all(held == whole.held[0] for held in whole.held[1:])
 
 
+@pytest.mark.kinds
 def test_state_made_before_the_first_step_is_the_state_of_the_run(case: Case, dtype: torch.dtype) -> None:
     model = zoo.build(dtype)
     optimizer = case.optimizer(model)
@@ -78,6 +79,7 @@ def test_state_made_before_the_first_step_is_the_state_of_the_run(case: Case, dt
     assert runs.same(zoo.weights(model), runs.record(case, dtype).weights)
 
 
+@pytest.mark.kinds
 def test_state_lives_in_place(case: Case) -> None:
     """Tensors made by the first step are the tensors of the last one."""
     if case.create().schedule.switches(runs.GAP):

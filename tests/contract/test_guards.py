@@ -100,6 +100,7 @@ def test_huge_and_tiny_gradients_are_ordinary_ones(case: Case, scale: float) -> 
     assert optimizer.nonfinite() == 0
 
 
+@pytest.mark.kinds
 def test_a_parameter_without_gradient_is_left_out(case: Case) -> None:
     model = zoo.build()
     optimizer = case.optimizer(model)

@@ -18,6 +18,7 @@ from tests.contract.cases import Case
 SHAPES = {"0.tall": (24, 8), "0.wide": (8, 24), "0.square": (16, 16), "0.prime": (13, 17)}
 
 
+@pytest.mark.kinds
 def test_the_order_of_parameters_does_not_matter(case: Case, dtype: torch.dtype) -> None:
     model = zoo.build(dtype)
     groups = param_groups(model, weight_decay=0.01)
@@ -58,6 +59,7 @@ def bare(
     return lowmem.LowMemOptimizer([group], case.create(), **hyper), params
 
 
+@pytest.mark.kinds
 def test_layout_does_not_matter(case: Case, dtype: torch.dtype) -> None:
     """A transposed leaf, and gradients laid out otherwise than their weights, give the same bits."""
     if not case.by_backward:
@@ -87,6 +89,7 @@ def test_layout_does_not_matter(case: Case, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(w, other[name], rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.kinds
 def test_tied_weights_are_one_tensor(case: Case) -> None:
     optimizer = case.optimizer(zoo.build())
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -95,6 +98,7 @@ def test_tied_weights_are_one_tensor(case: Case) -> None:
     assert sorted(names) == sorted(name for name, _ in zoo.build().named_parameters())
 
 
+@pytest.mark.kinds
 def test_embeddings_head_norms_and_biases_are_not_matrices(case: Case) -> None:
     model = zoo.build()
     rule = {place.name: place.rule for place in case.optimizer(model).roster.places.values()}

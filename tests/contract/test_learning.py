@@ -47,11 +47,13 @@ def test_the_first_step_is_proportional_to_lr(case: Case) -> None:
         torch.testing.assert_close(two[name], 2 * move, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.kinds
 def test_lr_zero_leaves_every_bit(case: Case, dtype: torch.dtype) -> None:
     _, model = runs.run(case, dtype, 3, lr=0.0, weight_decay=0.5)
     assert runs.same(zoo.weights(model), zoo.weights(zoo.build(dtype)))
 
 
+@pytest.mark.kinds
 def test_a_scheduler_is_followed(case: Case) -> None:
     """Halving lr by the group is the same as having been given half."""
     model, other = zoo.build(), zoo.build()
@@ -135,6 +137,7 @@ def test_small_decay_reaches_bf16_weights(case: Case, writer: str) -> None:
     assert float(model[0].detach().float().mean()) == pytest.approx(0.999**30, abs=4e-3)
 
 
+@pytest.mark.kinds
 def test_groups_of_ones_own_keep_their_numbers(case: Case) -> None:
     """A group with lr 0 stays; its neighbour moves."""
     model = zoo.build()
@@ -150,6 +153,7 @@ def test_groups_of_ones_own_keep_their_numbers(case: Case) -> None:
         assert torch.equal(p.detach(), before[name]) != (name in moving), name
 
 
+@pytest.mark.kinds
 def test_group_values_are_plain(case: Case) -> None:
     optimizer, _ = runs.run(case, torch.float32, 1)
     for group in optimizer.param_groups:

@@ -38,6 +38,7 @@ def holding(case: Case, dtype: torch.dtype) -> set[str]:
     return {name for name, p in model.named_parameters() if optimizer.state.get(p)}
 
 
+@pytest.mark.kinds
 def test_resume_through_distributed_checkpoint_is_exact(case: Case, dtype: torch.dtype) -> None:
     """In either form of it, by turns."""
     at, flatten = runs.SAVED[-1], sum(map(ord, case.name)) % 2 == 0
@@ -72,6 +73,7 @@ def test_resume_through_distributed_checkpoint_is_exact(case: Case, dtype: torch
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.kinds
 def test_resume_through_files_of_distributed_checkpoint_is_exact(case: Case, tmp_path: Path) -> None:
     """It reads into what the fresh optimizer holds: `init_state` makes that what was saved."""
     at = runs.SAVED[-1]
@@ -101,6 +103,7 @@ def leaves(value: Any) -> list[Any]:
     return [value]
 
 
+@pytest.mark.kinds
 def test_a_checkpoint_holds_plain_values_alone(case: Case, dtype: torch.dtype) -> None:
     held = runs.from_file(runs.record(case, dtype).saved[runs.SAVED[-1]][1])
     plain = (int, float, str, bool, type(None))
@@ -119,6 +122,7 @@ def test_loading_keeps_the_dtype_of_every_tensor(case: Case) -> None:
     assert held == whole.held[at - 1]
 
 
+@pytest.mark.kinds
 def test_loading_does_not_share_memory_with_the_checkpoint(case: Case) -> None:
     at = runs.SAVED[-1]
     model_file, optimizer_file = runs.record(case, torch.float32).saved[at]
@@ -127,6 +131,7 @@ def test_loading_does_not_share_memory_with_the_checkpoint(case: Case) -> None:
     assert runs.same(loaded, runs.from_file(optimizer_file))
 
 
+@pytest.mark.kinds
 def test_a_checkpoint_that_lost_its_state_is_refused(case: Case) -> None:
     """A store that reads what the optimizer holds already gives a fresh one nothing, without an error."""
     at = runs.SAVED[-1]
@@ -143,6 +148,7 @@ def test_a_checkpoint_that_lost_its_state_is_refused(case: Case) -> None:
         optimizer.load_state_dict({**saved, "state": {}})
 
 
+@pytest.mark.kinds
 def test_a_checkpoint_that_does_not_fit_changes_nothing(case: Case) -> None:
     """The last of the tensors does not fit; those before it would have been loaded."""
     at = runs.SAVED[-1]
@@ -161,6 +167,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(case: Case) -> None:
     assert {group["step"] for group in optimizer.param_groups} == {0}
 
 
+@pytest.mark.kinds
 def test_order_of_saved_keys_does_not_matter(case: Case, dtype: torch.dtype) -> None:
     """A store may give the state tensors of a parameter back in any order."""
     whole = runs.record(case, dtype)

@@ -13,15 +13,18 @@ from lowmem.optim.contract import is_pointwise
 from lowmem.optim.release import release
 from tests.contract import cases
 from tests.distributed.zoo import Zoo, gradient, loss_of
+from tests.enrolled import unlike
 
 STEPS, BAD = 5, 2
 LR = 0.02
 
 
 def chosen(ranks: int = 3) -> list[tuple[cases.Case, torch.dtype]]:
-    """Every method as it comes, and what has a way of its own on shards; in bf16 too where all is uneven."""
+    """Every method on two ranks, those of another make on more; in bf16 too where all is uneven."""
     dtypes = (torch.float32, torch.bfloat16) if ranks == 3 else (torch.float32,)
-    by_backward = [case for case in (*cases.plain(), *EXTRA) if case.by_backward]
+    names = set(lowmem.available()) if ranks == 2 else set(unlike())
+    found = [case for case in cases.plain() if case.name in names]
+    by_backward = [case for case in (*found, *EXTRA) if case.by_backward]
     return [(case, dtype) for case in by_backward for dtype in dtypes]
 
 

@@ -18,10 +18,10 @@ from lowmem.memory.measure.profile import Profiler, profile
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors.groups import param_groups
 from lowmem.report.profile import errors
-from tests.enrolled import on_any_model
+from tests.enrolled import on_any_model, unlike
 
 VOCAB = 131
-WITH_GRADIENTS = [name for name in lowmem.available() if lowmem.create(name).source.needs_autograd]
+WITH_GRADIENTS = [name for name in unlike() if lowmem.create(name).source.needs_autograd]
 
 
 def model(seed: int = 0) -> transformers.PreTrainedModel:
