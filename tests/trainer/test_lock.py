@@ -20,7 +20,7 @@ from lowmem.training.folder.output import claim
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lowmem.training.lock import held
+from lowmem.training.folder.lock import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -30,15 +30,17 @@ with held(Path(sys.argv[1])):
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with (tmp_path.parent / f"{tmp_path.name}.stderr").open("w+") as told:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=told, text=True) as process:
+            try:
+                assert process.stdout is not None
+                line = process.stdout.readline()  # waits until it holds the folder, or has ended
+                told.seek(0)
+                assert line == "held\n", told.read()
+                yield process
+            finally:
+                process.kill()
 
 
 def owner(folder: Path) -> dict[str, object]:
