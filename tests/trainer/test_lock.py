@@ -31,16 +31,18 @@ with held(Path(sys.argv[1])):
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder."""
     words = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with (tmp_path.parent / f"{tmp_path.name}.stderr").open("w+") as told:
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=told, text=True) as process:
-            try:
-                assert process.stdout is not None
-                line = process.stdout.readline()  # waits until it holds the folder, or has ended
-                told.seek(0)
-                assert line == "held\n", told.read()
-                yield process
-            finally:
-                process.kill()
+    said = tmp_path.with_suffix(".stderr")  # beside the folder, which the tests list
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()  # waits until the folder is held, or the process has ended
+            assert line == "held\n", said.read_text()
+            yield process
+        finally:
+            process.kill()
 
 
 def owner(folder: Path) -> dict[str, object]:
