@@ -68,6 +68,12 @@ def leaky():
     return Leaky()
 
 
+@strategies.part("rule")
+def alone():
+    """In no method."""
+    return Halved()
+
+
 strategies.register(strategies.Method("leaking", "Never the same.", paper="0000.00000", rule="leaky"))
 strategies.register(strategies.Method(
     "halfway", "Half a step in a few columns. Bytes for (m, n): 4 r.", paper="0000.00000",
@@ -137,16 +143,17 @@ def test_the_contract_is_asked_of_it(environment: dict[str, str]) -> None:
 
 
 def test_the_contract_suite_knows_it(environment: dict[str, str]) -> None:
-    """Each part once, the method as it comes, and both in the compositions that are drawn; a few are run."""
+    """The method as it comes, a part that no method has, and every part in what is drawn; a few are run."""
     suite = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/contract/test_bytes.py")
     collected = lines(environment, *suite, "--collect-only")
-    for case in ("[halfway-", "adamw[projector=narrow]", "adamw[rule=halved]"):
+    for case in ("[halfway-", "[leaking-", "adamw[rule=alone]"):
         assert case in collected
-    assert " passed" in lines(environment, *suite, "-k", "halfway or narrow or halved")
+    assert " passed" in lines(environment, *suite, "-k", "halfway or narrow or halved or alone")
     script = "from tests.contract.cases import drawn; print(*drawn(), sep='\\n')"
     told = lines(environment, "-c", script)
     assert "projector=narrow" in told
     assert "rule=halved" in told
+    assert "rule=alone" in told
 
 
 def test_one_that_cannot_be_imported_is_named_in_one_line(tmp_path: Path) -> None:

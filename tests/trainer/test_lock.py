@@ -20,7 +20,7 @@ from lowmem.training.folder.output import claim
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lowmem.training.lock import held
+from lowmem.training.folder.lock import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -30,15 +30,19 @@ with held(Path(sys.argv[1])):
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    said = tmp_path.with_suffix(".stderr")  # beside the folder, which the tests list
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()  # waits until the folder is held, or the process has ended
+            assert line == "held\n", said.read_text()
+            yield process
+        finally:
+            process.kill()
 
 
 def owner(folder: Path) -> dict[str, object]:

@@ -385,9 +385,15 @@ def test_engines_that_only_the_run_knows_of_are_refused():
     run = SimpleNamespace(
         _strategy=create("mezo"), args=args, is_deepspeed_enabled=True, is_fsdp_enabled=True
     )
-    assert [problem.split(":")[0] for problem in _engine_problems(run)] == ["deepspeed", "fsdp", "mezo"]
-    run._strategy = create("galore")
+    assert [problem.split(":")[0] for problem in _engine_problems(run)] == ["deepspeed", "fsdp"]
     run.is_deepspeed_enabled = run.is_fsdp_enabled = False
+    assert _engine_problems(run) == []  # several processes exchange their losses
+    args.world_size, args.n_gpu = 1, 2  # one process that would spread a batch over its devices
+    assert [problem.split(";")[0] for problem in _engine_problems(run)] == [
+        "mezo: runs on one device for now, found 2"
+    ]
+    args.world_size, args.n_gpu = 2, 1
+    run._strategy = create("galore")
     assert _engine_problems(run) == []  # plain data parallelism
     run._strategy = create("badam")  # it knows what is trained once, and tensors take turns
     assert _engine_problems(run)[0].startswith("badam: runs on one device for now, found 2")
