@@ -226,6 +226,7 @@ def together_bytes(strategy: Strategy, tensors: Sequence[Tensor], roles: Sequenc
     Args:
         tensors: like the parameters, on meta; roles: of each; compile: as in `measure_workspace`.
     """
+    strategy = replace(strategy, schedule=Always())  # all of them active; made-up names are in no layer
     params = [nn.Parameter(torch.empty_like(x, device="meta")) for x in tensors]
     groups = [
         {"params": [(f"w{i}", p) for i, p in enumerate(params) if roles[i] == role], "role": role}

@@ -11,6 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lowmem.errors import UserError
 from lowmem.memory.plan import plan
+from lowmem.memory.trace import patience
+from tests.memory.families import batch, loss, model
 
 TINY = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim"), 64),
@@ -121,3 +123,12 @@ def test_a_walk_through_the_tokens_is_refused_at_once(kind):
     config = CONFIG_MAPPING[kind](hidden_size=32, num_hidden_layers=24)
     with pytest.raises(UserError, match="token by token"):
         plan(config, "adamw", seq_len=2048, advise=False)
+
+
+def test_what_is_asked_of_parameters_before_a_pass_is_no_walk(monkeypatch):
+    monkeypatch.setattr(patience, "OPERATIONS", 3000)
+    made, inputs = model("llama"), batch()
+    weights = list(made.parameters())
+    with patience.Patience(made).watching():
+        assert all(p.requires_grad for _ in range(200) for p in weights)
+        loss(made, inputs)

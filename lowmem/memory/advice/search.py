@@ -176,6 +176,8 @@ class _Finder:
         """A row for each method, with the cheapest levers that make it fit."""
         for name in ADAPTED if run.adapts else available():
             strategy = create(name)
+            if strategy.source.quantized:  # asked for by name, as it trains no weights: `gather.strategies`
+                continue
             if run.accumulation > 1 and not strategy.source.needs_autograd:
                 continue
             yield self._cheapest(run, strategy)

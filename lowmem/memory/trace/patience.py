@@ -42,12 +42,13 @@ class Patience(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.layers = trainable.decoder_layers(model)
+        self.model, self.layers = model, trainable.decoder_layers(model)
         self.kind = str(getattr(model.config, "model_type", type(model).__name__))
         self.done = self.operations = self.before = 0
+        self.begun = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.done < len(self.layers):
+        if self.begun and self.done < len(self.layers):
             self.operations += 1
             if self.operations > FIRST + OPERATIONS * (self.done + 1) / len(self.layers):
                 raise UserError(
@@ -55,6 +56,10 @@ class Patience(TorchFunctionMode):
                     "CUDA kernels and says nothing about these (a short sequence can be planned)"
                 )
         return func(*args, **(kwargs or {}))
+
+    def _begin(self, *args: Any) -> None:
+        # what looks at parameters before it grows with their number: reading `requires_grad` is a call too
+        self.begun = True
 
     def _enter(self, *args: Any) -> None:
         self.before = self.before or self.operations
@@ -69,6 +74,7 @@ class Patience(TorchFunctionMode):
         """Count within it."""
         handles = [layer.register_forward_hook(self._count) for layer in self.layers]
         handles += [layer.register_forward_pre_hook(self._enter) for layer in self.layers[:1]]
+        handles.append(self.model.register_forward_pre_hook(self._begin))
         try:
             with self:
                 yield
