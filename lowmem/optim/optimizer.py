@@ -273,7 +273,9 @@ class LowMemOptimizer(Resumable):
 
     def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
         seat, fresh = self.ready(p)
-        return begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
+        step = begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
+        observe_(self.strategy.schedule, seat, step.g)
+        return step
 
     def _together(self, pairs: Params) -> Params:
         """Gradients whose ranks have agreed where they must: once for all of them."""

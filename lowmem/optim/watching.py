@@ -23,6 +23,7 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine import noise
 from lowmem.optim.schedules import Schedule
+from lowmem.optim.shards import total, whole
 from lowmem.optim.state import State
 
 BY = ("change", "size")
@@ -61,7 +62,7 @@ class Watching(Schedule):
         s["seen"].add_(torch.where(size.isfinite(), both, 0.0))
 
     def size(self, g: Blocks) -> Tensor:
-        """What is averaged of a gradient, 0-D fp64."""
+        """What is averaged of a gradient, 0-D fp64; of all its rows where they are spread over ranks."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
     def switches(self, step: int) -> bool:
@@ -113,7 +114,8 @@ class Converged(Watching):
 
     def size(self, g: Blocks) -> Tensor:
         """The mean size of an element."""
-        return g.sum(lambda rows: rows.abs().sum(dtype=torch.float64)) / (g.shape[0] * g.shape[1])
+        here = g.sum(lambda rows: rows.abs().sum(dtype=torch.float64))
+        return total(g.shape, here) / math.prod(whole(g.shape))
 
     def role(
         self, name: str, role: str, names: Sequence[str], step: int, seed: int, decided: str = ""
@@ -173,7 +175,7 @@ class Important(Watching):
     def size(self, g: Blocks) -> Tensor:
         """The norm."""
         norms = g.sum(lambda rows: torch.linalg.vector_norm(rows, dtype=torch.float64).square())
-        return norms.sqrt()
+        return total(g.shape, norms).sqrt()
 
     def role(
         self, name: str, role: str, names: Sequence[str], step: int, seed: int, decided: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,17 +56,30 @@ def walk(
     return optimizer
 
 
-def reference(case: cases.Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def reference(case: cases.Case, dtype: torch.dtype) -> dict[str, Any]:
     """Weights of one device; under "small", those of tensors that follow the rule of small ones."""
     model = Zoo().to(dtype)
-    count = walk(case, model, lambda g: g).nonfinite()
-    found = {name: p.detach() for name, p in model.named_parameters()}
-    found["nonfinite"] = torch.tensor(count)
+    optimizer = walk(case, model, lambda g: g)
+    found: dict[str, Any] = {name: p.detach() for name, p in model.named_parameters()}
+    found["nonfinite"] = torch.tensor(optimizer.nonfinite())
+    found["decided"] = decided(optimizer)
     if "small" in case.create().rules:
         model = Zoo().to(dtype)
         walk(case, model, lambda g: g, small=True)
         found |= {f"small {name}": p.detach() for name, p in model.named_parameters()}
     return found
+
+
+def decided(optimizer: lowmem.LowMemOptimizer) -> str:
+    """What a schedule has decided; it follows from the gradients of all ranks."""
+    return str(optimizer.param_groups[0]["decided"])
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two decisions are the same but for sums in another order."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    return bool(abs(one - other) <= REORDERED * abs(one)) if isinstance(one, float) else bool(one == other)
 
 
 def exact(optimizer: lowmem.LowMemOptimizer, p: Tensor) -> bool:

@@ -57,9 +57,13 @@ def one(case: Case, dtype: torch.dtype, folder: Path, mesh: Any) -> Found:
         if not apart <= most * moved:
             way = optimizer.ready(p)[0].way
             found.append(f"{name} by {way}: {apart / moved:.1e} of the way apart, {most:.0e} allowed")
-    planned = model_state_bytes(case.create(), Zoo().to(dtype), ranks=mesh.size(), rank=mesh.get_rank())
+    decided = steps.decided(optimizer)
+    where = {"ranks": mesh.size(), "rank": mesh.get_rank(), "step": steps.STEPS - 1, "decided": decided}
+    planned = model_state_bytes(case.create(), Zoo().to(dtype), **where)
     if planned != (held := optimizer.state_bytes()):
         found.append(f"holds {held} bytes of state, {planned} were counted")
+    if not steps.alike(*(json.loads(text or "{}") for text in (wanted["decided"], decided))):
+        found.append(f"decided {decided}, on one device {wanted['decided']}")
     counted = torch.tensor(optimizer.nonfinite())
     dist.all_reduce(counted)
     if not any(steps.cut(optimizer, p) for p in model.parameters()) and counted != wanted["nonfinite"]:

@@ -19,6 +19,7 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
 from lowmem.optim.rules.adafactor import Adafactor
+from lowmem.optim.shards import Shard, matrix
 from lowmem.optim.state import made
 from lowmem.optim.subspace import Subspace
 from tests.oracles.reference_adafactor import Adafactor as Reference
@@ -244,39 +245,31 @@ class Shards:
         return stacked.sum(0) if op == "sum" else stacked.amax(0)
 
 
-@dataclasses.dataclass
-class Sharded(Hyper):
-    shards: Any = None
-    rank: int = 0
-    part: float = 1.0
-
-    @property
-    def share(self) -> float:
-        return self.part
+@dataclasses.dataclass(frozen=True)
+class Threads(Shard):
+    """Rows whose other ranks are threads; `group` is where they meet."""
 
     def total(self, x: Tensor, op: str = "sum") -> Tensor:
-        return self.shards.total(self.rank, x, op) if self.shards else x
+        return self.group.total(self.rank, x, op)
 
 
-def hyper(w: Tensor, shards: Any = None, rank: int = 0, part: float = 1.0) -> Hyper:
-    advance, more = Chunks().advance_, {"shards": shards, "rank": rank, "part": part}
-    return Sharded(0, "w", 0, 0.1, (0.9, 0.999), 1e-8, 0.0, Dense(w), advance, **more)
+def hyper(w: Tensor, shard: Shard | None = None) -> Hyper:
+    weight, advance = Dense(w, shape=matrix(shard) if shard else None), Chunks().advance_
+    return Hyper(0, "w", 0, 0.1, (0.9, 0.999), 1e-8, 0.0, weight, advance, shard=shard)
 
 
-@pytest.mark.parametrize("shape", [(11, 9), (50,)])
+@pytest.mark.parametrize("shape", [(11, 9), (11, 3, 2)])
 def test_shards_of_unequal_size_take_the_step_of_the_whole(shape: tuple[int, ...]) -> None:
     rule = Adafactor.of("fp32", scale_parameter=True, clip_threshold=0.5)
     w, g = normal(*shape), normal(*shape, seed=1)
     g[0] *= 30.0
     whole = rule.update(Dense(g), rule.init(w), hyper(w))
-    parts = [(w[:3], g[:3]), (w[3:], g[3:])]
     shards, found = Shards(2), [None, None]
 
     def work(rank: int) -> None:
-        weight, gradient = parts[rank]
-        found[rank] = rule.update(
-            Dense(gradient), rule.init(weight), hyper(weight, shards, rank, len(weight) / len(w))
-        )
+        shard = matrix(Threads(shape, 8, 2, rank, shards)).shard
+        gradient = Dense(shard.own(g), shape=matrix(shard))
+        found[rank] = rule.update(gradient, rule.init(shard.own(w)), hyper(shard.own(w), shard))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -288,6 +281,13 @@ def test_shards_of_unequal_size_take_the_step_of_the_whole(shape: tuple[int, ...
     expected = whole.lr * whole.blocks.rows(0, whole.blocks.shape[0])
     got = torch.cat([s.view(-1) for s in steps])
     torch.testing.assert_close(got, expected.view(-1), rtol=1e-5, atol=1e-7)
+
+
+def test_a_vector_is_stepped_as_a_whole_on_every_rank() -> None:
+    strategy = lowmem.create("adafactor", scale_parameter=True)
+    for shape, way in (((50,), "whole"), ((50, 3), "rows")):
+        rule_name = strategy.rule_name("other", shape, Shard.of(shape, 2, 0))
+        assert strategy.way(rule_name, "other", Shard.of(shape, 2, 0)) == way
 
 
 def test_a_reset_forgets_and_a_failed_refresh_does_not() -> None:

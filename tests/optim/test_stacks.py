@@ -53,7 +53,7 @@ def test_a_stack_is_stepped_matrix_by_matrix(name: str, options: dict[str, Any],
     optimizer, p = of_stack(name, options, start(dtype))
     apart = [nn.Parameter(w) for w in start(dtype)]
     others = lowmem.optimizer(
-        [(f"w.{i}", q) for i, q in enumerate(apart)], name, lr=1e-2, weight_decay=0.1, **options
+        [(f"0.w.{i}", q) for i, q in enumerate(apart)], name, lr=1e-2, weight_decay=0.1, **options
     )
     for step in range(2 * GAP + 1):
         p.grad = gradient(step, dtype)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import Blocks
+from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.schedules import Schedule
+from lowmem.optim.shards import matrix
 from lowmem.optim.state import scoped
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import rest_, wake_
@@ -35,8 +36,10 @@ def wake_all_(roster: Roster) -> None:
 
 
 def observe_(schedule: Schedule, seat: Seat, g: Blocks) -> None:
-    """Show a gradient to a schedule, where it holds something of the tensor."""
+    """Show a gradient, or the rows of it that are here, to a schedule that holds something of the tensor."""
     if schedule.observes and "schedule.seen" in seat.held:
+        if seat.shard and seat.way == "stack" and isinstance(g, Dense):  # one tensor to a schedule
+            g = Dense(g.tensor, g.factor, matrix(seat.shard))
         schedule.observe_(scoped(seat.held, "schedule"), g)
 
 
