@@ -14,16 +14,16 @@ from lowmem.optim.contract import is_pointwise
 from lowmem.optim.release import release
 from tests.contract import cases
 from tests.distributed.zoo import Zoo, gradient, loss_of
-from tests.enrolled import unlike
+from tests.enrolled import FIRST, unlike
 
 STEPS, BAD = 5, 2
 LR = 0.02
 
 
 def chosen(ranks: int = 3) -> list[tuple[cases.Case, torch.dtype]]:
-    """Every method on two ranks, those of another make on more; in bf16 too where all is uneven."""
+    """A method of each make on two ranks, the first release's on more; in bf16 too where all is uneven."""
     dtypes = (torch.float32, torch.bfloat16) if ranks == 3 else (torch.float32,)
-    names = set(lowmem.available()) if ranks == 2 else set(unlike())
+    names = unlike() if ranks == 2 else FIRST
     found = [case for case in cases.plain() if case.name in names]
     by_backward = [case for case in (*found, *EXTRA) if case.by_backward]
     return [(case, dtype) for case in by_backward for dtype in dtypes]
