@@ -30,4 +30,5 @@ assert run.model_wrapped is run.model
 assert (run.lowmem_optimizer.nonfinite() > 0) == (not alone)
 torch.save(weights(run) | {"log": torch.tensor(run.replay_log.steps[0][1])}, folder / f"weights-{rank}.pt")
 if not alone:
-    torch.distributed.destroy_process_group()  # its threads must not outlive Python: they abort
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo that ask for the interpreter while it ends abort the process

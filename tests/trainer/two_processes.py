@@ -1,5 +1,6 @@
 """One of two processes that train the same tiny model: FOLDER, and 1 to resume."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -19,4 +20,5 @@ for _ in range(run.args.process_index):  # nothing may be drawn from a process's
     random.random(), numpy.random.rand(), torch.rand(1)
 run.train(resume_from_checkpoint=resume)
 torch.save(weights(run), folder / f"weights-{run.args.process_index}-{int(resume)}.pt")
-torch.distributed.destroy_process_group()  # its threads must not outlive Python: they abort
+torch.distributed.destroy_process_group()
+os._exit(0)  # threads of gloo that ask for the interpreter while it ends abort the process
