@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.config import RunConfig, dump
 from lowmem.console import Console
-from lowmem.errors import ConfigError, UserError
+from lowmem.errors import UserError
 
 if TYPE_CHECKING:
     from lowmem.data.load import Data
@@ -74,22 +74,11 @@ def arguments(config: RunConfig) -> Any:
     """
     import torch
 
-    from lowmem.combinations import missing_tracker, of_precision
-    from lowmem.sources.quantized import misfit
-    from lowmem.training.arguments import build_strategy, trl_config
-    from lowmem.training.tasks import options
+    from lowmem.training.arguments import trl_config
+    from lowmem.training.tasks import options, refuse
 
-    source = build_strategy(config.optim, config.optim_args or None).source
-    cuda, half = torch.cuda.is_available(), config.autocast == "float16"
-    problems = [
-        missing_tracker(config.report_to),
-        misfit(config.optim, source, config.quantize, config.adapts),
-        *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
-    ]
-    if half and not cuda:
-        problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
-    if found := [problem for problem in problems if problem]:
-        raise ConfigError(found)
+    cuda = torch.cuda.is_available()
+    refuse(config, cuda=cuda)
     common = {
         "output_dir": str(config.output_path),
         "optim": config.optim,
@@ -121,7 +110,7 @@ def arguments(config: RunConfig) -> Any:
         "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit,
         "bf16": config.autocast == "bfloat16",  # by default weights are in `dtype` and nothing is cast
-        "fp16": half,
+        "fp16": config.autocast == "float16",
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "report_to": config.report_to,

@@ -10,6 +10,7 @@ of the rows are computed once, before the first step, by the model that is still
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -25,9 +26,9 @@ from lowmem.config import RunConfig
 from lowmem.console import Console
 from lowmem.data.fitting import asked_within
 from lowmem.data.load import Data
-from lowmem.errors import UserError, first_line
+from lowmem.errors import ConfigError, UserError, first_line
 from lowmem.models.scoring import with_score
-from lowmem.training.arguments import TRL
+from lowmem.training.arguments import TRL, build_strategy
 from lowmem.training.trainer import LowMemMixin, LowMemSFTTrainer
 
 OTHERS = tuple(task for task in TRL if task != "sft")
@@ -69,6 +70,27 @@ def __getattr__(name: str) -> Any:
         if name == f"LowMem{stem}Trainer":
             return trainer_class(task)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def refuse(config: RunConfig, *, cuda: bool) -> None:
+    """Refuse a run whose settings do not go with its strategy, its device or what is installed.
+
+    Raises:
+        ConfigError: naming all of them.
+    """
+    from lowmem.combinations import missing_tracker, of_precision
+    from lowmem.sources.quantized import misfit
+
+    source = build_strategy(config.optim, config.optim_args or None).source
+    problems = [
+        missing_tracker(config.report_to),
+        misfit(config.optim, source, config.quantize, config.adapts),
+        *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
+    ]
+    if config.autocast == "float16" and not cuda:
+        problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
+    if found := [problem for problem in problems if problem]:
+        raise ConfigError(found)
 
 
 def options(config: RunConfig) -> dict[str, Any]:
