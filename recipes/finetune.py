@@ -43,12 +43,12 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
         UserError: whatever the user can mend, said before anything is written.
         KeyboardInterrupt: Ctrl-C; during training its checkpoint is saved first.
     """
-    from lowmem.models.quiet import quiet
+    from lowmem.models.quiet import quiet, threads
     from lowmem.training.folder.output import begin, check_model_stays, claim
 
     console = progress or Console()
     folder = config.output_path
-    with quiet(), _threads(config.threads), _closing(console):
+    with quiet(), threads(config.threads), _closing(console):
         args = arguments(config)
         check_model_stays(folder, config.model, config.overwrite)
         with claim(folder, resume=config.resume, overwrite=config.overwrite) as (start, notes):
@@ -328,19 +328,6 @@ def _write(
         if profile is not None:
             report.write(profile, made / "memory_report.html")
     console.finish()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Use this many CPU threads meanwhile."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -70,3 +70,16 @@ def _bars() -> Iterator[None]:
     finally:
         for on in was_on:
             on()
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Use this many CPU threads meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
