@@ -27,6 +27,8 @@ FLOORS = {
             "engine.noise",
             "engine.cutting",
             "engine.parcel",
+            "terms.fp32",
+            "terms.its",
             "terms.state",
             "shards",
         },

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.source import Named, Query
+from lowmem.optim.terms.its import its
 from lowmem.optim.terms.state import State
 from lowmem.sources.batched import evaluate_at_once
 from lowmem.sources.directions import Perturbation
@@ -91,15 +92,8 @@ class SPSA:
             raise UserError(f"clip_slope bounds a slope, above 0, or is 0 for no bound; got {self.clip}")
         self.estimator.check(self.queries)
 
-    @property
-    def quantized(self) -> bool:
-        """Whether it is scales of quantized weights that the structure finds."""
-        return self.structure.quantized
-
-    @property
-    def holds(self) -> bool:
-        """Whether the structure holds something."""
-        return self.structure.holds
+    quantized = its("structure")
+    holds = its("structure")
 
     def init(self, x: Tensor) -> State:
         """What the structure holds."""

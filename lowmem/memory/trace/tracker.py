@@ -105,12 +105,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if index is not None:
                 self.categories[index] = category
 
-    def claim_range(self, start: int, category: str) -> None:
-        """Say what every storage born since stream position `start` is."""
-        for entry in self.stream[start:]:
-            if entry > 0:
-                self.categories[entry - 1] = category
-
     def _see(self, storage: torch.UntypedStorage) -> int | None:
         key = storage._cdata
         if key in self._ids:
