@@ -21,9 +21,8 @@ from lowmem.errors import UserError
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine.cutting import policy
-from lowmem.optim.hyper import stagger
 from lowmem.optim.optimizer import LowMemOptimizer
-from lowmem.optim.schedules import Always
+from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Query
 from lowmem.optim.state import State
@@ -31,6 +30,7 @@ from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.seats import fresh
+from lowmem.optim.terms.hyper import stagger
 
 Shape = tuple[int, ...]
 FAR = 1_000_003

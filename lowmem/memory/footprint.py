@@ -36,6 +36,7 @@ from lowmem.optim.engine.together import ELEMENTS, TENSORS
 from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
+from lowmem.optim.tensors.outside import forms
 from lowmem.sources import directions
 
 STEP, RELEASE, SAVE = "optimizer step", "release step", "save"
@@ -52,6 +53,7 @@ class Footprint:
         compiled: whether the step is compiled.
         grids: size of each index grid that random rounding keeps from the first step on.
         together: greatest transient bytes while small ones are stepped together.
+        copied: what a state dict copies, to stand in a file as it does on any number of ranks.
     """
 
     strategy: Strategy
@@ -61,6 +63,7 @@ class Footprint:
     compiled: bool
     grids: tuple[int, ...] = ()
     together: int = 0
+    copied: int = 0
 
     @property
     def held(self) -> int:
@@ -86,11 +89,13 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     elements = sum(_product(p.shape) for p in parameters)
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
     best: list[int] = []
+    copied, grain = 0, run.granularity
     for rules in windows(strategy, parameters):
         sizes = [size for p in parameters for size in _state(strategy, rules[p.name], p)]
         sizes += count.shared_sizes(strategy, [(rules[p.name], p.role, p.shape) for p in parameters])
         best = max(best, sizes, key=sum)
-    grain = run.granularity
+        copies = (n for p in parameters for n in _copies(strategy, rules[p.name], p.role, p.shape, p.dtype))
+        copied = max(copied, sum(-(-size // grain) * grain for size in copies))
     rounded = tuple(-(-size // grain) * grain for size in best)
     found = {p.name: _workspace(strategy, p, compiled, run.device) for p in parameters}
     scratch = {name: one.transient for name, one in found.items()}
@@ -98,7 +103,7 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     shapes = _grids({shape for one in found.values() for shape in one.grids}, ladder)
     grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
     small = _together(strategy, _smallest(parameters, compiled, run.device), compiled, run.device)
-    return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small)
+    return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small, copied)
 
 
 def _grids(shapes: set[tuple[int, int]], ladder: bool) -> list[tuple[int, int]]:
@@ -131,6 +136,21 @@ def _sizes(
 ) -> list[int]:  # fmt: skip
     held = count.fresh_state(strategy, rule_name, role, shape, dtype, shard)
     return [t.untyped_storage().nbytes() for t in held.values()]
+
+
+@functools.lru_cache(maxsize=4096)
+def _copies(
+    strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> list[int]:
+    """Of the state tensors that are not saved as they lie, but filled up or put in order, the sizes."""
+    known = forms(strategy, rule_name, role, shape, dtype)
+    state = strategy.init(rule_name, torch.empty(shape, dtype=dtype, device="meta"), role)
+    pairs = [
+        (t.untyped_storage(), known[key].out(t, shape[0]).untyped_storage())
+        for key, t in state.items()
+        if key in known
+    ]
+    return [out.nbytes() for held, out in pairs if out._cdata != held._cdata]
 
 
 def _workspace(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> Workspace:
@@ -225,7 +245,7 @@ class Peak:
 
 
 def saving(trace: Trace, run: Run) -> Moment:
-    """What lives while a checkpoint is written: files are written from the tensors themselves.
+    """What lives while a checkpoint is written, beside the optimizer's: files are written from the tensors.
 
     On a CUDA device each is copied to the host for it, one after the other.
     """
@@ -242,7 +262,8 @@ def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = Mappin
         held: of the strategy.
         beside: what happens between steps, by name.
     """
-    moments = {name: _with(m, held, 0) for name, m in {**trace.moments, **beside}.items()}
+    found = {**trace.moments, **beside}
+    moments = {name: _with(m, held, held.copied if name == SAVE else 0) for name, m in found.items()}
     if STEP in trace.moments:
         moments[STEP] = _with(trace.moments[STEP], held, held.worst)
     scratch = {kind(name): size for name, size in held.scratch.items()}

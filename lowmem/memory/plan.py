@@ -323,7 +323,7 @@ def _certainty(run: Run, held: Footprint, event: str) -> dict[str, str]:
         "activations": traced,
         "logits": "bound" if run.loss == "labels" and run.label_tokens is None else traced,
         "workspace": "estimate" if held.compiled else "bound",
-        "save": "estimate",  # without what the optimizer's state_dict copies on its way
+        SAVE: traced,
         **({EVALUATION: traced} if run.evaluation else {}),
         **({TYPICAL: traced} if run.typical else {}),
         "allocated": traced,
