@@ -25,7 +25,7 @@ from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Query
-from lowmem.optim.state import State
+from lowmem.optim.terms.state import State
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.marks import trains
