@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 import lowmem
 from lowmem.optim.contract import is_pointwise
@@ -27,6 +30,17 @@ def unlike() -> list[str]:
     """
     found: dict[Any, str] = {_make(name): name for name in reversed(on_any_model())}
     return sorted({*found.values(), *FIRST})
+
+
+STAND_FOR_OTHERS = (*FIRST, "badam", "misa")
+"""Those whose runs through a trainer are never left out: the first release's, and who rests by turns."""
+
+
+def by_turns(names: Iterable[str]) -> list[Any]:
+    """Names as parameters of a test that trains: those that others stand for are thorough."""
+    return [
+        name if name in STAND_FOR_OTHERS else pytest.param(name, marks=pytest.mark.thorough) for name in names
+    ]
 
 
 def _make(name: str) -> tuple[Any, ...]:

@@ -26,18 +26,18 @@ from lowmem.errors import KindError, as_ours
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
-from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, made, scoped, stored
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_gradients, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
 from lowmem.optim.tensors.marks import mark_, rests, trains
 from lowmem.optim.tensors.resting import arrange_, observe_, turn_
 from lowmem.optim.tensors.saved import Resumable
-from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
+from lowmem.optim.tensors.seats import Piece, Place, Roster, Seat, seat
 from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
+from lowmem.optim.terms.hyper import Hyper, Lookup
+from lowmem.optim.terms.state import State, made, scoped, stored
 
 Params = Iterable[Any]
 
@@ -202,7 +202,7 @@ class LowMemOptimizer(Resumable):
         return self.roster.rule_at(p, self.place(p).group["step"])
 
     def hyper(
-        self, p: Tensor, part: Part | None = None, first: bool = False, weight: Blocks | None = None,
+        self, p: Tensor, part: Piece | None = None, first: bool = False, weight: Blocks | None = None,
         shard: Shard | None = None,
     ) -> Hyper:  # fmt: skip
         """What a rule may know of the next step of a parameter, or of a part of it, or of some rows."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.source import Named, Query, trainable
-from lowmem.optim.state import State
+from lowmem.optim.terms.state import State
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Backprop:
 
     def settle_(self, params: Named, evidence: Sequence[Any]) -> None:
         """Nothing."""
+
+    def unspread(self) -> str:
+        """Nothing: gradients are spread as their weights are."""
+        return ""
 
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """All gradients, or the largest one where each is released when it is used."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.models.attention import Attention, by_example, sdpa
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 
 EXAMPLES = "lowmem_examples"
 _SOFTMAX = torch.nn.functional.softmax
@@ -142,10 +142,10 @@ def _softmax(
 def fused_noise() -> Iterator[None]:
     """Displaced copies of zeroth-order sources are written by one compiled kernel, without scratch."""
 
-    def displaced(self: Direction, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
+    def displaced(self: Perturbation, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
         return torch.empty_like(w)
 
-    with patch.object(Direction, "displaced", displaced):
+    with patch.object(Perturbation, "displaced", displaced):
         yield
 
 

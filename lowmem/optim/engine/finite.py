@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowmem.optim.engine.kernels import LARGEST
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.terms.fp32 import LARGEST
+from lowmem.optim.terms.hyper import Hyper
 
 
 def all_finite(x: Tensor, hp: Hyper) -> Tensor:

@@ -1,0 +1,48 @@
+"""What `lowmem plan` shows where no method was chosen: what fits the card, best first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowmem.errors import UserError
+
+from .. import render
+from .._report import tabulated
+
+if TYPE_CHECKING:
+    from lowmem.memory.advice.search import Found
+    from lowmem.memory.device.gpus import Budget
+    from lowmem.memory.plan import Plan
+
+
+def searched(
+    model: str, gpu: str | None, budget: str | None, flags: Mapping[str, Any], *, full: bool, advise: bool
+) -> tuple[Plan, tuple[Found, ...]]:
+    """The rows of a search, and the plan of the first; its levers cost some seconds more."""
+    from lowmem.memory import plan as planning
+    from lowmem.memory.advice.search import search
+
+    limit = planning.limit_of(gpu, budget, flags.get("compute_capability"))
+    if limit is None:
+        raise UserError("what fits depends on the card: give --gpu NAME or --budget 23.5GiB, or --optim NAME")
+    found = search(model, limit, flags, full=full, gpu=gpu, budget=budget)
+    best = found[0]
+    run = {name: getattr(best.run, name) for name in best.run.__dataclass_fields__}
+    planned = planning.plan(model, best.strategy, gpu=gpu, budget=budget, advise=advise, **run)
+    return planned, found
+
+
+def tables(planned: Plan, found: Sequence[Found], limit: Budget) -> list[Any]:
+    """The ranked table, what its words mean, and the command of the first row."""
+    from lowmem.report.plan import ORDER, RETRIES, SHOWN, STAR, subject, ways
+
+    what = subject(planned.to_dict() | {"gpu": limit.to_dict()})
+    head = f"{what}: what fits into {render.size(limit.capacity)}, best first"
+    fitting, more = sum(row.verdict == "fits" for row in found), len(found) - SHOWN
+    said = [f"{fitting} of {len(found)} ways fit." + (f" {more} more with --json." if more > 0 else "")]
+    said += [ORDER, STAR]
+    said += [RETRIES] if any(row.verdict == "fits with retries" for row in found) else []
+    said += [f"{found[0].strategy.name}: {sentence}" for sentence in planned.plans[0].why]
+    said += [f"in full: {found[0].command}"] if found[0].command else []
+    return [head, tabulated("", ways([way.to_dict() for way in found])), *said]
