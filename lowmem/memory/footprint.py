@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
@@ -24,13 +24,16 @@ from lowmem.memory import count
 from lowmem.memory.count import Workspace
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import kind
+from lowmem.memory.trace.ranks import ROWS
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
 from lowmem.memory.trace.windows import Parameter, windows
+from lowmem.optim.contract import is_pointwise
 from lowmem.optim.engine.chunks import GRIDS, Chunks
 from lowmem.optim.engine.cutting import POLICIES, compiled_spans, policy
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.together import ELEMENTS, TENSORS
+from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
 from lowmem.optim.tensors.outside import forms
@@ -123,15 +126,16 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
-    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype)
+    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype, p.shard)
 
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(
-    strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> list[int]:
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, role).values()]
+    strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype,
+    shard: Shard | None,
+) -> list[int]:  # fmt: skip
+    held = count.fresh_state(strategy, rule_name, role, shape, dtype, shard)
+    return [t.untyped_storage().nbytes() for t in held.values()]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -150,11 +154,30 @@ def _copies(
 
 
 def _workspace(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> Workspace:
+    if p.shard is not None:
+        return _of_rows(strategy, p, p.shard, compiled, device)
     if compiled:
         return _compiled(strategy, p.shape, p.dtype, p.role, device)
     if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
         return _drawn(strategy, p.shape, p.dtype, p.role)
     return count.workspace(strategy, p.shape, p.dtype, p.role, True, device)
+
+
+def _of_rows(strategy: Strategy, p: Parameter, shard: Shard, compiled: bool, device: str) -> Workspace:
+    """Of a tensor whose rows are spread: of the rows here where a rule goes by elements, else at most.
+
+    A rule that judges matrices is counted on the whole one, whose side and rank it goes by; where it steps
+    whole matrices, weight and gradient are gathered, each beside its padded rows.
+    """
+    name = strategy.rule_name(p.role, p.shape, shard)
+    way = strategy.way(name, p.role, shard)
+    local = is_pointwise(strategy.rules[name]) and way == "rows"
+    shape = tuple(shard.shape) if local else p.shape
+    found = _workspace(strategy, replace(p, shape=shape, shard=None), compiled, device)
+    if way != "whole":
+        return found
+    row = shard.width * p.dtype.itemsize
+    return replace(found, peak=found.peak + 2 * (shard.ranks + 1) * shard.chunk * row)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -190,7 +213,8 @@ Sizes = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
 def _smallest(parameters: Sequence[Parameter], compiled: bool, device: str) -> Sizes:
     """Shape, dtype and role of those that step together on a device, the largest as many as fit at once."""
     limit = POLICIES.get(device, POLICIES["cuda"]).together
-    found = sorted((_product(p.shape), p.name, p) for p in parameters if _product(p.shape) < limit)[::-1]
+    here = [replace(p, shape=tuple(p.shard.shape)) if p.shard else p for p in parameters]
+    found = sorted((_product(p.shape), p.name, p) for p in here if _product(p.shape) < limit)[::-1]
     total = itertools.accumulate((size for size, _, _ in found), initial=0)
     first = [p for (_, _, p), before in zip(found, total, strict=False) if before <= ELEMENTS[compiled]]
     return tuple((tuple(p.shape), p.dtype, p.role) for p in first[:TENSORS])
@@ -248,7 +272,9 @@ def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = Mappin
         moments[RELEASE] = max(steps, key=lambda m: m.total)
     binding = max(moments, key=lambda name: moments[name].total)
     totals = {name: m.total for name, m in moments.items()}
-    return Peak(binding, {k: moments[binding].bytes.get(k, 0) for k in CATEGORIES}, totals)
+    bytes_ = moments[binding].bytes
+    rows = [*CATEGORIES, *(row for row in ROWS if any(row in m.bytes for m in moments.values()))]
+    return Peak(binding, {row: bytes_.get(row, 0) for row in rows}, totals)
 
 
 def _with(moment: Moment, held: Footprint, scratch: int) -> Moment:

@@ -37,7 +37,7 @@ from lowmem.sources.estimators import Estimator, TwoSided
 from lowmem.sources.probe import Prober, Shift
 from lowmem.sources.replicas import mean
 from lowmem.sources.slopes import Estimate, Evidence, Slope, checked, evaluating, refuse_compiled, values
-from lowmem.sources.spread import SpreadProber, check_spread, is_spread
+from lowmem.sources.spread import SpreadProber, is_spread, unspread
 from lowmem.sources.structures import Free, Structure
 
 NOISES = ("gaussian", "rademacher")
@@ -148,7 +148,8 @@ class SPSA:
     ) -> list[Tensor]:
         """The loss at each point; the first one alone where it is not known how weights are read."""
         if is_spread(params):
-            check_spread(self.structure.on_rows, self.at_once)
+            if problem := self.unspread():
+                raise UserError(problem)
             rows = SpreadProber(params, model)
             return [checked(rows(loss_fn, shift)) for shift in points]
         prober = Prober(params, model)
@@ -181,6 +182,10 @@ class SPSA:
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """None."""
         return 0
+
+    def unspread(self) -> str:
+        """Directions that look at whole weights, and points that share a forward pass."""
+        return unspread(self.structure.on_rows, self.at_once)
 
     def probe_bytes(self, modules: Mapping[str, Sequence[tuple[Sequence[int], torch.dtype]]]) -> int:
         """Bytes of displaced copies that live, at most, while a module runs.
