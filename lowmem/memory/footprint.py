@@ -272,9 +272,9 @@ def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = Mappin
         moments[RELEASE] = max(steps, key=lambda m: m.total)
     binding = max(moments, key=lambda name: moments[name].total)
     totals = {name: m.total for name, m in moments.items()}
-    bytes_ = moments[binding].bytes
+    bound = moments[binding].bytes
     rows = [*CATEGORIES, *(row for row in ROWS if any(row in m.bytes for m in moments.values()))]
-    return Peak(binding, {row: bytes_.get(row, 0) for row in rows}, totals)
+    return Peak(binding, {row: bound.get(row, 0) for row in rows}, totals)
 
 
 def _with(moment: Moment, held: Footprint, scratch: int) -> Moment:

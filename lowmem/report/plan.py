@@ -27,6 +27,7 @@ ORDER = (
     "By what is kept of Adam's moments, then by recomputation, then by bytes to spare. What a method costs "
     "in quality depends on the data: `lowmem compare` measures it."
 )
+STAR = "* by the tensors of a few layers; without it the whole model was planned, its allocator simulated."
 LEGEND = [
     *[(f"c-{key}", words(key)) for key in CATEGORIES],
     ("c-outside", "outside tensors (context, caches)"),
@@ -176,29 +177,21 @@ def mark(row: Mapping[str, Any]) -> str:
 def _search(data: Mapping[str, Any]) -> Section | None:
     """What fits the card, best first, where nobody chose a method."""
     found = data.get("search")
-    if not found:
-        return None
-    columns = [
-        "method",
-        "trains",
-        "with",
-        "verdict",
-        "to spare",
-        "allocated",
-        "batch up to",
-        "would fit with",
-    ]
+    return Section("What fits, best first", f"{ORDER} {STAR}", tables=[ways(found)]) if found else None
+
+
+def ways(found: Sequence[Mapping[str, Any]]) -> Table:
+    """The first rows of a search, as the plan's document has them."""
+    names = "method, trains, with, verdict, to spare, allocated, batch up to, would fit with"
     rows: list[list[Cell]] = [
         [
             row["strategy"], row["trains"], ", ".join(row["levers"]) or "-",
-            row["verdict"] + ("" if row["checked"] else ", by tensors alone"),
-            Size(row["headroom_bytes"], signed=True), Size(row["allocated"]),
-            row["largest_batch_size"] or "-", row["needs"] or "-",
+            row["verdict"] + ("" if row["checked"] else " *"), Size(row["headroom_bytes"], signed=True),
+            Size(row["allocated"]), row["largest_batch_size"] or "-", row["needs"] or "-",
         ]
         for row in found[:SHOWN]
     ]  # fmt: skip
-    marks = [mark(row) for row in found[:SHOWN]]
-    return Section("What fits, best first", ORDER, tables=[Table(columns, rows, marks)])
+    return Table(names.split(", "), rows, [mark(row) for row in found[:SHOWN]])
 
 
 def verdict_word(plan: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.source import Named, Query
 from lowmem.optim.terms.state import State
 from lowmem.sources.batched import evaluate_at_once
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 from lowmem.sources.estimators import Estimator, TwoSided
 from lowmem.sources.probe import Prober, Shift
 from lowmem.sources.replicas import mean
@@ -109,7 +109,7 @@ class SPSA:
         """Parameters that require gradients, or what the structure finds."""
         return self.structure.trained(model)
 
-    def direction(self, query: Query, k: int) -> Direction:
+    def direction(self, query: Query, k: int) -> Perturbation:
         """The k-th direction of an evaluation."""
         return self.structure.direction(self.noise, query, k)
 
@@ -204,7 +204,7 @@ class SPSA:
         return max(sizes, default=0)
 
 
-def _shift(z: Direction, distance: float) -> Shift:
+def _shift(z: Perturbation, distance: float) -> Shift:
     return lambda name, w, start=0: z.displaced(name, w, distance, start)
 
 
