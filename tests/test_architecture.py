@@ -69,7 +69,7 @@ FLOORS = {
         {"trace", "closed_form"},
         {"count", "gather"},
         {"footprint"},
-        {"surface", "lengths", "advice.wording"},
+        {"surface", "lengths", "advice.wording", "advice.cards"},
         {"advice.levers"},
         {"plan"},
         {"pictures", "advice.solve", "advice.emit"},
