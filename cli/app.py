@@ -52,6 +52,7 @@ _MENDABLE = {
     errno.EROFS,
 }
 _NOT_COMMANDS = {"app", "render"}
+_HEADINGS = ("before", "after", "choices", "own")  # rooms, as `--help` shows them
 
 
 class Guarded(TyperGroup):
@@ -151,7 +152,8 @@ def _quiet_packages() -> Iterator[None]:
 
 def _discover(target: typer.Typer, package: str, panel: str | None = None) -> None:
     """Register each module that has a `command` under its file name, those of a room under its heading."""
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+    modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    for module in sorted(modules, key=lambda m: (m.ispkg and _HEADINGS.index(m.name) + 1, m.name)):
         if module.name in _NOT_COMMANDS or module.name.startswith("_"):
             continue
         found = importlib.import_module(f"{package}.{module.name}")

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 import lowmem
-from lowmem.optim.bases import Frame
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.dense import power_iteration
+from lowmem.optim.terms.hyper import Hyper
 
 WIDTH, FFN, LAYERS, VOCABULARY, RANK = 512, 1376, 8, 32000, 128
 MATRICES = [(WIDTH, WIDTH)] * 4 + [(FFN, WIDTH)] * 2 + [(WIDTH, FFN)]

@@ -35,7 +35,7 @@ from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
 from lowmem.sources import directions
 
-STEP, RELEASE, SAVE = "optimizer step", "release step", "save"
+STEP, RELEASE, SAVE, LOAD = "optimizer step", "release step", "save", "load"
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,23 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
-    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype)
+    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype, p.coded)
 
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(
-    strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype
+    strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype, coded: bool
 ) -> list[int]:
-    x = torch.empty(shape, dtype=dtype, device="meta")
+    x = count.like(shape, dtype, "meta", coded)
     return [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, role).values()]
 
 
 def _workspace(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> Workspace:
     if compiled:
-        return _compiled(strategy, p.shape, p.dtype, p.role, device)
+        return _compiled(strategy, p.shape, p.dtype, p.role, device, p.coded)
     if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
         return _drawn(strategy, p.shape, p.dtype, p.role)
-    return count.workspace(strategy, p.shape, p.dtype, p.role, True, device)
+    return count.workspace(strategy, p.shape, p.dtype, p.role, True, device, p.coded)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,12 +145,12 @@ def _drawn(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role:
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(
-    strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str, device: str
+    strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str, device: str, coded: bool
 ) -> Workspace:
     cut = "off" if device == "cpu" else "on"  # pieces are padded in cache there, and stay small either way
     drawn = patch.object(directions, "_kernel", lambda *args: lambda *tensors: None)
     with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn, policy(device):
-        return count.measure_workspace(strategy, shape, dtype, role, True, compile=cut)
+        return count.measure_workspace(strategy, shape, dtype, role, True, compile=cut, coded=coded)
 
 
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,7 +170,8 @@ Sizes = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
 def _smallest(parameters: Sequence[Parameter], compiled: bool, device: str) -> Sizes:
     """Shape, dtype and role of those that step together on a device, the largest as many as fit at once."""
     limit = POLICIES.get(device, POLICIES["cuda"]).together
-    found = sorted((_product(p.shape), p.name, p) for p in parameters if _product(p.shape) < limit)[::-1]
+    alone = [p for p in parameters if not p.coded]  # a block of codes is found by its own scale
+    found = sorted((_product(p.shape), p.name, p) for p in alone if _product(p.shape) < limit)[::-1]
     total = itertools.accumulate((size for size, _, _ in found), initial=0)
     first = [p for (_, _, p), before in zip(found, total, strict=False) if before <= ELEMENTS[compiled]]
     return tuple((tuple(p.shape), p.dtype, p.role) for p in first[:TENSORS])
@@ -207,7 +208,20 @@ def saving(trace: Trace, run: Run) -> Moment:
     """
     weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
     library = -(-run.library // run.granularity) * run.granularity
-    return Moment(SAVE, dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "workspace": library}, -1)
+    taken = {"weights": weights, "workspace": library + decoded(trace)}
+    return Moment(SAVE, dict.fromkeys(CATEGORIES, 0) | taken, -1)
+
+
+def loading(trace: Trace, run: Run) -> Moment:
+    """What lives while int8 weights are made: those that are, and one tensor in the dtype of the file."""
+    weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
+    largest = max(_product(p.shape) * p.dtype.itemsize for p in trace.parameters)
+    return Moment(LOAD, dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "workspace": largest}, -1)
+
+
+def decoded(trace: Trace) -> int:
+    """Bytes of the largest weight of codes, as it is written."""
+    return max([0, *(_product(p.shape) * p.dtype.itemsize for p in trace.parameters if p.coded)])
 
 
 def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = MappingProxyType({})) -> Peak:
@@ -218,7 +232,8 @@ def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = Mappin
         held: of the strategy.
         beside: what happens between steps, by name.
     """
-    moments = {name: _with(m, held, 0) for name, m in {**trace.moments, **beside}.items()}
+    moments = {name: _with(m, held, 0) for name, m in {**trace.moments, **beside}.items() if name != LOAD}
+    moments |= {name: m for name, m in beside.items() if name == LOAD}  # no state is there yet
     if STEP in trace.moments:
         moments[STEP] = _with(trace.moments[STEP], held, held.worst)
     scratch = {kind(name): size for name, size in held.scratch.items()}

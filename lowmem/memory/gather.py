@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.combinations import of_adapters
+from lowmem.combinations import of_adapters, of_weights
 from lowmem.errors import UserError, nearest
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
@@ -150,18 +150,21 @@ def _check_adapters(run: Run) -> None:
             "quantize keeps the base weights frozen, and is planned under LoRA: give lora_rank as well"
         )
     settings = {f.name: getattr(run, f.name) for f in fields(run)} | {"lora_rank": run.lora_rank or None}
-    problems = of_adapters(settings)
+    problems = of_adapters(settings) + of_weights(settings)
     if problems:
         raise UserError("; ".join(problems))
     adapter_config(run)
 
 
-def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Strategy]:
+def strategies(
+    asked: Any, options: Mapping[str, Any] | str | None, *, trained: bool = False
+) -> list[Strategy]:
     """Strategies by name ("galore", "adamw,galore", "all"), as objects, or a list of both.
 
     Args:
         asked: what the user gave.
         options: of the strategy, where exactly one is named.
+        trained: "all" are those that take gradients.
 
     Raises:
         UserError: an unknown name or option, or options for several strategies.
@@ -173,7 +176,9 @@ def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Stra
     wanted = named(asked) if isinstance(asked, str) else [one for part in asked for one in named(part)]
     if [name for name, _ in wanted] == ["all"]:
         # what trains scales is asked for by name: it needs another model than the rest
-        wanted = [(name, None) for name in available() if not create(name).source.quantized]
+        sources = {name: create(name).source for name in available()}
+        taking = (name for name, source in sources.items() if source.needs_autograd or not trained)
+        wanted = [(name, None) for name in taking if not sources[name].quantized]
     found = []
     for name, own in wanted:
         if isinstance(name, Strategy):

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from lowmem.combinations import of_weights_and_method
 from lowmem.errors import UserError
 from lowmem.memory import closed_form, gather
 from lowmem.memory.advice import levers as advice
@@ -30,7 +31,7 @@ from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict, simulate
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.device.gpus import budget as parse_budget
 from lowmem.memory.device.gpus import gpu as find_gpu
-from lowmem.memory.footprint import SAVE, Footprint, Peak, combine, footprint, saving
+from lowmem.memory.footprint import LOAD, SAVE, Footprint, Peak, combine, footprint, loading, saving
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
 from lowmem.memory.trace.extrapolate import evaluated, remembered
@@ -170,7 +171,7 @@ def plan(
         'embedding backward'
     """
     name, config = gather.model_config(model)
-    made = gather.strategies(strategy, options)
+    made = gather.strategies(strategy, options, trained=run_options.get("weights") is not None)
     if isinstance(config, Given):
         run_options = gather.as_it_is(config, run_options)
     run = gather.make_run(run_options)
@@ -209,6 +210,10 @@ def suited(run: Run, strategy: Strategy) -> Run:
     source = strategy.source
     if problem := misfit(strategy.name or "the strategy", source, run.quantize, run.adapts):
         raise UserError(problem)
+    settings = {"weights": run.weights, "optim": strategy.name or "the strategy"}
+    writer = str(strategy.options.get("writer", ""))
+    if mixed := of_weights_and_method(settings, differentiates=source.needs_autograd, writer=writer):
+        raise UserError(mixed[0])
     if source.needs_autograd:
         return run
     return replace(run, gradient_checkpointing=False, gradient_release=False, accumulation=1)
@@ -260,7 +265,8 @@ def _beside(config: Any, run: Run, found: Trace) -> dict[str, Moment]:
     """What happens between steps: evaluations and saves."""
     evaluation = run.evaluation
     evaluations = {EVALUATION: evaluated(config, evaluation)} if evaluation is not None else {}
-    return {**evaluations, SAVE: saving(found, run)}
+    loads = {LOAD: loading(found, run)} if run.weights else {}
+    return {**evaluations, **loads, SAVE: saving(found, run)}
 
 
 def _typical(config: Any, run: Run, held: Footprint) -> dict[str, int]:
@@ -315,6 +321,7 @@ def _certainty(run: Run, held: Footprint) -> dict[str, str]:
         "activations": traced,
         "logits": "bound" if run.loss == "labels" and run.label_tokens is None else traced,
         "workspace": "estimate" if held.compiled else "bound",
+        **({"load": "estimate"} if run.weights else {}),
         "save": "estimate",  # without what the optimizer's state_dict copies on its way
         **({EVALUATION: traced} if run.evaluation else {}),
         **({TYPICAL: traced} if run.typical else {}),

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.engine.cutting import LADDER
-from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.shards import ByRows, Shape
-from lowmem.optim.split import Split
-from lowmem.optim.state import Constants, State, reset_
+from lowmem.optim.terms.changes import Change, Unrelated
+from lowmem.optim.terms.hyper import ChunkHyper, Hyper
+from lowmem.optim.terms.split import Split
+from lowmem.optim.terms.state import Constants, State, reset_
 
 Commit = Callable[[], None]
 """What is left to do once the weight is written."""

@@ -26,15 +26,15 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.changes import Change, Permutation, Rotation
 from lowmem.optim.codecs.blockwise import STATES, Codec, codec
 from lowmem.optim.codecs.blockwise import Dense as Uncoded
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import ages
 from lowmem.optim.engine.cutting import LADDER
 from lowmem.optim.held import permute_, rotate_, tables, weighted
-from lowmem.optim.hyper import ChunkHyper, Hyper
-from lowmem.optim.state import Constants, State, part, prefixed
+from lowmem.optim.terms.changes import Change, Permutation, Rotation
+from lowmem.optim.terms.hyper import ChunkHyper, Hyper
+from lowmem.optim.terms.state import Constants, State, part, prefixed
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def coded(rule: Elementwise, states: str | Mapping[str, str] = "fp32") -> Coded:
         UserError: an unknown precision or moment, or one that a moment does not work with.
 
     Example:
-        >>> from lowmem.optim.rules.adam import Adam
+        >>> from lowmem.optim.rules.elementwise.adam import Adam
         >>> sorted(coded(Adam(), {"exp_avg": "int8"}).init(torch.zeros(3, 5)))
         ['age', 'exp_avg.codes', 'exp_avg.scale', 'exp_avg_sq']
     """

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import BLOCK, Blocks
-from lowmem.optim.changes import Permutation, Rotation
 from lowmem.optim.codecs.blockwise import Codec
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import pad, pieces, walk
-from lowmem.optim.hyper import ChunkHyper, Hyper
-from lowmem.optim.state import Constant, Constants, State, part
+from lowmem.optim.terms.changes import Permutation, Rotation
+from lowmem.optim.terms.hyper import ChunkHyper, Hyper
+from lowmem.optim.terms.state import Constant, Constants, State, part
 
 
 def tables(codec: Codec) -> Constants:

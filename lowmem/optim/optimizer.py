@@ -27,10 +27,8 @@ from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.blocks import held as seen
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
-from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Named, Query, check_asked
-from lowmem.optim.state import State, made, scoped, stored
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_gradients, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
@@ -39,6 +37,8 @@ from lowmem.optim.tensors.resting import arrange_, observe_, turn_
 from lowmem.optim.tensors.saved import Resumable
 from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
 from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
+from lowmem.optim.terms.hyper import Hyper, Lookup
+from lowmem.optim.terms.state import State, made, scoped, stored
 
 Params = Iterable[Any]
 

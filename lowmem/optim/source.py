@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.state import State
 from lowmem.optim.tensors.marks import trains
+from lowmem.optim.terms.state import State
 
 Named = Sequence[tuple[str, nn.Parameter]]
 

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from lowmem.optim.contract import AnyRule, is_pointwise
 from lowmem.optim.int8.tensor import is_coded
-from lowmem.optim.schedules import Always, Schedule
+from lowmem.optim.schedules.schedule import Always, Schedule
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Source
-from lowmem.optim.state import Constants, State, prefixed
 from lowmem.optim.tensors import stacks
 from lowmem.optim.tensors.roles import is_stack, refined
+from lowmem.optim.terms.state import Constants, State, prefixed
 from lowmem.optim.writers import Stochastic, Writer, select
 
 SMALL = 4096

@@ -28,15 +28,15 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, chained, matrix_shape, product
-from lowmem.optim.changes import Unrelated
 from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, is_pointwise
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.engine.finite import all_finite, unsound
-from lowmem.optim.hyper import Hyper
-from lowmem.optim.residuals import Drop
+from lowmem.optim.residuals.rest import Drop
 from lowmem.optim.shards import Shape, shard_in
-from lowmem.optim.split import Split
-from lowmem.optim.state import Constant, Constants, State, apply_in_place, prefixed, scoped
+from lowmem.optim.terms.changes import Unrelated
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.split import Split
+from lowmem.optim.terms.state import Constant, Constants, State, apply_in_place, prefixed, scoped
 
 ON_REFRESH = ("keep", "reset", "rotate")
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.engine import noise
-from lowmem.optim.hyper import ChunkHyper
 from lowmem.optim.int8.writer import Int8Writer
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import ChunkHyper
+from lowmem.optim.terms.state import State
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowmem.report.bars import bars
-from lowmem.report.curves import Curve, curves, front, pareto
+from lowmem.report.charts.bars import bars
+from lowmem.report.charts.curves import Curve, curves, front, pareto
 from lowmem.report.page import Cell, Figure, Percent, Report, Right, Section, Size, Table
 from lowmem.report.plan import LEGEND, closing, labels, peak_bar
 from lowmem.report.units import format_bytes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from lowmem.report.svg import STYLE
+from lowmem.report.charts.svg import STYLE
 from lowmem.report.units import format_bytes, format_percent
 
 

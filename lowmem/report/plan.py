@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowmem.report.bars import CATEGORIES, Bar, bars, stacked, waterfall, words
-from lowmem.report.curves import Curve, curves
-from lowmem.report.maps import frontier, heat_map
+from lowmem.report.charts.bars import CATEGORIES, Bar, bars, stacked, waterfall, words
+from lowmem.report.charts.curves import Curve, curves
+from lowmem.report.charts.maps import frontier, heat_map
+from lowmem.report.charts.timeline import picture
 from lowmem.report.page import Cell, Figure, Report, Right, Section, Size, Table
-from lowmem.report.timeline import picture
 from lowmem.report.units import format_bytes
 
 TIMELINES = 3  # plans whose step is drawn

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowmem.report.bars import CATEGORIES, bars, pairs, words
-from lowmem.report.curves import Curve, curves
+from lowmem.report.charts.bars import CATEGORIES, bars, pairs, words
+from lowmem.report.charts.curves import Curve, curves
+from lowmem.report.charts.timeline import picture
 from lowmem.report.page import Cell, Figure, Percent, Report, Section, Size, Table
 from lowmem.report.plan import LEGEND, closing, peak_bar
-from lowmem.report.timeline import picture
 from lowmem.report.units import format_bytes, format_percent, unit
 
 FLAG = 3.0  # percent of the peak beyond which a prediction is called off

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.source import Named, Query, trainable
-from lowmem.optim.state import State
+from lowmem.optim.terms.state import State
 
 
 @dataclass(frozen=True)

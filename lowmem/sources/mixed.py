@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lowmem.optim.engine.cutting import pad, read_flat, write_flat
 from lowmem.optim.source import Query
-from lowmem.optim.state import State
+from lowmem.optim.terms.state import State
 from lowmem.sources.directions import Direction, Pen, numbers, pieces
 from lowmem.sources.structures import Free, Structured
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.source import Named, Query
-from lowmem.optim.state import State
+from lowmem.optim.terms.state import State
 from lowmem.sources.batched import evaluate_at_once
 from lowmem.sources.directions import Direction
 from lowmem.sources.estimators import Estimator, TwoSided

@@ -24,7 +24,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import matrix_shape
 from lowmem.optim.engine.cutting import pad, read_flat
 from lowmem.optim.source import Named, Query, trainable
-from lowmem.optim.state import State
+from lowmem.optim.terms.state import State
 from lowmem.sources.directions import Direction, Pen, displace, numbers, wrapped
 from lowmem.sources.quantized import scales
 

@@ -14,9 +14,9 @@ import torch
 import lowmem
 from lowmem.errors import CheckpointError, UserError
 from lowmem.optim.elementwise import coded
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.microadam import MicroAdam
-from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.rules.compact.microadam import MicroAdam
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.writers import Kahan
 from lowmem.sources import Backprop

@@ -15,8 +15,9 @@ import pytest
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.report import bars, curves, maps, page, svg
+from lowmem.report import page
 from lowmem.report import pages as report
+from lowmem.report.charts import bars, curves, maps, svg
 from lowmem.report.units import format_bytes, format_ticks, nice_range
 from tests.memory import documents
 

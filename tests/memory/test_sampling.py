@@ -8,7 +8,7 @@ import torch
 
 from lowmem.memory.trace.sampling import timeline as sampled
 from lowmem.memory.trace.tracker import Tracker
-from lowmem.report import timeline
+from lowmem.report.charts import timeline
 
 
 def stream(*phases: tuple[str, int]) -> Tracker:

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Dense, Direction
-from lowmem.optim.changes import Unrelated
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
-from lowmem.optim.rules.adafactor import Adafactor
+from lowmem.optim.rules.compact.adafactor import Adafactor
 from lowmem.optim.shards import Shard, matrix
-from lowmem.optim.state import made
 from lowmem.optim.subspace import Subspace
+from lowmem.optim.terms.changes import Unrelated
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import made
 from tests.oracles.reference_adafactor import Adafactor as Reference
 
 STATES = ["fp32", "bf16", "int8", "int4", "companded8"]

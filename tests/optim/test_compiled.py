@@ -25,10 +25,10 @@ from lowmem.optim.engine import compiling
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.compiling import ABSENT, PRIVATE, Compiled, _forget_instructions, compiled
 from lowmem.optim.engine.layout import ROW
-from lowmem.optim.hyper import Hyper
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.moments import Momentum
-from lowmem.optim.state import made
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.moments import Momentum
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import made
 from lowmem.strategies import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
-from lowmem.optim.changes import Rotation
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
 from lowmem.optim.engine.ages import numbers_of, table
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.cutting import policy
 from lowmem.optim.held import pooled, spread
-from lowmem.optim.hyper import Hyper
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.moments import Momentum
-from lowmem.optim.rules.sgd import SGD
-from lowmem.optim.state import made
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.moments import Momentum
+from lowmem.optim.rules.elementwise.sgd import SGD
+from lowmem.optim.terms.changes import Rotation
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import made
 from lowmem.optim.writers import NEAREST
 
 

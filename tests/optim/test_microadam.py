@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Dense
-from lowmem.optim.changes import Unrelated
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.hyper import Hyper
-from lowmem.optim.rules.microadam import BLOCK, MicroAdam, packed, unpacked
+from lowmem.optim.rules.compact.microadam import BLOCK, MicroAdam, packed, unpacked
+from lowmem.optim.terms.changes import Unrelated
+from lowmem.optim.terms.hyper import Hyper
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

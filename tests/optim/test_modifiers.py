@@ -14,30 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected
 from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine import cutting
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.hyper import Hyper
 from lowmem.optim.modifiers.masks import Cautious, Grams
 from lowmem.optim.modifiers.modified import modified
 from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.modifiers.norms import Limit, TrustRatio
 from lowmem.optim.modifiers.spikes import SpikeClip
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.coordinate import Columns
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
-from lowmem.optim.residuals import Rest, Stateless
-from lowmem.optim.rules.adafactor import Adafactor
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.microadam import MicroAdam
-from lowmem.optim.rules.muon import Muon
-from lowmem.optim.rules.sgd import SGD
-from lowmem.optim.state import made
+from lowmem.optim.residuals.rest import Rest, Stateless
+from lowmem.optim.rules.compact.adafactor import Adafactor
+from lowmem.optim.rules.compact.microadam import MicroAdam
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sgd import SGD
+from lowmem.optim.rules.normalised.muon import Muon
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import made
 from lowmem.optim.writers import NEAREST
 from lowmem.sources import Backprop
 

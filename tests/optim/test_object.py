@@ -31,7 +31,7 @@ import lowmem
 from lowmem.errors import LowMemError, UserError
 from lowmem.optim.engine.settings import NEUTRAL, Settings
 from lowmem.optim.release import release
-from lowmem.optim.schedules import Always
+from lowmem.optim.schedules.schedule import Always
 from tests.contract.runs import same
 from tests.enrolled import unlike
 

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 
 import lowmem
-from lowmem.optim.bases import PROJ_TYPES, Frame
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.contract import AnyRule, Projector
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import PROJ_TYPES, Frame
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dct import DCT
 from lowmem.optim.projectors.dense import Find, Orthonormal, power_iteration, svd
 from lowmem.optim.projectors.random import random
-from lowmem.optim.residuals import Drop, Stateless
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.moments import Momentum
-from lowmem.optim.rules.sgd import SGD
-from lowmem.optim.state import State, made
+from lowmem.optim.residuals.rest import Drop, Stateless
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.moments import Momentum
+from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State, made
 from lowmem.sources import Backprop
 
 GAP = 3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory import count
-from lowmem.optim.schedules import Layers
+from lowmem.optim.schedules.turns import Layers
 from lowmem.optim.tensors.groups import param_groups
 from lowmem.optim.tensors.resting import wake_all_
 

@@ -14,7 +14,7 @@ from torch import nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory import count
-from lowmem.optim.watching import Converged, Important
+from lowmem.optim.schedules.watching import Converged, Important
 from tests.optim.test_resting import GAP, Net, backward, net, optimizer_of
 
 NAMES = tuple(f"layers.{i}.weight" for i in range(4))

@@ -69,6 +69,6 @@ def start_of(shape: Sequence[int], seed: int = 5) -> Tensor:
 
 def name_without_offset(gap: int) -> str:
     """A parameter name whose refreshes fall on the multiples of the gap, as in the papers."""
-    from lowmem.optim.hyper import stagger
+    from lowmem.optim.terms.hyper import stagger
 
     return next(f"w{i}" for i in range(10_000) if stagger(f"w{i}", gap) == 0)

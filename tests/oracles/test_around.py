@@ -14,10 +14,10 @@ from lowmem.errors import UserError
 from lowmem.optim.elementwise import Elementwise, coded
 from lowmem.optim.evaluated import evaluated
 from lowmem.optim.modifiers.around import Lookahead, XGrad
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.second import AdaBelief
-from lowmem.optim.rules.sgd import SGD
-from lowmem.optim.rules.sign import Lion
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.adam_kin import AdaBelief
+from lowmem.optim.rules.elementwise.sgd import SGD
+from lowmem.optim.rules.elementwise.sign import Lion
 from tests.oracles import drive
 from tests.oracles.reference_adamw import AdamW
 from tests.oracles.test_normalised import optimizer_of, stepped

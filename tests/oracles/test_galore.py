@@ -47,7 +47,7 @@ def test_galore_is_the_algorithm_with_aligned_signs(shape: tuple[int, int], scal
 @pytest.mark.parametrize("gap", [3, 5])
 @pytest.mark.parametrize("key", ["layers.0.q_proj.weight", "layers.7.down_proj.weight"])
 def test_refreshes_are_staggered_by_name(gap: int, key: str) -> None:
-    from lowmem.optim.hyper import stagger
+    from lowmem.optim.terms.hyper import stagger
 
     start, grads = drive.start_of((6, 10)), drive.gradients((6, 10), 12)
     truth = GaLore(

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.count import state_bytes, workspace_bytes
-from lowmem.optim.bases import Frame
 from lowmem.optim.contract import Projector
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments, coded
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.dense import Find, Orthonormal
 from lowmem.optim.projectors.grassmann import Track, Walk
 from lowmem.optim.projectors.random import Drawn, Switch
-from lowmem.optim.residuals import ScaledRest
-from lowmem.optim.rules.adam import Adam
+from lowmem.optim.residuals.rest import ScaledRest
+from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
+from lowmem.optim.terms.hyper import Hyper
 from lowmem.sources import Backprop
 from tests.oracles import reference_grassmann as reference
 from tests.oracles.test_subspaces import BETAS, EPS, LR, normal, optimizer_of, steps

@@ -9,7 +9,7 @@ from torch import Tensor
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI
+from lowmem.optim.rules.measured.layerwise import NovoGrad, SGDSaI
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
 from tests.oracles import drive

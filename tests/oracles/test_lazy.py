@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.memory.count import state_bytes, workspace_bytes
-from lowmem.optim.bases import Frame
 from lowmem.optim.elementwise import coded
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.lazy import Lazy, dequantized, quantized
-from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.sources import Backprop

@@ -12,17 +12,17 @@ from torch import Tensor
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.count import workspace_bytes
-from lowmem.optim.bases import Frame
 from lowmem.optim.elementwise import coded
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.blend import Blend
 from lowmem.optim.projectors.coordinate import Columns
 from lowmem.optim.projectors.dct import DCT
 from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.projectors.drift import Drift
 from lowmem.optim.projectors.lazy import Lazy
-from lowmem.optim.residuals import Feedback
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.residuals.feedback import Feedback
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.sources import Backprop

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 import lowmem
-from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Dense
-from lowmem.optim.changes import Rotation
 from lowmem.optim.contract import AnyRule, Projector, Residual
 from lowmem.optim.elementwise import coded
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.dct import DCT, cosines
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
 from lowmem.optim.projectors.grassmann import Track, Walk, tangent
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Drawn, Gaussian
-from lowmem.optim.residuals import Drop, ScaledGradient, ScaledRest, Stateless
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.sgd import SGD
-from lowmem.optim.rules.sign import Lion
-from lowmem.optim.state import made
+from lowmem.optim.residuals.rest import Drop, ScaledGradient, ScaledRest, Stateless
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sgd import SGD
+from lowmem.optim.rules.elementwise.sign import Lion
 from lowmem.optim.subspace import Subspace
+from lowmem.optim.terms.changes import Rotation
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import made
 from tests.oracles.test_subspaces import LR, normal, optimizer_of, steps
 
 ADAM, RANK, GAP = coded(Adam()), 3, 3

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.optim.bases import Frame
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import coded
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.projectors.grassmann import Track, Walk
 from lowmem.optim.projectors.lazy import Lazy
 from lowmem.optim.projectors.random import Drawn, Switch
-from lowmem.optim.residuals import ScaledRest
-from lowmem.optim.rules.adam import Adam
+from lowmem.optim.residuals.rest import ScaledRest
+from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.subspace import Subspace
 from tests.oracles import reference_subspaces as reference
 from tests.oracles.test_subspaces import BETAS, EPS, LR, normal, optimizer_of, steps

@@ -15,9 +15,9 @@ from lowmem.errors import UserError
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import coded
 from lowmem.optim.evaluated import evaluated
-from lowmem.optim.rules.measured import MARS, FAdam, Gravity
-from lowmem.optim.rules.momenta import TAM, CriticalAdam
-from lowmem.optim.rules.paths import INNAprop, ScheduleFree
+from lowmem.optim.rules.elementwise.paths import INNAprop, ScheduleFree
+from lowmem.optim.rules.measured.measured import MARS, FAdam, Gravity
+from lowmem.optim.rules.measured.momenta import TAM, CriticalAdam
 from tests.oracles import drive
 from tests.oracles import reference_rules as reference
 from tests.oracles.test_normalised import optimizer_of, stepped

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame
 from lowmem.optim.elementwise import coded
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.mlorc import MLorc
+from lowmem.optim.projectors.bases import Frame
+from lowmem.optim.rules.compact.mlorc import MLorc
+from lowmem.optim.rules.elementwise.adam import Adam
 from tests.oracles import reference_mlorc as reference
 from tests.oracles.test_subspaces import BETAS, EPS, LR, near, normal, optimizer_of, steps
 

@@ -17,8 +17,8 @@ from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.modifiers.norms import Limit, TrustRatio
 from lowmem.optim.modifiers.spikes import SpikeClip
 from lowmem.optim.optimizer import LowMemOptimizer
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.sign import Lion
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sign import Lion
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
 from tests.oracles import drive

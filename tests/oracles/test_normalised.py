@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.rules.normalised import Scaled, SinkGD
+from lowmem.optim.rules.normalised.rows import Scaled, SinkGD
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
 from tests.oracles import drive

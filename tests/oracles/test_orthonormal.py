@@ -16,7 +16,7 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.memory import count
 from lowmem.optim.blocks import Dense
-from lowmem.optim.rules.muon import Product, newton_schulz, polar
+from lowmem.optim.rules.normalised.muon import Product, newton_schulz, polar
 from tests.oracles import drive
 from tests.oracles import reference_orthonormal as reference
 from tests.oracles.test_normalised import gradient_of, matrix, weight_of
@@ -156,7 +156,7 @@ def test_newton_and_schulz_tell_the_size_of_the_result(monkeypatch: pytest.Monke
     """Whether products are made at once or in panels."""
     x = torch.randn(5, 8)
     for panel in (1 << 22, 10):
-        monkeypatch.setattr("lowmem.optim.rules.muon.PANEL", panel)
+        monkeypatch.setattr("lowmem.optim.rules.normalised.muon.PANEL", panel)
         t, p, a = newton_schulz(x @ x.mT, x.norm(), [(1.5, -0.5, 0.0)] * 3)
         torch.testing.assert_close(p @ a @ p, t @ x @ x.mT @ t.mT, rtol=1e-4, atol=1e-5)
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from lowmem.optim.elementwise import Elementwise, coded
 from lowmem.optim.optimizer import LowMemOptimizer
-from lowmem.optim.rules.memory import Adan, AdEMAMix, DiffGrad
-from lowmem.optim.rules.second import AdaBelief, AMSGrad, LaProp, NAdam
-from lowmem.optim.rules.sign import Ano, Lion
+from lowmem.optim.rules.elementwise.adam_kin import AdaBelief, AMSGrad, LaProp, NAdam
+from lowmem.optim.rules.elementwise.long_memory import Adan, AdEMAMix, DiffGrad
+from lowmem.optim.rules.elementwise.sign import Ano, Lion
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
 

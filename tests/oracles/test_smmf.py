@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.optim.rules.smmf import SMMF, packed, signs, square
+from lowmem.optim.rules.compact.smmf import SMMF, packed, signs, square
 from lowmem.optim.strategy import Strategy
 from lowmem.sources import Backprop
 from tests.oracles import drive

@@ -11,7 +11,7 @@ from torch import Tensor
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.modifiers.spikes import MomentumReset
-from lowmem.optim.rules.layerwise import StableSPAM
+from lowmem.optim.rules.measured.layerwise import StableSPAM
 from tests.oracles import drive
 from tests.oracles import reference_spam as reference
 

@@ -8,15 +8,15 @@ from torch import Tensor
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame
 from lowmem.optim.elementwise import coded
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.coordinate import Columns
 from lowmem.optim.projectors.dense import Orthonormal, svd
 from lowmem.optim.projectors.random import Gaussian
-from lowmem.optim.residuals import Stateless, SubsetNormed
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.sgd import AverageGradient
-from lowmem.optim.rules.subsets import SubsetNorm, Subsets
+from lowmem.optim.residuals.rest import Stateless, SubsetNormed
+from lowmem.optim.rules.compact.subsets import SubsetNorm, Subsets
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sgd import AverageGradient
 from lowmem.optim.subspace import Subspace
 from tests.oracles.reference_subsets import AdamSN, AdamSNSM
 from tests.oracles.test_subspaces import BETAS, EPS, LR, near, normal, optimizer_of, steps

@@ -11,24 +11,24 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.count import model_state_bytes, workspace_bytes
-from lowmem.optim.bases import Frame
 from lowmem.optim.blocks import Dense
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.coordinate import Elements
 from lowmem.optim.projectors.dct import DCT
 from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Gaussian
-from lowmem.optim.residuals import Rest, ScaledGradient, ScaledRest
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.muon import Muon
-from lowmem.optim.rules.sgd import SGD
-from lowmem.optim.schedules import Layers
+from lowmem.optim.residuals.rest import Rest, ScaledGradient, ScaledRest
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sgd import SGD
+from lowmem.optim.rules.normalised.muon import Muon
+from lowmem.optim.schedules.turns import Layers
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
+from lowmem.optim.terms.hyper import Hyper
 from lowmem.sources import Backprop
 from tests.oracles import reference_subspaces as reference
 

@@ -14,8 +14,8 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import coded
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.weighed import AdamP, DoG
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.measured.weighed import AdamP, DoG
 from tests.oracles import drive
 from tests.oracles import reference_rules as reference
 from tests.oracles.test_normalised import optimizer_of, stepped

@@ -14,7 +14,7 @@ from lowmem.errors import UserError
 from lowmem.memory.device import readings as device_memory
 from lowmem.memory.measure import watch
 from lowmem.memory.measure.measured import measure
-from lowmem.report.bars import CATEGORIES, words
+from lowmem.report.charts.bars import CATEGORIES, words
 from lowmem.report.units import format_bytes
 
 

@@ -173,7 +173,5 @@ def _deepen(parameters: tuple[Parameter, ...], depth: int, repeat: int) -> tuple
             found.append(p)
         elif int(match[0]) < repeat:
             numbers = range(int(match[0]), depth, repeat)
-            found += [
-                Parameter(_LAYER.sub(str(i), p.name, count=1), p.shape, p.dtype, p.role) for i in numbers
-            ]
+            found += [replace(p, name=_LAYER.sub(str(i), p.name, count=1)) for i in numbers]
     return tuple(found)

@@ -21,12 +21,18 @@ FAR = 20_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`."""
+    """A trainable parameter as the optimizer will meet it.
+
+    Args:
+        role: of `optim.tensors.roles`.
+        coded: held as int8 codes; dtype is then that of its gradient.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     role: str
+    coded: bool = False
 
 
 def special(strategy: Strategy) -> Strategy | None:

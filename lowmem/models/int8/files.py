@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import CheckpointError, UserError
-from lowmem.models.int8.convert import chosen, coded
+from lowmem.models.int8.convert import chosen, coded, weights
 from lowmem.optim.int8.tensor import Int8Weight
 
 SHARD = 2 << 30
@@ -60,6 +61,24 @@ def save(model: Any, folder: str | Path, *, keep: bool = False, shard: int = SHA
         index = {"metadata": {"total_size": total}, "weight_map": where}
         text = json.dumps(index, indent=2, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing(model: Any, *, keep: bool) -> Iterator[None]:
+    """Let a model's own `save_pretrained` write its int8 weights meanwhile; of others nothing changes.
+
+    Args:
+        model: any; keep: codes, not what they stand for.
+    """
+    if not (isinstance(model, nn.Module) and weights(model)):
+        yield
+        return
+    own: Any = lambda folder, **_: save(model, folder, keep=keep)  # noqa: E731
+    model.save_pretrained = own
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 def _configuration(model: Any, folder: Path, keep: bool) -> None:

@@ -33,8 +33,8 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.codecs.dynamic import dynamic_tables
 from lowmem.optim.engine import noise
-from lowmem.optim.hyper import ChunkHyper
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import ChunkHyper
+from lowmem.optim.terms.state import State
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 TINY = torch.finfo(torch.float32).tiny

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.engine.cutting import walk
-from lowmem.optim.hyper import Hyper
 from lowmem.optim.shards import whole
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max / 2  # means of columns may be rounded up

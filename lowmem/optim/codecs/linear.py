@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.optim.hyper import ChunkHyper
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import ChunkHyper
+from lowmem.optim.terms.state import State
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
 from lowmem.optim.codecs.factored import TINY
 from lowmem.optim.engine.cutting import walk
-from lowmem.optim.hyper import Hyper
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 
 
 def maxima(x: Blocks, hp: Hyper) -> State:

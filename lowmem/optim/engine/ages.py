@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine.cutting import sizes
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.terms.hyper import Hyper
 
 ROWS = 1024
 """The table grows by so many ages."""

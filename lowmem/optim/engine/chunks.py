@@ -36,9 +36,9 @@ from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.run import Run
 from lowmem.optim.engine.together import Together
-from lowmem.optim.hyper import Hyper
 from lowmem.optim.int8.tensor import Int8Weight
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 from lowmem.optim.writers import Nearest, Writer
 
 log = logging.getLogger(__name__)

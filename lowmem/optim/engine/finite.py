@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine.kernels import LARGEST
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.terms.hyper import Hyper
 
 
 def all_finite(x: Tensor, hp: Hyper) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.compiling import Kernel
-from lowmem.optim.hyper import ChunkHyper
+from lowmem.optim.terms.hyper import ChunkHyper
 from lowmem.optim.writers import Writer
 
 LARGEST = torch.finfo(torch.float32).max

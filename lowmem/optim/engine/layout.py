@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.cutting import pad, pieces
-from lowmem.optim.state import Held, State
+from lowmem.optim.terms.state import Held, State
 from lowmem.optim.writers import Writer
 
 ROW = 256

@@ -14,9 +14,9 @@ from lowmem.optim.engine.compiling import Kernel
 from lowmem.optim.engine.cutting import pad, read_flat, write_flat
 from lowmem.optim.engine.kernels import Asks, Guard
 from lowmem.optim.engine.layout import layout
-from lowmem.optim.hyper import Hyper
 from lowmem.optim.int8.tensor import Int8Weight
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 from lowmem.optim.writers import Writer
 
 

@@ -23,8 +23,8 @@ from lowmem.optim.engine.compiling import Kernel
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.engine.kernels import Asks, Guard
 from lowmem.optim.engine.layout import ROW
-from lowmem.optim.hyper import Hyper
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 from lowmem.optim.writers import Writer
 
 ELEMENTS = {True: 1 << 21, False: 1 << 20}

@@ -137,6 +137,8 @@ class Int8Weight(Tensor):
         """What is known of codes; otherwise the operation on what they stand for."""
         if func in KNOWN:
             return KNOWN[func](func, *args, **(kwargs or {}))
+        if func in SPLITS:
+            raise UserError("int8 weights cannot be sharded yet (FSDP2); leave one of the two out")
         if func in LIKE:
             whole = torch.empty((), dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
             return func(whole, *args[1:], **(kwargs or {}))
@@ -191,6 +193,8 @@ KNOWN: dict[Any, Callable[..., Any]] = {
     aten.copy_.default: _copied,
     aten.select.int: _selected,
 }
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
+"""What sharding begins with."""
 LIKE = {
     aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
     aten.rand_like.default, aten.randn_like.default, aten.new_empty.default, aten.new_zeros.default,

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine import noise
-from lowmem.optim.hyper import ChunkHyper
 from lowmem.optim.int8.coding import BLOCK, LEAST, MOST
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import ChunkHyper
+from lowmem.optim.terms.state import State
 
 Rounding = Literal["stochastic", "eco", "nearest"]
 PARTS = 254.0

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.changes import Rotation
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.terms.changes import Rotation
+from lowmem.optim.terms.hyper import Hyper
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Lookahead(Around):
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.rules.sgd import SGD
+        >>> from lowmem.optim.rules.elementwise.sgd import SGD
         >>> sorted(Lookahead(SGD(), every=10).moments)
         ['since']
     """
@@ -167,7 +167,7 @@ class XGrad(Around):
         UserError: fewer.
 
     Example:
-        >>> from lowmem.optim.rules.adam import Adam
+        >>> from lowmem.optim.rules.elementwise.adam import Adam
         >>> sorted(XGrad(Adam()).moments)
         ['exp_avg', 'exp_avg_sq', 'previous_step']
     """

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.contract import AnyRule, is_pointwise
-from lowmem.optim.hyper import Hyper
 from lowmem.optim.modifiers.modifier import NONE, Modifier
-from lowmem.optim.state import State, prefixed, scoped
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State, prefixed, scoped
 
 SUMS = "modified.sums"
 """Where the sums over a tensor add up; 0 between steps."""

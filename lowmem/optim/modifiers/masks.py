@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.modifiers.modifier import NONE, Modifier
-from lowmem.optim.state import State
+from lowmem.optim.terms.state import State
 
 RESCALES = ("mean", "norm")
 LEAST = 1e-3

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import AnyRule, Pointwise, Rule, is_pointwise
 from lowmem.optim.engine.cutting import walk
-from lowmem.optim.hyper import ChunkHyper, Hyper
 from lowmem.optim.modifiers.chain import SUMS, Chain
 from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.shards import Shape
-from lowmem.optim.state import Constants, State, prefixed, scoped
+from lowmem.optim.terms.changes import Change, Unrelated
+from lowmem.optim.terms.hyper import ChunkHyper, Hyper
+from lowmem.optim.terms.state import Constants, State, prefixed, scoped
 
 
 def modified(rule: AnyRule, modifiers: Sequence[Modifier]) -> AnyRule:
@@ -45,7 +45,7 @@ def modified(rule: AnyRule, modifiers: Sequence[Modifier]) -> AnyRule:
     Example:
         >>> from lowmem.optim.elementwise import coded
         >>> from lowmem.optim.modifiers.masks import Cautious
-        >>> from lowmem.optim.rules.adam import Adam
+        >>> from lowmem.optim.rules.elementwise.adam import Adam
         >>> sorted(modified(coded(Adam()), [Cautious()]).init(torch.zeros(3, 5)))
         ['age', 'exp_avg', 'exp_avg_sq', 'modified.sums']
     """

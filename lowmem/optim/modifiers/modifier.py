@@ -24,8 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.optim.hyper import Hyper
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
 """No moments."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.hyper import Hyper, stagger
 from lowmem.optim.modifiers.modifier import Modifier
-from lowmem.optim.state import State
+from lowmem.optim.terms.hyper import Hyper, stagger
+from lowmem.optim.terms.state import State
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import largest, orthonormal, unit
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.changes import Change
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import largest, orthonormal, unit
 from lowmem.optim.projectors.dense import Orthonormal
-from lowmem.optim.state import State
+from lowmem.optim.terms.changes import Change
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -42,7 +42,7 @@ class Blend(Orthonormal):
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.bases import Frame
+        >>> from lowmem.optim.projectors.bases import Frame
         >>> Blend(Frame(4)).reads
         'exp_avg'
     """

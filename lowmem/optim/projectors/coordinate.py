@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.optim.bases import check_rank
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
-from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import Projector
 from lowmem.optim.engine import noise
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import check_rank
 from lowmem.optim.projectors.dense import check_gap
 from lowmem.optim.shards import Shape, resized, shard_in
-from lowmem.optim.state import State
+from lowmem.optim.terms.changes import Change, Unrelated
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 
 GROUP = 256
 """Elements of a group of `Elements`; an index within it is one byte."""

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
-from lowmem.optim.changes import Change, Permutation
-from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Renewed
 from lowmem.optim.shards import Shape, total
-from lowmem.optim.state import Constant, Constants, State
+from lowmem.optim.terms.changes import Change, Permutation
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import Constant, Constants, State
 
 
 def cosines(n: int, device: torch.device) -> Tensor:
@@ -64,7 +64,7 @@ class DCT(Renewed):
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.bases import Frame
+        >>> from lowmem.optim.projectors.bases import Frame
         >>> DCT(Frame(4)).init(torch.zeros(16, 64))["index"]
         tensor([0, 1, 2, 3], dtype=torch.int32)
     """

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame, orthonormal, unit
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.changes import Change
 from lowmem.optim.contract import Projector
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame, orthonormal, unit
 from lowmem.optim.shards import Shape, shard_in
-from lowmem.optim.state import State
+from lowmem.optim.terms.changes import Change
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame, energy, largest
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.changes import Change
 from lowmem.optim.engine import noise
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame, energy, largest
 from lowmem.optim.projectors.dense import Find, Orthonormal, power_iteration
-from lowmem.optim.split import Split
-from lowmem.optim.state import State
+from lowmem.optim.terms.changes import Change
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.split import Split
+from lowmem.optim.terms.state import State
 
 
 def randomized(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.optim.bases import check_rank
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import Projector
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import check_rank
 from lowmem.optim.projectors.coordinate import count_of
-from lowmem.optim.state import State
+from lowmem.optim.terms.changes import Change, Unrelated
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 
 EARLY, AGAIN = 16, 100
 """Elements are looked for in so many first steps, and then every so often, as long as gradients of zeros

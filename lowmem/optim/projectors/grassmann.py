@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame, energy, largest, orthonormal
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame, energy, largest, orthonormal
 from lowmem.optim.projectors.dense import power_iteration
+from lowmem.optim.terms.hyper import Hyper
 
 
 def tangent(frame: Frame, basis: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.changes import Change, Rotation
-from lowmem.optim.hyper import Hyper
 from lowmem.optim.projectors.dense import Orthonormal
-from lowmem.optim.state import State, apply_in_place
+from lowmem.optim.terms.changes import Change, Rotation
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State, apply_in_place
 
 GROUP = 256
 """Numbers of a basis that share a range."""
@@ -71,7 +71,7 @@ class Lazy(Orthonormal):
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.bases import Frame
+        >>> from lowmem.optim.projectors.bases import Frame
         >>> Lazy(Frame(4)).init(torch.zeros(16, 64))["codes"].shape
         torch.Size([32])
     """

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import energy
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.changes import Change, Unrelated
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.elementwise import coded
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import energy
 from lowmem.optim.projectors.dense import Framed, power_iteration
-from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.shards import Shape
-from lowmem.optim.split import Split
-from lowmem.optim.state import Constants, State, prefixed, scoped
+from lowmem.optim.terms.changes import Change, Unrelated
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.split import Split
+from lowmem.optim.terms.state import Constants, State, prefixed, scoped
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Online(Framed):
         UserError: a number outside its range.
 
     Example:
-        >>> from lowmem.optim.bases import Frame
+        >>> from lowmem.optim.projectors.bases import Frame
         >>> Online(Frame(4)).init(torch.zeros(16, 64))["basis"].shape
         torch.Size([16, 4])
     """

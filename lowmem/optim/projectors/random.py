@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.bases import Frame, orthonormal
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.changes import Change, Rotation, Unrelated
-from lowmem.optim.hyper import Hyper
+from lowmem.optim.projectors.bases import Frame, orthonormal
 from lowmem.optim.projectors.dense import Renewed, of_all_rows, power_iteration
 from lowmem.optim.shards import Shape
-from lowmem.optim.state import State
+from lowmem.optim.terms.changes import Change, Rotation, Unrelated
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import State
 
 
 @of_all_rows

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.shards import Like, Shard, local
-from lowmem.optim.state import State
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.seats import Place, fresh
+from lowmem.optim.terms.state import State
 
 META = torch.device("meta")
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.schedules import Schedule
+from lowmem.optim.schedules.schedule import Schedule
 from lowmem.optim.shards import matrix
-from lowmem.optim.state import scoped
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import rest_, wake_
 from lowmem.optim.tensors.seats import Roster, Seat
+from lowmem.optim.terms.state import scoped
 
 
 def arrange_(roster: Roster, rules: Mapping[str, AnyRule]) -> None:

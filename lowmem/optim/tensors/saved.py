@@ -20,14 +20,14 @@ from torch import Tensor
 
 from lowmem.errors import CheckpointError
 from lowmem.optim.engine.settings import NEUTRAL
-from lowmem.optim.schedules import Always
-from lowmem.optim.state import State
+from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.outside import Outside
 from lowmem.optim.tensors.resting import arrange_
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
+from lowmem.optim.terms.state import State
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.hyper import Hyper
 from lowmem.optim.int8.tensor import is_coded
 from lowmem.optim.shards import Like, Shard, local, refuse_flattened, shard_of
-from lowmem.optim.state import Held, State, scoped
 from lowmem.optim.strategy import Strategy, Way
 from lowmem.optim.tensors import stacks
 from lowmem.optim.tensors.roles import from_text, refined
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import Held, State, scoped
 from lowmem.optim.writers import Writer, select
 
 

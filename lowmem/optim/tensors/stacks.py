@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Dense, matrix_shape
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.state import State
+from lowmem.optim.terms.state import State
 
 
 def like(x: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Dense, Projected, Slice
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.hyper import Hyper, Lookup
 from lowmem.optim.shards import Shard, local, matrix
 from lowmem.optim.tensors.seats import Part, Place, Seat
+from lowmem.optim.terms.hyper import Hyper, Lookup
 
 Hypers = Callable[[Part, Blocks, Shard | None], Hyper]
 """What the rule of a part may know of its step, by the weight and the rows of it that are here."""

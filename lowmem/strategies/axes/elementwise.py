@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from lowmem.optim.elementwise import Elementwise
-from lowmem.optim.rules.memory import Adan, AdEMAMix, DiffGrad
-from lowmem.optim.rules.paths import INNAprop, ScheduleFree
-from lowmem.optim.rules.second import AdaBelief, AMSGrad, LaProp, NAdam
-from lowmem.optim.rules.sign import Ano, Lion
+from lowmem.optim.rules.elementwise.adam_kin import AdaBelief, AMSGrad, LaProp, NAdam
+from lowmem.optim.rules.elementwise.long_memory import Adan, AdEMAMix, DiffGrad
+from lowmem.optim.rules.elementwise.paths import INNAprop, ScheduleFree
+from lowmem.optim.rules.elementwise.sign import Ano, Lion
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.rules.measured import MARS, FAdam, Gravity
-from lowmem.optim.rules.momenta import TAM, CriticalAdam
-from lowmem.optim.rules.weighed import AdamP, DoG
+from lowmem.optim.rules.measured.measured import MARS, FAdam, Gravity
+from lowmem.optim.rules.measured.momenta import TAM, CriticalAdam
+from lowmem.optim.rules.measured.weighed import AdamP, DoG
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
 

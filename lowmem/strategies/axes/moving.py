@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from lowmem.optim.bases import Frame
 from lowmem.optim.contract import Projector
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.blend import Blend
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
 from lowmem.optim.projectors.drift import Drift

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from lowmem.optim.bases import Frame
 from lowmem.optim.contract import Projector
 from lowmem.optim.elementwise import coded
+from lowmem.optim.projectors.bases import Frame
 from lowmem.optim.projectors.coordinate import Columns, Elements
 from lowmem.optim.projectors.dct import DCT
 from lowmem.optim.projectors.dense import Orthonormal, power_iteration
@@ -15,8 +15,8 @@ from lowmem.optim.projectors.fisher import Fisher
 from lowmem.optim.projectors.online import Online
 from lowmem.optim.projectors.random import Gaussian
 from lowmem.optim.projectors.random import random as uniform
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.sgd import SGD
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.strategies.options import Gap, Limits, Rank, Side, Size, States
 from lowmem.strategies.parts import part
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from lowmem.optim.contract import Residual
-from lowmem.optim.residuals import Drop, Feedback, ScaledGradient, ScaledRest, Stateless, SubsetNormed
-from lowmem.optim.rules.subsets import Subsets
+from lowmem.optim.residuals.feedback import Feedback
+from lowmem.optim.residuals.rest import Drop, ScaledGradient, ScaledRest, Stateless, SubsetNormed
+from lowmem.optim.rules.compact.subsets import Subsets
 from lowmem.strategies.options import Limits, States, SubsetSize
 from lowmem.strategies.parts import part
 

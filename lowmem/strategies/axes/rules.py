@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import Elementwise
-from lowmem.optim.rules.adafactor import Adafactor
-from lowmem.optim.rules.adam import Adam
-from lowmem.optim.rules.microadam import MicroAdam
-from lowmem.optim.rules.muon import Muon
-from lowmem.optim.rules.sgd import SGD, AverageGradient
+from lowmem.optim.rules.compact.adafactor import Adafactor
+from lowmem.optim.rules.compact.microadam import MicroAdam
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.sgd import SGD, AverageGradient
+from lowmem.optim.rules.normalised.muon import Muon
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from lowmem.optim.schedules import Always, Layers, RandomBlocks, Schedule
-from lowmem.optim.watching import Converged, Important
+from lowmem.optim.schedules.schedule import Always, Schedule
+from lowmem.optim.schedules.turns import Layers, RandomBlocks
+from lowmem.optim.schedules.watching import Converged, Important
 from lowmem.strategies.options import Gap, Limits
 from lowmem.strategies.parts import part
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from lowmem.optim.bases import Frame
 from lowmem.optim.contract import AnyRule
-from lowmem.optim.rules.factored import CAME, SM3, AdamMini, AdamRankOne
-from lowmem.optim.rules.layerwise import NovoGrad, SGDSaI, StableSPAM
-from lowmem.optim.rules.mlorc import MLorc
-from lowmem.optim.rules.normalised import SWAN, AuON, Scaled, SinkGD
-from lowmem.optim.rules.orthonormal import AdaMuon, Dion
-from lowmem.optim.rules.smmf import SMMF
-from lowmem.optim.rules.subsets import SubsetNorm
+from lowmem.optim.projectors.bases import Frame
+from lowmem.optim.rules.compact.adam_mini import AdamMini
+from lowmem.optim.rules.compact.adam_rankone import AdamRankOne
+from lowmem.optim.rules.compact.came import CAME
+from lowmem.optim.rules.compact.mlorc import MLorc
+from lowmem.optim.rules.compact.sm3 import SM3
+from lowmem.optim.rules.compact.smmf import SMMF
+from lowmem.optim.rules.compact.subsets import SubsetNorm
+from lowmem.optim.rules.measured.layerwise import NovoGrad, SGDSaI, StableSPAM
+from lowmem.optim.rules.normalised.orthonormal import AdaMuon, Dion
+from lowmem.optim.rules.normalised.rows import SWAN, AuON, Scaled, SinkGD
 from lowmem.strategies.options import Limits, Size, SubsetSize
 from lowmem.strategies.parts import part
 

@@ -1,0 +1,1 @@
+"""Before the run: what it will take, and whether it is written correctly."""

@@ -1,0 +1,1 @@
+"""What there is: strategies, models, cards, and this machine."""

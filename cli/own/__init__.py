@@ -1,0 +1,1 @@
+"""Your own: a recipe or configuration to edit, a strategy to check."""

@@ -1,0 +1,51 @@
+"""`lowmem check METHOD`: what every strategy promises, asked of one; for those that you write yourself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from lowmem.errors import UserError
+
+from .. import render
+from ..app import Json
+
+
+def command(
+    method: Annotated[str, typer.Argument(help="Strategy, named or brought along by a package.")],
+    optim_args: Annotated[
+        str, typer.Option("--optim-args", metavar="K=V,...", help="Options of the strategy.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Hold a strategy against the contract on a small model: bytes, bad gradients, resume, release."""
+    import torch
+
+    from lowmem.strategies import create
+    from lowmem.strategies.registry import parse_options
+    from lowmem.training.contract.check import check
+
+    strategy = create(method, **_small(method, parse_options(method, optim_args)))
+    found = [finding for dtype in (torch.float32, torch.bfloat16) for finding in check(strategy, dtype)]
+    document = {
+        "strategy": strategy.name,
+        "options": dict(strategy.options),
+        "kept": not any(finding.problem for finding in found),
+        "findings": [vars(finding) for finding in found],
+    }
+    rows = [(finding.promise, finding.dtype, finding.problem or "kept") for finding in found]
+    render.emit(document, [render.table(str(strategy), ["promise", "weights", ""], rows)], as_json)
+    if broken := sorted({finding.promise for finding in found if finding.problem}):
+        raise UserError(f"{method} does not keep what every strategy promises: {', '.join(broken)}")
+
+
+def _small(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Sizes and gaps that a small model shows, where they were not given."""
+    from lowmem.strategies.method import AXES, ROLES
+    from lowmem.strategies.registry import beside
+
+    words = {key: value for key, value in given.items() if key in (*AXES, *ROLES)}
+    options = beside(method, **words)
+    small = {key: o.limits.small for key, o in options.items() if o.limits.small is not None}
+    return {**small, **given}

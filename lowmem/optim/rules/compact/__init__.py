@@ -1,0 +1,1 @@
+"""Rules that hold their moments in fewer numbers than the weight has."""

@@ -1,0 +1,1 @@
+"""Rules that go element by element, as a paper writes them."""

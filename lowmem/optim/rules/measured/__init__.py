@@ -1,0 +1,1 @@
+"""Rules that need a few numbers of the whole tensor first."""

@@ -1,0 +1,198 @@
+"""Rules that hold a gradient against the weight itself, and so cannot step inside a subspace.
+
+    AdamP   leaves out of a step what only changes the length of a weight whose length is free
+    DoG     takes its rate from how far the weight has come
+
+All sums are found in one pass over the tensor, in double precision. A tensor in which one
+element is not finite takes no step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError
+from lowmem.optim.blocks import Blocks, Dense, Direction
+from lowmem.optim.contract import Rule
+from lowmem.optim.elementwise import Coded, coded
+from lowmem.optim.engine.ages import numbers_of
+from lowmem.optim.engine.cutting import walk
+from lowmem.optim.held import HeldMoment
+from lowmem.optim.rules.elementwise.adam import LARGEST, Adam
+from lowmem.optim.rules.measured.measured import squares, total
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import Constants, State, part
+
+TINY = 1e-300
+"""What sums of squares in fp64 are divided by at least."""
+
+
+@dataclass(frozen=True)
+class AdamP(Rule):
+    """Adam that spends no step on the length of a weight that is normalised afterwards (arXiv 2006.08217).
+
+        u = m_hat / (sqrt(v_hat) + eps)
+        where |cos(g, w)| < delta / sqrt(n) for all rows w:  u <- u - w <u, w> / (|w| + eps)^2, row by row,
+        else where it holds for the tensor as one row:       the same for all of it;  decay <- wd_ratio decay
+
+    Gradients of a weight whose length does not matter stand at right angles to it, and each step of momentum
+    makes it longer. A gradient of zeros stands at right angles to nothing. Vectors count as one row; the
+    paper leaves them to Adam. In language models without a norm after each matrix this is Adam nearly always.
+    Bytes for an (m, n) weight in fp32: 8 m n + 4.
+
+    Args:
+        held: Adam, and how its moments are held.
+        delta: how near to a right angle is near enough, above 0.
+        wd_ratio: what is left of the decay then, in [0, 1].
+
+    Example:
+        >>> sorted(AdamP.of("fp32").init(torch.zeros(3, 5)))
+        ['age', 'exp_avg', 'exp_avg_sq']
+    """
+
+    held: Coded = field(default_factory=lambda: coded(Adam()))
+    delta: float = 0.1
+    wd_ratio: float = 0.1
+    reads_later: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, states: str, *, delta: float = 0.1, wd_ratio: float = 0.1) -> AdamP:
+        """AdamP with its moments held as `states` says.
+
+        Raises:
+            UserError: a number outside its range.
+        """
+        if not delta > 0.0 or not 0.0 <= wd_ratio <= 1.0:
+            raise UserError(f"adamp: delta > 0 and wd_ratio in [0, 1], got {delta} and {wd_ratio}")
+        return cls(coded(Adam(), states), delta, wd_ratio)
+
+    def init(self, x: Tensor) -> State:
+        """Both moments, and their age."""
+        return self.held.init(x)
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codecs' tables."""
+        return self.held.constants(shape)
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Find what is left out of each row; the rest is left to the write."""
+        _, _, eps, correction1, correction2 = numbers_of(self.held.rule, s["age"] + 1, hp).unbind()
+        rate1, rate2 = (1.0 - beta for beta in hp.betas)
+        first, second = (
+            HeldMoment(codec, part(s, name), s, g.shape, hp)
+            for name, codec in zip(Adam.moments, self.held.codecs, strict=True)
+        )
+        squared, w = g.map(torch.square), hp.weight
+
+        def adam(i: int, j: int) -> Tensor:
+            m, v = (x.towards(y, r).rows(i, j) for x, y, r in ((first, g, rate1), (second, squared, rate2)))
+            return m * correction1 / (v.sqrt() * correction2 + eps)
+
+        def dots(i: int, j: int) -> Tensor:
+            y = w.rows(i, j)
+            taken = (adam(i, j) * y).contiguous().sum(1, dtype=torch.float64)
+            x, y = g.rows(i, j).double(), y.double()
+            return torch.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1), taken])
+
+        found = torch.zeros(4, g.shape[0], dtype=torch.float64, device=g.device)
+        for i, j in walk(g.ranges(), g.device):
+            found[:, i:j] = dots(i, j)
+        share, near, ok = self._share(found, g.shape[1], hp)
+        blocks = Blocks(g.shape, lambda i, j: adam(i, j) - share[i:j] * w.rows(i, j), g.device)
+        less, usual = hp.vector(1.0 - hp.lr * hp.weight_decay * self.wd_ratio, hp.decay).unbind()
+
+        def commit() -> None:
+            first.following(g, rate1, ok)()
+            second.following(squared, rate2, ok)()
+            s["age"].add_(ok)
+
+        return Direction(blocks, decay=torch.where(near, less, usual), ok=ok, commit=commit)
+
+    def _share(self, dots: Tensor, n: int, hp: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+        """What of each row's weight is taken out of its step, (m, 1); whether any is; whether all is finite.
+
+        Args:
+            dots: <g, g>, <g, w>, <w, w> and <u, w> of each row, (4, m) fp64.
+            n: elements of a row.
+        """
+        whole = hp.total(dots.sum(1, keepdim=True))
+        ok = whole[0, 0] <= LARGEST
+        rows = hp.total(_cosine(dots).amax(), "max") < self.delta / n**0.5
+        tensor = _cosine(whole)[0] < self.delta / (dots.shape[1] * n / hp.share) ** 0.5
+        near = (rows | tensor) & (whole[0, 0] > 0.0) & ok
+        each, one = (x[3] / (x[2].sqrt() + hp.eps).square().clamp(min=TINY) for x in (dots, whole))
+        share = torch.where(near, torch.where(rows, each, one), 0.0)
+        return share.float()[:, None], near, ok
+
+
+def _cosine(dots: Tensor) -> Tensor:
+    """|cos(g, w)| of each column of <g, g>, <g, w> and <w, w>; 0 beside zeros."""
+    lengths = (dots[0] * dots[2]).sqrt()
+    return torch.where(lengths > 0.0, dots[1].abs() / lengths, 0.0)
+
+
+@dataclass(frozen=True)
+class DoG(Rule):
+    """Descent at a rate of distance over gradients (arXiv 2302.12022), tensor by tensor: the paper's L-DoG.
+
+        H = G + wd W;  r <- max(r, |W - W_0|),  reps_rel (1 + |W_0|) at first;  s <- s + |H|^2
+        W <- W - lr r / sqrt(s) H
+
+    lr is a factor: leave it at 1, without a schedule. Sums over the whole model, as in plain DoG, would need
+    every gradient before the first weight moves. Decay is part of the gradient, as published. Nothing
+    begins before the first one that is not zero. The paper evaluates an average of iterates.
+    Bytes for an (m, n) weight: its copy in its own precision, fp32 at most, and 16.
+
+    Args:
+        reps_rel: the first distance, in units of the weight's length, above 0.
+
+    Raises:
+        UserError: a distance of 0 or less.
+
+    Example:
+        >>> sorted(DoG().init(torch.zeros(3, 5)))
+        ['distance', 'initial', 'squares']
+    """
+
+    reps_rel: float = 1e-6
+    reads_weight: ClassVar[bool] = True
+    own_decay: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.reps_rel > 0.0:
+            raise UserError(f"dog: reps_rel is above 0, got {self.reps_rel}")
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither."""
+        return frozenset()
+
+    def init(self, x: Tensor) -> State:
+        """A place for the first weight, and both numbers."""
+        dtype = x.dtype if x.dtype.itemsize < 4 else torch.float32
+        numbers = {
+            key: torch.zeros((), dtype=torch.float64, device=x.device) for key in ("distance", "squares")
+        }
+        return {"initial": torch.zeros(x.shape, dtype=dtype, device=x.device), **numbers}
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Move both numbers; remember the weight until there is a gradient to begin with."""
+        w, start, wd = hp.weight, Dense(s["initial"]), hp.weight_decay
+        h = Blocks(g.shape, lambda i, j: g.rows(i, j) + wd * w.rows(i, j), g.device) if wd else g
+        apart = Blocks(g.shape, lambda i, j: w.rows(i, j) - start.rows(i, j), g.device)
+        square, length, way = total(g, hp, squares(h), squares(w), squares(apart))
+        ok, began = square.isfinite(), s["squares"] > 0.0
+        held = s["initial"].view(g.shape)
+        for i, j in walk(g.ranges(), g.device):
+            held[i:j] = torch.where(began, held[i:j], w.rows(i, j).to(held.dtype))
+        first = self.reps_rel * (1.0 + length.sqrt())
+        distance = torch.where(began, torch.maximum(s["distance"], way.sqrt()), first)
+        s["distance"].copy_(torch.where(ok, distance, s["distance"]))
+        s["squares"].add_(torch.where(ok, square, 0.0))
+        rate = torch.where(s["squares"] > 0.0, s["distance"] / s["squares"].sqrt().clamp(min=TINY), 0.0)
+        return Direction(h, lr=hp.lr * rate, decay=hp.vector(1.0)[0], ok=ok)

@@ -1,0 +1,321 @@
+"""Muon: the momentum, with its singular values made equal (arXiv 2502.16982).
+
+    M <- M + (1 - momentum)(G - M)
+    X = M, or (1 - momentum) G + momentum M (Nesterov), over its Frobenius norm
+    5 times:  A = X X',  X <- (a + b A + c A^2) X,   (a, b, c) = (3.4445, -4.7750, 2.0315)
+    W <- (1 - lr wd) W - lr s X,   s = 0.2 sqrt(max(m, n)) or sqrt(max(1, m / n))
+
+Every X on the way is a polynomial T of the first Gram matrix times the first X. So the
+iteration runs on matrices of the short side alone, and the last product, T X, is made
+block by block while it is written: no copy of the weight's size exists. The momentum is
+read by blocks as it is held, may have any precision, and is stored after the write:
+the step is taken from the momentum before it is encoded.
+
+Short sides without gradient are left alone: singular values below 1e-3 of the norm
+are not raised to one in five iterations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UserError, nearest
+from lowmem.optim.blocks import Blocks, Dense, Direction, Slice
+from lowmem.optim.codecs.blockwise import Codec, codec
+from lowmem.optim.codecs.blockwise import Dense as Uncoded
+from lowmem.optim.codecs.linear import Linear
+from lowmem.optim.contract import SCRATCH, Rule
+from lowmem.optim.engine.cutting import walk
+from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.shards import Shape, shard_in, total, whole
+from lowmem.optim.terms.changes import Change, Rotation
+from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.state import Constants, State, part, prefixed
+
+SCALES = ("rms", "aspect")
+PANEL = 1 << 22
+"""Elements that are held at a time for a product of large matrices."""
+STEP = (3.4445, -4.7750, 2.0315)
+"""(a, b, c): five such steps make all singular values above 1e-3 of the norm about one."""
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Muon(Rule):
+    """Momentum with equal singular values, for matrices.
+
+    Bytes for an (m, n) weight: what the codec takes (4 m n in fp32, m n in 8 bits).
+    Workspace: 12 s^2 bytes beside that of every step, s the short side; where rows are spread, and
+    there are no more of them than columns, 4 m n for all of X on every rank.
+
+    Args:
+        held: codec of the momentum.
+        momentum: share of the old momentum, in [0, 1).
+        nesterov: look ahead by the fresh gradient.
+        iterations: of Newton and Schulz; 0 for the exact factor, by eigenvectors of the Gram matrix.
+        scaling: rms (steps as long as AdamW's) or aspect (longer for tall matrices only).
+        sign: make the signs of the momentum orthogonal, instead of itself.
+
+    Raises:
+        UserError: a number or word outside its range.
+
+    Example:
+        >>> sorted(Muon.of("int8").init(torch.zeros(3, 5)))
+        ['momentum.codes', 'momentum.scale']
+    """
+
+    held: Codec = field(default_factory=lambda: Uncoded(stream="momentum"))
+    momentum: float = 0.95
+    nesterov: bool = True
+    iterations: int = 5
+    scaling: str = "rms"
+    sign: bool = False
+    reads_later: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        bad = {
+            f"momentum must be in [0, 1), got {self.momentum}": not 0.0 <= self.momentum < 1.0,
+            f"iterations must be at least 0, got {self.iterations}": self.iterations < 0,
+            f"unknown scaling {self.scaling!r}; {nearest(self.scaling, SCALES)}": self.scaling not in SCALES,
+        }
+        if any(bad.values()):
+            raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
+
+    @classmethod
+    def of(
+        cls, states: str, *, momentum: float = 0.95, nesterov: bool = True, iterations: int = 5,
+        scaling: str = "rms", codes: str = "dynamic", sign: bool = False,
+    ) -> Muon:  # fmt: skip
+        """Muon with its momentum held as `states` says, and 8-bit codes `dynamic` or `linear`.
+
+        Raises:
+            UserError: linear codes of another precision; a number or word outside its range.
+        """
+        held = codec(states, signed=True, stream="momentum")
+        if codes == "linear":
+            if states != "int8":
+                raise UserError(f"codes='linear' are of states='int8', got {states!r}; take one of the two")
+            held = Linear()
+        return cls(held, momentum, nesterov, iterations, scaling, sign)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Neither."""
+        return frozenset()
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Three matrices of the short side."""
+        return SCRATCH + 12 * min(shape) ** 2
+
+    def init(self, x: Tensor) -> State:
+        """A momentum of zero."""
+        return prefixed("momentum", self.held.init(x))
+
+    def constants(self, shape: tuple[int, ...]) -> Constants:
+        """The codec's tables."""
+        return tables(self.held)
+
+    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
+        """Find the polynomial; the product with X is left to the write."""
+        moment = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp)
+
+        def moved(old: Tensor, start: int, stop: int) -> Tensor:
+            return old + (1.0 - self.momentum) * (g.chunk(start, stop).float() - old)
+
+        seen = self._seen(g, moment)
+        top = hp.total(seen.peak(), "max")
+        ok = top <= torch.finfo(torch.float32).max
+        # scaled by its largest element, so that no square overflows or vanishes
+        x = seen.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0))
+        if self.sign:  # once it is known to be finite: signs are
+            x = x.map(torch.sign)
+        scale = self._scale(whole(g.shape))
+        return Direction(self._made(x, ok), scale=scale, ok=ok, commit=lambda: moment.move_(moved, ok))
+
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block: Gram matrices of columns are summed, those of rows need all of X."""
+        return self.iterations > 0 and shape.shard.starts_on(self.held.grain)
+
+    def _made(self, x: Blocks, ok: Tensor) -> Blocks:
+        """X with equal singular values; of the rows held here."""
+        (m, n), shard = whole(x.shape), shard_in(x.shape)
+        if not self.iterations:
+            return Product(polar(x.map(lambda rows: torch.where(ok, rows, 0.0))), x)
+        if shard is None or m > n:
+            return Product(self._polynomial(total(x.shape, gram(x))), x)
+        every = Dense(shard.gathered(torch.cat([x.rows(i, j) for i, j in x.ranges()])))
+        return Slice(Product(self._polynomial(gram(every)), every), shard.shape)
+
+    def _seen(self, g: Blocks, moment: Blocks) -> Blocks:
+        """What is made orthogonal: the momentum after this gradient, or a look ahead of it."""
+        share = 1.0 - self.momentum
+
+        def rows(i: int, j: int) -> Tensor:
+            new, old = g.rows(i, j), moment.rows(i, j)
+            average = old + share * (new - old)
+            return new + self.momentum * (average - new) if self.nesterov else average
+
+        return Blocks(g.shape, rows, g.device)
+
+    def _polynomial(self, a: Tensor) -> Tensor:
+        """T with X after the iterations = T X, from A = X X' (used up), and the division by |X|."""
+        return newton_schulz(a, a.diagonal().sum().sqrt() + 1e-7, [STEP] * self.iterations)[0]
+
+    def check_rebase(self, kind: str) -> None:
+        """A momentum is linear: it rotates, where it is held as it is."""
+        if kind == "rotate" and self.held != Uncoded(stream="momentum"):
+            raise UserError(
+                "on_refresh='rotate' needs states='fp32'; take states='fp32' or on_refresh='keep'"
+            )
+        if kind != "rotate":
+            super().check_rebase(kind)
+
+    def rebase_(self, s: State, change: Change, shape: tuple[int, int], hp: Hyper) -> None:
+        """Forget, or rotate."""
+        if isinstance(change, Rotation):
+            s["momentum"].copy_(change(s["momentum"]))
+        else:
+            super().rebase_(s, change, shape, hp)
+
+    def _scale(self, shape: tuple[int, int]) -> float:
+        m, n = shape
+        return 0.2 * math.sqrt(max(m, n)) if self.scaling == "rms" else math.sqrt(max(1.0, m / n))
+
+
+def panels(x: Blocks) -> list[tuple[int, int]]:
+    """Row ranges of at most `PANEL` elements."""
+    height = max(1, PANEL // x.shape[1])
+    return [(i, min(x.shape[0], i + height)) for i in range(0, x.shape[0], height)]
+
+
+def whole_rows(x: Blocks, i: int, j: int) -> Tensor:
+    """Rows i..j as one tensor, looked at block by block."""
+    out = torch.empty(j - i, x.shape[1], device=x.device)
+    height = max(1, (1 << 20) // x.shape[1])
+    for a in range(i, j, height):
+        b = min(j, a + height)
+        out[a - i : b - i] = x.rows(a, b)
+    return out
+
+
+def gram(x: Blocks) -> Tensor:
+    """X X' of a wide matrix, X' X of a tall one; (s, s) fp32."""
+    m, n = whole(x.shape)
+    out = torch.zeros(min(m, n), min(m, n), device=x.device)
+    if m > n:
+        for i, j in walk(x.ranges(), x.device):
+            rows = x.rows(i, j)
+            out.addmm_(rows.t(), rows)
+        return out
+    for i, j in walk(panels(x), x.device):
+        panel = whole_rows(x, i, j)
+        for a, b in walk(x.ranges(), x.device):
+            out[i:j, a:b] = panel @ x.rows(a, b).t()
+    return out
+
+
+class Product(Blocks):
+    """T X of a wide matrix, X T of a tall one, made where it is looked at.
+
+    A row of T X takes all of X: so many rows are made at once, and kept until others are asked for.
+
+    Args:
+        polynomial: T, (s, s); x: X, (m, n).
+    """
+
+    def __init__(self, polynomial: Tensor, x: Blocks) -> None:
+        super().__init__(x.shape, None, x.device)
+        self.polynomial, self.x = polynomial, x
+        self._first, self._panel = 0, torch.empty(0, x.shape[1], device=x.device)
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j; cheap where they are asked for in order."""
+        m, n = whole(self.shape)
+        if m > n:
+            return self.x.rows(i, j) @ self.polynomial
+        if not self._first <= i <= j <= self._first + self._panel.shape[0]:
+            self._make(i, j)
+        return self._panel[i - self._first : j - self._first]
+
+    def _make(self, i: int, j: int) -> None:
+        last = min(self.shape[0], max(j, i + max(1, PANEL // self.shape[1])))
+        self._first = i
+        self._panel = torch.zeros(last - i, self.shape[1], device=self.device)
+        for a, b in walk(self.x.ranges(), self.device):
+            self._panel.addmm_(self.polynomial[i:last, a:b], self.x.rows(a, b))
+
+
+def newton_schulz(
+    a: Tensor, norm: Tensor, steps: Sequence[tuple[float, float, float]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T of X <- (a + b A + c A^2) X, A = X X', once for each (a, b, c), from X over its norm.
+
+    Args:
+        a: X X', (s, s); used up. norm: 0-D, no smaller than the largest singular value.
+        steps: at least one.
+
+    Returns:
+        T; P, what the last step multiplied by, and A before it: P A P is the Gram matrix of T X.
+    """
+    a.div_(norm.square())
+    t = torch.eye(a.shape[0], device=a.device).div_(norm)
+    p = a
+    for k, (first, second, third) in enumerate(steps):
+        if k:  # powers of one matrix: they commute
+            left_(p, a)
+            right_(a, p)
+            del p  # of the short side squared
+        p = torch.addmm(a, a, a, beta=second, alpha=third) if third else a * second
+        p.diagonal().add_(first)
+        left_(p, t)
+    return t, p, a
+
+
+def left_(p: Tensor, x: Tensor) -> None:
+    """x <- p x, some columns at a time."""
+    width = max(1, PANEL // p.shape[0])
+    for j in walk(range(0, x.shape[1], width), x.device):
+        x[:, j : j + width] = p @ x[:, j : j + width]
+
+
+def right_(x: Tensor, p: Tensor) -> None:
+    """x <- x p, some rows at a time."""
+    height = max(1, PANEL // p.shape[0])
+    for i in walk(range(0, x.shape[0], height), x.device):
+        x[i : i + height] = x[i : i + height] @ p
+
+
+def polar(x: Blocks) -> Tensor:
+    """T with T X the orthogonal factor of X on its range, (s, s); X T of a tall one.
+
+    A Gram matrix knows singular values below 3e-4 of the largest by rounding noise alone. They are raised
+    as if they were that, and what comes out, in which they are large, is made orthogonal once more: they
+    become one as well, and their directions mix a little.
+
+    Args:
+        x: finite; singular values below 3e-7 of the largest become 0.
+    """
+    first = _inverse_root(gram(x), 1e-7, 1.0)
+    second = _inverse_root(gram(Product(first, x)), 1e-6, 0.0)
+    whole: Tensor = second @ first if x.shape[0] <= x.shape[1] else first @ second
+    return whole
+
+
+def _inverse_root(a: Tensor, floor: float, below: float) -> Tensor:
+    """A^(-1/2) of A (s, s); for eigenvalues below the floor, `below` times that of the floor.
+
+    Args:
+        floor: share of the largest eigenvalue.
+    """
+    values, vectors = torch.linalg.eigh(a)
+    least = (floor * values[-1]).clamp(min=TINY)
+    roots = torch.where(values > least, values, least).rsqrt()
+    half = torch.where(values > least, roots, below * roots).sqrt()
+    vectors.mul_(half)
+    root: Tensor = vectors @ vectors.t()
+    return root

@@ -1,0 +1,35 @@
+"""A step inside a subspace, as residuals and bases that follow it see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowmem.optim.blocks import Blocks
+from lowmem.optim.terms.hyper import Hyper
+
+
+@dataclass(frozen=True)
+class Split:
+    """What went into a step and what came out.
+
+    Args:
+        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N); pair: its factors, if any.
+        low: R, the projected gradient; step: N, what the inner rule made of it.
+        sees: an element of g that is not finite is one in low too, so that ok is False.
+        scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
+        ok: 0-D bool, False where no step is taken; hp: of this step.
+    """
+
+    g: Blocks
+    rest: Blocks
+    lifted: Blocks
+    pair: tuple[Tensor, Tensor] | None
+    low: Tensor
+    step: Tensor
+    sees: bool
+    scale: float
+    axis: int
+    ok: Tensor
+    hp: Hyper
