@@ -31,6 +31,7 @@ from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.seats import fresh
 from lowmem.optim.terms.hyper import stagger
+from lowmem.optim.terms.state import State
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
@@ -84,10 +85,24 @@ def _held_bytes(
     strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None,
     coded: bool = False,
 ) -> int:  # fmt: skip
+    return _bytes(fresh_state(strategy, rule_name, role, shape, dtype, shard, coded).values())
+
+
+def fresh_state(
+    strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None,
+    coded: bool = False,
+) -> State:  # fmt: skip
+    """The state of one weight, without memory.
+
+    Args:
+        strategy, role, shape, dtype: as for `state_bytes`; rule_name: that it follows.
+        shard: the rows of it that are held; None where that is all.
+        coded: the weight is held as int8 codes.
+    """
     device = torch.device("meta")
     if shard is not None:
-        return _bytes(fresh(strategy, rule_name, role, shard, dtype, device).values())
-    return _bytes(strategy.init(rule_name, like(shape, dtype, device, coded), role).values())
+        return fresh(strategy, rule_name, role, shard, dtype, device)
+    return strategy.init(rule_name, like(shape, dtype, device, coded), role)
 
 
 def like(shape: Shape, dtype: torch.dtype, device: torch.device | str, coded: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.writers import HALF
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Slope(NamedTuple):
     """What an evaluation leaves: the difference quotient along a direction, and the direction's name."""
 
     c: float
-    direction: Direction
+    direction: Perturbation
 
 
 Evidence = tuple[Slope, ...]

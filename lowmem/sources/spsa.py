@@ -32,12 +32,12 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.source import Named, Query
 from lowmem.optim.terms.state import State
 from lowmem.sources.batched import evaluate_at_once
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 from lowmem.sources.estimators import Estimator, TwoSided
 from lowmem.sources.probe import Prober, Shift
 from lowmem.sources.replicas import mean
 from lowmem.sources.slopes import Estimate, Evidence, Slope, checked, evaluating, refuse_compiled, values
-from lowmem.sources.spread import SpreadProber, check_spread, is_spread
+from lowmem.sources.spread import SpreadProber, is_spread, unspread
 from lowmem.sources.structures import Free, Structure
 
 NOISES = ("gaussian", "rademacher")
@@ -109,7 +109,7 @@ class SPSA:
         """Parameters that require gradients, or what the structure finds."""
         return self.structure.trained(model)
 
-    def direction(self, query: Query, k: int) -> Direction:
+    def direction(self, query: Query, k: int) -> Perturbation:
         """The k-th direction of an evaluation."""
         return self.structure.direction(self.noise, query, k)
 
@@ -148,7 +148,8 @@ class SPSA:
     ) -> list[Tensor]:
         """The loss at each point; the first one alone where it is not known how weights are read."""
         if is_spread(params):
-            check_spread(self.structure.on_rows, self.at_once)
+            if problem := self.unspread():
+                raise UserError(problem)
             rows = SpreadProber(params, model)
             return [checked(rows(loss_fn, shift)) for shift in points]
         prober = Prober(params, model)
@@ -182,6 +183,10 @@ class SPSA:
         """None."""
         return 0
 
+    def unspread(self) -> str:
+        """Directions that look at whole weights, and points that share a forward pass."""
+        return unspread(self.structure.on_rows, self.at_once)
+
     def probe_bytes(self, modules: Mapping[str, Sequence[tuple[Sequence[int], torch.dtype]]]) -> int:
         """Bytes of displaced copies that live, at most, while a module runs.
 
@@ -199,7 +204,7 @@ class SPSA:
         return max(sizes, default=0)
 
 
-def _shift(z: Direction, distance: float) -> Shift:
+def _shift(z: Perturbation, distance: float) -> Shift:
     return lambda name, w, start=0: z.displaced(name, w, distance, start)
 
 

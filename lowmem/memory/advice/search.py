@@ -164,7 +164,9 @@ class _Finder:
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
             changes += [{"lora_rank": RANK}, {"lora_rank": RANK, "quantize": "nf4"}]
-        if not asked:
+        sharded = gather.make_run(self.decided).sharded
+        changes = changes[:2] if sharded else changes
+        if not asked and not sharded:
             changes.append({"weights": "int8"})
         for change in changes:
             run = gather.make_run({**self.decided, **change})

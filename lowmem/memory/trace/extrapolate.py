@@ -17,7 +17,7 @@ from typing import Any
 
 from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
-from lowmem.memory.trace.replica import Trace, evaluation, trace
+from lowmem.memory.trace.replica import Trace, evaluation, on_rank, trace
 from lowmem.memory.trace.tracker import Moment
 from lowmem.memory.trace.windows import Parameter
 from lowmem.models.entries import parameter_count, skeleton
@@ -137,6 +137,9 @@ class _Key:
 
 @functools.lru_cache(maxsize=64)
 def _remembered(key: _Key) -> Trace:
+    if key.run.ranks > 1:
+        alone = replace(key.run, ranks=1, shard="full", per_node=None)
+        return on_rank(remembered(key.config, alone, key.strategy), key.run)
     return trace(key.config, key.run, key.strategy)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 
 MOST = 64
@@ -25,6 +26,7 @@ class Parameter:
 
     Args:
         role: of `optim.tensors.roles`.
+        shard: the rows of it that are held where ranks share them.
         coded: held as int8 codes; dtype is then that of its gradient.
     """
 
@@ -32,6 +34,7 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: torch.dtype
     role: str
+    shard: Shard | None = None
     coded: bool = False
 
 
@@ -42,7 +45,7 @@ def special(strategy: Strategy) -> Strategy | None:
 
 def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[Mapping[str, str]]:
     """The rule of each parameter by name, for every window of the schedule that may differ."""
-    ordinary = {p.name: strategy.rule_name(p.role, p.shape) for p in parameters}
+    ordinary = {p.name: strategy.rule_name(p.role, p.shape, p.shard) for p in parameters}
     steps = [0, *(s for s in range(1, FAR) if strategy.schedule.switches(s))][:MOST]
     for step in steps:
         yield strategy.rules_at(ordinary, step, 0)

@@ -34,7 +34,7 @@ from lowmem.optim.engine.cutting import LADDER, Span, sizes, walk
 from lowmem.optim.engine.finite import all_finite
 from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
-from lowmem.optim.engine.run import Run
+from lowmem.optim.engine.run import Pass
 from lowmem.optim.engine.together import Together
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.terms.hyper import Hyper
@@ -110,7 +110,7 @@ class Chunks:
         if rule.measures:
             speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
         p, extra = opened(p, extra)
-        run = Run(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
+        run = Pass(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
         self._walk(run.step_weight, rule, p, g, writer)
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
@@ -138,7 +138,7 @@ class Chunks:
         if table is None:
             _age(s, 1 if guard == "found" else ok)
         asks: Asks = "both" if rule.measures else "step"
-        run = Run(self, rule, None, s, {}, hp, hp.rates(), ok, guard, asks, table)
+        run = Pass(self, rule, None, s, {}, hp, hp.rates(), ok, guard, asks, table)
         for start, length, size in cuts:
             run.step_low(flat if length == flat.numel() else flat[start : start + length], start, size)
         if rule.measures:
@@ -163,7 +163,7 @@ class Chunks:
         if rule is not None and rule.measures:
             speeds = self._measured(rule, p, direction.blocks, s, hp, speeds, ok, guard)
         p, extra = opened(p, extra)
-        run = Run(self, rule, writer, s, extra, hp, speeds, ok, guard)
+        run = Pass(self, rule, writer, s, extra, hp, speeds, ok, guard)
         self._walk(run.step_weight, rule, p, direction.blocks, writer)
 
     def _measured(
@@ -178,7 +178,7 @@ class Chunks:
         guard: Guard,
     ) -> Tensor:
         """lr and decay, lr times the factor that takes a pass over the tensor to find."""
-        run = Run(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
+        run = Pass(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
         self._walk(run.measure, rule, p, g)
         return torch.stack((rates[0] * rule.factor_(s, ok, hp), rates[1]))
 

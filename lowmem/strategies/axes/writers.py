@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.optim.writers import Eco, Kahan, Nearest, Split, Stochastic, Writer
+from lowmem.optim.writers import Eco, Halves, Kahan, Nearest, Stochastic, Writer
 from lowmem.strategies.parts import part
 
 
@@ -27,7 +27,7 @@ def kahan() -> Writer:
 @part("writer")
 def split() -> Writer:
     """A bf16 weight and 8 bits more of it."""
-    return Split()
+    return Halves()
 
 
 @part("writer")
