@@ -57,7 +57,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
-    from lowmem.combinations import of_precision
+    from lowmem.combinations import of_precision, of_weights_and_method
     from lowmem.models.entries import to_dtype
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.tensors.checks import idle
@@ -70,7 +70,10 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
         stored = select(strategy.writer, to_dtype(values["dtype"]))
     except UserError as error:
         return [f"optim: {error}"]
-    if "writer" in strategy.options and stored != strategy.writer:
+    differentiates, writer = strategy.source.needs_autograd, str(strategy.options.get("writer", ""))
+    if mixed := of_weights_and_method(values, differentiates=differentiates, writer=writer):
+        return mixed
+    if "writer" in strategy.options and not values["weights"] and stored != strategy.writer:
         kept = strategy.options["writer"]
         return [f"optim: writer={kept} is for weights of 16 bits, these have 32; leave it out"]
     adapts = bool(values["lora_rank"] or values["adapter"])

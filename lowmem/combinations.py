@@ -28,7 +28,50 @@ def problems(v: Mapping[str, Any]) -> list[str]:
         ),
     ]
     found = [text for broken, text in rules if broken]
-    return found + _of_autocast(v) + _of_task(v) + of_adapters(v) + _of_evaluation(v)
+    return found + _of_autocast(v) + _of_task(v) + of_adapters(v) + of_weights(v) + _of_evaluation(v)
+
+
+def of_weights(v: Mapping[str, Any]) -> list[str]:
+    """Settings that weights of one byte do not go with."""
+    beside = [name for name in ("int8_embeddings", "keep_int8") if v.get(name)]
+    if not v["weights"]:
+        return [f"{', '.join(beside)}: of int8 weights; give weights: int8 as well"] if beside else []
+    rules = [
+        (
+            v["lora_rank"] or v["adapter"],
+            "weights: int8 is for weights that train, those under adapters are frozen; take quantize: nf4",
+        ),
+        (
+            v["quantize"],
+            f"weights, quantize: weights are int8 codes or {v['quantize']} ones; give one of them",
+        ),
+        (
+            v["dtype"] == "float16",
+            "dtype: int8 weights compute in bfloat16 or float32; in float16 their gradients would vanish",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+def of_weights_and_method(v: Mapping[str, Any], *, differentiates: bool, writer: str) -> list[str]:
+    """What a method does not go with.
+
+    Args:
+        v: settings of a run.
+        differentiates: whether it takes backward passes; writer: its option of that name.
+    """
+    if v["weights"] and not differentiates:
+        return [
+            f"weights: {v['optim']} displaces weights and takes no backward pass, which codes cannot follow; "
+            "take qzo, which trains the scales of 4-bit weights"
+        ]
+    if writer == "eco" and not v["weights"]:
+        return ["optim: writer=eco is for int8 weights; give weights: int8, or take writer=kahan"]
+    if v["weights"] and writer in ("kahan", "split"):
+        return [
+            f"optim: writer={writer} is for weights of 16 bits; take stochastic or eco, or leave weights out"
+        ]
+    return []
 
 
 def of_precision(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:

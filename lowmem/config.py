@@ -89,6 +89,10 @@ class RunConfig:
     quantize: str | None = _knob(
         None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)
     )
+    weights: str | None = _knob(
+        None, "Model", "hold the weights that train as codes of one byte", choices=("int8",)
+    )
+    int8_embeddings: bool = _knob(False, "Model", "embedding and head as int8 codes too")
 
     data: str = _knob(
         "factbook",
@@ -170,6 +174,7 @@ class RunConfig:
     prompt: tuple[str, ...] = _knob(
         (), "Output", "answer this before and after; can be repeated, '' for none"
     )
+    keep_int8: bool = _knob(False, "Output", "write int8 codes at the end instead of weights in dtype")
     report: bool = _knob(True, "Output", "measure memory during the run and write memory_report.*")
 
     def __post_init__(self) -> None:

@@ -145,7 +145,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
         trainer = tasks.make(config, args, model, parts, tokenizer, console, **rest)
     _replace_printers(trainer)
     trainer.tell, trainer.origin = console.say, _origin(config)
-    trainer.base = published_name(config.model)
+    trainer.base, trainer.keep_int8 = published_name(config.model), config.keep_int8
     if config.schedule == "wsd":
         args.lr_scheduler_kwargs = {"num_decay_steps": config.decay or max(1, trainer.planned_steps() // 10)}
     console.finish()
@@ -175,13 +175,17 @@ def _origin(config: RunConfig) -> dict[str, Any]:
     places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
     rows = ("task", "beta", "columns", "data_format", "eval_rows")
     weights = ("quantize", "lora_alpha", "lora_dropout", "adapter", "adapter_args", "neftune")
-    return places | {name: getattr(config, name) for name in (*rows, *weights)}
+    coded = {"weights": config.weights, "int8_embeddings": config.int8_embeddings} if config.weights else {}
+    return places | {name: getattr(config, name) for name in (*rows, *weights)} | coded
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
     """Model and tokenizer, the weights quantised where the configuration says so."""
+    from lowmem.models.int8.loading import load_int8
     from lowmem.models.loading import load_model, nf4
 
+    if config.weights:
+        return load_int8(config.model, config.dtype, embeddings=config.int8_embeddings)
     # scales that are trained are not quantized themselves
     config_of = nf4(config.dtype, double=config.adapts) if config.quantize else None
     quantized = {"quantization_config": config_of} if config_of else {}
@@ -243,7 +247,7 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
 def _run(config: RunConfig) -> dict[str, Any]:
     """The settings that memory depends on, for the report."""
     names = ("batch_size", "seq_len", "dtype", "packing", "gradient_checkpointing", "gradient_release")
-    more = ("accumulation", "lora_rank", "quantize")
+    more = ("accumulation", "lora_rank", "quantize", "weights")
     return {name: getattr(config, name) for name in (*names, *more)}
 
 

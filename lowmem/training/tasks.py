@@ -78,14 +78,17 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     Raises:
         ConfigError: naming all of them.
     """
-    from lowmem.combinations import missing_tracker, of_precision
+    from lowmem.combinations import missing_tracker, of_precision, of_weights_and_method
     from lowmem.sources.quantized import misfit
 
-    source = build_strategy(config.optim, config.optim_args or None).source
+    strategy = build_strategy(config.optim, config.optim_args or None)
+    source, settings = strategy.source, dataclasses.asdict(config)
+    writer = str(strategy.options.get("writer", ""))
     problems = [
         missing_tracker(config.report_to),
         misfit(config.optim, source, config.quantize, config.adapts),
-        *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
+        *of_precision(settings, differentiates=source.needs_autograd),
+        *of_weights_and_method(settings, differentiates=source.needs_autograd, writer=writer),
     ]
     if config.autocast == "float16" and not cuda:
         problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")

@@ -33,6 +33,8 @@ OTHER: dict[str, Any] = {
     "adapter": "lora",
     "adapter_args": "use_dora=true",
     "quantize": "nf4",
+    "weights": "int8",
+    "int8_embeddings": True,
     "data": "rows: all.jsonl",
     "data_format": "text",
     "columns": "prompt=question,answer=solution",
@@ -73,15 +75,16 @@ OTHER: dict[str, Any] = {
     "report_to": "tensorboard",
     "logging_steps": 2,
     "prompt": ("Who's there?", "yes", "2015", "[a, b]"),
+    "keep_int8": True,
     "report": False,
 }
-EXCLUSIVE = [{"epochs"}, {"overwrite"}]  # left out of the first half, alone in the second
 
 
 def halves() -> list[dict[str, Any]]:
     """All values of OTHER, in two configurations that may be written."""
-    first = {k: v for k, v in OTHER.items() if k not in ("epochs", "overwrite")}
-    return [first, {**LEAST, "epochs": OTHER["epochs"], "overwrite": OTHER["overwrite"]}]
+    second = ("epochs", "overwrite", "weights", "int8_embeddings", "keep_int8")
+    first = {k: v for k, v in OTHER.items() if k not in second}
+    return [first, {**LEAST, **{k: OTHER[k] for k in second}}]
 
 
 def test_the_table_above_names_every_field() -> None:

@@ -47,6 +47,8 @@ KINDS = (
 """What is kept of two whole moments of every weight, best first."""
 ADAPTED = ("adamw", "adamw_8bit")
 """Methods for adapters, whose matrices are small already."""
+CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd")
+"""Methods for int8 weights where nobody asked for them: one of each kind."""
 RANK = 16  # of adapters, where none is given
 ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
 HALVINGS = 3
@@ -86,17 +88,18 @@ class Found:
     def trains(self) -> str:
         """What is trained, in two words."""
         if not self.run.adapts:
-            return "all weights"
+            return f"all weights, {self.run.weights}" if self.run.weights else "all weights"
         over = ", 4-bit base" if self.run.quantize else ""
         return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
 
     @property
-    def order(self) -> tuple[int, int, bool, int, bool]:
+    def order(self) -> tuple[int, int, bool, bool, int, bool]:
         """Smaller is better."""
         word = (FITS, RETRIES, OUT).index(self.verdict)
         kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
         plain = self.strategy.name != "adamw"  # of equals, what everybody knows
-        return word, kind, self.run.gradient_checkpointing and not word, -self.headroom_bytes, plain
+        coded, again = self.run.weights is not None, self.run.gradient_checkpointing
+        return word, kind, coded and not word, again and not word, -self.headroom_bytes, plain
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
@@ -157,11 +160,14 @@ class _Finder:
 
     def modes(self, full: bool) -> Iterator[Run]:
         """All weights, LoRA, LoRA over 4 bits: those that the user left open."""
-        asked = {"lora_rank", "adapter", "quantize"} & set(self.decided)
+        asked = {"lora_rank", "adapter", "quantize", "weights"} & set(self.decided)
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
             changes += [{"lora_rank": RANK}, {"lora_rank": RANK, "quantize": "nf4"}]
-            changes = changes[:2] if gather.make_run(self.decided).sharded else changes
+        sharded = gather.make_run(self.decided).sharded
+        changes = changes[:2] if sharded else changes
+        if not asked and not sharded:
+            changes.append({"weights": "int8"})
         for change in changes:
             run = gather.make_run({**self.decided, **change})
             if full and run.adapts:
@@ -175,8 +181,11 @@ class _Finder:
 
     def over(self, run: Run) -> Iterator[Found]:
         """A row for each method, with the cheapest levers that make it fit."""
-        for name in ADAPTED if run.adapts else available():
+        few = "weights" not in self.decided and run.weights is not None
+        for name in ADAPTED if run.adapts else CODED if few else available():
             strategy = create(name)
+            if run.weights and not strategy.source.needs_autograd:
+                continue
             if strategy.source.quantized:  # asked for by name, as it trains no weights: `gather.strategies`
                 continue
             if run.accumulation > 1 and not strategy.source.needs_autograd:
@@ -237,7 +246,13 @@ class _Finder:
 
     def _peak(self, strategy: Strategy, run: Run) -> tuple[Peak, Footprint]:
         found = extrapolated(self.config, run, special(strategy))
-        key = (strategy, run.lora_rank, run.adapter, run.quantize)  # levers change nothing of the optimizer
+        key = (
+            strategy,
+            run.lora_rank,
+            run.adapter,
+            run.quantize,
+            run.weights,
+        )  # levers change nothing of the optimizer
         if key not in self.footprints:
             self.footprints[key] = footprint(strategy, found.parameters, run)
         held = self.footprints[key]
