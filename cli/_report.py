@@ -22,20 +22,21 @@ def renderables(report: Any) -> list[Any]:
 
 
 def _sections(report: Any) -> Iterator[Any]:
-    from lowmem.report.page import Percent, Right, Size, written
-
-    numeric = (Size, Percent, Right, int, type(None))
     for section in report.sections:
         if section.folded:
             continue
-        for table in section.tables:
-            cells = [[written(cell) for cell in row] for row in table.rows]
-            right = [
-                name
-                for i, name in enumerate(table.columns)
-                if all(isinstance(row[i], numeric) for row in table.rows)
-            ]
-            yield render.table(section.title, table.columns, cells, right=right)
+        yield from (tabulated(section.title, table) for table in section.tables)
         if section.points:
             yield Text(section.title, style="bold")
             yield from (Text(f"  - {point}") for point in section.points)
+
+
+def tabulated(title: str, table: Any) -> Any:
+    """A table of a report; columns of nothing but numbers are set to the right."""
+    from lowmem.report.page import Percent, Right, Size, written
+
+    numeric = (Size, Percent, Right, int, type(None))
+    cells = [[written(cell) for cell in row] for row in table.rows]
+    numbers = [all(isinstance(cell, numeric) for cell in column) for column in zip(*table.rows, strict=True)]
+    right = [name for name, of_numbers in zip(table.columns, numbers, strict=True) if of_numbers]
+    return render.table(title, table.columns, cells, right=right)

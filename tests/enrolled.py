@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 import lowmem
 from lowmem.optim.contract import is_pointwise
@@ -13,12 +17,14 @@ FIRST = ("adafactor", "adamw", "adamw_8bit", "frugal", "galore", "mezo", "microa
 """Methods of the first release."""
 
 
+@functools.cache
 def on_any_model() -> dict[str, Entry]:
     """Methods that train parameters; scales of quantized weights have their own tests."""
     found = lowmem.available().items()
     return {name: entry for name, entry in found if not lowmem.create(name).source.quantized}
 
 
+@functools.cache
 def unlike() -> list[str]:
     """Methods of which each is of another make for those who call the optimizer; the first release's all.
 
@@ -27,6 +33,17 @@ def unlike() -> list[str]:
     """
     found: dict[Any, str] = {_make(name): name for name in reversed(on_any_model())}
     return sorted({*found.values(), *FIRST})
+
+
+STAND_FOR_OTHERS = (*FIRST, "badam", "misa")
+"""Those whose runs through a trainer are never left out: the first release's, and who rests by turns."""
+
+
+def by_turns(names: Iterable[str]) -> list[Any]:
+    """Names as parameters of a test that trains: those that others stand for are thorough."""
+    return [
+        name if name in STAND_FOR_OTHERS else pytest.param(name, marks=pytest.mark.thorough) for name in names
+    ]
 
 
 def _make(name: str) -> tuple[Any, ...]:

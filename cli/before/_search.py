@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.errors import UserError
 
 from .. import render
+from .._report import tabulated
 
 if TYPE_CHECKING:
     from lowmem.memory.advice.search import Found
@@ -34,39 +35,14 @@ def searched(
 
 def tables(planned: Plan, found: Sequence[Found], limit: Budget) -> list[Any]:
     """The ranked table, what its words mean, and the command of the first row."""
-    from lowmem.report.plan import ORDER, RETRIES, SHOWN, subject
+    from lowmem.report.plan import ORDER, RETRIES, SHOWN, STAR, subject, ways
 
-    size = render.size
     what = subject(planned.to_dict() | {"gpu": limit.to_dict()})
-    head = f"{what}: what fits into {size(limit.capacity)}, best first"
-    fitting = sum(row.verdict == "fits" for row in found)
-    columns = [
-        "",
-        "method",
-        "trains",
-        "with",
-        "verdict",
-        "to spare",
-        "allocated",
-        "batch up to",
-        "would fit with",
-    ]
-    rows = [
-        [
-            place, row.strategy.name, row.trains, ", ".join(row.levers) or "-",
-            row.verdict + ("" if row.checked else " *"), size(row.headroom_bytes), size(row.peak.allocated),
-            row.largest_batch or "-", row.needs or "-",
-        ]
-        for place, row in enumerate(found[:SHOWN], 1)
-    ]  # fmt: skip
-    more = len(found) - SHOWN
-    said = [
-        f"{fitting} of {len(found)} ways fit." + (f" {more} more with --json." if more > 0 else ""),
-        ORDER,
-        "* by the tensors of a few layers; without it the whole model was planned, its allocator simulated",
-    ]
+    head = f"{what}: what fits into {render.size(limit.capacity)}, best first"
+    fitting, more = sum(row.verdict == "fits" for row in found), len(found) - SHOWN
+    said = [f"{fitting} of {len(found)} ways fit." + (f" {more} more with --json." if more > 0 else "")]
+    said += [ORDER, STAR]
     said += [RETRIES] if any(row.verdict == "fits with retries" for row in found) else []
     said += [f"{found[0].strategy.name}: {sentence}" for sentence in planned.plans[0].why]
     said += [f"in full: {found[0].command}"] if found[0].command else []
-    right = ["to spare", "allocated", "batch up to"]
-    return [head, render.table("", columns, rows, right=right), *said]
+    return [head, tabulated("", ways([way.to_dict() for way in found])), *said]

@@ -202,7 +202,7 @@ def _emit(model: str, planned: Plan, target: str, data: str | None, force: bool)
     Raises:
         UserError: it does not fit, and nothing forces it.
     """
-    from lowmem.memory.advice.emit import text
+    from lowmem.memory.advice.emit import accelerate, launch, text
 
     best = planned.plans[0]
     if best.fits is False and not force:
@@ -211,9 +211,22 @@ def _emit(model: str, planned: Plan, target: str, data: str | None, force: bool)
             f"{_size(-(best.headroom_bytes or 0))} ({best.verdict}); follow its levers, or give --force"
         )
     path = Path(target).expanduser()
-    path.write_text(text(model, planned.run, best.strategy, best.options, data), encoding="utf-8")
+    written, command = (
+        text(model, planned.run, best.strategy, best.options, data),
+        f"lowmem finetune --config {path}",
+    )
+    if planned.run.ranks > 1:
+        import yaml
+
+        beside = path.with_suffix(".accelerate.yaml")
+        settings, command = (
+            yaml.safe_dump(accelerate(planned.run)),
+            launch(planned.run, str(path), str(beside)),
+        )
+        beside.write_text(f"# {command}\n{settings}", encoding="utf-8")
+    path.write_text(written, encoding="utf-8")
     given = "" if data else " --data YOURS"
-    render.say(f"run of {best.strategy} written to {path}: lowmem finetune --config {path}{given}")
+    render.say(f"run of {best.strategy} written to {path}: {command}{given}")
 
 
 def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -> list[Any]:
@@ -226,6 +239,7 @@ def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -
     )
     columns = ["strategy", *(["verdict", "to spare"] if judged else [])]
     columns += ["allocated", "reserved", "device", "state", "peak at"]
+    columns += ["cards needed"] if _counts_cards(planned) else []
     rows = [[name, *_cells(row, judged)] for name, row in zip(_names(planned), planned.plans, strict=True)]
     stops: list[str] = []
     if solutions:
@@ -244,7 +258,13 @@ def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -
         from lowmem.report.plan import RETRIES
 
         shown.append(RETRIES)
+    if _counts_cards(planned):
+        from lowmem.report.plan import CARDS
+
+        shown.append(CARDS)
     best = planned.plans[0]
+    if planned.run.ranks > 1:
+        shown.append(_parts(best))
     shown += [f"{best.strategy}: {sentence}" for sentence in best.why]
     shown += ["", *[f"- {text}" for text in planned.assumptions]]
     return shown
@@ -254,7 +274,22 @@ def _cells(row: StrategyPlan, judged: bool) -> list[Any]:
     peak = row.peak
     verdict = [row.verdict, _size(row.headroom_bytes)] if judged else []
     sizes = [_size(peak[key]) for key in ("allocated", "reserved", "device")]
-    return [*verdict, *sizes, _size(row.state_bytes), row.event]
+    cards = [] if row.ranks_needed is None else [row.ranks_needed or "no number"]
+    return [*verdict, *sizes, _size(row.state_bytes), row.event, *cards]
+
+
+def _counts_cards(planned: Plan) -> bool:
+    return any(row.ranks_needed is not None for row in planned.plans)
+
+
+def _parts(row: StrategyPlan) -> Any:
+    """What one of several cards holds at the peak, and how each part is known."""
+    rows = [
+        [key.replace("_", " "), _size(size), row.certainty[key]] for key, size in row.at_peak.items() if size
+    ]
+    return render.table(
+        f"{row.strategy}: on each card at the {row.event}", ["part", "size", "known"], rows, right=["size"]
+    )
 
 
 def _size(size: int | None) -> str:

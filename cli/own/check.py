@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,9 +24,9 @@ def command(
 
     from lowmem.strategies import create
     from lowmem.strategies.registry import parse_options
-    from lowmem.training.contract.check import check
+    from lowmem.training.contract.check import check, small
 
-    strategy = create(method, **_small(method, parse_options(method, optim_args)))
+    strategy = create(method, **small(method, parse_options(method, optim_args)))
     found = [finding for dtype in (torch.float32, torch.bfloat16) for finding in check(strategy, dtype)]
     document = {
         "strategy": strategy.name,
@@ -38,14 +38,3 @@ def command(
     render.emit(document, [render.table(str(strategy), ["promise", "weights", ""], rows)], as_json)
     if broken := sorted({finding.promise for finding in found if finding.problem}):
         raise UserError(f"{method} does not keep what every strategy promises: {', '.join(broken)}")
-
-
-def _small(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Sizes and gaps that a small model shows, where they were not given."""
-    from lowmem.strategies.method import AXES, ROLES
-    from lowmem.strategies.registry import beside
-
-    words = {key: value for key, value in given.items() if key in (*AXES, *ROLES)}
-    options = beside(method, **words)
-    small = {key: o.limits.small for key, o in options.items() if o.limits.small is not None}
-    return {**small, **given}

@@ -30,6 +30,7 @@ from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.seats import fresh
 from lowmem.optim.terms.hyper import stagger
+from lowmem.optim.terms.state import State
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
@@ -80,10 +81,22 @@ def _shard(shape: Shape, ranks: int, rank: int) -> Shard | None:
 def _held_bytes(
     strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None
 ) -> int:
+    return _bytes(fresh_state(strategy, rule_name, role, shape, dtype, shard).values())
+
+
+def fresh_state(
+    strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None
+) -> State:
+    """The state of one weight, without memory.
+
+    Args:
+        strategy, role, shape, dtype: as for `state_bytes`; rule_name: that it follows.
+        shard: the rows of it that are held; None where that is all.
+    """
     device = torch.device("meta")
     if shard is not None:
-        return _bytes(fresh(strategy, rule_name, role, shard, dtype, device).values())
-    return _bytes(strategy.init(rule_name, torch.empty(shape, dtype=dtype, device=device), role).values())
+        return fresh(strategy, rule_name, role, shard, dtype, device)
+    return strategy.init(rule_name, torch.empty(shape, dtype=dtype, device=device), role)
 
 
 def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> list[int]:

@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
@@ -24,15 +24,19 @@ from lowmem.memory import count
 from lowmem.memory.count import Workspace
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import kind
+from lowmem.memory.trace.ranks import ROWS
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
 from lowmem.memory.trace.windows import Parameter, windows
+from lowmem.optim.contract import is_pointwise
 from lowmem.optim.engine.chunks import GRIDS, Chunks
 from lowmem.optim.engine.cutting import POLICIES, compiled_spans, policy
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.together import ELEMENTS, TENSORS
+from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
+from lowmem.optim.tensors.outside import forms
 from lowmem.sources import directions
 
 STEP, RELEASE, SAVE = "optimizer step", "release step", "save"
@@ -49,6 +53,7 @@ class Footprint:
         compiled: whether the step is compiled.
         grids: size of each index grid that random rounding keeps from the first step on.
         together: greatest transient bytes while small ones are stepped together.
+        copied: what a state dict copies, to stand in a file as it does on any number of ranks.
     """
 
     strategy: Strategy
@@ -58,6 +63,7 @@ class Footprint:
     compiled: bool
     grids: tuple[int, ...] = ()
     together: int = 0
+    copied: int = 0
 
     @property
     def held(self) -> int:
@@ -83,11 +89,13 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     elements = sum(_product(p.shape) for p in parameters)
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
     best: list[int] = []
+    copied, grain = 0, run.granularity
     for rules in windows(strategy, parameters):
         sizes = [size for p in parameters for size in _state(strategy, rules[p.name], p)]
         sizes += count.shared_sizes(strategy, [(rules[p.name], p.role, p.shape) for p in parameters])
         best = max(best, sizes, key=sum)
-    grain = run.granularity
+        copies = (n for p in parameters for n in _copies(strategy, rules[p.name], p.role, p.shape, p.dtype))
+        copied = max(copied, sum(-(-size // grain) * grain for size in copies))
     rounded = tuple(-(-size // grain) * grain for size in best)
     found = {p.name: _workspace(strategy, p, compiled, run.device) for p in parameters}
     scratch = {name: one.transient for name, one in found.items()}
@@ -95,7 +103,7 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
     shapes = _grids({shape for one in found.values() for shape in one.grids}, ladder)
     grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
     small = _together(strategy, _smallest(parameters, compiled, run.device), compiled, run.device)
-    return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small)
+    return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small, copied)
 
 
 def _grids(shapes: set[tuple[int, int]], ladder: bool) -> list[tuple[int, int]]:
@@ -118,23 +126,58 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
-    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype)
+    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype, p.shard)
 
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(
+    strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype,
+    shard: Shard | None,
+) -> list[int]:  # fmt: skip
+    held = count.fresh_state(strategy, rule_name, role, shape, dtype, shard)
+    return [t.untyped_storage().nbytes() for t in held.values()]
+
+
+@functools.lru_cache(maxsize=4096)
+def _copies(
     strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> list[int]:
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return [t.untyped_storage().nbytes() for t in strategy.init(rule_name, x, role).values()]
+    """Of the state tensors that are not saved as they lie, but filled up or put in order, the sizes."""
+    known = forms(strategy, rule_name, role, shape, dtype)
+    state = strategy.init(rule_name, torch.empty(shape, dtype=dtype, device="meta"), role)
+    pairs = [
+        (t.untyped_storage(), known[key].out(t, shape[0]).untyped_storage())
+        for key, t in state.items()
+        if key in known
+    ]
+    return [out.nbytes() for held, out in pairs if out._cdata != held._cdata]
 
 
 def _workspace(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> Workspace:
+    if p.shard is not None:
+        return _of_rows(strategy, p, p.shard, compiled, device)
     if compiled:
         return _compiled(strategy, p.shape, p.dtype, p.role, device)
     if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
         return _drawn(strategy, p.shape, p.dtype, p.role)
     return count.workspace(strategy, p.shape, p.dtype, p.role, True, device)
+
+
+def _of_rows(strategy: Strategy, p: Parameter, shard: Shard, compiled: bool, device: str) -> Workspace:
+    """Of a tensor whose rows are spread: of the rows here where a rule goes by elements, else at most.
+
+    A rule that judges matrices is counted on the whole one, whose side and rank it goes by; where it steps
+    whole matrices, weight and gradient are gathered, each beside its padded rows.
+    """
+    name = strategy.rule_name(p.role, p.shape, shard)
+    way = strategy.way(name, p.role, shard)
+    local = is_pointwise(strategy.rules[name]) and way == "rows"
+    shape = tuple(shard.shape) if local else p.shape
+    found = _workspace(strategy, replace(p, shape=shape, shard=None), compiled, device)
+    if way != "whole":
+        return found
+    row = shard.width * p.dtype.itemsize
+    return replace(found, peak=found.peak + 2 * (shard.ranks + 1) * shard.chunk * row)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -170,7 +213,8 @@ Sizes = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
 def _smallest(parameters: Sequence[Parameter], compiled: bool, device: str) -> Sizes:
     """Shape, dtype and role of those that step together on a device, the largest as many as fit at once."""
     limit = POLICIES.get(device, POLICIES["cuda"]).together
-    found = sorted((_product(p.shape), p.name, p) for p in parameters if _product(p.shape) < limit)[::-1]
+    here = [replace(p, shape=tuple(p.shard.shape)) if p.shard else p for p in parameters]
+    found = sorted((_product(p.shape), p.name, p) for p in here if _product(p.shape) < limit)[::-1]
     total = itertools.accumulate((size for size, _, _ in found), initial=0)
     first = [p for (_, _, p), before in zip(found, total, strict=False) if before <= ELEMENTS[compiled]]
     return tuple((tuple(p.shape), p.dtype, p.role) for p in first[:TENSORS])
@@ -201,7 +245,7 @@ class Peak:
 
 
 def saving(trace: Trace, run: Run) -> Moment:
-    """What lives while a checkpoint is written: files are written from the tensors themselves.
+    """What lives while a checkpoint is written, beside the optimizer's: files are written from the tensors.
 
     On a CUDA device each is copied to the host for it, one after the other.
     """
@@ -218,7 +262,8 @@ def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = Mappin
         held: of the strategy.
         beside: what happens between steps, by name.
     """
-    moments = {name: _with(m, held, 0) for name, m in {**trace.moments, **beside}.items()}
+    found = {**trace.moments, **beside}
+    moments = {name: _with(m, held, held.copied if name == SAVE else 0) for name, m in found.items()}
     if STEP in trace.moments:
         moments[STEP] = _with(trace.moments[STEP], held, held.worst)
     scratch = {kind(name): size for name, size in held.scratch.items()}
@@ -227,7 +272,9 @@ def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = Mappin
         moments[RELEASE] = max(steps, key=lambda m: m.total)
     binding = max(moments, key=lambda name: moments[name].total)
     totals = {name: m.total for name, m in moments.items()}
-    return Peak(binding, {k: moments[binding].bytes.get(k, 0) for k in CATEGORIES}, totals)
+    bound = moments[binding].bytes
+    rows = [*CATEGORIES, *(row for row in ROWS if any(row in m.bytes for m in moments.values()))]
+    return Peak(binding, {row: bound.get(row, 0) for row in rows}, totals)
 
 
 def _with(moment: Moment, held: Footprint, scratch: int) -> Moment:

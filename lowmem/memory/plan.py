@@ -25,6 +25,7 @@ from lowmem.errors import UserError
 from lowmem.memory import closed_form, gather
 from lowmem.memory.advice import levers as advice
 from lowmem.memory.advice import wording
+from lowmem.memory.advice.cards import needed
 from lowmem.memory.advice.levers import Lever
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict, simulate
 from lowmem.memory.device.gpus import Budget
@@ -35,6 +36,7 @@ from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
 from lowmem.memory.trace.extrapolate import evaluated, remembered
 from lowmem.memory.trace.given import Given
+from lowmem.memory.trace.ranks import AFTER, BUCKETS, GATHER, TAIL
 from lowmem.memory.trace.replica import EVALUATION, Trace
 from lowmem.memory.trace.tracker import Moment
 from lowmem.memory.trace.windows import special
@@ -70,6 +72,7 @@ class StrategyPlan:
             hands memory back and asks again, which costs time: not counted as fitting) or out of memory.
         why: sentences. levers: the peak after each.
         max_seq_len, max_batch_size: where they were solved for.
+        ranks_needed: cards that the run needs at the budget, 0 where no number does; of a sharded run.
         cross_check: closed form against trace, in percent; None where no form is known.
     """
 
@@ -88,6 +91,7 @@ class StrategyPlan:
     levers: tuple[Lever, ...] = ()
     max_seq_len: int | None = None
     max_batch_size: int | None = None
+    ranks_needed: int | None = None
     cross_check: float | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +101,7 @@ class StrategyPlan:
             "headroom_bytes", "why",
         )  # fmt: skip
         found = {key: getattr(self, key) for key in keys}
+        found |= {} if self.ranks_needed is None else {"ranks_needed": self.ranks_needed}
         return {
             k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v
             for k, v in found.items()
@@ -160,7 +165,7 @@ def plan(
         advise: whether to plan the levers as well (a second or two).
         **run_options: the fields of `Run`: batch_size=1, seq_len=2048, dtype="bfloat16", attention="sdpa",
             rows="full", gradient_checkpointing, gradient_release, accumulation, loss="plain", lora_rank,
-            quantize, autocast, max_grad_norm, eval_batch_size, typical, device="cuda".
+            quantize, autocast, max_grad_norm, eval_batch_size, typical, device="cuda", ranks=1, shard="full".
 
     Raises:
         UserError: an unknown name or option, or an architecture that cannot be planned, with the reason.
@@ -207,7 +212,8 @@ def suited(run: Run, strategy: Strategy) -> Run:
         UserError: the strategy trains other weights than the run has.
     """
     source = strategy.source
-    if problem := misfit(strategy.name or "the strategy", source, run.quantize, run.adapts):
+    name = strategy.name or "the strategy"
+    if problem := misfit(name, source, run.quantize, run.adapts) or gather.on_ranks(name, strategy, run):
         raise UserError(problem)
     if source.needs_autograd:
         return run
@@ -249,12 +255,13 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
         peak=_sizes(found, held, peak, limit, run),
         event=peak.event,
         events={**peak.events, **_typical(config, run, held)},
-        certainty=_certainty(run, held),
+        certainty=_certainty(run, held, peak.event),
         fits=None if verdict is None else verdict.word == FITS,
         verdict=None if verdict is None else verdict.word,
         headroom_bytes=room,
         why=tuple(why),
         levers=levers,
+        ranks_needed=needed(config, run, strategy, limit.capacity) if limit and run.sharded else None,
         cross_check=check,
     )
 
@@ -307,23 +314,25 @@ def _headroom(limit: Budget, verdict: Verdict, peak: Peak, found: Trace, held: F
     return min(-1, limit.usable - limit.outside - reserved)
 
 
-def _certainty(run: Run, held: Footprint) -> dict[str, str]:
-    """How each row is known: counted exactly, bounded from above, or estimated."""
+def _certainty(run: Run, held: Footprint, event: str) -> dict[str, str]:
+    """How each row is known at the peak: counted exactly, bounded from above, or estimated."""
     traced = "exact" if run.device == "cpu" else "estimate"
     summed = run.accumulation > 1 and run.gradient_release  # a subspace keeps less than the whole gradient
+    passing = run.sharded and event not in AFTER  # a gradient counts as divided while it is still whole
     return {
         "weights": "exact",
-        "gradients": "bound" if summed else "exact",
+        "gradients": "bound" if summed or passing else "exact",
         "optimizer_state": "exact",
         "activations": traced,
         "logits": "bound" if run.loss == "labels" and run.label_tokens is None else traced,
         "workspace": "estimate" if held.compiled else "bound",
-        "save": "estimate",  # without what the optimizer's state_dict copies on its way
+        SAVE: traced,
         **({EVALUATION: traced} if run.evaluation else {}),
         **({TYPICAL: traced} if run.typical else {}),
         "allocated": traced,
         "reserved": "estimate",
         "device": "estimate",
+        **({TAIL: "bound", GATHER: "bound"} if run.sharded else {BUCKETS: "exact"} if run.ranks > 1 else {}),
     }
 
 

@@ -21,7 +21,7 @@ def _option(
 
 @dataclass(frozen=True)
 class Run:
-    """Everything about a run that the trace depends on; sizes are per device.
+    """Everything about a run that the trace depends on; sizes, batch_size too, are per device.
 
     rows    "full": one text per row, no mask; "padded": a mask of right padding; "packed": several texts
             share a row and each sees only itself; the rows of a micro-batch are laid end to end
@@ -91,6 +91,12 @@ class Run:
         None, "steps of the run, for compile=auto", least=1, below=2**31, group="Device"
     )
     device: str = _option("cuda", "where it will run", choices=("cuda", "cpu"), group="Device")
+    ranks: int = _option(1, "cards that share the run", least=1, below=2**16, group="Ranks")
+    shard: str = _option(
+        "full", "FSDP2 spreads weights, gradients and state over the cards, or none: each has a copy",
+        choices=("full", "none"), group="Ranks",
+    )  # fmt: skip
+    per_node: int | None = _option(None, "cards of one machine; all if not given", least=1, group="Ranks")
     compute_capability: float | None = _option(
         None, "of the card, as in 7.5: decides its attention kernels", least=3.0, group="Device"
     )
@@ -111,6 +117,11 @@ class Run:
             return None
         labels = self.label_tokens and -(-self.label_tokens * rows // self.batch_size)
         return replace(self, batch_size=rows, label_tokens=labels)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the rows of weights are spread over several cards."""
+        return self.ranks > 1 and self.shard == "full"
 
     @property
     def adapts(self) -> bool:

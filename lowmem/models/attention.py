@@ -28,12 +28,14 @@ PACKED = "lowmem_packed"
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def by_example(attend: Attention, lengths: list[int] | None = None) -> Attention:
+def by_example(attend: Attention, lengths: list[int] | None = None, *, widens: bool = True) -> Attention:
     """An attention that looks at the examples of a packed row one after the other.
 
     Args:
         attend: a causal attention with the interface of transformers.
         lengths: tokens of the examples, where they do not come in place of the mask.
+        widens: to fp32 on a CPU: on short examples, which packing is for, torch's 16-bit kernels take up to
+            twice as long there.
 
     Example:
         >>> rows = by_example(lambda module, q, k, v, mask, **_: (q.transpose(1, 2), None), lengths=[2, 3])
@@ -48,8 +50,7 @@ def by_example(attend: Attention, lengths: list[int] | None = None) -> Attention
         if sizes is None:
             return attend(module, query, key, value, attention_mask, **kwargs)
         dtype = query.dtype
-        if attend is sdpa and query.device.type == "cpu":
-            # on short examples, which packing is for, torch's 16-bit kernels take up to twice as long there
+        if widens and query.device.type == "cpu":
             query, key, value = query.float(), key.float(), value.float()
         examples = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
         return torch.cat([attend(module, *one, None, **kwargs)[0] for one in examples], dim=1).to(dtype), None

@@ -13,6 +13,7 @@ the Hub, and weights that are already quantized.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -221,8 +222,9 @@ def skeleton(
     """
     from transformers import AutoModelForCausalLM
 
-    config = entry_or_config.config() if isinstance(entry_or_config, ModelEntry) else entry_or_config
-    check_supported(config)
+    given = entry_or_config.config() if isinstance(entry_or_config, ModelEntry) else entry_or_config
+    check_supported(given)
+    config = copy.deepcopy(given)  # transformers notes the dtype in it
     weights = to_dtype(dtype)
     try:
         with _without_storage(device, mode):

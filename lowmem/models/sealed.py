@@ -51,7 +51,8 @@ def broken(folder: Path) -> str | None:
     try:
         manifest = _read(folder)
         if manifest["format"] != FORMAT:
-            return f"its manifest has format {manifest['format']!r}, this version of lowmem reads {FORMAT}"
+            read = f"its manifest has format {manifest['format']!r}, this version of lowmem reads {FORMAT}"
+            return f"{read}: go on with the version that wrote it, or start afresh in another folder"
         if manifest["seal"] != _seal(manifest):
             return f"{MANIFEST} is not what was written"
         for name, expected in manifest["files"].items():

@@ -27,7 +27,7 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.codecs.blockwise import STATES, Codec, codec
-from lowmem.optim.codecs.blockwise import Dense as Uncoded
+from lowmem.optim.codecs.blockwise import Floats as Uncoded
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import ages
 from lowmem.optim.engine.cutting import LADDER

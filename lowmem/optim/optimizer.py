@@ -34,7 +34,7 @@ from lowmem.optim.tensors.groups import completed
 from lowmem.optim.tensors.marks import mark_, rests, trains
 from lowmem.optim.tensors.resting import arrange_, observe_, turn_
 from lowmem.optim.tensors.saved import Resumable
-from lowmem.optim.tensors.seats import Part, Place, Roster, Seat, seat
+from lowmem.optim.tensors.seats import Piece, Place, Roster, Seat, seat
 from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
 from lowmem.optim.terms.hyper import Hyper, Lookup
 from lowmem.optim.terms.state import State, made, scoped, stored
@@ -202,7 +202,7 @@ class LowMemOptimizer(Resumable):
         return self.roster.rule_at(p, self.place(p).group["step"])
 
     def hyper(
-        self, p: Tensor, part: Part | None = None, first: bool = False, weight: Blocks | None = None,
+        self, p: Tensor, part: Piece | None = None, first: bool = False, weight: Blocks | None = None,
         shard: Shard | None = None,
     ) -> Hyper:  # fmt: skip
         """What a rule may know of the next step of a parameter, or of a part of it, or of some rows."""

@@ -89,6 +89,9 @@ class Source(Protocol):
     def settle_(self, params: Named, evidence: Sequence[Any]) -> None:
         """Called when all of them have been stepped: what it holds, or keeps in bounds, is its own."""
 
+    def unspread(self) -> str:
+        """What does not go with weights whose rows are spread over ranks, with the remedy; or empty."""
+
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """Bytes of gradients alive at the end of a backward pass, at most."""
 

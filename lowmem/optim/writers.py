@@ -107,7 +107,7 @@ class Kahan:
 
 
 @dataclass(frozen=True)
-class Split:
+class Halves:
     """A bf16 weight and 8 more bits of it; holds 1 byte for each weight.
 
     The correction is in 128ths of half a unit in the last place (FlashOptim,
@@ -160,6 +160,6 @@ def select(writer: Writer, dtype: torch.dtype) -> Writer:
         raise UserError(f"weights of {dtype} have no order to round in; train torch.view_as_real of them")
     if dtype not in HALF:
         return NEAREST
-    if isinstance(writer, Split) and dtype == torch.float16:
+    if isinstance(writer, Halves) and dtype == torch.float16:
         raise UserError("writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'")
     return writer

@@ -19,10 +19,15 @@ RETRIES = (
     "Fits with retries: the tensors have room, but not side by side; the allocator hands memory back and "
     "asks again, which costs time and may fail, so it does not count as fitting."
 )
+CARDS = (
+    "Cards needed: the fewest, a power of two, whose tensors leave 5 % of each to the allocator; "
+    "activations, logits and what is gathered do not divide."
+)
 ORDER = (
     "By what is kept of Adam's moments, then by recomputation, then by bytes to spare. What a method costs "
     "in quality depends on the data: `lowmem compare` measures it."
 )
+STAR = "* by the tensors of a few layers; without it the whole model was planned, its allocator simulated."
 LEGEND = [
     *[(f"c-{key}", words(key)) for key in CATEGORIES],
     ("c-outside", "outside tensors (context, caches)"),
@@ -60,7 +65,10 @@ def subject(data: Mapping[str, Any]) -> str:
         else ""
     )
     dtype = f", {run['dtype']}" if run.get("dtype") else ""
-    return f"{data['model']['name']}{on}{size}{dtype}"
+    ranks = int(run.get("ranks") or 1)
+    spread = "sharded over" if run.get("shard") == "full" else "copied to"
+    several = f", {spread} {ranks} cards" if ranks > 1 else ""
+    return f"{data['model']['name']}{on}{size}{dtype}{several}"
 
 
 def labels(plans: Sequence[Mapping[str, Any]], *, whole: bool = False) -> list[str]:
@@ -169,29 +177,21 @@ def mark(row: Mapping[str, Any]) -> str:
 def _search(data: Mapping[str, Any]) -> Section | None:
     """What fits the card, best first, where nobody chose a method."""
     found = data.get("search")
-    if not found:
-        return None
-    columns = [
-        "method",
-        "trains",
-        "with",
-        "verdict",
-        "to spare",
-        "allocated",
-        "batch up to",
-        "would fit with",
-    ]
+    return Section("What fits, best first", f"{ORDER} {STAR}", tables=[ways(found)]) if found else None
+
+
+def ways(found: Sequence[Mapping[str, Any]]) -> Table:
+    """The first rows of a search, as the plan's document has them."""
+    names = "method, trains, with, verdict, to spare, allocated, batch up to, would fit with"
     rows: list[list[Cell]] = [
         [
             row["strategy"], row["trains"], ", ".join(row["levers"]) or "-",
-            row["verdict"] + ("" if row["checked"] else ", by tensors alone"),
-            Size(row["headroom_bytes"], signed=True), Size(row["allocated"]),
-            row["largest_batch_size"] or "-", row["needs"] or "-",
+            row["verdict"] + ("" if row["checked"] else " *"), Size(row["headroom_bytes"], signed=True),
+            Size(row["allocated"]), row["largest_batch_size"] or "-", row["needs"] or "-",
         ]
         for row in found[:SHOWN]
     ]  # fmt: skip
-    marks = [mark(row) for row in found[:SHOWN]]
-    return Section("What fits, best first", ORDER, tables=[Table(columns, rows, marks)])
+    return Table(names.split(", "), rows, [mark(row) for row in found[:SHOWN]])
 
 
 def verdict_word(plan: Mapping[str, Any]) -> str:
@@ -204,9 +204,10 @@ def _at_peak(plans: Sequence[Mapping[str, Any]], names: Sequence[str], budget: i
         return None
     rows = [peak_bar(plan, name) for plan, name in zip(plans, names, strict=True)]
     picture_ = bars(rows, "Bytes at the peak instant by category", budget)
-    columns = ["strategy", *map(words, CATEGORIES)]
+    keys = [*CATEGORIES, *(key for key in plans[0]["at_peak"] if key not in CATEGORIES)]
+    columns = ["strategy", *map(words, keys)]
     cells: list[list[Cell]] = [
-        [name, *(Size(plan["at_peak"].get(k, 0)) for k in CATEGORIES)]
+        [name, *(Size(plan["at_peak"].get(k, 0)) for k in keys)]
         for plan, name in zip(plans, names, strict=True)
     ]
     text = "One instant, so the pieces add up to the peak; the largest of each over time add up to more."

@@ -49,6 +49,10 @@ class Backprop:
     def settle_(self, params: Named, evidence: Sequence[Any]) -> None:
         """Nothing."""
 
+    def unspread(self) -> str:
+        """Nothing: gradients are spread as their weights are."""
+        return ""
+
     def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
         """All gradients, or the largest one where each is released when it is used."""
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]

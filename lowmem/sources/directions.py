@@ -58,7 +58,7 @@ def pieces(start: int, stop: int, device: torch.device, *, fixed: bool) -> Itera
 
 
 @dataclass(frozen=True)
-class Direction:
+class Perturbation:
     """One direction z, each of its elements independent of the others.
 
     Args:
@@ -109,7 +109,7 @@ class Pen:
         z: the direction; parameter: its name; like: the weight, not displaced; scale: factor of z.
     """
 
-    def __init__(self, z: Direction, parameter: str, like: Tensor, scale: float) -> None:
+    def __init__(self, z: Perturbation, parameter: str, like: Tensor, scale: float) -> None:
         self.noise, self.device, self.compile = z.noise, like.device, z.compile
         self.name: tuple[int | str, ...] = ("direction", *z.name, parameter)
         self.factor = torch.full((), scale, dtype=torch.float32, device=self.device)

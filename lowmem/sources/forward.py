@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowmem.errors import UserError, first_line
 from lowmem.optim.source import Named, Query
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 from lowmem.sources.replicas import mean
 from lowmem.sources.slopes import (
     NOISES,
@@ -84,6 +84,10 @@ class ForwardGradient(Along):
         if not 0.0 <= self.clip < math.inf:
             raise UserError(f"clip_slope bounds a slope, above 0, or is 0 for no bound; got {self.clip}")
 
+    def unspread(self) -> str:
+        """All of it: rows that ranks hold are gathered past their tangents."""
+        return "forward_gradient: sharded weights take no tangents; use mezo"
+
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query
     ) -> tuple[Tensor, Evidence]:
@@ -104,7 +108,7 @@ class ForwardGradient(Along):
         """
         refuse_compiled(model)
         if is_spread(params):
-            raise UserError("forward_gradient: sharded weights take no tangents; use mezo")
+            raise UserError(self.unspread())
         directions = [self.direction(query, k) for k in range(self.queries)]
         with torch.no_grad(), evaluating(model):
             found = torch.stack([_evaluated(params, loss_fn, z) for z in directions])
@@ -113,7 +117,7 @@ class ForwardGradient(Along):
         return both[:, 0].mean().float(), tuple(map(Slope, slopes, directions))
 
 
-def _evaluated(params: Named, loss_fn: Callable[[], Tensor], z: Direction) -> Tensor:
+def _evaluated(params: Named, loss_fn: Callable[[], Tensor], z: Perturbation) -> Tensor:
     """Loss and slope along a direction, in double precision."""
     _load()
     with _written_out(), forward_ad.dual_level(), _tangents(params, z):
@@ -141,7 +145,7 @@ def _evaluated(params: Named, loss_fn: Callable[[], Tensor], z: Direction) -> Te
 
 
 @contextmanager
-def _tangents(params: Named, z: Direction) -> Iterator[None]:
+def _tangents(params: Named, z: Perturbation) -> Iterator[None]:
     """Meanwhile each weight carries its part of z; the level's end takes it off."""
     for name, p in params:
         tangent = z.draw(name, p.detach(), 0, p.numel()).view(p.shape).to(p.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowmem.optim.engine.cutting import pad, read_flat, write_flat
 from lowmem.optim.source import Query
 from lowmem.optim.terms.state import State
-from lowmem.sources.directions import Direction, Pen, numbers, pieces
+from lowmem.sources.directions import Pen, Perturbation, numbers, pieces
 from lowmem.sources.structures import Free, Structured
 
 SIGMA = 1e-8
@@ -63,13 +63,13 @@ class Mixed(Free):
         horizon = max(length, self.total - speed * (self.total - last) * done / length)
         return 0.5 * (1.0 + math.cos(math.pi * done / horizon))
 
-    def direction(self, noise: str, query: Query, k: int) -> Direction:
+    def direction(self, noise: str, query: Query, k: int) -> Perturbation:
         """Mixed with what is held now."""
         name = (query.seed, query.step, query.index, k)
         shares = tuple(self.share(query.step, speed) for speed in SPEEDS)
         return MixedDirection(noise, name, query.compile, shares, query.held)
 
-    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Direction]]) -> None:
+    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Perturbation]]) -> None:
         """m <- sign(c) d, the mean over directions; as it was where a slope is not finite."""
         if not all(math.isfinite(c) for c, _ in slopes):
             return
@@ -83,7 +83,7 @@ class Mixed(Free):
 
 
 @dataclass(frozen=True)
-class MixedDirection(Direction):
+class MixedDirection(Perturbation):
     """A direction with momentum.
 
     Args:
@@ -102,7 +102,7 @@ class _MixedPen(Structured):
     def __init__(self, z: MixedDirection, parameter: str, like: Tensor, scale: float) -> None:
         super().__init__(z, parameter, like, scale)
         self.shares, self.normalised = z.shares, False
-        self._other = Pen(Direction(z.noise, (*z.name, 1)), parameter, like, 1.0)
+        self._other = Pen(Perturbation(z.noise, (*z.name, 1)), parameter, like, 1.0)
         none = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
         self._mean = z.held[parameter]["mean"] if parameter in z.held else none
 

@@ -17,7 +17,7 @@ from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.source import Named, Query
 from lowmem.optim.terms.state import State
 from lowmem.optim.writers import HALF
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 from lowmem.sources.structures import Structure
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Slope(NamedTuple):
     """What an evaluation leaves: the difference quotient along a direction, and the direction's name."""
 
     c: float
-    direction: Direction
+    direction: Perturbation
 
 
 Evidence = tuple[Slope, ...]
@@ -139,7 +139,7 @@ class Along:
         """Parameters that require gradients, or what the structure finds."""
         return self.structure.trained(model)
 
-    def direction(self, query: Query, k: int) -> Direction:
+    def direction(self, query: Query, k: int) -> Perturbation:
         """The k-th direction of an evaluation."""
         return self.structure.direction(self.noise, query, k)
 

@@ -24,22 +24,18 @@ def is_spread(params: Named) -> bool:
     return any(hasattr(p, "device_mesh") for _, p in params)
 
 
-def check_spread(on_rows: bool, at_once: int) -> None:
-    """Refuse what has no meaning on rows.
+def unspread(on_rows: bool, at_once: int) -> str:
+    """What has no meaning on rows, all of it, with the remedy; empty where all has.
 
     Args:
         on_rows: whether elements of a direction follow from their index; at_once: points of a forward pass.
-
-    Raises:
-        UserError: all of it, with the remedy.
     """
     problems = []
     if not on_rows:
         problems.append("these directions look at whole weights: take structure=free for sharded parameters")
     if at_once > 1:
         problems.append(f"at_once={at_once}: sharded parameters are displaced where they lie; take at_once=1")
-    if problems:
-        raise UserError("; ".join(problems))
+    return "; ".join(problems)
 
 
 class SpreadProber:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError
 from lowmem.optim.source import Named, Query
 from lowmem.sources.batched import evaluate_at_once
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 from lowmem.sources.estimators import Estimator, TwoSided
 from lowmem.sources.probe import Prober, Shift
 from lowmem.sources.replicas import mean
@@ -45,7 +45,7 @@ from lowmem.sources.slopes import (
     refuse_compiled,
     values,
 )
-from lowmem.sources.spread import SpreadProber, check_spread, is_spread
+from lowmem.sources.spread import SpreadProber, is_spread, unspread
 from lowmem.sources.structures import Free, Structure
 
 
@@ -132,7 +132,8 @@ class SPSA(Along):
     ) -> list[Tensor]:
         """The loss at each point; the first one alone where it is not known how weights are read."""
         if is_spread(params):
-            check_spread(self.structure.on_rows, self.at_once)
+            if problem := self.unspread():
+                raise UserError(problem)
             rows = SpreadProber(params, model)
             return [checked(rows(loss_fn, shift)) for shift in points]
         prober = Prober(params, model)
@@ -147,6 +148,10 @@ class SPSA(Along):
         pairs = [values[i : i + sides] for i in range(first, len(values), sides)]
         slopes = self.estimator.slopes(values[0] if first else math.nan, pairs, self.eps)
         return [bounded(c, self.clip) / self.queries for c in slopes]
+
+    def unspread(self) -> str:
+        """Directions that look at whole weights, and points that share a forward pass."""
+        return unspread(self.structure.on_rows, self.at_once)
 
     def probe_bytes(self, modules: Mapping[str, Sequence[tuple[Sequence[int], torch.dtype]]]) -> int:
         """Bytes of displaced copies that live, at most, while a module runs.
@@ -165,5 +170,5 @@ class SPSA(Along):
         return max(sizes, default=0)
 
 
-def _shift(z: Direction, distance: float) -> Shift:
+def _shift(z: Perturbation, distance: float) -> Shift:
     return lambda name, w, start=0: z.displaced(name, w, distance, start)

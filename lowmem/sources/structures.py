@@ -25,7 +25,7 @@ from lowmem.optim.blocks import matrix_shape
 from lowmem.optim.engine.cutting import pad, read_flat
 from lowmem.optim.source import Named, Query, trainable
 from lowmem.optim.terms.state import State
-from lowmem.sources.directions import Direction, Pen, displace, numbers, wrapped
+from lowmem.sources.directions import Pen, Perturbation, displace, numbers, wrapped
 from lowmem.sources.quantized import scales
 
 SAMPLE = 1 << 14
@@ -54,10 +54,10 @@ class Structure(Protocol):
     def trained(self, model: nn.Module) -> Named:
         """Names and tensors that are displaced and stepped."""
 
-    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Direction]]) -> None:
+    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Perturbation]]) -> None:
         """Called when a tensor has been stepped, with the slopes along each direction."""
 
-    def direction(self, noise: str, query: Query, k: int) -> Direction:
+    def direction(self, noise: str, query: Query, k: int) -> Perturbation:
         """The k-th direction of an evaluation."""
 
 
@@ -81,12 +81,12 @@ class Free:
         """Parameters that require gradients."""
         return trainable(model)
 
-    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Direction]]) -> None:
+    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Perturbation]]) -> None:
         """Nothing."""
 
-    def direction(self, noise: str, query: Query, k: int) -> Direction:
+    def direction(self, noise: str, query: Query, k: int) -> Perturbation:
         """Named by seed, step, evaluation and k."""
-        return Direction(noise, (query.seed, query.step, query.index, k), query.compile)
+        return Perturbation(noise, (query.seed, query.step, query.index, k), query.compile)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class LowRank(Free):
             if value < 1:
                 raise UserError(f"{name} of a low-rank direction is 1 or more, got {value}")
 
-    def direction(self, noise: str, query: Query, k: int) -> Direction:
+    def direction(self, noise: str, query: Query, k: int) -> Perturbation:
         """U named by the evaluation, V by the seed and the window of steps."""
         name = (query.seed, query.step, query.index, k)
         return _LowRankDirection(noise, name, query.compile, self.rank, query.step // self.gap)
@@ -139,7 +139,7 @@ class Sparse(Free):
                 f"share is the part of the weights that moves, above 0 and at most 1, got {self.share}"
             )
 
-    def direction(self, noise: str, query: Query, k: int) -> Direction:
+    def direction(self, noise: str, query: Query, k: int) -> Perturbation:
         """Masked where it is looked at."""
         name = (query.seed, query.step, query.index, k)
         return _SparseDirection(noise, name, query.compile, self.share)
@@ -164,11 +164,11 @@ class Scales:
         """Scales of every quantized layer."""
         return scales(model)
 
-    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Direction]]) -> None:
+    def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Perturbation]]) -> None:
         """No scale below zero."""
         p.detach().clamp_(min=0.0)
 
-    def direction(self, noise: str, query: Query, k: int) -> Direction:
+    def direction(self, noise: str, query: Query, k: int) -> Perturbation:
         """As free ones are named."""
         return _ScalesDirection(noise, (query.seed, query.step, query.index, k), query.compile)
 
@@ -176,7 +176,7 @@ class Scales:
 class Structured(Pen):
     """Draws values, and lays them on a weight, by plain operations."""
 
-    def __init__(self, z: Direction, parameter: str, like: Tensor, scale: float) -> None:
+    def __init__(self, z: Perturbation, parameter: str, like: Tensor, scale: float) -> None:
         super().__init__(z, parameter, like, scale)
         self.like = like
 
@@ -199,7 +199,7 @@ class Structured(Pen):
 
 
 @dataclass(frozen=True)
-class _LowRankDirection(Direction):
+class _LowRankDirection(Perturbation):
     rank: int = 2
     window: int = 0
 
@@ -213,8 +213,8 @@ class _LowRankPen(Structured):
     def __init__(self, z: _LowRankDirection, parameter: str, like: Tensor, scale: float) -> None:
         super().__init__(z, parameter, like, scale)
         self.n, self.rank, seed = matrix_shape(like.shape)[1], z.rank, z.name[0]
-        self._left = Direction(z.noise, (*z.name, 0)).pen(parameter, like, z.rank**-0.5)
-        right = Direction(z.noise, (seed, z.window))
+        self._left = Perturbation(z.noise, (*z.name, 0)).pen(parameter, like, z.rank**-0.5)
+        right = Perturbation(z.noise, (seed, z.window))
         self._right = right.draw(parameter, like, 0, self.n * z.rank).view(self.n, z.rank).t().contiguous()
 
     def values(self, at: int, size: int, position: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class _LowRankPen(Structured):
 
 
 @dataclass(frozen=True)
-class _SparseDirection(Direction):
+class _SparseDirection(Perturbation):
     share: float = 1.0
 
     def pen(self, parameter: str, like: Tensor, scale: float = 1.0) -> Pen:
@@ -246,7 +246,7 @@ class _SparsePen(Structured):
 
 
 @dataclass(frozen=True)
-class _ScalesDirection(Direction):
+class _ScalesDirection(Perturbation):
     def pen(self, parameter: str, like: Tensor, scale: float = 1.0) -> Pen:
         return _ScalesPen(self, parameter, like, scale)
 

@@ -28,7 +28,7 @@ from lowmem.strategies.options import Option
 from lowmem.strategies.words import (
     FRAME,
     Known,
-    Seat,
+    Slot,
     Words,
     chosen,
     holds_moments,
@@ -40,7 +40,7 @@ from lowmem.strategies.words import (
 
 T = TypeVar("T")
 At = tuple[str, str]
-"""A seat's name and an option's; the frame is the seat ""."""
+"""A slot's name and an option's; the frame is the slot ""."""
 States = str | Mapping[str, str]
 HOLDERS = ("rule", "modifier")
 """Kinds that may hold moments."""
@@ -54,7 +54,7 @@ class Composition:
         method: what they belong to.
         problems: all that is wrong, one sentence each.
         given: the user's options, typed.
-        values: the user's and the method's, by seat.
+        values: the user's and the method's, by slot.
     """
 
     method: Method
@@ -77,8 +77,8 @@ class Composition:
             if key not in self.known.table:
                 self.problems.append(stranger(key, self.words))
                 continue
-            seat, option = self.known.table[key]
-            at = place(seat, option)
+            slot, option = self.known.table[key]
+            at = place(slot, option)
             if at in seen:
                 self.problems.append(f"{seen[at]} and {key} are the same; give one of them")
             seen[at] = key
@@ -90,7 +90,7 @@ class Composition:
         name, option = at
         if not name:
             return option in self.known.table
-        return any(seat.name == name and option in seat.part.options for seat in self.known.seats)
+        return any(slot.name == name and option in slot.part.options for slot in self.known.slots)
 
     def attempt(self, make: Callable[[], T]) -> T | None:
         """What is made, or None and one problem more."""
@@ -100,29 +100,29 @@ class Composition:
             self.problems.append(str(error))
             return None
 
-    def seat(self, name: str) -> Seat | None:
+    def slot(self, name: str) -> Slot | None:
         """The part that sits on an axis, at a modifier's or a role's place."""
-        return next((seat for seat in self.known.seats if seat.name == name), None)
+        return next((slot for slot in self.known.slots if slot.name == name), None)
 
     def frame(self, name: str) -> Any:
         """The value of one of the frame's options; "" where it was not given and has no default."""
         return self.values.get(("", name), self.known.table[name][1].default)
 
-    def values_of(self, seat: Seat) -> dict[str, Plain]:
-        """The options of a seat's part; a role that shares a rule has its, where it is not told others."""
-        usual = [self.seat(name) for name in ("other", "rule")] if seat.name in ROLES else []
-        names = [seat.name, *(one.name for one in usual if one is not None and one.part == seat.part)]
+    def values_of(self, slot: Slot) -> dict[str, Plain]:
+        """The options of a slot's part; a role that shares a rule has its, where it is not told others."""
+        usual = [self.slot(name) for name in ("other", "rule")] if slot.name in ROLES else []
+        names = [slot.name, *(one.name for one in usual if one is not None and one.part == slot.part)]
 
         def value(option: Option) -> Plain:
             told = (self.values[name, option.name] for name in names if (name, option.name) in self.values)
             return next(told, option.default)
 
-        return {key: value(option) for key, option in seat.part.options.items()}
+        return {key: value(option) for key, option in slot.part.options.items()}
 
     def make(self, name: str, **told: Any) -> Any:
         """The part on an axis or at a role, or None and one problem more."""
-        seat = self.seat(name)
-        return None if seat is None else self.attempt(lambda: seat.part.make(self.values_of(seat), **told))
+        slot = self.slot(name)
+        return None if slot is None else self.attempt(lambda: slot.part.make(self.values_of(slot), **told))
 
     def build(self) -> Strategy | None:
         """The strategy, where nothing is wrong."""
@@ -150,8 +150,8 @@ class Composition:
                 f"residual={words['residual']} has nothing to step by where everything is seen; choose "
                 f"a projector or schedule=blocks, or take residual=drop"
             )
-        holders = {s.name: holds_moments(s.part) for s in self.known.seats if s.part.kind == "rule"}
-        if any(holds_moments(seat.part) for seat in self.known.seats if seat.part.kind == "modifier"):
+        holders = {s.name: holds_moments(s.part) for s in self.known.slots if s.part.kind == "rule"}
+        if any(holds_moments(slot.part) for slot in self.known.slots if slot.part.kind == "modifier"):
             return
         for key, rules in {"states": list(holders), **{f"{r}_states": [r] for r in ROLES}}.items():
             if key in self.given and not any(holders[rule] for rule in rules):
@@ -161,8 +161,8 @@ class Composition:
     def _states(self, role: str = "") -> States:
         """Precision of the moments of a role's rule."""
         own = (self.frame(f"{role}_states") or self.frame("other_states")) if role else ""
-        word, seat, base = str(own or self.frame("states")), self.seat(role or "rule"), self.seat("rule")
-        moments = moments_of(base.part) if base and seat and seat.part == base.part and not own else {}
+        word, slot, base = str(own or self.frame("states")), self.slot(role or "rule"), self.slot("rule")
+        moments = moments_of(base.part) if base and slot and slot.part == base.part and not own else {}
         told = {name: self.frame(f"{name}_states") for name in moments}
         if not any(told.values()):
             return word
@@ -170,7 +170,7 @@ class Composition:
         return {name: one or min(word, least[name], key=STATES.index) for name, one in told.items()}
 
     def _rule(self, name: str, states: States, *, inside: bool = False) -> AnyRule | None:
-        """The rule at a seat, inside the modifiers of its role."""
+        """The rule at a slot, inside the modifiers of its role."""
         made = self.make(name, states=states, inside=inside)
         own = self.frame(f"{name}_modifiers") if name in ROLES else ""
         words = modifiers("modifiers", own or self.method.word("modifiers", self.given), [])
@@ -243,10 +243,10 @@ class Composition:
             if words[axis] != neutral or self.method.word(axis, {}) != neutral
         }
         told |= {role: word for role, word in self.words.roles if word}
-        for seat in self.known.seats:
-            if seat.name not in ROLES:
-                told |= {self.known.short[seat.name, k]: v for k, v in self.values_of(seat).items()}
-        if any(holds_moments(seat.part) for seat in self.known.seats if seat.part.kind in HOLDERS):
+        for slot in self.known.slots:
+            if slot.name not in ROLES:
+                told |= {self.known.short[slot.name, k]: v for k, v in self.values_of(slot).items()}
+        if any(holds_moments(slot.part) for slot in self.known.slots if slot.part.kind in HOLDERS):
             told["states"] = self.frame("states")
         told |= {name: self.frame(name) for name in ("on_refresh", "scale") if name in self.known.table}
         told |= {
@@ -279,7 +279,7 @@ def compose(
 
 @functools.lru_cache(maxsize=256)
 def fixed(method: Method) -> Mapping[At, Plain]:
-    """A method's own defaults by seat, as they stand beside its own words.
+    """A method's own defaults by slot, as they stand beside its own words.
 
     Raises:
         ValueError: a default that is not an option of the parts it names.
@@ -293,16 +293,16 @@ def fixed(method: Method) -> Mapping[At, Plain]:
         if key not in table:
             words.append(f"no chosen part of {method.name!r} has an option {key!r}")
             continue
-        seat, option = table[key]
-        found[place(seat, option)] = option.checked(value)
+        slot, option = table[key]
+        found[place(slot, option)] = option.checked(value)
     if words:
         raise ValueError("; ".join(words))
     return found
 
 
-def place(seat: Seat | None, option: Option) -> At:
+def place(slot: Slot | None, option: Option) -> At:
     """Where an option of the table belongs."""
-    return ("", option.name) if seat is None else (seat.name, option.name.removeprefix(f"{seat.name}_"))
+    return ("", option.name) if slot is None else (slot.name, option.name.removeprefix(f"{slot.name}_"))
 
 
 def _around(modifier: Callable[[Elementwise], Elementwise], rule: Any, word: str) -> Elementwise:

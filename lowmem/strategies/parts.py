@@ -22,12 +22,13 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, TypeVar
 
 from lowmem.errors import UserError, first_line
-from lowmem.strategies.options import Option, options_of
+from lowmem.optim.strategy import Plain
+from lowmem.strategies.options import Option, helps_of, options_of
 
 KINDS = ("projector", "rule", "residual", "modifier", "schedule", "source", "writer")
 TOLD = ("states", "inside")
@@ -67,12 +68,17 @@ class Part:
 _PARTS: dict[str, dict[str, Part]] = {kind: {} for kind in KINDS}
 
 
-def part(kind: str, name: str = "") -> Callable[[Factory], Factory]:
+def part(
+    kind: str, name: str = "", *, first: Callable[..., tuple[Any, ...]] | None = None, **usual: Plain
+) -> Callable[[Factory], Factory]:
     """Register a factory as a part.
 
     Args:
         kind: one of KINDS.
         name: the word for it; the factory's own name, if empty.
+        first: a function whose options it shares with others: they come before its own, and what the
+            function makes of them is what the factory takes by position.
+        usual: other defaults of those.
 
     Raises:
         ValueError: an unknown kind, a name that exists, a factory without summary, or an option without
@@ -89,10 +95,30 @@ def part(kind: str, name: str = "") -> Callable[[Factory], Factory]:
         if word in _PARTS[kind]:
             raise ValueError(f"{kind} {word!r} is registered twice; rename one of the factories")
         told = frozenset(TOLD) & set(inspect.signature(factory).parameters)
-        _PARTS[kind][word] = Part(kind, word, summary, options_of(factory, told), told, factory)
+        made, options = _after(first, usual, factory) if first else (factory, options_of(factory, told))
+        _PARTS[kind][word] = Part(kind, word, summary, options, told, made)
         return factory
 
     return add
+
+
+def _after(
+    first: Callable[..., tuple[Any, ...]], usual: Mapping[str, Plain], factory: Callable[..., Any]
+) -> tuple[Callable[..., Any], dict[str, Option]]:
+    """A factory of what `first` makes, and the options of both; what the factory says of one counts."""
+    helps, shared = helps_of(factory), options_of(first)
+    for name, option in shared.items():
+        shared[name] = replace(
+            option, default=usual.get(name, option.default), help=helps.get(name, option.help)
+        )
+
+    def made(**values: Any) -> Any:
+        begun = first(**{name: values.pop(name, option.default) for name, option in shared.items()})
+        return factory(*begun, **values)
+
+    given = list(inspect.signature(factory).parameters.values())
+    taken = [parameter.name for parameter in given if parameter.kind is not parameter.KEYWORD_ONLY]
+    return made, {**shared, **options_of(factory, {*TOLD, *taken})}
 
 
 def parts(kind: str) -> dict[str, Part]:

@@ -89,10 +89,10 @@ def beside(name: str, **words: str) -> dict[str, Option]:
         axis: Option(axis, str, method.word(axis, words), text, tuple(choices(axis)))
         for axis, text in _HELP.items()
     }
-    idle = () if any(holds_moments(seat.part) for seat in table.seats) else ("states",)
+    idle = () if any(holds_moments(slot.part) for slot in table.slots) else ("states",)
     for key in (key for key in shown(table) if key not in idle):
-        seat, option = table.table[key]
-        options[key] = replace(option, default=own.get(place(seat, option), option.default))
+        slot, option = table.table[key]
+        options[key] = replace(option, default=own.get(place(slot, option), option.default))
     return options
 
 

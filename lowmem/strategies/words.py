@@ -27,7 +27,7 @@ FRAME = ("states", "on_refresh", "scale")
 
 
 @dataclass(frozen=True)
-class Seat:
+class Slot:
     """A chosen part, under the name that its options may be prefixed by: an axis, a modifier or a role."""
 
     name: str
@@ -51,14 +51,14 @@ class Known:
     """The options that may be written beside some words.
 
     Args:
-        seats: the chosen parts, those of roles last.
-        table: what a name stands for, long forms too; None for a seat is the frame.
+        slots: the chosen parts, those of roles last.
+        table: what a name stands for, long forms too; None for a slot is the frame.
         unclear: plain names that several parts share, with their long forms.
-        short: the name under which a seat's option is shown.
+        short: the name under which a slot's option is shown.
     """
 
-    seats: tuple[Seat, ...]
-    table: Mapping[str, tuple[Seat | None, Option]]
+    slots: tuple[Slot, ...]
+    table: Mapping[str, tuple[Slot | None, Option]]
     unclear: Mapping[str, tuple[str, ...]]
     short: Mapping[tuple[str, str], str]
 
@@ -103,32 +103,32 @@ def modifiers(key: str, text: Any, problems: list[str]) -> list[str]:
 @functools.lru_cache(maxsize=1024)
 def known(words: Words) -> Known:
     """The options that may be written beside these words."""
-    seats = [Seat(axis, parts(axis)[word]) for axis, word in words.axes if word != NONE]
-    seats += [Seat(word, parts("modifier")[word]) for word in words.modifiers]
+    slots = [Slot(axis, parts(axis)[word]) for axis, word in words.axes if word != NONE]
+    slots += [Slot(word, parts("modifier")[word]) for word in words.modifiers]
     usual = words["other"] or words["rule"]
-    of_roles = [Seat(role, parts("rule")[word or usual]) for role, word in words.roles]
-    table: dict[str, tuple[Seat | None, Option]] = {o.name: (None, o) for o in _frame(words)}
+    of_roles = [Slot(role, parts("rule")[word or usual]) for role, word in words.roles]
+    table: dict[str, tuple[Slot | None, Option]] = {o.name: (None, o) for o in _frame(words)}
     reserved = {*table, *FRAME}
-    sharing: dict[str, list[Seat]] = {}
-    for seat in (*seats, *of_roles):
-        for option in seat.part.options.values():
-            long = f"{seat.name}_{option.name}"
-            table[long] = (seat, replace(option, name=long))
-            if seat.name not in ROLES:
-                sharing.setdefault(option.name, []).append(seat)
+    sharing: dict[str, list[Slot]] = {}
+    for slot in (*slots, *of_roles):
+        for option in slot.part.options.values():
+            long = f"{slot.name}_{option.name}"
+            table[long] = (slot, replace(option, name=long))
+            if slot.name not in ROLES:
+                sharing.setdefault(option.name, []).append(slot)
     plain = {name: some[0] for name, some in sharing.items() if len(some) == 1 and name not in reserved}
-    table |= {name: (seat, seat.part.options[name]) for name, seat in plain.items()}
+    table |= {name: (slot, slot.part.options[name]) for name, slot in plain.items()}
     unclear = {
-        name: tuple(f"{seat.name}_{name}" for seat in some)
+        name: tuple(f"{slot.name}_{name}" for slot in some)
         for name, some in sharing.items()
         if len(some) > 1 and name not in reserved
     }
     short = {
-        (seat.name, name): name if plain.get(name) == seat else f"{seat.name}_{name}"
-        for seat in (*seats, *of_roles)
-        for name in seat.part.options
+        (slot.name, name): name if plain.get(name) == slot else f"{slot.name}_{name}"
+        for slot in (*slots, *of_roles)
+        for name in slot.part.options
     }
-    return Known((*seats, *of_roles), table, unclear, short)
+    return Known((*slots, *of_roles), table, unclear, short)
 
 
 def _frame(words: Words) -> list[Option]:
@@ -196,8 +196,8 @@ def _all_moments() -> set[str]:
 def shown(table: Known) -> list[str]:
     """The names under which options are listed: plain ones, and long ones where there is no plain one."""
     roles = tuple(f"{role}_" for role in ROLES)
-    own = [name for (seat, _), name in table.short.items() if seat not in ROLES]
+    own = [name for (slot, _), name in table.short.items() if slot not in ROLES]
     return [
         *own,
-        *(name for name, (seat, _) in table.table.items() if seat is None and not name.startswith(roles)),
+        *(name for name, (slot, _) in table.table.items() if slot is None and not name.startswith(roles)),
     ]

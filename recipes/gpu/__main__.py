@@ -110,11 +110,18 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", type=Path, help="folder or GGUF file of the demo's weights")
     parser.add_argument("--small", action="store_true", help="small shapes, for a machine without a GPU")
+    parser.add_argument(
+        "--methods", default="", help="whose steps are timed: NAME,NAME or all; by default one of each family"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = [name for name in args.parts if name not in shares]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; the parts are {', '.join(shares)}")
+    try:
+        importlib.import_module("lowmem.recipes.gpu.steps").by_gradient(args.methods)
+    except importlib.import_module("lowmem.errors").UserError as error:
+        parser.error(str(error))
     if args.page:
         args.page.write_text(page(), encoding="utf-8")
         return 0

@@ -47,21 +47,35 @@ def peers() -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def contestants(model: Any) -> dict[str, Callable[[], Any]]:
-    """Our methods that step by a gradient, and the peers, in an order that puts what matters first."""
+FIRST = ("adamw_8bit", "adamw", "galore", "adafactor")
+"""Methods that others have too: what matters most comes first."""
+
+
+def by_gradient(words: str) -> list[str]:
+    """Our methods that step by a gradient: those named, all of them, or by default one of each family."""
+    import lowmem
+
+    found = {n: e for n, e in lowmem.available().items() if lowmem.create(n).source.needs_autograd}
+    if words == "all":
+        return [*FIRST, *(name for name in found if name not in FIRST)]
+    if words:
+        return [lowmem.create(name).name for name in words.split(",")]
+    families = {found[name].family for name in FIRST}
+    others = {e.family: name for name, e in reversed(found.items()) if e.family not in families}
+    return [*FIRST, *sorted(others.values())]
+
+
+def contestants(model: Any, names: list[str]) -> dict[str, Callable[[], Any]]:
+    """Our methods and the peers, in an order that puts what matters first."""
     import lowmem
 
     compiles = "on" if next(model.parameters()).is_cuda else "off"  # to compile for a CPU takes minutes
-    first = ["adamw_8bit", "adamw", "galore", "adafactor"]
-    names = [*first, *(name for name in lowmem.available() if name not in first)]
     ours: dict[str, Callable[[], Any]] = {
-        f"lowmem {name}": partial(lowmem.optimizer, model, name, lr=1e-5, compile=compiles)
-        for name in names
-        if lowmem.create(name).source.needs_autograd
+        f"lowmem {name}": partial(lowmem.optimizer, model, name, lr=1e-5, compile=compiles) for name in names
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     others = {name: partial(make, trained) for name, make in peers().items()}
-    leading = {f"lowmem {name}" for name in first}
+    leading = {f"lowmem {name}" for name in FIRST}
     return {k: v for k, v in ours.items() if k in leading} | others | ours
 
 
@@ -70,13 +84,17 @@ def steps(part: Part) -> None:
     device, small = part.args.device, part.args.small
     bandwidth = copy_bandwidth(device, small)
     part.found["copy_bytes_per_second"] = bandwidth
+    names = by_gradient(part.args.methods)
+    for name in by_gradient("all"):
+        if name not in names:
+            part.skip(f"lowmem {name}", "not asked for: see --methods")
     for shape, dtype in (("weights", "bfloat16"), ("adapters", "float32"), ("weights", "float32")):
         model = model_of(llama("small" if small else "1.1B"), device, dtype)
         if shape == "adapters":
             model = adapters(model)
         for p in model.parameters():
             p.grad = p.detach().clone().mul_(0.1) if p.requires_grad else None
-        for name, make in contestants(model).items():
+        for name, make in contestants(model, names).items():
             if part.late or (small and name.startswith("torchao")):
                 why = "no time left" if part.late else "compiles for minutes on a CPU"
                 part.skip(f"{name}, {shape} {dtype}", why)

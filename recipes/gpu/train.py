@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from .part import Part, llama, milliseconds, model_of
-from .steps import contestants
+from .steps import by_gradient, contestants
 
 
 def train(part: Part) -> None:
@@ -37,7 +37,7 @@ def trained(name: str, device: str, small: bool, batch: int, length: int, count:
     import torch
 
     model = model_of(llama("small" if small else "1.1B"), device, "bfloat16")
-    optimizer = contestants(model)[name]()
+    optimizer = contestants(model, by_gradient("all"))[name]()
     ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
     stepped: list[float] = []
     began, warm = time.perf_counter(), max(1, count // 4)

@@ -18,6 +18,7 @@ from lowmem.strategies import parts
 from lowmem.strategies.method import AXES, ROLES, methods
 from lowmem.strategies.parts import KINDS
 from lowmem.strategies.registry import beside
+from lowmem.training.contract.check import small
 from tests.enrolled import of_kind, on_any_model, unlike
 
 GAP = 4
@@ -81,10 +82,7 @@ def _created(case: Case) -> lowmem.Strategy:
 
 def case(name: str, **changes: Any) -> Case:
     """A method with some options changed; the sizes and gaps of the others are turned down."""
-    words = {key: value for key, value in changes.items() if key in (*AXES, *ROLES)}
-    found = beside(name, **words)
-    small = {key: option.limits.small for key, option in found.items() if option.limits.small is not None}
-    return Case(name, tuple({**small, **changes}.items()), tuple(changes))
+    return Case(name, tuple(small(name, changes).items()), tuple(changes))
 
 
 def part_case(kind: str, name: str, **changes: Any) -> Case:
@@ -172,6 +170,7 @@ def refused(found: list[Case]) -> list[tuple[Case, UserError]]:
     return said
 
 
+@functools.cache
 def choose(width: str) -> list[Case]:
     """As wide as a test needs: methods as they come, with every part, or with every option too."""
     wide = {"plain": plain, "kinds": kinds, "each": each, "changed": lambda: [*each(), *defined(changed())]}

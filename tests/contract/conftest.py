@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain: every method as it comes is enough")
     config.addinivalue_line("markers", "changed: every option changed as well")
     config.addinivalue_line("markers", "kinds: it is the frame that is asked; methods of one make are one")
+    config.addinivalue_line(
+        "markers", "costly: a run for each case; what others of its kind stand for is thorough"
+    )
     config.addinivalue_line("markers", "both: methods as they come in fp32 and bf16, not in turns")
 
 
@@ -42,8 +46,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     both = metafunc.definition.get_closest_marker("both") is not None
     pairs = [(case, dtype) for case in found for dtype in dtypes_of(case, both)]
-    ids = [f"{case}-{str(dtype).removeprefix('torch.')}" for case, dtype in pairs]
-    metafunc.parametrize(("case", "dtype"), pairs, ids=ids)
+    costly = metafunc.definition.get_closest_marker("costly") is not None
+    told = [
+        pytest.param(
+            case,
+            dtype,
+            id=f"{case}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.thorough] if costly and case not in stand_for_others() else [],
+        )
+        for case, dtype in pairs
+    ]
+    metafunc.parametrize(("case", "dtype"), told)
+
+
+@functools.cache
+def stand_for_others() -> frozenset[cases.Case]:
+    """A method of each make, and every part once."""
+    return frozenset(cases.kinds())
 
 
 @pytest.fixture(autouse=True)

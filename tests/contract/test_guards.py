@@ -6,29 +6,15 @@ import pytest
 import torch
 
 from lowmem.training.contract import zoo
-from lowmem.training.contract.check import all_finite, seen
+from lowmem.training.contract.check import all_finite, seen, spoiled
 from tests.contract import runs
 from tests.contract.cases import Case
-
-BAD = [float("nan"), float("inf"), float("-inf")]
 
 
 @pytest.fixture(autouse=True)
 def _by_backward(request: pytest.FixtureRequest) -> None:
     if "case" in request.fixturenames and not request.getfixturevalue("case").by_backward:
         pytest.skip("it does not step by p.grad")
-
-
-def spoiled(model: zoo.Zoo, seed: int) -> dict[str, torch.Tensor]:
-    """Random gradients with one bad element each, NaN and infinities in turn; returns where."""
-    g = torch.Generator().manual_seed(seed)
-    where = {}
-    for i, (name, p) in enumerate(model.named_parameters()):
-        p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
-        where[name] = torch.zeros(p.shape, dtype=torch.bool)
-        where[name].view(-1)[p.numel() // 2] = True
-        p.grad[where[name]] = BAD[i % len(BAD)]
-    return where
 
 
 @pytest.mark.both

@@ -119,6 +119,7 @@ def released(case: Case, model: nn.Module, **options: Any) -> tuple[Any, Any]:
     return pytest.skip("no gradient, nothing to release")
 
 
+@pytest.mark.costly
 @pytest.mark.changed
 def test_stepping_during_backward_is_the_ordinary_step(case: Case, dtype: torch.dtype) -> None:
     model = zoo.build(dtype)
@@ -134,7 +135,7 @@ def test_stepping_during_backward_is_the_ordinary_step(case: Case, dtype: torch.
     assert runs.same(runs.state_of(optimizer), whole.state)
 
 
-@pytest.mark.plain
+@pytest.mark.kinds
 def test_after_removal_the_optimizer_is_ordinary_again(case: Case) -> None:
     model = zoo.build()
     optimizer, handle = released(case, model)
@@ -146,6 +147,7 @@ def test_after_removal_the_optimizer_is_ordinary_again(case: Case) -> None:
     assert runs.same(zoo.weights(model), runs.record(case, torch.float32).weights)
 
 
+@pytest.mark.kinds
 def test_accumulating_micro_batches_is_one_large_batch(case: Case) -> None:
     """4 x 8 tokens and 1 x 32: the mean of the losses is the loss."""
     if not case.by_backward:

@@ -20,6 +20,7 @@ COMPOSED = [
 """Every codec and every writer that the plain cases leave out, once."""
 
 
+@pytest.mark.costly
 @pytest.mark.plain
 def test_kernels_trace_into_one_graph(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

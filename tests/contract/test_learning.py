@@ -16,16 +16,19 @@ RATES = (1e-2, 1e-3, 0.3)
 
 
 def test_the_loss_falls(case: Case, dtype: torch.dtype) -> None:
-    before = zoo.evaluate(zoo.build(dtype))
-    assert any(after(case, dtype, lr) < (0.75 if case.by_backward else 0.97) * before for lr in RATES)
+    wanted = (0.75 if case.by_backward else 0.97) * zoo.evaluate(zoo.build(dtype))
+    assert any(falls_to(wanted, case, dtype, lr) for lr in RATES)
 
 
-def after(case: Case, dtype: torch.dtype, lr: float) -> float:
+def falls_to(wanted: float, case: Case, dtype: torch.dtype, lr: float) -> bool:
+    """Within so many steps; looked at now and then, as most are there soon."""
     model = zoo.build(dtype)
     optimizer = case.optimizer(model, lr=lr)
     for step in range(STEPS):
         runs.advance(optimizer, model, step, size=32)
-    return zoo.evaluate(model)
+        if step % 5 == 4 and zoo.evaluate(model) < wanted:
+            return True
+    return False
 
 
 def first_move(case: Case, **hyper: object) -> dict[str, torch.Tensor]:

@@ -20,11 +20,17 @@ from tests.contract import runs
 from tests.contract.cases import Case
 
 
+def places(case: Case) -> tuple[int, ...]:
+    """All for a method as it comes; one, by turns, for one with an option changed."""
+    return (runs.SAVED[sum(map(ord, str(case))) % len(runs.SAVED)],) if case.varied else runs.SAVED
+
+
 @pytest.mark.both
 @pytest.mark.changed
 def test_resume_through_a_file_is_exact(case: Case, dtype: torch.dtype) -> None:
     whole = runs.record(case, dtype)
-    for at, (model_file, optimizer_file) in whole.saved.items():
+    for at in places(case):
+        model_file, optimizer_file = whole.saved[at]
         optimizer, model = runs.finish(case, dtype, model_file, runs.from_file(optimizer_file), at)
         assert runs.same(zoo.weights(model), whole.weights), at
         assert runs.same(runs.state_of(optimizer), whole.state), at

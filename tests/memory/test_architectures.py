@@ -118,9 +118,9 @@ def test_a_decoder_made_of_an_encoder_is_planned():
     assert plan(config, "adamw", batch_size=1, seq_len=32, advise=False).plans[0].state_bytes > 0
 
 
-@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
-def test_a_walk_through_the_tokens_is_refused_at_once(kind):
-    config = CONFIG_MAPPING[kind](hidden_size=32, num_hidden_layers=24)
+@pytest.mark.parametrize(("kind", "layers"), [("mamba", 24), ("mamba", 2), ("rwkv", 24)])
+def test_a_walk_through_the_tokens_is_refused_at_once(kind, layers):
+    config = CONFIG_MAPPING[kind](hidden_size=32, num_hidden_layers=layers)
     with pytest.raises(UserError, match="token by token"):
         plan(config, "adamw", seq_len=2048, advise=False)
 

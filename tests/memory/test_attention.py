@@ -10,6 +10,9 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem.memory.run import Run
+from lowmem.memory.trace import kernels
+from lowmem.memory.trace.replica import trace
 from lowmem.models import attention
 from tests.memory import families
 
@@ -190,3 +193,16 @@ def test_a_saved_model_knows_nothing_of_it(tmp_path):
     model.save_pretrained(tmp_path)
     assert attention.PACKED not in (tmp_path / "config.json").read_text()
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("device", "capability"), [("cpu", None), ("cuda", 7.5)])
+def test_a_plan_of_many_texts_in_a_row_looks_at_some_together(device, capability, monkeypatch):
+    config = families.FAMILIES["llama"]()
+
+    def sizes(pieces, rows):
+        monkeypatch.setattr(kernels, "PIECES", pieces)
+        run = Run(batch_size=rows, seq_len=16, rows="packed", device=device, compute_capability=capability)
+        return {name: moment.total for name, moment in trace(config, run).moments.items()}
+
+    assert sizes(4, 9) == sizes(100, 9)
+    assert sizes(4, 8192)["forward"] > 0  # one by one, that is more than a trace may ask of a layer

@@ -54,6 +54,9 @@ CHANGED: dict[str, dict[str, Any]] = {
     "device": {"device": "cpu"},
     "compute_capability": {"compute_capability": 7.5},
     "workspace": {"workspace": 1 << 20},
+    "ranks": {"ranks": 3},
+    "shard": {"ranks": 2, "shard": "none"},
+    "per_node": {"ranks": 4, "per_node": 2},
 }
 
 

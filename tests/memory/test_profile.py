@@ -18,7 +18,7 @@ from lowmem.memory.measure.profile import Profiler, profile
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors.groups import param_groups
 from lowmem.report.profile import errors
-from tests.enrolled import on_any_model, unlike
+from tests.enrolled import by_turns, on_any_model, unlike
 
 VOCAB = 131
 WITH_GRADIENTS = [name for name in unlike() if lowmem.create(name).source.needs_autograd]
@@ -98,7 +98,7 @@ def test_categories_sum_to_the_peak_and_state_is_exact(name: str | None) -> None
         assert measured["state_bytes"] == 2 * sum(p.numel() * 4 for p in loop.model.parameters()) + 4 * count
 
 
-@pytest.mark.parametrize("name", [None, *WITH_GRADIENTS])
+@pytest.mark.parametrize("name", [None, *by_turns(WITH_GRADIENTS)])
 def test_peak_equals_that_of_torch_s_tracker(name: str | None) -> None:
     ours, theirs = Loop(name), Loop(name)
     if not all(p.requires_grad for p in theirs.model.parameters()):

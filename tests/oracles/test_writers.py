@@ -13,7 +13,7 @@ WRITERS = {
     "nearest": writers.Nearest(),
     "stochastic": writers.Stochastic(),
     "kahan": writers.Kahan(),
-    "split": writers.Split(),
+    "split": writers.Halves(),
 }
 
 HALF = [torch.bfloat16, torch.float16]

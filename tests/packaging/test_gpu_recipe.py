@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_every_method_with_a_step_is_measured_or_named(document: dict) -> None:
     import lowmem
 
     steps = document["parts"]["steps"]
-    told = {row["name"] for row in steps["rows"]} | {line.split(",")[0] for line in steps["left_out"]}
+    told = {row["name"] for row in steps["rows"]} | {re.split("[,:]", line)[0] for line in steps["left_out"]}
     wanted = {f"lowmem {n}" for n in lowmem.available() if lowmem.create(n).source.needs_autograd}
     assert wanted <= told
     assert {"torch AdamW fused", "torchao AdamW8bit"} <= told
@@ -67,6 +68,12 @@ def test_a_part_that_is_none_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "unknown part 'speed'" in done.stderr
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_a_method_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path / "gpu.json", "--methods", "galore,adamm")
+    assert done.returncode == 2
+    assert "unknown strategy 'adamm'" in done.stderr
 
 
 def test_the_page_is_what_the_kept_documents_say(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.source import Query
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 from lowmem.sources.mixed import Mixed
 from tests.sources.tiny import Vector, drawn
 
@@ -30,7 +30,7 @@ def shares(t: int) -> tuple[float, ...]:
 
 
 def noise(t: int, part: tuple[int, ...], like: Tensor) -> Tensor:
-    z = Direction("gaussian", (0, t, 0, 0, *part))
+    z = Perturbation("gaussian", (0, t, 0, 0, *part))
     return z.draw("weight", like, 0, like.numel()).view(like.shape).double()
 
 

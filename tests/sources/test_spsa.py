@@ -16,7 +16,7 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.trace.tracker import Tracker
 from lowmem.optim.source import Query
-from lowmem.sources.directions import Direction
+from lowmem.sources.directions import Perturbation
 from lowmem.sources.spsa import SPSA, Slope
 
 W = torch.empty(0)
@@ -239,7 +239,7 @@ def test_without_a_model_and_with_weights_outside_of_it_all_is_displaced() -> No
         found.append(SPSA().backward(params, loss_fn, model=owner, query=Query(0, 0))[1][0].c)
     assert found[0] == pytest.approx(found[1], rel=1e-12)
     without = SPSA().backward(params, lambda: loss_of(model), model=model, query=Query(0, 0))[1][0].c
-    z = Direction("gaussian", (0, 0, 0, 0)).draw("extra", W, 0, 3)
+    z = Perturbation("gaussian", (0, 0, 0, 0)).draw("extra", W, 0, 3)
     assert found[0] - without == pytest.approx(2 * float(z.sum()), rel=1e-6)
 
 
@@ -312,7 +312,7 @@ def test_a_frozen_weight_is_neither_displaced_nor_stepped() -> None:
 
 @pytest.mark.parametrize("noise", NOISE)
 def test_noise_does_not_depend_on_the_cutting(noise: str) -> None:
-    z = Direction(noise, (3, 1, 4, 1))
+    z = Perturbation(noise, (3, 1, 4, 1))
     whole = z.draw("w", W, 0, 200_000)
     for start, stop in [(0, 1), (5, 4097), (4096, 9000), (65_535, 65_537), (123_456, 199_999)]:
         assert torch.equal(z.draw("w", W, start, stop), whole[start:stop])
@@ -324,7 +324,7 @@ def test_noise_does_not_depend_on_the_cutting(noise: str) -> None:
 
 
 def test_noise_goes_on_past_32_bits() -> None:
-    z, far = Direction("gaussian", (0, 0, 0, 0)), 1 << 32
+    z, far = Perturbation("gaussian", (0, 0, 0, 0)), 1 << 32
     across = z.draw("w", W, far - 3000, far + 3000)
     assert torch.equal(across[3000:], z.draw("w", W, far, far + 3000))
     assert not torch.equal(across[3000:], z.draw("w", W, 0, 3000))
@@ -333,7 +333,7 @@ def test_noise_goes_on_past_32_bits() -> None:
 @pytest.mark.parametrize("noise", NOISE)
 def test_what_is_probed_is_what_is_stepped(noise: str) -> None:
     """Displaced by eps z on both sides, moved by c z: the same z, in any layout."""
-    z = Direction(noise, (0, 2, 0, 0))
+    z = Perturbation(noise, (0, 2, 0, 0))
     w = torch.randn(37, 2048, dtype=torch.float64)
     plus, minus = z.displaced("w", w, 0.5), z.displaced("w", w, -0.5)
     drawn = z.draw("w", W, 0, w.numel()).view(w.shape)
@@ -350,7 +350,7 @@ def test_what_is_probed_is_what_is_stepped(noise: str) -> None:
 def test_a_norm_weight_in_bf16_moves_in_the_mean(noise: str) -> None:
     """Near 1 the spacing is 2^-7: to nearest, a displacement of 1e-3 would be lost altogether."""
     w = torch.ones(1 << 18, dtype=torch.bfloat16)
-    z = Direction(noise, (0, 0, 0, 0))
+    z = Perturbation(noise, (0, 0, 0, 0))
     moved = z.displaced("w", w, 1e-3).float() - z.displaced("w", w, -1e-3).float()
     drawn = z.draw("w", W, 0, w.numel())
     assert float(moved @ drawn / (2e-3 * drawn @ drawn)) == pytest.approx(1.0, abs=0.03)
@@ -360,7 +360,7 @@ def test_a_norm_weight_in_bf16_moves_in_the_mean(noise: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler meets its own
 @pytest.mark.parametrize("noise", NOISE)
 def test_compiled_noise_is_the_eager_one(noise: str) -> None:
-    eager, compiled = (Direction(noise, (0, 0, 0, 0), compile=on) for on in (False, True))
+    eager, compiled = (Perturbation(noise, (0, 0, 0, 0), compile=on) for on in (False, True))
     a, b = (z.draw("w", W, 0, 10_000) for z in (eager, compiled))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert torch.equal(b[4000:9000], compiled.draw("w", W, 4000, 9000))

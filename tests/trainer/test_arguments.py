@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from lowmem.errors import ConfigError, UserError
-from lowmem.optim.writers import Split
+from lowmem.optim.writers import Halves
 from lowmem.training.arguments import LowMemArguments, LowMemSFTConfig, build_strategy
 from lowmem.training.factory import refuse_half
 
@@ -153,7 +153,7 @@ def test_a_pickled_config_is_found_again(tmp_path):
 
 
 def test_writer_reaches_the_strategy():
-    assert build_strategy("adamw", "writer=split").writer == Split()
+    assert build_strategy("adamw", "writer=split").writer == Halves()
 
 
 def test_weights_in_float16_are_refused_before_the_scaler_does():

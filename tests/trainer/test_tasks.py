@@ -20,7 +20,7 @@ from lowmem.errors import ConfigError, UserError
 from lowmem.models.quiet import quiet
 from lowmem.models.scoring import with_score
 from lowmem.training import arguments, tasks
-from tests.enrolled import unlike
+from tests.enrolled import by_turns, unlike
 
 recipe = importlib.import_module("lowmem.recipes.finetune")
 FIRST_ORDER = [name for name in unlike() if lowmem.create(name).source.needs_autograd]
@@ -154,7 +154,7 @@ def test_adamw_is_trls_own_with_torchs_adamw(place: Path, tmp_path: Path) -> Non
     assert moved > 1e-2
 
 
-@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.parametrize("name", by_turns(FIRST_ORDER))
 def test_every_first_order_strategy_moves_the_weights(name: str, place: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     before = {key: value.clone() for key, value in model.named_parameters()}

@@ -14,7 +14,7 @@ from lowmem.memory.count import model_state_bytes
 from lowmem.strategies import parse_options
 from lowmem.training.arguments import LowMemArguments
 from lowmem.training.trainer import _engine_problems
-from tests.enrolled import FIRST, unlike
+from tests.enrolled import FIRST, STAND_FOR_OTHERS, by_turns, unlike
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
 
@@ -31,8 +31,14 @@ IN_BF16 = [
     ("galore", "rank=4,update_proj_gap=5,states=int8"),
     ("microadam", ""),
 ]
-IN_BF16 += [  # those without gradients have tests of their own
-    (name, "") for name in unlike() if name not in dict(IN_BF16) and create(name).source.needs_autograd
+OTHERS = [  # those without gradients have tests of their own
+    name for name in unlike() if name not in dict(IN_BF16) and create(name).source.needs_autograd
+]
+IN_BF16 += [(name, "") for name in OTHERS if name in STAND_FOR_OTHERS]
+THOROUGH = [
+    pytest.param(name, "", "bfloat16", marks=pytest.mark.thorough)
+    for name in OTHERS
+    if name not in STAND_FOR_OTHERS
 ]
 
 
@@ -57,7 +63,7 @@ def test_elements_that_are_not_stepped_are_logged(tmp_path):
 
 @pytest.mark.parametrize(
     ("optim", "text", "weights_in"),
-    [*((*run, "float32") for run in RESUMED.items()), *((*run, "bfloat16") for run in IN_BF16)],
+    [*((*run, "float32") for run in RESUMED.items()), *((*run, "bfloat16") for run in IN_BF16), *THOROUGH],
 )
 def test_resume_is_bit_exact(tmp_path, optim, text, weights_in, coded):
     def run(folder, resume=None, seed=0):
@@ -260,7 +266,7 @@ def test_lora_holds_state_for_adapters_only_and_resumes(tmp_path, optim):
     assert_equal(weights(whole), weights(run(resume=True)))
 
 
-@pytest.mark.parametrize("optim", unlike())
+@pytest.mark.parametrize("optim", by_turns(unlike()))
 def test_every_kind_of_strategy_trains_lora_with_adapters_alone_in_its_state(tmp_path, optim):
     made = trainer(tmp_path, model=lora(), optim=optim, max_steps=2, warmup_steps=0)
     before = weights(made)

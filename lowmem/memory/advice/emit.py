@@ -1,7 +1,8 @@
 """From a plan to the run: the configuration that `lowmem finetune --config FILE` takes as it is.
 
-Every option of a plan is carried over, or describes the card or the data and not the run, or is one
-that finetune does not do, and then refused by name: none is dropped.
+For several cards there is a second file, by which `accelerate launch` starts them. Every option of a plan is
+carried over, or describes the card or the data and not the run, or is one that finetune does not do, and
+then refused by name: none is dropped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ SAME = (
     "adapter_args", "quantize", "compile", "steps",
 )  # fmt: skip
 """Options with the same name and meaning on both sides."""
+LAUNCHED = ("ranks", "shard", "per_node")
+"""Options that the second file carries."""
 TRANSLATED = ("rows", "max_grad_norm", "autocast", "autocast_dtype")
 BESIDE = (
     "longest", "typical", "loss", "label_tokens", "device", "compute_capability", "workspace",
@@ -89,4 +92,56 @@ def known() -> set[str]:
     >>> known() == {f.name for f in fields(Run)}
     True
     """
-    return {*SAME, *TRANSLATED, *BESIDE, *NOT_DONE}
+    return {*SAME, *TRANSLATED, *BESIDE, *NOT_DONE, *LAUNCHED}
+
+
+def accelerate(run: Run) -> dict[str, Any]:
+    """The settings of `accelerate launch --config_file` for a run on several cards.
+
+    Args:
+        run: of the plan.
+
+    Raises:
+        UserError: processes on a CPU, which accelerate does not shard between.
+
+    Example:
+        >>> accelerate(Run(ranks=16, per_node=8))["num_machines"]
+        2
+    """
+    if run.sharded and run.device == "cpu":
+        raise UserError("cannot emit a sharded run on the CPU: accelerate shards between cards only")
+    one = {"FSDP": run.sharded, "MULTI_CPU": run.device == "cpu", "MULTI_GPU": True}
+    settings: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": next(kind for kind, right in one.items() if right),
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": "no",  # the run's own file says it; here it would make fp32 copies of bf16 weights
+        "num_machines": run.ranks // (run.per_node or run.ranks),
+        "num_processes": run.ranks,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": run.device == "cpu",
+    }
+    if run.sharded:
+        settings["fsdp_config"] = {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_offload_params": False,
+            "fsdp_reshard_after_forward": True,
+            "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        }
+    return settings
+
+
+def launch(run: Run, file: str, settings: str) -> str:
+    """The command that starts the run on all cards.
+
+    Args:
+        run: of the plan; file: of its configuration; settings: of accelerate's.
+    """
+    several = run.ranks > (run.per_node or run.ranks)
+    where = "--machine_rank K --main_process_ip HOST --main_process_port 29500 " if several else ""
+    return f"accelerate launch --config_file {settings} {where}-m lowmem finetune --config {file}"

@@ -161,6 +161,7 @@ class _Finder:
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
             changes += [{"lora_rank": RANK}, {"lora_rank": RANK, "quantize": "nf4"}]
+            changes = changes[:2] if gather.make_run(self.decided).sharded else changes
         for change in changes:
             run = gather.make_run({**self.decided, **change})
             if full and run.adapts:

@@ -79,11 +79,33 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
         found.append(
             "NF4 weights, of which the scales are trained, in fp32; embeddings, head and norms frozen"
         )
+    if run.ranks > 1:
+        found.append(_over_ranks(run))
     if run.device == "cuda":
         found.append(
             "reserved and device are simulations of the caching allocator, not yet measured on a GPU"
         )
     return (*found, *(limit.notes if limit else ()))
+
+
+def _over_ranks(run: Run) -> str:
+    """What is on each card."""
+    if not run.sharded:
+        return (
+            f"each of {run.ranks} cards holds all weights, gradients and state, and a copy of the gradients "
+            "in DDP's buckets; batch_size is that of one card"
+        )
+    held = "the frozen model and the adapters" if run.adapts else "weights, gradients and state"
+    micro = (
+        "; between micro-batches gradients stay whole, as the Trainer leaves them"
+        if run.accumulation > 1
+        else ""
+    )
+    return (
+        f"the first of {run.ranks} ranks under FSDP2, which has most: rows of {held}, padded to equal "
+        "chunks; layers and embedding are gathered in turn, norm and head are whole from forward to the end "
+        f"of backward{micro}; batch_size is that of one card; buffers of NCCL are not counted"
+    )
 
 
 def _adapters(run: Run) -> str:

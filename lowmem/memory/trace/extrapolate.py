@@ -17,7 +17,7 @@ from typing import Any
 
 from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
-from lowmem.memory.trace.replica import Trace, evaluation, trace
+from lowmem.memory.trace.replica import Trace, evaluation, on_rank, trace
 from lowmem.memory.trace.tracker import Moment
 from lowmem.memory.trace.windows import Parameter
 from lowmem.models.entries import parameter_count, skeleton
@@ -138,6 +138,9 @@ class _Key:
 
 @functools.lru_cache(maxsize=64)
 def _remembered(key: _Key) -> Trace:
+    if key.run.ranks > 1:
+        alone = replace(key.run, ranks=1, shard="full", per_node=None)
+        return on_rank(remembered(key.config, alone, key.strategy), key.run)
     return trace(key.config, key.run, key.strategy)
 
 
@@ -174,7 +177,5 @@ def _deepen(parameters: tuple[Parameter, ...], depth: int, repeat: int) -> tuple
             found.append(p)
         elif int(match[0]) < repeat:
             numbers = range(int(match[0]), depth, repeat)
-            found += [
-                Parameter(_LAYER.sub(str(i), p.name, count=1), p.shape, p.dtype, p.role) for i in numbers
-            ]
+            found += [replace(p, name=_LAYER.sub(str(i), p.name, count=1)) for i in numbers]
     return tuple(found)

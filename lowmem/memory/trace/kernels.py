@@ -4,7 +4,8 @@ Transformers and torch look at the device in a few places. A plan for a CUDA dev
 tensors (fake CUDA tensors abort the process in backward on a build without CUDA), so for its duration:
 
 * attention calls the fused CUDA operators by name; their shape and gradient formulas need no device;
-* in packed rows each text attends by itself, on either device; how long it is makes no difference;
+* in packed rows each text attends by itself, on either device; how long it is makes no difference, and of
+  very many some are looked at together;
 * dropout is `native_dropout` (a byte per element), not a full-precision mask;
 * softmax of float16 scores reads them as they are, and what its CUDA kernels allocate inside is allocated;
 * the search for packed sequences, which reads values, is answered "none": the real run finds none and skips
@@ -17,7 +18,6 @@ Everything is put back on exit. Nothing here knows a model.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.models.attention import by_example, sdpa
-from lowmem.sources.directions import Direction
+from lowmem.models.attention import Attention, by_example, sdpa
+from lowmem.sources.directions import Perturbation
 
 EXAMPLES = "lowmem_examples"
 _SOFTMAX = torch.nn.functional.softmax
+PIECES = 32
+"""Of the texts of packed rows that a trace looks at one by one, or some together."""
 AMPERE = 8.0
 """Compute capability from which on there are flash attention and bf16 arithmetic."""
 
@@ -140,11 +142,24 @@ def _softmax(
 def fused_noise() -> Iterator[None]:
     """Displaced copies of zeroth-order sources are written by one compiled kernel, without scratch."""
 
-    def displaced(self: Direction, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
+    def displaced(self: Perturbation, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
         return torch.empty_like(w)
 
-    with patch.object(Direction, "displaced", displaced):
+    with patch.object(Perturbation, "displaced", displaced):
         yield
+
+
+def _alike(length: int) -> Attention:
+    """An attention over texts of one length that lie end to end: as many operations for all as for one."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        cut = (torch.unflatten(x, 2, (-1, length)).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out, weights = sdpa(module, *cut, mask, **kwargs)
+        return out.flatten(0, 1).unsqueeze(0), weights
+
+    return attention
 
 
 @contextmanager
@@ -157,9 +172,12 @@ def registered(device: str, lengths: list[int]) -> Iterator[None]:
     """
     from transformers import AttentionInterface
 
-    # a partial is not `sdpa` itself, which would compute in fp32 on the CPU tensors of the trace
-    attend = sdpa if device == "cpu" else functools.partial(sdpa)
-    AttentionInterface.register(EXAMPLES, by_example(attend, lengths))
+    attend = by_example(sdpa, lengths, widens=device == "cpu")
+    if len(lengths) > PIECES and len(set(lengths)) == 1:
+        count = -(-len(lengths) // PIECES)
+        pieces = [min(count, len(lengths) - i) * lengths[0] for i in range(0, len(lengths), count)]
+        attend = by_example(_alike(lengths[0]), pieces, widens=device == "cpu")
+    AttentionInterface.register(EXAMPLES, attend)
     try:
         yield
     finally:

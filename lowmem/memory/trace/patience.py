@@ -19,8 +19,10 @@ from torch.overrides import TorchFunctionMode
 from lowmem.errors import UserError
 from lowmem.memory.trace import trainable
 
-OPERATIONS, FIRST = 60_000, 500
-"""Of a forward pass, shared evenly by its layers; and before any layer. Deep transformers take 10,000."""
+OPERATIONS, LAYER, FIRST = 60_000, 1_500, 500
+"""Of a forward pass, shared evenly by its layers; of one layer, however few there are; and before any layer.
+Deep transformers take 10,000 in all, a layer that goes by chunks of the text some 700 for 2,048 tokens.
+"""
 SLOW = 600
 """Operations of a first layer from which on a plan takes long enough to say so."""
 
@@ -46,11 +48,12 @@ class Patience(TorchFunctionMode):
         self.kind = str(getattr(model.config, "model_type", type(model).__name__))
         self.done = self.operations = self.before = 0
         self.begun = False
+        self.share = min(LAYER, OPERATIONS / max(1, len(self.layers)))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.begun and self.done < len(self.layers):
             self.operations += 1
-            if self.operations > FIRST + OPERATIONS * (self.done + 1) / len(self.layers):
+            if self.operations > FIRST + self.share * (self.done + 1):
                 raise UserError(
                     "its layers walk through the text token by token, which takes minutes without their own "
                     "CUDA kernels and says nothing about these (a short sequence can be planned)"

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory.run import Run
-from lowmem.memory.trace import kernels, trainable
+from lowmem.memory.trace import kernels, ranks, trainable
 from lowmem.memory.trace.offload import offloaded
 from lowmem.memory.trace.patience import Patience, refusing
+from lowmem.memory.trace.ranks import Units
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.optim.source import Query, Source
@@ -51,8 +52,9 @@ class Trace:
         releases: live bytes when each parameter's step runs inside backward (gradient release), by name.
         parameters: the trainable ones.
         total_parameters: all of them, logical elements (a packed 4-bit weight counts what it stands for).
-        tracker: the stream of births and deaths, for the allocator and the timeline; None if extrapolated.
         layers: depth.
+        tracker: the stream of births and deaths, for the allocator and the timeline; None if extrapolated.
+        units: the parameters as ranks gather them; None if extrapolated.
     """
 
     moments: Mapping[str, Moment]
@@ -61,6 +63,7 @@ class Trace:
     total_parameters: int
     layers: int
     tracker: Tracker | None = None
+    units: Units | None = None
 
 
 def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
@@ -84,13 +87,31 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
             releases = _step(model, batch, run, tracker)
         else:
             releases = _probe(model, batch, run, tracker, strategy.source)
-        total = trainable.count_parameters(model)
+        total, units = trainable.count_parameters(model), ranks.units(model)
         tracker.stop()
-    found = tracker.at([at for at, _ in releases])
-    named = {
-        name: Moment("release step", m.bytes, m.at) for (_, name), m in zip(releases, found, strict=True)
-    }
-    return Trace(tracker.moments(), named, parameters, total, trainable.depth(config), tracker)
+    named = _released(tracker, {name: at for at, name in releases})
+    return Trace(tracker.moments(), named, parameters, total, trainable.depth(config), tracker, units)
+
+
+def _released(tracker: Tracker, places: Mapping[str, int]) -> dict[str, Moment]:
+    found = tracker.at(list(places.values()))
+    return {name: Moment("release step", m.bytes, m.at) for name, m in zip(places, found, strict=True)}
+
+
+def on_rank(found: Trace, run: Run) -> Trace:
+    """What the first of several ranks holds of a step.
+
+    Args:
+        found: the trace of one card, with its stream; run: with its ranks.
+    """
+    if found.tracker is None or found.units is None:
+        raise ValueError("what a rank holds follows from a full trace")
+    tracker, places = ranks.held(found.tracker, found.units, run)
+    released = _released(tracker, {name: places[m.at] for name, m in found.releases.items()})
+    parameters = ranks.sharded(found.parameters, run.ranks) if run.sharded else found.parameters
+    return replace(
+        found, moments=tracker.moments(), releases=released, parameters=parameters, tracker=tracker
+    )
 
 
 def evaluation(config: Any, run: Run) -> Moment:
@@ -108,6 +129,8 @@ def evaluation(config: Any, run: Run) -> Moment:
         with tracker, kernels.scratch(run.device), torch.no_grad():
             tracker.enter(EVALUATION)
             _loss(model, batch, run)
+        if run.ranks > 1:
+            tracker, _ = ranks.held(tracker, ranks.units(model), run)
         tracker.stop()
     return tracker.moments()[EVALUATION]
 
@@ -127,6 +150,7 @@ def _ready(config: Any, run: Run, tracker: Tracker) -> Iterator[tuple[nn.Module,
             model = trainable.build(config, run, mode)
         batch = _batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
+        tracker.share(model.parameters())
         tracker.register(batch.values(), "activations")
         library = torch.empty(run.library, dtype=torch.uint8)  # cuBLAS keeps it from its first product on
         tracker.register([library], "workspace")
@@ -216,6 +240,7 @@ def _on_gradient(
         if p.grad is None:
             return
         tracker.claim(p.grad, "gradients")
+        tracker.share([p.grad])
         if run.gradient_release and last[0]:
             releases.append((len(tracker.stream), name))
             p.grad = None

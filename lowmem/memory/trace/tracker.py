@@ -78,6 +78,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.categories: list[str] = []
         self.stream: list[int] = []  # id + 1 at a birth, -(id + 1) at a death
         self.phases: list[tuple[int, str]] = []
+        self.rows: dict[int, tuple[int, int]] = {}  # rows that ranks may share, and the bytes of one
         self.live = 0
         self._category = "activations"
         self._ids: dict[int, int] = {}
@@ -104,6 +105,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             index = self._see(storage)
             if index is not None:
                 self.categories[index] = category
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Note that ranks may share the rows of these."""
+        for tensor in tensors:
+            rows = tensor.shape[0] if tensor.dim() else 1
+            for storage in storages(tensor):
+                if (index := self._see(storage)) is not None:
+                    self.rows[index] = rows, tensor.numel() // rows * tensor.element_size()
 
     def claim_range(self, start: int, category: str) -> None:
         """Say what every storage born since stream position `start` is."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 
 MOST = 64
@@ -21,12 +22,16 @@ FAR = 20_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`."""
+    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`.
+
+    `shard`: the rows of it that are held where ranks share them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     role: str
+    shard: Shard | None = None
 
 
 def special(strategy: Strategy) -> Strategy | None:
@@ -36,7 +41,7 @@ def special(strategy: Strategy) -> Strategy | None:
 
 def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[Mapping[str, str]]:
     """The rule of each parameter by name, for every window of the schedule that may differ."""
-    ordinary = {p.name: strategy.rule_name(p.role, p.shape) for p in parameters}
+    ordinary = {p.name: strategy.rule_name(p.role, p.shape, p.shard) for p in parameters}
     steps = [0, *(s for s in range(1, FAR) if strategy.schedule.switches(s))][:MOST]
     for step in steps:
         yield strategy.rules_at(ordinary, step, 0)

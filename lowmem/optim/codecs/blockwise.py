@@ -7,7 +7,7 @@ independent choices. Block-wise codecs cut the last dimension, a multiple of
 their grain; the frame pads the tail, so any size and shape can be held, and
 never changes dtype silently.
 
-    Dense        fp32, or bf16 written with stochastic rounding
+    Floats        fp32, or bf16 written with stochastic rounding
     Blockwise    8 or 4 bits of the dynamic map, one fp32 scale for each block
     Companded    8 bits, softsign for signed moments, square root for the rest
 
@@ -33,12 +33,11 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.codecs.dynamic import dynamic_tables
 from lowmem.optim.engine import noise
+from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import ChunkHyper
 from lowmem.optim.terms.state import State
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
-TINY = torch.finfo(torch.float32).tiny
-
 LEAST_ROOT, LARGEST_ROOT = 2.0**-55, (2.0 - 2.0**-7) * 2.0**63
 """Scales of roots that bf16 has, and fp32 their squares: of one 255th of the least, and of the largest."""
 
@@ -75,7 +74,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class Dense:
+class Floats:
     """A moment held as it is: 4 bytes (fp32) or 2 bytes (bf16) for each element.
 
     Args:
@@ -308,7 +307,7 @@ def codec(states: str, *, signed: bool, stream: str) -> Codec:
     if states not in STATES:
         raise UserError(f"unknown states {states!r}; {nearest(states, STATES)}")
     if states in ("fp32", "bf16"):
-        return Dense(stream=stream) if states == "fp32" else Dense(torch.bfloat16, stream, signed)
+        return Floats(stream=stream) if states == "fp32" else Floats(torch.bfloat16, stream, signed)
     if states == "companded8":
         return Companded(signed)
     return Blockwise(8 if states == "int8" else 4, signed)

@@ -24,11 +24,9 @@ from torch import Tensor
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.shards import whole
+from lowmem.optim.terms.fp32 import LARGEST_MEAN, TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
-
-TINY = torch.finfo(torch.float32).tiny
-LARGEST = torch.finfo(torch.float32).max / 2  # means of columns may be rounded up
 
 
 class Factored(Protocol):
@@ -82,7 +80,7 @@ class RowCol:
 
     def sound(self, new: State, hp: Hyper) -> Tensor:
         """Every element reaches a mean of its row: their mean tells of NaN, Inf and squares beyond fp32."""
-        return hp.total(self._mean(new, hp)) <= LARGEST
+        return hp.total(self._mean(new, hp)) <= LARGEST_MEAN
 
     def average_(self, s: State, new: State, rate: Tensor, ok: Tensor) -> None:
         """The mean of an average is the average of the means."""

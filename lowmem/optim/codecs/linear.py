@@ -13,10 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import ChunkHyper
 from lowmem.optim.terms.state import State
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
-from lowmem.optim.codecs.factored import TINY
 from lowmem.optim.engine.cutting import walk
+from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
 

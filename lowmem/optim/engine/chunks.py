@@ -34,7 +34,7 @@ from lowmem.optim.engine.cutting import LADDER, Span, sizes, walk
 from lowmem.optim.engine.finite import all_finite
 from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
-from lowmem.optim.engine.run import Run
+from lowmem.optim.engine.run import Pass
 from lowmem.optim.engine.together import Together
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
@@ -108,7 +108,7 @@ class Chunks:
             _age(s, 1)
         if rule.measures:
             speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
-        run = Run(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
+        run = Pass(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
         self._walk(run.step_weight, rule, p, g)
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
@@ -136,7 +136,7 @@ class Chunks:
         if table is None:
             _age(s, 1 if guard == "found" else ok)
         asks: Asks = "both" if rule.measures else "step"
-        run = Run(self, rule, None, s, {}, hp, hp.rates(), ok, guard, asks, table)
+        run = Pass(self, rule, None, s, {}, hp, hp.rates(), ok, guard, asks, table)
         for start, length, size in cuts:
             run.step_low(flat if length == flat.numel() else flat[start : start + length], start, size)
         if rule.measures:
@@ -160,7 +160,7 @@ class Chunks:
         speeds = rates(hp, direction, _precision(p))
         if rule is not None and rule.measures:
             speeds = self._measured(rule, p, direction.blocks, s, hp, speeds, ok, guard)
-        run = Run(self, rule, writer, s, extra, hp, speeds, ok, guard)
+        run = Pass(self, rule, writer, s, extra, hp, speeds, ok, guard)
         self._walk(run.step_weight, rule, p, direction.blocks)
 
     def _measured(
@@ -175,7 +175,7 @@ class Chunks:
         guard: Guard,
     ) -> Tensor:
         """lr and decay, lr times the factor that takes a pass over the tensor to find."""
-        run = Run(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
+        run = Pass(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
         self._walk(run.measure, rule, p, g)
         return torch.stack((rates[0] * rule.factor_(s, ok, hp), rates[1]))
 

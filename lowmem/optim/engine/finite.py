@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowmem.optim.engine.kernels import LARGEST
+from lowmem.optim.terms.fp32 import LARGEST
 from lowmem.optim.terms.hyper import Hyper
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.compiling import Kernel
+from lowmem.optim.terms.fp32 import LARGEST
 from lowmem.optim.terms.hyper import ChunkHyper
 from lowmem.optim.writers import Writer
 
-LARGEST = torch.finfo(torch.float32).max
 ROOT = 1e18
 """Gradient elements beyond it count as this: rules square them, and average what they have squared."""
 

@@ -19,22 +19,24 @@ from lowmem.optim.terms.state import State
 from lowmem.optim.writers import Writer
 
 
-class Frame(Protocol):
-    """Whose kernels run; see `Chunks`."""
+class Kernels(Protocol):
+    """Who makes kernels, and keeps what they are given again and again; see `Chunks`."""
 
     def compiles(self, rule: Pointwise | None) -> bool: ...
 
     def counter(self, device: torch.device) -> Tensor: ...
 
+    def true(self, device: torch.device) -> Tensor: ...
+
     def grid(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]: ...
 
     def kernel(
         self, rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], w: Tensor, g: Tensor,
-        live: bool, guard: Guard, asks: Asks, counts: bool,
+        live: bool, guard: Guard, asks: Asks, counts: bool, together: bool = False,
     ) -> Kernel: ...  # fmt: skip
 
 
-class Run:
+class Pass:
     """One tensor's pass through the frame: what is the same for all of its chunks.
 
     Args:
@@ -46,7 +48,7 @@ class Run:
     """
 
     def __init__(
-        self, frame: Frame, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
+        self, frame: Kernels, rule: Pointwise | None, writer: Writer | None, s: State, extra: State,
         hp: Hyper, rates: Tensor, ok: Tensor, guard: Guard, asks: Asks = "step",
         table: Tensor | None = None,
     ) -> None:  # fmt: skip
@@ -90,7 +92,7 @@ class Run:
         low.copy_(padded[: low.numel()])
 
     def _launch(self, w: Tensor, g: Tensor, start: int, length: int) -> None:
-        """Run the kernel on flat elements, of which the first `length` are the tensor's from `start` on."""
+        """Pass the kernel on flat elements, of which the first `length` are the tensor's from `start` on."""
         size = g.shape[0]
         width = self.layout.width(size)
         shaped = g.view(-1, width)

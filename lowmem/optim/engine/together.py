@@ -12,17 +12,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import Pointwise
-from lowmem.optim.engine.compiling import Kernel
 from lowmem.optim.engine.cutting import sizes
-from lowmem.optim.engine.kernels import Asks, Guard
 from lowmem.optim.engine.layout import ROW
+from lowmem.optim.engine.run import Kernels
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
 from lowmem.optim.writers import Writer
@@ -31,21 +29,6 @@ ELEMENTS = {True: 1 << 21, False: 1 << 20}
 """Of all that step together, at most, compiled or not: copies and temporaries fit the workspace of a step."""
 TENSORS = 512
 """That step together, at most."""
-
-
-class Frame(Protocol):
-    """Whose kernels run; see `Chunks`."""
-
-    def compiles(self, rule: Pointwise | None) -> bool: ...
-
-    def counter(self, device: torch.device) -> Tensor: ...
-
-    def true(self, device: torch.device) -> Tensor: ...
-
-    def kernel(
-        self, rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], w: Tensor, g: Tensor,
-        live: bool, guard: Guard, asks: Asks, counts: bool, together: bool = False,
-    ) -> Kernel: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,7 +100,7 @@ class Group:
 class Together:
     """Those that wait, and the frame that steps them."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Kernels) -> None:
         self.frame = frame
         self.open = False
         self._groups: dict[tuple[Hashable, ...], Group] = {}

@@ -20,10 +20,9 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.projectors.bases import largest, orthonormal, unit
 from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.terms.changes import Change
+from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)

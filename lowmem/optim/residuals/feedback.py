@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.codecs.blockwise import Codec, Dense, codec
+from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import Commit, Residual
 from lowmem.optim.held import HeldMoment, tables
-from lowmem.optim.rules.elementwise.adam import LARGEST as LARGEST_OWED
+from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.split import Split
 from lowmem.optim.terms.state import Constants, State, part, prefixed
@@ -38,7 +38,7 @@ class Feedback(Residual):
         ['error.codes', 'error.scale']
     """
 
-    held: Codec = field(default_factory=lambda: Dense(stream="error"))
+    held: Codec = field(default_factory=lambda: Floats(stream="error"))
     momentum: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"orthonormal"})
 
@@ -73,7 +73,7 @@ class Feedback(Residual):
 
         def rest(old: Tensor, start: int, stop: int) -> Tensor:
             new = split.rest.chunk(start, stop)
-            return torch.where(new.isfinite(), new.clamp(-LARGEST_OWED, LARGEST_OWED), old)
+            return torch.where(new.isfinite(), new.clamp(-LARGEST_MOMENT, LARGEST_MOMENT), old)
 
         refused = None if split.sees else split.rest.map(lambda x: torch.where(x.isfinite(), 0.0, x))
         return refused, lambda: self._owed(s, split.g.shape, split.hp).move_(rest, split.ok)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.codecs.factored import LARGEST
 from lowmem.optim.contract import AnyRule, Commit, Residual, Rule
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.rules.compact.subsets import Subsets
 from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.shards import shard_in, total
+from lowmem.optim.terms.fp32 import LARGEST_MEAN
 from lowmem.optim.terms.split import Split
 from lowmem.optim.terms.state import State, apply_in_place
 
@@ -199,7 +199,7 @@ class SubsetNormed(Residual):
         age = s["age"] + split.ok
         numbers = numbers_of(self.subsets, age, split.hp)
         sums, old = self.subsets.sums(split.g, split.hp), s["exp_avg_sq"]
-        v = torch.where(split.ok & (sums <= LARGEST), old + numbers[0] * (sums - old), old)
+        v = torch.where(split.ok & (sums <= LARGEST_MEAN), old + numbers[0] * (sums - old), old)
 
         def rows(i: int, j: int) -> Tensor:
             return split.lifted.rows(i, j) * split.scale + split.rest.rows(i, j)

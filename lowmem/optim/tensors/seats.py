@@ -143,7 +143,7 @@ class Seat:
 
     rule_name: str
     held: Mapping[str, Tensor]
-    parts: tuple[Part, ...]
+    parts: tuple[Piece, ...]
     shard: Shard | None = None
     way: Way = "rows"
     idle: bool = False
@@ -160,7 +160,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """A tensor that a rule steps as one.
 
     Args:
@@ -207,11 +207,11 @@ def seat(
     shard = place.shard
     way: Way = strategy.way(rule_name, place.role, shard) if shard else "rows"
     if not strategy.slices(rule_name, place.role, p.shape):
-        whole = Part(place.name, None, rule, writer, Held(own | constants), extra)
+        whole = Piece(place.name, None, rule, writer, Held(own | constants), extra)
         return Seat(rule_name, dict(held), (whole,), shard, way, rule.idle)
     first, count = (shard.first, shard.rows) if shard else (0, len(p))
     parts = (
-        Part(
+        Piece(
             f"{place.name}.{first + i}", i, rule, writer,
             Held(stacks.state(own, i) | constants), stacks.flat(extra, i, count),
         )

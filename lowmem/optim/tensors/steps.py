@@ -23,10 +23,10 @@ from lowmem.optim.blocks import Blocks, Dense, Projected, Slice
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.shards import Shard, local, matrix
-from lowmem.optim.tensors.seats import Part, Place, Seat
+from lowmem.optim.tensors.seats import Piece, Place, Seat
 from lowmem.optim.terms.hyper import Hyper, Lookup
 
-Hypers = Callable[[Part, Blocks, Shard | None], Hyper]
+Hypers = Callable[[Piece, Blocks, Shard | None], Hyper]
 """What the rule of a part may know of its step, by the weight and the rows of it that are here."""
 
 
@@ -51,7 +51,7 @@ class Step:
     unsound: list[Tensor] = field(default_factory=list)
     sound: Tensor | None = None
 
-    def hyper(self, part: Part) -> Hyper:
+    def hyper(self, part: Piece) -> Hyper:
         """What the rule of a part may know."""
         shard = self.seat.shard if self.seat.way == "rows" else None
         rows = matrix(shard).shard if shard else None

@@ -41,7 +41,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Frame:
+class Axes:
     """The plotting area with its two scales, and the axes as SVG."""
 
     x: Scale
@@ -56,7 +56,7 @@ def frame(
     right: float,
     height: float = HEIGHT,
     log: bool = False,
-) -> Frame:
+) -> Axes:
     """Axes around the data, with a grid and round ticks.
 
     Args:
@@ -79,7 +79,7 @@ def frame(
     body += [text(x(v), bottom + 18, n, "middle", "tick") for v, n in zip(x_ticks, x_names, strict=True)]
     body.append(text((x.start + x.stop) / 2, bottom + 38, names[0], "middle", "axis"))
     body.append(upright(12, (TOP + bottom) / 2, names[1]))
-    return Frame(x, y, body)
+    return Axes(x, y, body)
 
 
 def _ticks(values: Sequence[float], count: int, log: bool) -> tuple[list[float], list[str]]:

@@ -13,16 +13,16 @@ from lowmem.optim.projectors.drift import Drift
 from lowmem.optim.projectors.grassmann import Track, Walk
 from lowmem.optim.projectors.lazy import Lazy
 from lowmem.optim.projectors.random import Drawn, Switch
-from lowmem.strategies.options import Gap, Limits, Rank, Side
+from lowmem.strategies.axes.projectors import framed
+from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
 
 
-@part("projector")
+@part("projector", first=framed)
 def track(
+    frame: Frame,
+    gap: int,
     *,
-    rank: Rank = 128,
-    update_proj_gap: Gap = 200,
-    proj_type: Side = "std",
     rate: Annotated[float, Limits(above=0.0)] = 1.0,
 ) -> Projector:
     """A subspace that turns, now and then, towards what it misses of a gradient.
@@ -30,15 +30,14 @@ def track(
     Args:
         rate: Radians of a turn where a gradient lies half in the subspace and half beside it.
     """
-    return Orthonormal(Frame(rank, proj_type), Track(rate), update_proj_gap)
+    return Orthonormal(frame, Track(rate), gap)
 
 
-@part("projector")
+@part("projector", first=framed)
 def walk(
+    frame: Frame,
+    gap: int,
     *,
-    rank: Rank = 128,
-    update_proj_gap: Gap = 200,
-    proj_type: Side = "std",
     angle: Annotated[float, Limits(above=0.0, most=math.pi / 2)] = 0.5,
 ) -> Projector:
     """A subspace that turns at random from a leading one.
@@ -46,21 +45,20 @@ def walk(
     Args:
         angle: The largest angle of a turn, in radians.
     """
-    return Orthonormal(Frame(rank, proj_type), Walk(angle), update_proj_gap)
+    return Orthonormal(frame, Walk(angle), gap)
 
 
-@part("projector")
-def jump(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+@part("projector", first=framed)
+def jump(frame: Frame, gap: int) -> Projector:
     """A random subspace that is drawn again in every step and never held."""
-    return Drawn(Frame(rank, proj_type), update_proj_gap)
+    return Drawn(frame, gap)
 
 
-@part("projector")
+@part("projector", first=framed)
 def switch(
+    frame: Frame,
+    gap: int,
     *,
-    rank: Rank = 128,
-    update_proj_gap: Gap = 200,
-    proj_type: Side = "std",
     after: Annotated[int, Limits(least=0, small=4)] = 1000,
 ) -> Projector:
     """The leading subspace at first, random ones later.
@@ -68,15 +66,14 @@ def switch(
     Args:
         after: Steps until subspaces are random.
     """
-    return Orthonormal(Frame(rank, proj_type), Switch(after), update_proj_gap)
+    return Orthonormal(frame, Switch(after), gap)
 
 
-@part("projector")
+@part("projector", first=framed)
 def lazy(
+    frame: Frame,
+    gap: int,
     *,
-    rank: Rank = 128,
-    update_proj_gap: Gap = 200,
-    proj_type: Side = "std",
     threshold: Annotated[float, Limits(above=0.0, most=1.0)] = 0.4,
 ) -> Projector:
     """The leading subspace in 4 bits, replaced less often once it stands still.
@@ -84,15 +81,14 @@ def lazy(
     Args:
         threshold: Mean likeness of subspaces from which the time to the next one doubles.
     """
-    return Lazy(Frame(rank, proj_type), power_iteration, update_proj_gap, threshold)
+    return Lazy(frame, power_iteration, gap, threshold)
 
 
-@part("projector")
+@part("projector", first=framed, update_proj_gap=50)
 def drift(
+    frame: Frame,
+    gap: int,
     *,
-    rank: Rank = 128,
-    update_proj_gap: Gap = 50,
-    proj_type: Side = "std",
     threshold: Annotated[float, Limits(above=0.0, most=1.0)] = 0.5,
     probes: Annotated[int, Limits(least=1)] = 16,
 ) -> Projector:
@@ -103,15 +99,14 @@ def drift(
         threshold: Share of the way of unit gradients that must lie in the subspace.
         probes: Random directions by which that way is measured.
     """
-    return Drift(Frame(rank, proj_type), update_proj_gap=update_proj_gap, threshold=threshold, probes=probes)
+    return Drift(frame, update_proj_gap=gap, threshold=threshold, probes=probes)
 
 
-@part("projector")
+@part("projector", first=framed, rank=16, update_proj_gap=1)
 def blend(
+    frame: Frame,
+    gap: int,
     *,
-    rank: Rank = 16,
-    update_proj_gap: Gap = 1,
-    proj_type: Side = "std",
     rho: Annotated[float, Limits(least=0.0, below=1.0)] = 0.908,
 ) -> Projector:
     """The leading subspace of momentum and gradient, which moves a little at every step.
@@ -119,4 +114,4 @@ def blend(
     Args:
         rho: Share of the momentum.
     """
-    return Blend(Frame(rank, proj_type), update_proj_gap=update_proj_gap, rho=rho)
+    return Blend(frame, update_proj_gap=gap, rho=rho)

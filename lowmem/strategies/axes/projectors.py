@@ -21,16 +21,21 @@ from lowmem.strategies.options import Gap, Limits, Rank, Side, Size, States
 from lowmem.strategies.parts import part
 
 
-@part("projector")
-def power(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+def framed(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> tuple[Frame, int]:
+    """What nearly every subspace is told: how wide it is, when it is looked for anew, and on which side."""
+    return Frame(rank, proj_type), update_proj_gap
+
+
+@part("projector", first=framed)
+def power(frame: Frame, gap: int) -> Projector:
     """The leading subspace, by warm-started power iteration."""
-    return Orthonormal(Frame(rank, proj_type), power_iteration, update_proj_gap)
+    return Orthonormal(frame, power_iteration, gap)
 
 
-@part("projector")
-def svd(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+@part("projector", first=framed)
+def svd(frame: Frame, gap: int) -> Projector:
     """The leading subspace, by an exact singular value decomposition."""
-    return Orthonormal(Frame(rank, proj_type), exact, update_proj_gap)
+    return Orthonormal(frame, exact, gap)
 
 
 @part("projector")
@@ -57,24 +62,23 @@ def randk(
     return Elements(rank, update_proj_gap)
 
 
-@part("projector")
-def random(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+@part("projector", first=framed)
+def random(frame: Frame, gap: int) -> Projector:
     """A random subspace with an orthonormal basis."""
-    return Orthonormal(Frame(rank, proj_type), uniform, update_proj_gap)
+    return Orthonormal(frame, uniform, gap)
 
 
-@part("projector")
-def gaussian(*, rank: Rank = 128, update_proj_gap: Gap = 200, proj_type: Side = "std") -> Projector:
+@part("projector", first=framed)
+def gaussian(frame: Frame, gap: int) -> Projector:
     """A random sketch that is drawn again in every step and never held."""
-    return Gaussian(Frame(rank, proj_type), update_proj_gap)
+    return Gaussian(frame, gap)
 
 
-@part("projector")
+@part("projector", first=framed)
 def dct(
+    frame: Frame,
+    gap: int,
     *,
-    rank: Rank = 128,
-    update_proj_gap: Gap = 200,
-    proj_type: Side = "std",
     norm: Annotated[int, Limits(least=1, most=2)] = 1,
 ) -> Projector:
     """The cosines of which the gradient has most, of one basis for all tensors.
@@ -82,7 +86,7 @@ def dct(
     Args:
         norm: Which norm of a coordinate counts, 1 or 2.
     """
-    return DCT(Frame(rank, proj_type), update_proj_gap, norm)
+    return DCT(frame, gap, norm)
 
 
 @part("projector")

@@ -83,82 +83,68 @@ def spread_spsa(
     return SPSA(eps_perturb, noise, queries, OneSided(spread=True), at_once=at_once)
 
 
-@part("source")
-def low_rank_spsa(
-    *,
-    eps_perturb: Radius = 1e-3,
-    noise: Noise = "gaussian",
-    queries: Count = 1,
-    rank: Count = 2,
-    update_gap: Gap = 50,
-) -> Source:
-    """Two forward passes along a direction of low rank.
+def perturbed(
+    *, eps_perturb: Radius = 1e-3, noise: Noise = "gaussian", queries: Count = 1
+) -> tuple[float, Noise, int]:
+    """What perturbations of some structure share.
 
     Args:
         eps_perturb: Radius of the perturbation for each unit of noise.
-        noise: What the two sides are made of: normal numbers as in the paper, or signs.
+        noise: Normal numbers as in the paper, or signs.
         queries: Directions averaged in each step, two forward passes each.
+    """
+    return eps_perturb, noise, queries
+
+
+@part("source", first=perturbed)
+def low_rank_spsa(eps: float, noise: Noise, queries: int, *, rank: Count = 2, update_gap: Gap = 50) -> Source:
+    """Two forward passes along a direction of low rank.
+
+    Args:
+        noise: What the two sides are made of: normal numbers as in the paper, or signs.
         rank: Of a direction.
         update_gap: Steps for which one side stays.
     """
-    return SPSA(eps_perturb, noise, queries, structure=LowRank(rank, update_gap))
+    return SPSA(eps, noise, queries, structure=LowRank(rank, update_gap))
 
 
-@part("source")
+@part("source", first=perturbed)
 def sparse_spsa(
-    *,
-    eps_perturb: Radius = 1e-3,
-    noise: Noise = "gaussian",
-    queries: Count = 1,
-    share: Annotated[float, Limits(above=0.0, most=1.0)] = 0.25,
+    eps: float, noise: Noise, queries: int, *, share: Annotated[float, Limits(above=0.0, most=1.0)] = 0.25
 ) -> Source:
     """Two forward passes along a direction of small weights alone.
 
     Args:
-        eps_perturb: Radius of the perturbation for each unit of noise.
-        noise: Normal numbers, or signs.
-        queries: Directions averaged in each step, two forward passes each.
         share: Part of each tensor that moves, that of its smallest weights.
     """
-    return SPSA(eps_perturb, noise, queries, structure=Sparse(share))
+    return SPSA(eps, noise, queries, structure=Sparse(share))
 
 
-@part("source")
+@part("source", first=perturbed)
 def momentum_spsa(
+    eps: float,
+    noise: Noise,
+    queries: int,
     *,
-    eps_perturb: Radius = 1e-3,
-    noise: Noise = "gaussian",
-    queries: Count = 1,
     total_steps: Annotated[int, Limits(least=20, small=40)] = 20_000,
 ) -> Source:
     """Two forward passes along noise mixed with the direction before.
 
     Args:
-        eps_perturb: Radius of the perturbation for each unit of noise.
-        noise: Normal numbers as in the paper, or signs.
-        queries: Directions of each step, two forward passes each.
         total_steps: Of the run: over them noise gives way to momentum.
     """
-    return SPSA(eps_perturb, noise, queries, structure=Mixed(total_steps))
+    return SPSA(eps, noise, queries, structure=Mixed(total_steps))
 
 
-@part("source")
-def quantized_spsa(
-    *,
-    eps_perturb: Radius = 0.1,
-    noise: Noise = "gaussian",
-    queries: Count = 1,
-    clip_slope: Bound = 0.7,
-) -> Source:
+@part("source", first=perturbed, eps_perturb=0.1)
+def quantized_spsa(eps: float, noise: Noise, queries: int, *, clip_slope: Bound = 0.7) -> Source:
     """Two forward passes along a direction of the scales of 4-bit weights.
 
     Args:
         eps_perturb: Radius of the perturbation, relative to a scale.
-        noise: Normal numbers as in the paper, or signs.
-        queries: Directions averaged in each step, two forward passes each.
         clip_slope: Bound of a slope; 0 for none.
     """
-    return SPSA(eps_perturb, noise, queries, clip=clip_slope, structure=Scales())
+    return SPSA(eps, noise, queries, clip=clip_slope, structure=Scales())
 
 
 @part("source")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.optim.writers import Kahan, Nearest, Split, Stochastic, Writer
+from lowmem.optim.writers import Halves, Kahan, Nearest, Stochastic, Writer
 from lowmem.strategies.parts import part
 
 
@@ -27,4 +27,4 @@ def kahan() -> Writer:
 @part("writer")
 def split() -> Writer:
     """A bf16 weight and 8 bits more of it."""
-    return Split()
+    return Halves()

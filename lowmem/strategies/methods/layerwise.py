@@ -67,7 +67,7 @@ register(
         With adaptive=true M is an average over the root of a second moment, corrected as Adam's: take
         twice AdamW's lr. Without, it wants the lr of SGD.
 
-        Bytes for an (m, n) weight: 4 m n + 8 with fp32 states, 8 m n + 8 where it is adaptive.
+        Bytes for an (m, n) weight: 4 m n + 4 with fp32 states, 8 m n + 8 where it is adaptive.
         """,
         paper="2412.18790",
         rule="tam",

@@ -12,7 +12,7 @@ made again    its options make it again
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import BETAS, EPS
 from lowmem.strategies import create, optimizer
+from lowmem.strategies.method import AXES, ROLES
+from lowmem.strategies.registry import beside
 from lowmem.training.contract import zoo
 
 BAD = [float("nan"), float("inf"), float("-inf")]
@@ -209,16 +211,30 @@ def _guarded(
 
 def feed(model: zoo.Zoo, step: int) -> dict[str, Tensor]:
     """Random gradients, with one bad element each or nothing but NaN when it is their turn; returns where."""
-    g = torch.Generator().manual_seed(77 + step)
+    where = spoiled(model, 77 + step, bad=step == BAD_AT)
+    for p in model.parameters() if step == NAN_AT else ():
+        p.grad = torch.full_like(p, torch.nan)
+    return where
+
+
+def spoiled(model: zoo.Zoo, seed: int, *, bad: bool = True) -> dict[str, Tensor]:
+    """Random gradients, with one `bad` element each, NaN and infinities in turn; returns where."""
+    g = torch.Generator().manual_seed(seed)
     where = {}
     for i, (name, p) in enumerate(model.named_parameters()):
-        grad = torch.randn(p.shape, generator=g)
+        p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
         where[name] = torch.zeros(p.shape, dtype=torch.bool)
         where[name].view(-1)[p.numel() // 2] = True
-        if step == BAD_AT:
-            grad[where[name]] = BAD[i % len(BAD)]
-        p.grad = (torch.full_like(grad, torch.nan) if step == NAN_AT else grad).to(p.dtype)
+        if bad:
+            p.grad[where[name]] = BAD[i % len(BAD)]
     return where
+
+
+def small(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for a small model: what is given, and sizes and gaps turned down where they are not."""
+    options = beside(method, **{key: value for key, value in given.items() if key in (*AXES, *ROLES)})
+    turned = {key: o.limits.small for key, o in options.items() if o.limits.small is not None}
+    return {**turned, **given}
 
 
 def seen(optimizer: LowMemOptimizer, model: zoo.Zoo) -> int:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Direction, matrix_shape
-from lowmem.optim.codecs.blockwise import Codec, Dense, codec
-from lowmem.optim.codecs.factored import LARGEST
+from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
-from lowmem.optim.rules.elementwise.adam import LEAST_EPS
 from lowmem.optim.rules.normalised.rows import row_squares
+from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
 
@@ -44,7 +43,7 @@ class AdamMini(Rule):
         {'exp_avg': (3, 5), 'exp_avg_sq': (3,), 'age': ()}
     """
 
-    held: Codec = field(default_factory=lambda: Dense(stream="exp_avg"))
+    held: Codec = field(default_factory=lambda: Floats(stream="exp_avg"))
     reads_later: ClassVar[bool] = True
 
     @classmethod
@@ -73,7 +72,7 @@ class AdamMini(Rule):
         squares, v = torch.empty(g.shape[0], device=g.device), s["exp_avg_sq"]
         for i, j in walk(g.ranges(), g.device):
             squares[i:j] = row_squares(g.rows(i, j)) / g.shape[1]
-        ok = hp.total(squares.amax(), "max") <= LARGEST
+        ok = hp.total(squares.amax(), "max") <= LARGEST_MEAN
         s["age"].add_(ok)
         rate2, eps, correction1, correction2 = numbers_of(self, s["age"], hp).unbind()
         v.lerp_(torch.where(ok, squares, v), rate2)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.codecs.blockwise import Codec, Dense, codec
-from lowmem.optim.codecs.factored import LARGEST
+from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.codecs.rankone import RankOne, maxima
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.terms.fp32 import LARGEST_MEAN
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed, scoped
 
@@ -39,7 +39,7 @@ class AdamRankOne(Rule):
         ['age', 'exp_avg', 'exp_avg_sq.codes', 'exp_avg_sq.col', 'exp_avg_sq.row']
     """
 
-    held: Codec = field(default_factory=lambda: Dense(stream="exp_avg"))
+    held: Codec = field(default_factory=lambda: Floats(stream="exp_avg"))
     second: RankOne = field(default_factory=RankOne)
     adam: ClassVar[Adam] = Adam()
     reads_later: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class AdamRankOne(Rule):
 
         v = Blocks(g.shape, squares, g.device)
         new = maxima(v, hp)
-        ok = hp.total(new["row"].amax(), "max") <= LARGEST
+        ok = hp.total(new["row"].amax(), "max") <= LARGEST_MEAN
         s["age"].add_(ok)
         _, _, eps, correction1, correction2 = numbers_of(self.adam, s["age"], hp).unbind()
         m = moment.towards(g, 1.0 - beta1)

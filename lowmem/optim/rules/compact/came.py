@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
-from lowmem.optim.codecs.blockwise import Codec, Dense, codec
+from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.codecs.factored import Factored, RowCol
 from lowmem.optim.contract import Rule
 from lowmem.optim.held import HeldMoment, tables
@@ -52,7 +52,7 @@ class CAME(Rule):
         ['exp_avg.codes', 'exp_avg.scale', 'exp_avg_sq.col', 'exp_avg_sq.row']
     """
 
-    held: Codec = field(default_factory=lambda: Dense(stream="exp_avg"))
+    held: Codec = field(default_factory=lambda: Floats(stream="exp_avg"))
     factored: Factored = field(default_factory=RowCol)
     beta3: float = 0.9999
     clip_threshold: float = 1.0

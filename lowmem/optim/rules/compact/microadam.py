@@ -34,7 +34,7 @@ from lowmem.optim.terms.state import State
 
 BLOCK = 4096
 """Elements from which the largest are taken; indices fit in 16 bits."""
-LARGEST = 1e38
+FARTHEST = 1e38
 """What is accumulated stays below: the range of a bucket must have an fp32 value."""
 SMALLEST = 1e-37
 """A positive normal fp32: nothing divided by it is nothing."""
@@ -109,7 +109,7 @@ class MicroAdam(Pointwise):
     def step(self, g: Tensor, s: State, hp: ChunkHyper) -> tuple[Tensor, State]:
         """The equations above on one chunk; a gradient that is not finite counts as zero."""
         owed = unpacked(s["error.codes"], s["error.range"])
-        a = (g + owed).clamp(-LARGEST, LARGEST)
+        a = (g + owed).clamp(-FARTHEST, FARTHEST)
         index = a.abs().topk(self.kept, dim=1, sorted=False).indices
         value = a.gather(1, index).to(torch.bfloat16)
         codes, span = packed(a.scatter(1, index, 0.0), self.bucket)

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction, matrix_shape
-from lowmem.optim.codecs.factored import LARGEST
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.projectors.bases import Frame, largest, orthonormal, unit
-from lowmem.optim.rules.elementwise.adam import LEAST_EPS
+from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State, scoped
 
@@ -106,7 +105,7 @@ class MLorc(Rule):
     def _sound(g: Blocks, hp: Hyper) -> Tensor:
         """No sum of squares can be infinite."""
         top = torch.stack([g.rows(i, j).abs().amax() for i, j in walk(g.ranges(), g.device)]).amax()
-        return hp.total(top, "max") <= math.sqrt(LARGEST / (g.shape[0] * g.shape[1]))
+        return hp.total(top, "max") <= math.sqrt(LARGEST_MEAN / (g.shape[0] * g.shape[1]))
 
     def _rows(self, held: State, i: int, j: int, like: Blocks) -> Tensor:
         """Rows i..j of P R, in the precision of a matrix like it."""

@@ -16,10 +16,11 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.codecs.blockwise import Codec, codec
-from lowmem.optim.codecs.factored import LARGEST, RowCol
+from lowmem.optim.codecs.factored import RowCol
 from lowmem.optim.codecs.rankone import least, maxima
 from lowmem.optim.contract import Rule
 from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.terms.fp32 import LARGEST_MEAN
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed, scoped
 
@@ -87,7 +88,7 @@ class SM3(Rule):
         n = Blocks(g.shape, lambda i, j: least(sums, i, j).addcmul_(g.rows(i, j), g.rows(i, j)), g.device)
         new = maxima(n, hp)
         top = hp.total(new["row"].amax(), "max")
-        ok, small = top <= LARGEST, self.floor * top + self.small
+        ok, small = top <= LARGEST_MEAN, self.floor * top + self.small
         u = Blocks(g.shape, lambda i, j: g.rows(i, j) * n.rows(i, j).add_(small).rsqrt_(), g.device)
 
         def grow() -> None:

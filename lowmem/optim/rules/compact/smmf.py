@@ -25,11 +25,10 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK, Blocks, Direction
-from lowmem.optim.codecs.factored import LARGEST, TINY
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
-from lowmem.optim.rules.elementwise.adam import LEAST_EPS
+from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS, TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State, scoped
 
@@ -159,7 +158,7 @@ class SMMF(Rule):
     def _sound(g: Blocks, hp: Hyper) -> Tensor:
         """No sum of squares can be infinite."""
         top = torch.stack([g.rows(i, j).abs().amax() for i, j in walk(g.ranges(), g.device)]).amax()
-        return hp.total(top, "max") <= math.sqrt(LARGEST / (g.shape[0] * g.shape[1]))
+        return hp.total(top, "max") <= math.sqrt(LARGEST_MEAN / (g.shape[0] * g.shape[1]))
 
     def _moments(self, g: Blocks, s: State, hp: Hyper) -> Callable[[int, int], tuple[Tensor, Tensor]]:
         """Both moments after this gradient, of a flat range."""

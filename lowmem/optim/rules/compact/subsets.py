@@ -20,13 +20,12 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import BLOCK, Blocks, Direction, matrix_shape
-from lowmem.optim.codecs.blockwise import Codec, Dense, codec
-from lowmem.optim.codecs.factored import LARGEST
+from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
-from lowmem.optim.rules.elementwise.adam import LEAST_EPS
+from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
 
@@ -115,7 +114,7 @@ class SubsetNorm(Rule):
         {'exp_avg': (3, 5), 'exp_avg_sq': (5,), 'age': ()}
     """
 
-    held: Codec = field(default_factory=lambda: Dense(stream="exp_avg"))
+    held: Codec = field(default_factory=lambda: Floats(stream="exp_avg"))
     subsets: Subsets = field(default_factory=Subsets)
     reads_later: ClassVar[bool] = True
 
@@ -140,7 +139,7 @@ class SubsetNorm(Rule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Move the second moment; the momentum moves once the weight is written."""
         sums = self.subsets.sums(g, hp)
-        ok = hp.total(sums.amax(), "max") <= LARGEST
+        ok = hp.total(sums.amax(), "max") <= LARGEST_MEAN
         s["age"].add_(ok)
         numbers = numbers_of(self.subsets, s["age"], hp)
         v = s["exp_avg_sq"]

@@ -11,13 +11,8 @@ from torch import Tensor
 
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
 from lowmem.optim.terms.changes import Rotation
+from lowmem.optim.terms.fp32 import LARGEST_MOMENT, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
-
-LEAST_EPS = 1e-18
-"""A smaller eps counts as this: 0 / 0 is no step, and squares of smaller gradients have no fp32."""
-
-LARGEST = 1e36
-"""Rotated second moments end here: room is left for scales that are rounded up and for bias corrections."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,8 @@ class Adam(Elementwise):
         corrections = (1.0 - hp.vector(*hp.betas) ** age).float()
         # at age 0 both moments are 0, and so is what is divided
         bias1, bias2 = corrections.clamp(min=torch.finfo(torch.float32).tiny).unbind()
-        first = (m["exp_avg"] / bias1).clamp(-(LARGEST**0.5), LARGEST**0.5)
-        second = (m["exp_avg_sq"] / bias2).clamp(max=LARGEST)
+        first = (m["exp_avg"] / bias1).clamp(-(LARGEST_MOMENT**0.5), LARGEST_MOMENT**0.5)
+        second = (m["exp_avg_sq"] / bias2).clamp(max=LARGEST_MOMENT)
         turned = turn(first)
         variance = (turn.squares(second - first.square()) + turned.square()).abs()
         return {"exp_avg": turned * corrections[0], "exp_avg_sq": variance * corrections[1]}

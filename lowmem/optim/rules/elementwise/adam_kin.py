@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
-from lowmem.optim.rules.elementwise.adam import LEAST_EPS, Adam
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.terms.fp32 import LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowmem.optim.codecs.factored import TINY
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
+from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import Hyper
 
 
@@ -74,4 +74,49 @@ class Momentum(Elementwise):
 
     def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
         """The average itself."""
+        return m["momentum"]
+
+
+@dataclass(frozen=True)
+class Average(Elementwise):
+    """m <- m + share (g - m),  d = rate m."""
+
+    moments: ClassVar[Mapping[str, Moment]] = {"momentum": Moment()}
+    ages: ClassVar[bool] = False
+    given: ClassVar[tuple[str, ...]] = ("share", "rate")
+    uses: ClassVar[frozenset[str]] = frozenset()
+
+    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
+        """A number that nobody reads: there is always one before what is given."""
+        return (0.0,)
+
+    def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
+        """The average."""
+        return {"momentum": m["momentum"] + x.numbers[1] * (g - m["momentum"])}
+
+    def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
+        """In units of the rate."""
+        return m["momentum"] * x.numbers[2]
+
+
+@dataclass(frozen=True)
+class Sum(Elementwise):
+    """m <- beta1 m + rate g,  d = m."""
+
+    moments: ClassVar[Mapping[str, Moment]] = {"momentum": Moment()}
+    ages: ClassVar[bool] = False
+    given: ClassVar[tuple[str, ...]] = ("rate",)
+    uses: ClassVar[frozenset[str]] = frozenset({"betas"})
+
+    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
+        """beta1."""
+        return (hp.betas[0],)
+
+    def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
+        """The sum."""
+        beta1, rate = x.numbers
+        return {"momentum": beta1 * m["momentum"] + rate * g}
+
+    def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
+        """The sum itself."""
         return m["momentum"]

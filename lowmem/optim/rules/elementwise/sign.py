@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
-from lowmem.optim.rules.elementwise.adam import LEAST_EPS
+from lowmem.optim.terms.fp32 import LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 
 

@@ -12,7 +12,7 @@ tensor in which one element is not finite takes no step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,61 +22,18 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Rule
-from lowmem.optim.elementwise import Beside, Coded, Elementwise, Moment, Moments, coded
+from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.cutting import walk
-from lowmem.optim.rules.elementwise.adam import LARGEST, LEAST_EPS, Adam
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.moments import Average, Sum
 from lowmem.optim.shards import Shape, whole
 from lowmem.optim.terms.changes import Change
+from lowmem.optim.terms.fp32 import LARGEST_MOMENT, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State
 
 LEAST_SPREAD = 1e-12
 """A variance below this share of the mean square is that of equal elements."""
-
-
-@dataclass(frozen=True)
-class Average(Elementwise):
-    """m <- m + share (g - m),  d = rate m."""
-
-    moments: ClassVar[Mapping[str, Moment]] = {"momentum": Moment()}
-    ages: ClassVar[bool] = False
-    given: ClassVar[tuple[str, ...]] = ("share", "rate")
-    uses: ClassVar[frozenset[str]] = frozenset()
-
-    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
-        """A number that nobody reads: there is always one before what is given."""
-        return (0.0,)
-
-    def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
-        """The average."""
-        return {"momentum": m["momentum"] + x.numbers[1] * (g - m["momentum"])}
-
-    def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
-        """In units of the rate."""
-        return m["momentum"] * x.numbers[2]
-
-
-@dataclass(frozen=True)
-class Sum(Elementwise):
-    """m <- beta1 m + rate g,  d = m."""
-
-    moments: ClassVar[Mapping[str, Moment]] = {"momentum": Moment()}
-    ages: ClassVar[bool] = False
-    given: ClassVar[tuple[str, ...]] = ("rate",)
-    uses: ClassVar[frozenset[str]] = frozenset({"betas"})
-
-    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
-        """beta1."""
-        return (hp.betas[0],)
-
-    def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
-        """The sum."""
-        beta1, rate = x.numbers
-        return {"momentum": beta1 * m["momentum"] + rate * g}
-
-    def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
-        """The sum itself."""
-        return m["momentum"]
 
 
 @dataclass(frozen=True)
@@ -210,7 +167,7 @@ class NovoGrad(Layerwise):
         """Move the average of squared norms."""
         beta1, beta2 = hp.betas
         squares = sums(g, hp)[1]
-        v, ok = s["exp_avg_sq"].double(), squares <= LARGEST
+        v, ok = s["exp_avg_sq"].double(), squares <= LARGEST_MOMENT
         v = torch.where(v > 0.0, beta2 * v + (1.0 - beta2) * squares, squares)
         s["exp_avg_sq"].copy_(torch.where(ok, v, s["exp_avg_sq"]))
         share = 1.0 - beta1 if self.averaging else 1.0

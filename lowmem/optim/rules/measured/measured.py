@@ -25,8 +25,9 @@ from lowmem.optim.elementwise import Beside, Coded, Elementwise, Moment, Moments
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment
-from lowmem.optim.rules.elementwise.adam import LEAST_EPS, Adam
+from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.terms.changes import Change, Rotation
+from lowmem.optim.terms.fp32 import LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part
 

@@ -11,39 +11,20 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.elementwise import Beside, Coded, Elementwise, Moment, Moments, coded
-from lowmem.optim.rules.elementwise.adam import LARGEST, Adam
+from lowmem.optim.elementwise import Beside, Coded, Moment, Moments, coded
+from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.elementwise.moments import Sum
 from lowmem.optim.rules.measured.measured import Found, Measured, squares, total
+from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
 
 
 @dataclass(frozen=True)
-class Torque(Elementwise):
-    """m <- beta1 m + torque g,  d = m; `torque` is given."""
-
-    moments: ClassVar[Mapping[str, Moment]] = {"exp_avg": Moment()}
-    given: ClassVar[tuple[str, ...]] = ("torque",)
-
-    def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
-        """beta1."""
-        return (hp.betas[0],)
-
-    def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
-        """The sum."""
-        beta1, torque = x.numbers
-        return {"exp_avg": beta1 * m["exp_avg"] + torque * g}
-
-    def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
-        """The sum itself."""
-        return m["exp_avg"]
-
-
-@dataclass(frozen=True)
 class AdaTorque(Adam):
-    """Adam whose first moment sees torque g; `torque` is given."""
+    """Adam whose first moment sees rate g; `rate` is given."""
 
-    given: ClassVar[tuple[str, ...]] = ("torque",)
+    given: ClassVar[tuple[str, ...]] = ("rate",)
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """Both averages."""
@@ -67,17 +48,17 @@ class TAM(Measured):
     The cosine is that of whole tensors, and 0 where one of them is 0. That the averages of the adaptive
     form are corrected as Adam's is decided here; without, the first steps are 16 lr long. c is near a half
     where gradients have nothing to do with each other: take twice AdamW's lr.
-    Bytes for an (m, n) weight in fp32: 4 m n + 8, adaptive 8 m n + 8.
+    Bytes for an (m, n) weight in fp32: 4 m n + 4, adaptive 8 m n + 8.
 
     Args:
         gamma: share of the old s, in [0, 1).
 
     Example:
         >>> sorted(TAM.of("fp32").init(torch.zeros(3, 5)))
-        ['age', 'alignment', 'exp_avg']
+        ['alignment', 'momentum']
     """
 
-    held: Coded = field(default_factory=lambda: coded(Torque()))
+    held: Coded = field(default_factory=lambda: coded(Sum()))
     gamma: float = 0.9
     turns: ClassVar[bool] = True
 
@@ -90,7 +71,7 @@ class TAM(Measured):
         """
         if not 0.0 <= gamma < 1.0:
             raise UserError(f"tam: gamma lies in [0, 1), got {gamma}")
-        return cls(coded(AdaTorque() if adaptive else Torque(), states), gamma)
+        return cls(coded(AdaTorque() if adaptive else Sum(), states), gamma)
 
     def init(self, x: Tensor) -> State:
         """The moments, and s = 0."""
@@ -98,13 +79,13 @@ class TAM(Measured):
 
     def found(self, g: Blocks, s: State, hp: Hyper) -> Found:
         """How far the gradient counts."""
-        m = self.moment("exp_avg", g, s, hp)
+        m = self.moment(next(iter(self.held.rule.moments)), g, s, hp)
         dot, gg, mm = total(g, hp, lambda i, j: g.rows(i, j).double() * m.rows(i, j), squares(g), squares(m))
         length, ok = (gg * mm).sqrt(), gg.isfinite()
         cosine = torch.where(length > 0.0, dot / length, 0.0)
         alignment = (self.gamma * s["alignment"] + (1.0 - self.gamma) * cosine).float()
         s["alignment"].copy_(torch.where(ok, alignment, s["alignment"]))
-        return {"torque": hp.eps + (1.0 + s["alignment"]) / 2.0}, ok
+        return {"rate": hp.eps + (1.0 + s["alignment"]) / 2.0}, ok
 
 
 SLOTS = 5
@@ -186,7 +167,7 @@ class CriticalAdam(Measured):
     def found(self, g: Blocks, s: State, hp: Hyper) -> Found:
         """Which place the new momentum takes, if any; how many there are."""
         (square,) = total(g, hp, squares(g))
-        norm, ok, priority = square.sqrt().clamp(max=LARGEST).float(), square.isfinite(), s["priority"]
+        norm, ok, priority = square.sqrt().clamp(max=LARGEST_MOMENT).float(), square.isfinite(), s["priority"]
         places = torch.arange(SLOTS, device=g.device)
         taken = (places == priority.argmin()) & (norm > priority) & ok
         share = (priority >= 0.0).sum().clamp(min=1).reciprocal()

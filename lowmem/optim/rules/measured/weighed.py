@@ -22,12 +22,13 @@ from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment
-from lowmem.optim.rules.elementwise.adam import LARGEST, Adam
+from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.rules.measured.measured import squares, total
+from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part
 
-TINY = 1e-300
+LEAST_SQUARE = 1e-300
 """What sums of squares in fp64 are divided by at least."""
 
 
@@ -121,11 +122,11 @@ class AdamP(Rule):
             n: elements of a row.
         """
         whole = hp.total(dots.sum(1, keepdim=True))
-        ok = whole[0, 0] <= LARGEST
+        ok = whole[0, 0] <= LARGEST_MOMENT
         rows = hp.total(_cosine(dots).amax(), "max") < self.delta / n**0.5
         tensor = _cosine(whole)[0] < self.delta / (dots.shape[1] * n / hp.share) ** 0.5
         near = (rows | tensor) & (whole[0, 0] > 0.0) & ok
-        each, one = (x[3] / (x[2].sqrt() + hp.eps).square().clamp(min=TINY) for x in (dots, whole))
+        each, one = (x[3] / (x[2].sqrt() + hp.eps).square().clamp(min=LEAST_SQUARE) for x in (dots, whole))
         share = torch.where(near, torch.where(rows, each, one), 0.0)
         return share.float()[:, None], near, ok
 
@@ -194,5 +195,7 @@ class DoG(Rule):
         distance = torch.where(began, torch.maximum(s["distance"], way.sqrt()), first)
         s["distance"].copy_(torch.where(ok, distance, s["distance"]))
         s["squares"].add_(torch.where(ok, square, 0.0))
-        rate = torch.where(s["squares"] > 0.0, s["distance"] / s["squares"].sqrt().clamp(min=TINY), 0.0)
+        rate = torch.where(
+            s["squares"] > 0.0, s["distance"] / s["squares"].sqrt().clamp(min=LEAST_SQUARE), 0.0
+        )
         return Direction(h, lr=hp.lr * rate, decay=hp.vector(1.0)[0], ok=ok)

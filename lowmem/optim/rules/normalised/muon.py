@@ -27,13 +27,14 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Slice
 from lowmem.optim.codecs.blockwise import Codec, codec
-from lowmem.optim.codecs.blockwise import Dense as Uncoded
+from lowmem.optim.codecs.blockwise import Floats as Uncoded
 from lowmem.optim.codecs.linear import Linear
 from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.shards import Shape, shard_in, total, whole
 from lowmem.optim.terms.changes import Change, Rotation
+from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
 
@@ -42,7 +43,6 @@ PANEL = 1 << 22
 """Elements that are held at a time for a product of large matrices."""
 STEP = (3.4445, -4.7750, 2.0315)
 """(a, b, c): five such steps make all singular values above 1e-3 of the norm about one."""
-TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction, matrix_shape
-from lowmem.optim.codecs.blockwise import Codec, Dense, codec
+from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
-from lowmem.optim.rules.elementwise.adam import LEAST_EPS
 from lowmem.optim.rules.normalised.muon import Muon
-from lowmem.optim.rules.normalised.rows import LARGEST, TINY, inverse, row_squares
+from lowmem.optim.rules.normalised.rows import inverse, row_squares
+from lowmem.optim.terms.fp32 import LARGEST, LEAST_EPS, TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
 
@@ -50,7 +50,7 @@ class AdaMuon(Rule):
     """
 
     muon: Muon = field(default_factory=lambda: Muon(sign=True))
-    held: Codec = field(default_factory=lambda: Dense(stream="exp_avg_sq", signed=False))
+    held: Codec = field(default_factory=lambda: Floats(stream="exp_avg_sq", signed=False))
     rms: ClassVar[float] = 0.2
     reads_later: ClassVar[bool] = True
 
@@ -139,7 +139,7 @@ class Dion(Rule):
     """
 
     rank: float = 128
-    held: Codec = field(default_factory=lambda: Dense(stream="momentum"))
+    held: Codec = field(default_factory=lambda: Floats(stream="momentum"))
     momentum: float = 0.95
     noise: ClassVar[float] = 1e-5
     reads_later: ClassVar[bool] = True

@@ -28,11 +28,9 @@ from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.measured.layerwise import LEAST_SPREAD
 from lowmem.optim.rules.normalised.muon import Product, gram, left_, newton_schulz
 from lowmem.optim.shards import Shape, whole
+from lowmem.optim.terms.fp32 import LARGEST, TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
-
-TINY = torch.finfo(torch.float32).tiny
-LARGEST = torch.finfo(torch.float32).max
 
 
 def unit(g: Blocks, hp: Hyper) -> tuple[Blocks, Tensor]:

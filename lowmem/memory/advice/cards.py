@@ -1,0 +1,43 @@
+"""How many cards a run needs when FSDP2 spreads its weights over them.
+
+Weights, gradients and state divide by the number of cards; activations, logits and what is gathered do not,
+so that some runs fit on no number. By the tensors of a few layers, with room left for the allocator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lowmem.memory.footprint import combine, footprint
+from lowmem.memory.run import Run
+from lowmem.memory.trace.extrapolate import extrapolated
+from lowmem.memory.trace.windows import special
+from lowmem.optim.strategy import Strategy
+
+NUMBERS: tuple[int, ...] = tuple(1 << i for i in range(13))
+"""Those that are tried."""
+ROOM = 0.05
+"""Share of the capacity that the allocator's fragments take."""
+
+
+def needed(config: Any, run: Run, strategy: Strategy, capacity: int) -> int:
+    """The fewest cards, a power of two, whose tensors leave room; 0 where no number does.
+
+    Args:
+        config: of the model; run: as the strategy takes it; capacity: bytes of one card.
+    """
+
+    def fits(ranks: int) -> bool:
+        tried = replace(run, ranks=ranks, per_node=None)
+        found = extrapolated(config, tried, special(strategy))
+        peak = combine(found, footprint(strategy, found.parameters, tried))
+        return peak.allocated <= int((1 - ROOM) * capacity)
+
+    low, high = 0, len(NUMBERS) - 1
+    if not fits(NUMBERS[high]):
+        return 0
+    while low < high:  # more cards never hold more
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(NUMBERS[middle]) else (middle + 1, high)
+    return NUMBERS[low]
