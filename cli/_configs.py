@@ -57,7 +57,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
-    from lowmem.combinations import of_precision, of_weights_and_method
+    from lowmem.combinations import no_gradient, of_activations, of_precision, of_weights_and_method
     from lowmem.models.entries import to_dtype
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.tensors.checks import idle
@@ -79,10 +79,13 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     adapts = bool(values["lora_rank"] or values["adapter"])
     if problem := misfit(values["optim"], strategy.source, values["quantize"], adapts):
         return [problem]
-    if values["task"] != "sft" and not strategy.source.needs_autograd:
+    if values["objective"] and strategy.source.needs_autograd:
+        return [no_gradient(values["optim"])]
+    if values["task"] not in ("sft", "classify") and not strategy.source.needs_autograd:
         return [f"optim: {values['optim']} works without gradients, task {values['task']} needs them"]
     found = idle(values["optim"], strategy.rules.values(), betas=values["betas"], eps=values["eps"])
     found += of_precision(values, differentiates=strategy.source.needs_autograd)
+    found += of_activations(values, differentiates=strategy.source.needs_autograd)
     if strategy.source.needs_autograd:
         over_several = values["gradient_release"] and values["accumulation"] > 1
         refusal = accumulation_problem(strategy) if over_several else ""

@@ -32,6 +32,7 @@ def command(
     first = from_flags(given, base)  # what needs no package is said at once
     render.say(f"{first.model}, {first.optim}: checking the settings")
     run = from_flags(given, base, problems)
+    run = importlib.import_module("lowmem.training.zeroth.usual").settled(run)
     recipe = importlib.import_module("lowmem.recipes.finetune")
     from ._progress import Bars
 

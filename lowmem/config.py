@@ -60,15 +60,24 @@ class RunConfig:
     task: str = _knob(
         "sft",
         "Task",
-        "learn answers (sft), preferences (dpo, orpo), judgements (kto), scores (reward), by reward (grpo)",
-        choices=("sft", "dpo", "kto", "orpo", "reward", "grpo"),
+        "learn answers (sft), the right candidate (classify), preferences (dpo, orpo), judgements (kto), "
+        "scores (reward), by reward (grpo)",
+        choices=("sft", "classify", "dpo", "kto", "orpo", "reward", "grpo"),
     )
     beta: float | None = _knob(
         None, "Task", "pull towards the reference (dpo, kto, grpo), weight of the odds (orpo)", least=0
     )
     reward: str | None = _knob(None, "Task", "what grpo rewards: module:function or file.py:function")
+    objective: str | None = _knob(
+        None,
+        "Task",
+        "what a strategy without gradients raises of answers (sft, classify): accuracy, f1, or "
+        "module:function or file.py:function",
+    )
     num_generations: int | None = _knob(None, "Task", "answers per prompt of grpo (8)", least=2)
-    max_completion: int | None = _knob(None, "Task", "tokens of an answer of grpo (256)", least=1)
+    max_completion: int | None = _knob(
+        None, "Task", "tokens of an answer of grpo (256) or of an objective (32)", least=1
+    )
 
     model: str = _knob(MISSING, "Model", "name (see `lowmem models`), local path or Hub id")
     dtype: str = _knob("bfloat16", "Model", "of the weights", choices=("bfloat16", "float16", "float32"))
@@ -109,7 +118,12 @@ class RunConfig:
 
     optim: str = _knob(MISSING, "Optimizer", "strategy (see `lowmem strategies`)")
     optim_args: str = _knob("", "Optimizer", "options of the strategy, as in rank=128,states=int8")
-    lr: float = _knob(1e-4, "Optimizer", "peak learning rate", least=0)
+    lr: float | None = _knob(
+        None,
+        "Optimizer",
+        "peak learning rate; when not given 1e-4, or what suits the model's size without gradients",
+        least=0,
+    )
     betas: tuple[float, float] = _knob(
         (0.9, 0.999), "Optimizer", "decay rates of the moments", least=0, below=1
     )
@@ -140,6 +154,12 @@ class RunConfig:
     neftune: float | None = _knob(None, "Optimizer", "noise on the embeddings (NEFTune's alpha)", above=0)
 
     gradient_checkpointing: bool = _knob(False, "Memory", "recompute activations in the backward pass")
+    activation_offload: bool = _knob(
+        False, "Memory", "move activations to host memory until the backward pass (GPU)"
+    )
+    few_bit: int | None = _knob(
+        None, "Memory", "bits that activation functions keep for the backward pass (1 to 4)", least=1, below=5
+    )
     gradient_release: bool = _knob(
         False, "Memory", "step each tensor inside the backward pass and free its gradient"
     )
