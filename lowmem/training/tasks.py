@@ -13,20 +13,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from lowmem import outside
 from lowmem.config import RunConfig
 from lowmem.console import Console
 from lowmem.data.fitting import asked_within
 from lowmem.data.load import Data
-from lowmem.errors import ConfigError, UserError, first_line
+from lowmem.errors import ConfigError, UserError
 from lowmem.models.scoring import with_score
 from lowmem.training.arguments import TRL, build_strategy
 from lowmem.training.trainer import LowMemMixin, LowMemSFTTrainer
@@ -78,12 +76,13 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     Raises:
         ConfigError: naming all of them.
     """
-    from lowmem.combinations import missing_tracker, of_precision
+    from lowmem.combinations import missing_harness, missing_tracker, of_precision
     from lowmem.sources.quantized import misfit
 
     source = build_strategy(config.optim, config.optim_args or None).source
     problems = [
         missing_tracker(config.report_to),
+        missing_harness(config.eval),
         misfit(config.optim, source, config.quantize, config.adapts),
         *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
     ]
@@ -150,6 +149,8 @@ def make(
     with _no_bars():
         trainer = trainer_class(config.task)(model, args=args, processing_class=tokenizer, **sets, **rest)
     trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
+    row = json.dumps(train.rows[0], ensure_ascii=False, default=str, indent=1)
+    trainer.example = {"text": row, "spans": [], "tokens": None, "trained": None}
     return trainer
 
 
@@ -166,31 +167,10 @@ def reward_function(name: str) -> Callable[..., list[float]]:
         >>> reward_function("operator:length_hint").__name__
         'length_hint'
     """
-    module, _, function = name.rpartition(":")
-    if not module or not function:
-        raise UserError(f"reward: {name!r} is not of the form module:function, as in my_rewards:exact")
-    try:
-        found = getattr(_imported(module), function, None)
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(
-            f"reward: cannot import {module!r}: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    if not callable(found):
-        raise UserError(f"reward: {module} has no function {function!r}")
-    return found  # type: ignore[no-any-return]
-
-
-def _imported(module: str) -> Any:
-    """A module by name, or a file."""
-    if not module.endswith(".py"):
-        with patch.object(sys, "path", [str(Path.cwd()), *sys.path]):
-            return importlib.import_module(module)
-    spec = importlib.util.spec_from_file_location(Path(module).stem, Path(module).expanduser())
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{module} is no Python file")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    function = outside.found(name, "reward")
+    if not callable(function):
+        raise UserError(f"reward: {name} is no function")
+    return function  # type: ignore[no-any-return]
 
 
 @contextmanager
