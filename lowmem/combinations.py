@@ -166,6 +166,10 @@ def _of_task(v: Mapping[str, Any]) -> list[str]:
         ),
         (task == "reward" and v["prompt"], "prompt: a reward model gives no answers; leave it out"),
         (
+            task == "reward" and (v["forgetting"] or v["eval"]),
+            "forgetting, eval: a reward model predicts no text; leave them out",
+        ),
+        (
             any(not (new and old) for new, _, old in pairs),
             f"columns: {v['columns']!r} is not of the form field=column,field=column",
         ),
@@ -223,3 +227,13 @@ def missing_tracker(report_to: str) -> str | None:
     if report_to == "none" or importlib.util.find_spec(report_to) is not None:
         return None
     return f"report_to: {report_to} is not installed; pip install {report_to}"
+
+
+def missing_harness(asked: str) -> str | None:
+    """What is wrong with the benchmarks that are asked for, or with what is installed."""
+    kind, _, tasks = asked.partition(":")
+    if asked and (kind != "lm_eval" or not tasks.strip(" ,")):
+        return f"eval: {asked!r} is not of the form lm_eval:TASK,TASK, as in lm_eval:arc_easy"
+    if asked and importlib.util.find_spec(kind) is None:
+        return "eval: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
+    return None

@@ -25,10 +25,11 @@ from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
-from lowmem.memory.footprint import Footprint, Peak, combine, footprint
+from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
-from lowmem.memory.trace.windows import special
+from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.windows import resting, special
 from lowmem.models import loss
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
@@ -52,7 +53,7 @@ CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd"
 RANK = 16  # of adapters, where none is given
 ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
 HALVINGS = 3
-TOP, CHECKED = 3, 3  # rows that are planned in full, and the runs that they may have
+TOP, CHECKED = 1, 3  # rows that are planned in full, and the runs that are tried for them
 
 
 @dataclass(frozen=True)
@@ -195,21 +196,29 @@ class _Finder:
     def _cheapest(self, run: Run, strategy: Strategy) -> Found:
         """The row with the cheapest levers that make it fit; where none do, the one that misses least."""
         tried: list[Found] = []
-        for changed, levers in self._levered(run, strategy):
+        ways = list(self._levered(run, strategy))
+        if not run.adapts and self._hopeless(gather.on_card(ways[-1][0], self.limit), strategy):
+            ways = ways[-1:]
+        for changed, levers in ways:
             tried.append(self._row(strategy, run, changed, levers))
             if tried[-1].verdict == FITS:
                 return tried[-1]
         best = min(tried, key=lambda row: (row.order[0], -row.headroom_bytes))
         return self._short(best) if best.verdict == OUT else best
 
+    def _hopeless(self, run: Run, strategy: Strategy) -> bool:
+        """Whether weights and state alone are too much, whatever the levers."""
+        found = extrapolated(self.config, run, None)
+        weights = min(moment.bytes.get("weights", 0) for moment in found.moments.values())
+        return weights + self._held(strategy, run, found, "none").held > self.limit.capacity
+
     def _levered(self, run: Run, strategy: Strategy) -> Iterator[tuple[Run, tuple[str, ...]]]:
         """The run under each lever that is open, cheapest first."""
         first_order = strategy.source.needs_autograd
         run = self._with_loss(planning.suited(run, strategy), first_order)
         recompute = self._open("gradient_checkpointing", run, first_order)
-        release = self._open(
-            "gradient_release", run, first_order and not run.adapts and run.accumulation == 1
-        )
+        releases = first_order and not run.adapts and run.accumulation == 1
+        release = self._open("gradient_release", run, releases and not self._mostly_rests(run, strategy))
         for checkpointing in recompute:
             for released in release:
                 named = (
@@ -228,6 +237,12 @@ class _Finder:
                     tuple(word for word, on in named if on),
                 )
 
+    def _mostly_rests(self, run: Run, strategy: Strategy) -> bool:
+        """Whether most of the weights have no gradient that could be released."""
+        parameters = extrapolated(self.config, gather.on_card(run, self.limit), None).parameters
+        aside = resting(strategy, parameters)
+        return sum(p.name in aside for p in parameters) > len(parameters) / 2
+
     def _open(self, name: str, run: Run, useful: bool) -> tuple[bool, ...]:
         return (False, True) if useful and name not in self.decided else (getattr(run, name),)
 
@@ -239,24 +254,23 @@ class _Finder:
 
     def _row(self, strategy: Strategy, mode: Run, run: Run, levers: tuple[str, ...]) -> Found:
         run = gather.on_card(run, self.limit)
-        peak, held = self._peak(strategy, run)
+        hopeless = not mode.adapts and self._hopeless(run, strategy)
+        peak, held = self._peak(strategy, run, "none" if hopeless else "large")
         spare = self.limit.capacity - peak.allocated
         word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
         return Found(strategy, mode, run, _kind(strategy, run), levers, peak, held.state_bytes, word, spare)
 
-    def _peak(self, strategy: Strategy, run: Run) -> tuple[Peak, Footprint]:
+    def _peak(self, strategy: Strategy, run: Run, steps: Steps = "large") -> tuple[Peak, Footprint]:
         found = extrapolated(self.config, run, special(strategy))
-        key = (
-            strategy,
-            run.lora_rank,
-            run.adapter,
-            run.quantize,
-            run.weights,
-        )  # levers change nothing of the optimizer
-        if key not in self.footprints:
-            self.footprints[key] = footprint(strategy, found.parameters, run)
-        held = self.footprints[key]
+        held = self._held(strategy, run, found, steps)
         return combine(found, held), held
+
+    def _held(self, strategy: Strategy, run: Run, found: Trace, steps: Steps) -> Footprint:
+        """What a strategy adds; levers change nothing of it."""
+        key = (strategy, run.lora_rank, run.adapter, run.quantize, run.weights, steps)
+        if key not in self.footprints:
+            self.footprints[key] = footprint(strategy, found.parameters, run, steps=steps)
+        return self.footprints[key]
 
     def _short(self, row: Found) -> Found:
         """What a row that does not fit would need."""
