@@ -207,7 +207,7 @@ class _Finder:
         first_order = strategy.source.needs_autograd
         run = self._with_loss(planning.suited(run, strategy), first_order)
         recompute = self._open("gradient_checkpointing", run, first_order)
-        releases = first_order and not run.adapts and run.accumulation == 1
+        releases = first_order and not (strategy.waits or run.adapts) and run.accumulation == 1
         release = self._open("gradient_release", run, releases and not self._mostly_rests(run, strategy))
         for checkpointing in recompute:
             for released in release:
