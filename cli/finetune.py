@@ -79,6 +79,7 @@ def _tables(result: dict[str, Any], run: RunConfig) -> list[Any]:
 
 def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None]]:
     before, after = (result["held_out"][when] for when in ("before", "after"))
+    first, last = (result["benchmarks"][when] for when in ("before", "after"))
     state, steps = result["state_bytes"], result["steps"]
     skipped = result["nonfinite_elements"]
     against = [
@@ -88,6 +89,8 @@ def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None
     ruined = result["nonfinite_weights"]
     return [
         *((f"held-out {name}", _before_after(before.get(name), after.get(name))) for name in after),
+        ("loss on general text", _before_after(*(result["general"][when] for when in ("before", "after")))),
+        *((name, _before_after(first.get(name), value)) for name, value in last.items()),
         ("training", f"{steps} step{'s' * (steps != 1)} in {render.seconds(result['seconds'])}"),
         ("not stepped", f"{skipped:,} elements had a gradient that is not finite" if skipped else None),
         ("ruined", f"{len(ruined)} weight tensors hold numbers that are not finite" if ruined else None),

@@ -19,6 +19,7 @@ _HOMES = {
     "Strategy": "lowmem.optim.strategy",
     "LowMemOptimizer": "lowmem.optim.optimizer",
     "optimizer": "lowmem.strategies",
+    "quantize_weights_": "lowmem.models.int8.convert",
     "state_bytes": "lowmem.memory.count",
     "plan": "lowmem.memory.plan",
     "Plan": "lowmem.memory.plan",

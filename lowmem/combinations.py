@@ -41,7 +41,50 @@ def problems(v: Mapping[str, Any]) -> list[str]:
         ),
     ]
     found = [text for broken, text in rules if broken]
-    return found + _of_autocast(v) + _of_task(v) + of_adapters(v) + _of_evaluation(v)
+    return found + _of_autocast(v) + _of_task(v) + of_adapters(v) + of_weights(v) + _of_evaluation(v)
+
+
+def of_weights(v: Mapping[str, Any]) -> list[str]:
+    """Settings that weights of one byte do not go with."""
+    beside = [name for name in ("int8_embeddings", "keep_int8") if v.get(name)]
+    if not v["weights"]:
+        return [f"{', '.join(beside)}: of int8 weights; give weights: int8 as well"] if beside else []
+    rules = [
+        (
+            v["lora_rank"] or v["adapter"],
+            "weights: int8 is for weights that train, those under adapters are frozen; take quantize: nf4",
+        ),
+        (
+            v["quantize"],
+            f"weights, quantize: weights are int8 codes or {v['quantize']} ones; give one of them",
+        ),
+        (
+            v["dtype"] == "float16",
+            "dtype: int8 weights compute in bfloat16 or float32; in float16 their gradients would vanish",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+def of_weights_and_method(v: Mapping[str, Any], *, differentiates: bool, writer: str) -> list[str]:
+    """What a method does not go with.
+
+    Args:
+        v: settings of a run.
+        differentiates: whether it takes backward passes; writer: its option of that name.
+    """
+    if v["weights"] and not differentiates:
+        return [
+            f"weights: {v['optim']} displaces weights and takes no backward pass, which codes cannot follow; "
+            "take qzo, which trains the scales of 4-bit weights"
+        ]
+    if writer == "eco" and not v["weights"]:
+        return ["optim: writer=eco is for int8 weights; give weights: int8, or take writer=kahan"]
+    if v["weights"] and writer in ("kahan", "split"):
+        return [
+            f"optim: writer={writer} is for weights of 16 bits; take stochastic or eco, or leave weights out"
+        ]
+    return []
 
 
 def of_precision(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
@@ -123,6 +166,10 @@ def _of_task(v: Mapping[str, Any]) -> list[str]:
         ),
         (task == "reward" and v["prompt"], "prompt: a reward model gives no answers; leave it out"),
         (
+            task == "reward" and (v["forgetting"] or v["eval"]),
+            "forgetting, eval: a reward model predicts no text; leave them out",
+        ),
+        (
             any(not (new and old) for new, _, old in pairs),
             f"columns: {v['columns']!r} is not of the form field=column,field=column",
         ),
@@ -180,3 +227,13 @@ def missing_tracker(report_to: str) -> str | None:
     if report_to == "none" or importlib.util.find_spec(report_to) is not None:
         return None
     return f"report_to: {report_to} is not installed; pip install {report_to}"
+
+
+def missing_harness(asked: str) -> str | None:
+    """What is wrong with the benchmarks that are asked for, or with what is installed."""
+    kind, _, tasks = asked.partition(":")
+    if asked and (kind != "lm_eval" or not tasks.strip(" ,")):
+        return f"eval: {asked!r} is not of the form lm_eval:TASK,TASK, as in lm_eval:arc_easy"
+    if asked and importlib.util.find_spec(kind) is None:
+        return "eval: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
+    return None

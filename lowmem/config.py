@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -98,6 +99,10 @@ class RunConfig:
     quantize: str | None = _knob(
         None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)
     )
+    weights: str | None = _knob(
+        None, "Model", "hold the weights that train as codes of one byte", choices=("int8",)
+    )
+    int8_embeddings: bool = _knob(False, "Model", "embedding and head as int8 codes too")
 
     data: str = _knob(
         "factbook",
@@ -112,7 +117,15 @@ class RunConfig:
     seq_len: int = _knob(512, "Data", "tokens per row, longer ones are cut", least=2, below=2**24)
     packing: bool = _knob(True, "Data", "fill each row of seq_len tokens with several examples (sft)")
 
-    optim: str = _knob(MISSING, "Optimizer", "strategy (see `lowmem strategies`)")
+    optim: str = _knob(
+        MISSING, "Optimizer", "strategy (see `lowmem strategies`), or module:factory of your own"
+    )
+    plugin: str = _knob(
+        "",
+        "Optimizer",
+        "module or file of your own that brings strategies or parts; can be repeated",
+        several=",",
+    )
     optim_args: str = _knob("", "Optimizer", "options of the strategy, as in rank=128,states=int8")
     lr: float | None = _knob(
         None,
@@ -176,6 +189,10 @@ class RunConfig:
     eval_steps: int | None = _knob(
         None, "Output", "steps between evaluations; before and after only when not given", least=1
     )
+    forgetting: bool = _knob(False, "Output", "also measure the loss on general text, before and after")
+    eval: str = _knob(
+        "", "Output", "benchmarks before and after, as in lm_eval:arc_easy (lm-evaluation-harness)"
+    )
     keep_best: bool = _knob(False, "Output", "end with the weights of the best evaluation")
     early_stopping: int | None = _knob(
         None, "Output", "end after so many evaluations without a better one", least=1
@@ -190,6 +207,7 @@ class RunConfig:
     prompt: tuple[str, ...] = _knob(
         (), "Output", "answer this before and after; can be repeated, '' for none"
     )
+    keep_int8: bool = _knob(False, "Output", "write int8 codes at the end instead of weights in dtype")
     report: bool = _knob(True, "Output", "measure memory during the run and write memory_report.*")
 
     def __post_init__(self) -> None:
@@ -220,7 +238,8 @@ class RunConfig:
 
 def default_output(model: str, optim: str) -> Path:
     """Where a run leaves its results when no folder is named."""
-    return Path("outputs") / f"{Path(model).name}-{optim}".lower()
+    plain = re.sub(r"[^-.+\w]+", "-", optim)  # module:factory, or a file's path
+    return Path("outputs") / f"{Path(model).name}-{plain}".lower()
 
 
 def read(path: str | Path) -> dict[str, Any]:

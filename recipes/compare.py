@@ -159,7 +159,7 @@ def _run(config: RunConfig, folder: Path, keep_models: bool) -> dict[str, Any]:
     outcome = {**_child(folder), "fingerprint": wanted}
     _save(folder / "outcome.json", outcome)
     if outcome["status"] == "done" and not keep_models:
-        for kept in (*work.glob("memory_report.*"), *work.glob("loss.png")):
+        for kept in (*work.glob("memory_report.*"), *work.glob("loss*.png")):
             os.replace(kept, folder / kept.name)
         shutil.rmtree(work)
     return outcome

@@ -73,7 +73,8 @@ def supports(config: Any, run: Run) -> bool:
     """Whether the formulas describe this model and run."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     biased = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
-    plain = (run.loss, run.rows, run.adapts, run.ranks) == ("plain", "full", False, 1)
+    shape = (run.loss, run.rows, run.adapts, run.ranks, run.weights)
+    plain = shape == ("plain", "full", False, 1, None)
     return (
         not hasattr(config, "skeleton")  # a model object need not be what its configuration says
         and config.model_type in SUPPORTED

@@ -64,6 +64,8 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "lora_rank": config.lora_rank or 0,
         **{name: getattr(config, name) for name in ADAPTERS},
         "quantize": config.quantize,
+        "weights": config.weights,
+        "int8_embeddings": config.int8_embeddings,
         "task": _planned(config),
         "max_grad_norm": config.max_grad_norm if config.clip in ("auto", "global") else 0.0,
         "device": measured.get("device", "cpu"),

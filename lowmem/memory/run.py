@@ -79,6 +79,8 @@ class Run:
     quantize: str | None = _option(
         None, "quantise the weights under the adapters", choices=("nf4",), group="Adapters"
     )
+    weights: str | None = _option(None, "hold the weights that train as codes of one byte", choices=("int8",))
+    int8_embeddings: bool = _option(False, "embedding and head as int8 codes too")
     double_quant: bool = _option(True, "quantise the scales of 4-bit weights as well", group="Adapters")
     kbit_prepare: bool = _option(
         False, "peft's prepare_model_for_kbit_training: fp32 where nothing is packed", group="Adapters"

@@ -29,6 +29,7 @@ _SETTINGS = (
         "adapter_args",
         "neftune",
         "quantize",
+        "weights",
         "gradient_checkpointing",
     ),
     *("gradient_release", "seed"),

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from lowmem import outside
 from lowmem.config import RunConfig
 from lowmem.console import Console
 from lowmem.data.fitting import asked_within
@@ -27,7 +28,6 @@ from lowmem.errors import ConfigError
 from lowmem.models.scoring import with_score
 from lowmem.training import scored
 from lowmem.training.arguments import TRL, build_strategy
-from lowmem.training.functions import named_function
 from lowmem.training.trainer import LowMemMixin, LowMemSFTTrainer
 
 OTHERS = tuple(task for task in TRL if task != "sft")
@@ -77,16 +77,27 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     Raises:
         ConfigError: naming all of them.
     """
-    from lowmem.combinations import missing_tracker, no_gradient, of_activations, of_precision
+    from lowmem.combinations import (
+        missing_harness,
+        missing_tracker,
+        no_gradient,
+        of_activations,
+        of_precision,
+        of_weights_and_method,
+    )
     from lowmem.sources.quantized import misfit
     from lowmem.training.zeroth.objectives import unknown
 
-    source = build_strategy(config.optim, config.optim_args or None).source
+    strategy = build_strategy(config.optim, config.optim_args or None)
+    source, settings = strategy.source, dataclasses.asdict(config)
+    writer = str(strategy.options.get("writer", ""))
     problems = [
         missing_tracker(config.report_to),
+        missing_harness(config.eval),
         misfit(config.optim, source, config.quantize, config.adapts),
-        *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
-        *of_activations(dataclasses.asdict(config), differentiates=source.needs_autograd),
+        *of_precision(settings, differentiates=source.needs_autograd),
+        *of_weights_and_method(settings, differentiates=source.needs_autograd, writer=writer),
+        *of_activations(settings, differentiates=source.needs_autograd),
     ]
     if config.activation_offload and not cuda:
         problems.append("activation_offload: there is no GPU whose memory it would spare; leave it out")
@@ -162,6 +173,8 @@ def make(
     with _no_bars():
         trainer = trainer_class(config.task)(model, args=args, processing_class=tokenizer, **sets, **rest)
     trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
+    row = json.dumps(train.rows[0], ensure_ascii=False, default=str, indent=1)
+    trainer.example = {"text": row, "spans": [], "tokens": None, "trained": None}
     return trainer
 
 
@@ -178,7 +191,7 @@ def reward_function(name: str) -> Callable[..., list[float]]:
         >>> reward_function("operator:length_hint").__name__
         'length_hint'
     """
-    return named_function("reward", name)
+    return outside.function(name, "reward")
 
 
 @contextmanager

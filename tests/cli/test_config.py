@@ -34,6 +34,8 @@ OTHER: dict[str, Any] = {
     "adapter": "lora",
     "adapter_args": "use_dora=true",
     "quantize": "nf4",
+    "weights": "int8",
+    "int8_embeddings": True,
     "data": "rows: all.jsonl",
     "data_format": "text",
     "columns": "prompt=question,answer=solution",
@@ -76,16 +78,21 @@ OTHER: dict[str, Any] = {
     "report_to": "tensorboard",
     "logging_steps": 2,
     "prompt": ("Who's there?", "yes", "2015", "[a, b]"),
+    "keep_int8": True,
     "report": False,
 }
-APART = ("epochs", "overwrite", "objective", "activation_offload", "few_bit")
-"""Left out of the first half, and alone in the second."""
+APART = (
+    ("epochs", "overwrite", "objective", "activation_offload", "few_bit"),
+    ("epochs", "weights", "int8_embeddings", "keep_int8"),
+)
+"""Left out of the first part, and each beside little else."""
 
 
 def halves() -> list[dict[str, Any]]:
     """All values of OTHER, in two configurations that may be written."""
-    first = {k: v for k, v in OTHER.items() if k not in APART}
-    return [first, {**LEAST, **{k: OTHER[k] for k in APART}}]
+    others = {key for part in APART for key in part}
+    first = {k: v for k, v in OTHER.items() if k not in others}
+    return [first, *({**LEAST, **{k: OTHER[k] for k in part}} for part in APART)]
 
 
 def test_the_table_above_names_every_field() -> None:

@@ -35,6 +35,7 @@ from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.ranks import Units
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
+from lowmem.optim.int8.tensor import is_coded
 from lowmem.optim.source import Query, Source
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
@@ -163,7 +164,7 @@ def _parameters(model: nn.Module) -> Iterator[Parameter]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             role = roles.refined(found.get(name, "matrix"), p.shape)
-            yield Parameter(name, tuple(p.shape), p.dtype, role)
+            yield Parameter(name, tuple(p.shape), p.dtype, role, coded=is_coded(p))
 
 
 def _batch(run: Run) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from lowmem.memory.trace.quantized import Linear4bit
 from lowmem.models import attention
 from lowmem.models.entries import skeleton
 from lowmem.models.few_bit import keep_few_bits_
+from lowmem.models.int8.convert import quantize_weights_
 from lowmem.models.peft_methods import adapter_config
 
 
@@ -51,6 +52,8 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
         quantized.quantize(base, double=run.double_quant and run.adapts)
         if not run.adapts:  # scales that are trained are not quantized themselves
             quantized.train_scales(base)
+    if run.weights is not None:
+        quantize_weights_(base, run.weights, embeddings=run.int8_embeddings)
     if run.kbit_prepare:
         quantized.prepare_for_kbit_training(base)
     if run.few_bit:

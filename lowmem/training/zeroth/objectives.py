@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lowmem import outside
 from lowmem.errors import UserError
-from lowmem.training.functions import named_function
 
 Objective = Callable[..., Sequence[float]]
 
@@ -58,7 +58,7 @@ def objective(name: str) -> Objective:
     if ":" not in name:
         known = ", ".join(BUILT_IN)
         raise UserError(f"objective: {name!r} is none of {known}, nor of the form module:function")
-    return named_function("objective", name)
+    return outside.function(name, "objective")
 
 
 def unknown(name: str) -> str:
