@@ -80,7 +80,7 @@ FLOORS = {
         {"trace", "closed_form"},
         {"count", "gather"},
         {"footprint"},
-        {"surface", "lengths", "advice.wording", "advice.cards"},
+        {"surface", "lengths", "advice.wording", "advice.cards", "advice.kinds"},
         {"advice.levers"},
         {"plan"},
         {"pictures", "advice.solve", "advice.emit"},

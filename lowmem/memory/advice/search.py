@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from lowmem.errors import UserError
-from lowmem.memory import count, gather
+from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
+from lowmem.memory.advice.kinds import KINDS, kind_of
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
@@ -35,17 +36,6 @@ from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 from lowmem.strategies import available, create
 
-KINDS = (
-    "whole moments",
-    "moments in few bits",
-    "one whole moment",
-    "moments of a subspace or of sums",
-    "LoRA",
-    "LoRA over 4 bits",
-    "no moments",
-    "no gradients",
-)
-"""What is kept of two whole moments of every weight, best first."""
 ADAPTED = ("adamw", "adamw_8bit")
 """Methods for adapters, whose matrices are small already."""
 CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd")
@@ -258,7 +248,7 @@ class _Finder:
         peak, held = self._peak(strategy, run, "none" if hopeless else "large")
         spare = self.limit.capacity - peak.allocated
         word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
-        return Found(strategy, mode, run, _kind(strategy, run), levers, peak, held.state_bytes, word, spare)
+        return Found(strategy, mode, run, kind_of(strategy, run), levers, peak, held.state_bytes, word, spare)
 
     def _peak(self, strategy: Strategy, run: Run, steps: Steps = "large") -> tuple[Peak, Footprint]:
         found = extrapolated(self.config, run, special(strategy))
@@ -338,22 +328,3 @@ class _Finder:
             int((room - one[event]) // (two[event] - one[event])) for event in one if two[event] > one[event]
         ]
         return replace(row, largest_batch=size * (1 + max(0, min(counts, default=0))))
-
-
-def _kind(strategy: Strategy, run: Run) -> str:
-    """What is kept of two moments of every weight: by what the state of a large matrix takes."""
-    if not strategy.source.needs_autograd:
-        return "no gradients"
-    if run.adapts:
-        return "LoRA over 4 bits" if run.quantize else "LoRA"
-    shape = (1024, 1024)
-    each = count.state_bytes(strategy, shape, torch.bfloat16) / (shape[0] * shape[1])
-    if strategy.options.get("projector", "none") != "none":
-        return "moments of a subspace or of sums"
-    limits = (
-        (7.9, "whole moments"),
-        (3.9, "one whole moment"),
-        (0.4, "moments in few bits"),
-        (1e-4, "moments of a subspace or of sums"),
-    )
-    return next((kind for least, kind in limits if each >= least), "no moments")
