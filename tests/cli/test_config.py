@@ -44,7 +44,7 @@ OTHER: dict[str, Any] = {
     "seq_len": 33,
     "packing": False,
     "optim": "galore",
-    "plugin": "json,csv",
+    "plugin": "my_parts",
     "optim_args": "rank=4,states=int8,writer=kahan",
     "lr": 3e-5,
     "betas": (0.8, 0.95),
