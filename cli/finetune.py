@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem.config import RunConfig, bracketed, default_output, from_flags, read
+from lowmem.config import RunConfig, default_output, from_flags, read
 from lowmem.errors import UserError
+from lowmem.values import bracketed
 
 from . import render
 from ._configs import find, problems, shipped
@@ -32,6 +33,7 @@ def command(
     first = from_flags(given, base)  # what needs no package is said at once
     render.say(f"{first.model}, {first.optim}: checking the settings")
     run = from_flags(given, base, problems)
+    run = importlib.import_module("lowmem.training.zeroth.usual").settled(run)
     recipe = importlib.import_module("lowmem.recipes.finetune")
     from ._progress import Bars
 

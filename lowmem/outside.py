@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +52,18 @@ def found(name: str, asked: str) -> Any:
     if not hasattr(held, inside):
         raise UserError(f"{asked}: {module} has no function {inside!r}")
     return getattr(held, inside)
+
+
+def function(name: str, asked: str) -> Callable[..., Any]:
+    """What `found` finds, if it can be called.
+
+    Raises:
+        UserError: also something that cannot.
+    """
+    held = found(name, asked)
+    if not callable(held):
+        raise UserError(f"{asked}: {name} is no function")
+    return held  # type: ignore[no-any-return]
 
 
 def imported(module: str, asked: str) -> ModuleType:

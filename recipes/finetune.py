@@ -46,11 +46,13 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
     """
     from lowmem.models.quiet import quiet, threads
     from lowmem.training.folder.output import begin, check_model_stays, claim
+    from lowmem.training.zeroth.usual import settled
 
     console = progress or Console()
     folder = config.output_path
     with quiet(), threads(config.threads), _closing(console):
         args = arguments(config)
+        config = settled(config)
         check_model_stays(folder, config.model, config.overwrite)
         with claim(folder, resume=config.resume, overwrite=config.overwrite) as (start, notes):
             for note in notes:
@@ -78,6 +80,7 @@ def arguments(config: RunConfig) -> Any:
     from lowmem.outside import bring
     from lowmem.training.arguments import trl_config
     from lowmem.training.tasks import options, refuse
+    from lowmem.training.zeroth.usual import settled
 
     bring(config.plugin)
     cuda = torch.cuda.is_available()
@@ -86,7 +89,7 @@ def arguments(config: RunConfig) -> Any:
         "output_dir": str(config.output_path),
         "optim": config.optim,
         "optim_args": config.optim_args or None,
-        "learning_rate": config.lr,
+        "learning_rate": settled(config).lr,
         "adam_beta1": config.betas[0],
         "adam_beta2": config.betas[1],
         "adam_epsilon": config.eps,
@@ -142,13 +145,13 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     if any(part.conversational for part in parts):
         check_template(model, tokenizer, console)
     rest = {"peft_config": adapter_config(config), "callbacks": [Report(console), Peak()]}
-    if config.task == "sft":
+    if config.task == "sft" and not config.objective:
         trainer = _supervised(args, model, parts, tokenizer, console, **rest)
     else:
         trainer = tasks.make(config, args, model, parts, tokenizer, console, **rest)
     replace_printers(trainer)
     trainer.tell, trainer.origin = console.say, _origin(config)
-    trainer.base = published_name(config.model)
+    trainer.base, trainer.keep_int8 = published_name(config.model), config.keep_int8
     if config.schedule == "wsd":
         args.lr_scheduler_kwargs = {"num_decay_steps": config.decay or max(1, trainer.planned_steps() // 10)}
     console.finish()
@@ -178,19 +181,27 @@ def _origin(config: RunConfig) -> dict[str, Any]:
     from lowmem.training.folder.settings import place
 
     places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
-    rows = ("task", "beta", "columns", "data_format", "eval_rows")
-    weights = ("quantize", "lora_alpha", "lora_dropout", "adapter", "adapter_args", "neftune")
-    return places | {name: getattr(config, name) for name in (*rows, *weights)}
+    rows = ("task", "beta", "objective", "max_completion", "columns", "data_format", "eval_rows")
+    weights = ("quantize", "few_bit", "lora_alpha", "lora_dropout", "adapter", "adapter_args", "neftune")
+    coded = {"weights": config.weights, "int8_embeddings": config.int8_embeddings} if config.weights else {}
+    return places | {name: getattr(config, name) for name in (*rows, *weights)} | coded
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
     """Model and tokenizer, the weights quantised where the configuration says so."""
+    from lowmem.models.few_bit import keep_few_bits_
+    from lowmem.models.int8.loading import load_int8
     from lowmem.models.loading import load_model, nf4
 
-    # scales that are trained are not quantized themselves
-    config_of = nf4(config.dtype, double=config.adapts) if config.quantize else None
-    quantized = {"quantization_config": config_of} if config_of else {}
-    return load_model(config.model, config.dtype, **quantized)
+    if config.weights:
+        model, tokenizer = load_int8(config.model, config.dtype, embeddings=config.int8_embeddings)
+    else:  # scales that are trained are not quantized themselves
+        config_of = nf4(config.dtype, double=config.adapts) if config.quantize else None
+        quantized = {"quantization_config": config_of} if config_of else {}
+        model, tokenizer = load_model(config.model, config.dtype, **quantized)
+    if config.few_bit:
+        keep_few_bits_(model, config.few_bit)
+    return model, tokenizer
 
 
 def _measure(trainer: Any, config: RunConfig, console: Console, when: str) -> dict[str, Any]:
@@ -246,7 +257,7 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
 def _run(config: RunConfig) -> dict[str, Any]:
     """The settings that memory depends on, for the report."""
     names = ("batch_size", "seq_len", "dtype", "packing", "gradient_checkpointing", "gradient_release")
-    more = ("accumulation", "lora_rank", "quantize")
+    more = ("accumulation", "lora_rank", "quantize", "weights")
     return {name: getattr(config, name) for name in (*names, *more)}
 
 

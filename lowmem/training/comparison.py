@@ -63,7 +63,7 @@ def _settings(configs: Sequence[RunConfig], tokens: int | None) -> dict[str, Any
 
 
 def _assumptions(configs: Sequence[RunConfig]) -> list[str]:
-    rates = sorted({config.lr for config in configs})
+    rates = sorted({config.lr for config in configs if config.lr is not None})
     same = f"all with lr {rates[0]:g}" if len(rates) == 1 else "with the learning rates named beside them"
     seeds = len({config.seed for config in configs})
     return [

@@ -24,8 +24,9 @@ from lowmem.config import RunConfig
 from lowmem.console import Console
 from lowmem.data.fitting import asked_within
 from lowmem.data.load import Data
-from lowmem.errors import ConfigError, UserError
+from lowmem.errors import ConfigError
 from lowmem.models.scoring import with_score
+from lowmem.training import scored
 from lowmem.training.arguments import TRL, build_strategy
 from lowmem.training.trainer import LowMemMixin, LowMemSFTTrainer
 
@@ -76,16 +77,32 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     Raises:
         ConfigError: naming all of them.
     """
-    from lowmem.combinations import missing_harness, missing_tracker, of_precision
+    from lowmem.combinations import (
+        missing_harness,
+        missing_tracker,
+        no_gradient,
+        of_activations,
+        of_precision,
+        of_weights_and_method,
+    )
     from lowmem.sources.quantized import misfit
+    from lowmem.training.zeroth.objectives import unknown
 
-    source = build_strategy(config.optim, config.optim_args or None).source
+    strategy = build_strategy(config.optim, config.optim_args or None)
+    source, settings = strategy.source, dataclasses.asdict(config)
+    writer = str(strategy.options.get("writer", ""))
     problems = [
         missing_tracker(config.report_to),
         missing_harness(config.eval),
         misfit(config.optim, source, config.quantize, config.adapts),
-        *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
+        *of_precision(settings, differentiates=source.needs_autograd),
+        *of_weights_and_method(settings, differentiates=source.needs_autograd, writer=writer),
+        *of_activations(settings, differentiates=source.needs_autograd),
     ]
+    if config.activation_offload and not cuda:
+        problems.append("activation_offload: there is no GPU whose memory it would spare; leave it out")
+    if config.objective:
+        problems.append(no_gradient(config.optim) if source.needs_autograd else unknown(config.objective))
     if config.autocast == "float16" and not cuda:
         problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
     if found := [problem for problem in problems if problem]:
@@ -95,8 +112,13 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
 def options(config: RunConfig) -> dict[str, Any]:
     """Arguments that a task has besides those of every trainer."""
     found: dict[str, Any] = {"beta": config.beta} if config.beta is not None else {}
+    if config.activation_offload:
+        found["activation_offloading"] = True
+    if config.task == "classify" or config.objective:
+        rows = {"skip_prepare_dataset": True}
+        return {**found, "max_length": config.seq_len, "dataset_kwargs": rows, "remove_unused_columns": False}
     if config.task == "sft":
-        return {"max_length": config.seq_len, "packing": config.packing}
+        return {**found, "max_length": config.seq_len, "packing": config.packing}
     if config.task == "grpo":
         count = config.num_generations or 8
         return {
@@ -136,6 +158,8 @@ def make(
     """
     from datasets import Dataset
 
+    if config.task == "classify" or config.objective:
+        return scored.make(config, args, model, parts, tokenizer, console, **rest)
     if config.task == "grpo":
         rest["reward_funcs"] = reward_function(str(config.reward))
     train, held_out = (asked_within(part, tokenizer, config.seq_len, console) for part in parts)
@@ -167,10 +191,7 @@ def reward_function(name: str) -> Callable[..., list[float]]:
         >>> reward_function("operator:length_hint").__name__
         'length_hint'
     """
-    function = outside.found(name, "reward")
-    if not callable(function):
-        raise UserError(f"reward: {name} is no function")
-    return function  # type: ignore[no-any-return]
+    return outside.function(name, "reward")
 
 
 @contextmanager

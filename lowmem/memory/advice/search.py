@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from lowmem.errors import UserError
-from lowmem.memory import count, gather
+from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
+from lowmem.memory.advice.kinds import KINDS, kind_of
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
@@ -35,19 +36,10 @@ from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 from lowmem.strategies import available, create
 
-KINDS = (
-    "whole moments",
-    "moments in few bits",
-    "one whole moment",
-    "moments of a subspace or of sums",
-    "LoRA",
-    "LoRA over 4 bits",
-    "no moments",
-    "no gradients",
-)
-"""What is kept of two whole moments of every weight, best first."""
 ADAPTED = ("adamw", "adamw_8bit")
 """Methods for adapters, whose matrices are small already."""
+CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd")
+"""Methods for int8 weights where nobody asked for them: one of each kind."""
 RANK = 16  # of adapters, where none is given
 ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
 HALVINGS = 3
@@ -87,17 +79,18 @@ class Found:
     def trains(self) -> str:
         """What is trained, in two words."""
         if not self.run.adapts:
-            return "all weights"
+            return f"all weights, {self.run.weights}" if self.run.weights else "all weights"
         over = ", 4-bit base" if self.run.quantize else ""
         return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
 
     @property
-    def order(self) -> tuple[int, int, bool, int, bool]:
+    def order(self) -> tuple[int, int, bool, bool, int, bool]:
         """Smaller is better."""
         word = (FITS, RETRIES, OUT).index(self.verdict)
         kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
         plain = self.strategy.name != "adamw"  # of equals, what everybody knows
-        return word, kind, self.run.gradient_checkpointing and not word, -self.headroom_bytes, plain
+        coded, again = self.run.weights is not None, self.run.gradient_checkpointing
+        return word, kind, coded and not word, again and not word, -self.headroom_bytes, plain
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
@@ -160,11 +153,14 @@ class _Finder:
 
     def modes(self, full: bool) -> Iterator[Run]:
         """All weights, LoRA, LoRA over 4 bits: those that the user left open."""
-        asked = {"lora_rank", "adapter", "quantize"} & set(self.decided)
+        asked = {"lora_rank", "adapter", "quantize", "weights"} & set(self.decided)
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
             changes += [{"lora_rank": RANK}, {"lora_rank": RANK, "quantize": "nf4"}]
-            changes = changes[:2] if gather.make_run(self.decided).sharded else changes
+        sharded = gather.make_run(self.decided).sharded
+        changes = changes[:2] if sharded else changes
+        if not asked and not sharded:
+            changes.append({"weights": "int8"})
         for change in changes:
             run = gather.make_run({**self.decided, **change})
             if full and run.adapts:
@@ -178,10 +174,13 @@ class _Finder:
 
     def over(self, run: Run) -> Iterator[Found]:
         """A row for each method, with the cheapest levers that make it fit."""
-        for name in ADAPTED if run.adapts else available():
+        few = "weights" not in self.decided and run.weights is not None
+        for name in ADAPTED if run.adapts else CODED if few else available():
             if self.among and name not in self.among:
                 continue
             strategy = create(name)
+            if run.weights and not strategy.source.needs_autograd:
+                continue
             if strategy.source.quantized:  # asked for by name, as it trains no weights: `gather.strategies`
                 continue
             if run.accumulation > 1 and not strategy.source.needs_autograd:
@@ -253,7 +252,7 @@ class _Finder:
         peak, held = self._peak(strategy, run, "none" if hopeless else "large")
         spare = self.limit.capacity - peak.allocated
         word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
-        return Found(strategy, mode, run, _kind(strategy, run), levers, peak, held.state_bytes, word, spare)
+        return Found(strategy, mode, run, kind_of(strategy, run), levers, peak, held.state_bytes, word, spare)
 
     def _peak(self, strategy: Strategy, run: Run, steps: Steps = "large") -> tuple[Peak, Footprint]:
         found = extrapolated(self.config, run, special(strategy))
@@ -262,7 +261,7 @@ class _Finder:
 
     def _held(self, strategy: Strategy, run: Run, found: Trace, steps: Steps) -> Footprint:
         """What a strategy adds; levers change nothing of it."""
-        key = (strategy, run.lora_rank, run.adapter, run.quantize, steps)
+        key = (strategy, run.lora_rank, run.adapter, run.quantize, run.weights, steps)
         if key not in self.footprints:
             self.footprints[key] = footprint(strategy, found.parameters, run, steps=steps)
         return self.footprints[key]
@@ -333,22 +332,3 @@ class _Finder:
             int((room - one[event]) // (two[event] - one[event])) for event in one if two[event] > one[event]
         ]
         return replace(row, largest_batch=size * (1 + max(0, min(counts, default=0))))
-
-
-def _kind(strategy: Strategy, run: Run) -> str:
-    """What is kept of two moments of every weight: by what the state of a large matrix takes."""
-    if not strategy.source.needs_autograd:
-        return "no gradients"
-    if run.adapts:
-        return "LoRA over 4 bits" if run.quantize else "LoRA"
-    shape = (1024, 1024)
-    each = count.state_bytes(strategy, shape, torch.bfloat16) / (shape[0] * shape[1])
-    if strategy.options.get("projector", "none") != "none":
-        return "moments of a subspace or of sums"
-    limits = (
-        (7.9, "whole moments"),
-        (3.9, "one whole moment"),
-        (0.4, "moments in few bits"),
-        (1e-4, "moments of a subspace or of sums"),
-    )
-    return next((kind for least, kind in limits if each >= least), "no moments")

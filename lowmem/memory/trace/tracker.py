@@ -114,12 +114,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if (index := self._see(storage)) is not None:
                     self.rows[index] = rows, tensor.numel() // rows * tensor.element_size()
 
-    def claim_range(self, start: int, category: str) -> None:
-        """Say what every storage born since stream position `start` is."""
-        for entry in self.stream[start:]:
-            if entry > 0:
-                self.categories[entry - 1] = category
-
     def _see(self, storage: torch.UntypedStorage) -> int | None:
         key = storage._cdata
         if key in self._ids:

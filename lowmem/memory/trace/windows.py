@@ -23,9 +23,12 @@ FAR = 20_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`.
+    """A trainable parameter as the optimizer will meet it.
 
-    `shard`: the rows of it that are held where ranks share them.
+    Args:
+        role: of `optim.tensors.roles`.
+        shard: the rows of it that are held where ranks share them.
+        coded: held as int8 codes; dtype is then that of its gradient.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Parameter:
     dtype: torch.dtype
     role: str
     shard: Shard | None = None
+    coded: bool = False
 
 
 def special(strategy: Strategy) -> Strategy | None:
