@@ -34,6 +34,8 @@ _HOMES = {
         f"LowMem{task}Config": "lowmem.training.arguments"
         for task in ("DPO", "KTO", "ORPO", "Reward", "GRPO")
     },
+    "LowMemChoiceTrainer": "lowmem.training.scored",
+    "LowMemAnswerTrainer": "lowmem.training.scored",
     "hf_optimizer": "lowmem.training.trainer",
     "LowMemError": "lowmem.errors",
     "UserError": "lowmem.errors",

@@ -79,6 +79,7 @@ def supports(config: Any, run: Run) -> bool:
         not hasattr(config, "skeleton")  # a model object need not be what its configuration says
         and config.model_type in SUPPORTED
         and plain
+        and not (run.activation_offload or run.few_bit)
         and not biased
         and (run.attention != "eager" or _every_head_its_own(config))
         and not getattr(config, "mlp_bias", False)

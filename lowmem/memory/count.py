@@ -11,7 +11,7 @@ ones that are counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -293,13 +293,3 @@ def _between(gap: int) -> int:
     """A step on which the tensor "w" is not refreshed, where there is one."""
     offset = stagger("w", gap) if gap else 0
     return next((step for step in range(FAR, FAR + 2) if gap and (step + offset) % gap), FAR)
-
-
-def workspace_table(strategy: Strategy, model: nn.Module, *, refresh: bool) -> Mapping[str, int]:
-    """Workspace of each trainable parameter of a model, by name."""
-    found = roles.find(model)
-    return {
-        name: workspace_bytes(strategy, tuple(p.shape), p.dtype, found.get(name, "matrix"), refresh)
-        for name, p in model.named_parameters()
-        if trains(p)
-    }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -39,6 +39,7 @@ from lowmem.optim.tensors.checks import pays
 from lowmem.optim.tensors.outside import forms
 from lowmem.sources import directions
 
+Steps = Literal["all", "large", "none"]
 STEP, RELEASE, SAVE, LOAD = "optimizer step", "release step", "save", "load"
 
 
@@ -81,10 +82,16 @@ class Footprint:
         return max([self.together, *self.scratch.values()])
 
 
-def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> Footprint:
+def footprint(
+    strategy: Strategy, parameters: Sequence[Parameter], run: Run, *, steps: Steps = "all"
+) -> Footprint:
     """Count a strategy on the trainable parameters of a traced model.
 
     Where a schedule decides which tensors hold state, the step with the most is taken.
+
+    Args:
+        steps: whose scratch is counted: of all tensors, of the large ones, or of none. Counting is what
+            takes time, and a norm's scratch decides nothing.
     """
     elements = sum(_product(p.shape) for p in parameters)
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
@@ -97,12 +104,14 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
         copies = (n for p in parameters for n in _copies(strategy, rules[p.name], p.role, p.shape, p.dtype))
         copied = max(copied, sum(-(-size // grain) * grain for size in copies))
     rounded = tuple(-(-size // grain) * grain for size in best)
-    found = {p.name: _workspace(strategy, p, compiled, run.device) for p in parameters}
+    stepped = [p for p in parameters if steps == "all" or (steps == "large" and len(p.shape) > 1)]
+    found = {p.name: _workspace(strategy, p, compiled, run.device) for p in stepped}
     scratch = {name: one.transient for name, one in found.items()}
     ladder = compiled and run.device == "cpu"
     shapes = _grids({shape for one in found.values() for shape in one.grids}, ladder)
     grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
-    small = _together(strategy, _smallest(parameters, compiled, run.device), compiled, run.device)
+    smallest = _smallest(parameters, compiled, run.device) if steps == "all" else ()
+    small = _together(strategy, smallest, compiled, run.device)
     return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small, copied)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.combinations import of_adapters, of_weights, of_weights_and_method
+from lowmem.combinations import FEW_BIT, of_adapters, of_weights, of_weights_and_method
 from lowmem.errors import UserError, nearest
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
@@ -26,6 +26,7 @@ NOT_PLANNED = {
     "kto": "holds answers with others' prompts, and a reference model",
     "reward": "trains a head of another shape on two answers",
     "grpo": "generates answers, with a cache that grows",
+    "answer": "generates answers, with a cache that grows",
 }
 """Tasks of `lowmem finetune` whose steps differ from those of supervised fine-tuning."""
 
@@ -125,10 +126,13 @@ def _check(run: Run) -> None:
         why = NOT_PLANNED.get(run.task)
         if why is None:
             raise UserError(f"task {run.task!r} is not allowed; {nearest(run.task, ['sft', *NOT_PLANNED])}")
+        how = "objective accuracy" if run.task == "answer" else f"task {run.task}"
         raise UserError(
             f"task {run.task} is not planned: it {why}; measure a few steps instead, with "
-            f"`lowmem finetune --task {run.task} --steps 3`"
+            f"`lowmem finetune --{how} --steps 3`"
         )
+    if run.few_bit and run.gradient_checkpointing:
+        raise UserError(FEW_BIT)
     _check_adapters(run)
     _check_ranks(run)
     if not run.quantize and (run.kbit_prepare or not run.double_quant):

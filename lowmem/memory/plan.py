@@ -28,9 +28,8 @@ from lowmem.memory.advice import wording
 from lowmem.memory.advice.cards import needed
 from lowmem.memory.advice.levers import Lever
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict, simulate
-from lowmem.memory.device.gpus import Budget
+from lowmem.memory.device.gpus import Budget, limit_of
 from lowmem.memory.device.gpus import budget as parse_budget
-from lowmem.memory.device.gpus import gpu as find_gpu
 from lowmem.memory.footprint import LOAD, SAVE, Footprint, Peak, combine, footprint, loading, saving
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
@@ -191,19 +190,6 @@ def plan(
     )  # fmt: skip
 
 
-def limit_of(gpu: str | None, budget: str | int | None, capability: float | None) -> Budget | None:
-    """What a run may take: of a card by name, a number of bytes, or unknown.
-
-    Raises:
-        UserError: both are given, or the one is unknown.
-    """
-    if budget is not None and gpu is not None:
-        raise UserError("budget and gpu: give one of the two")
-    if budget is not None:
-        return parse_budget(budget, capability)
-    return None if gpu is None else find_gpu(gpu)
-
-
 def suited(run: Run, strategy: Strategy) -> Run:
     """The run as this strategy takes it: without a backward pass there is nothing to recompute or release.
 
@@ -216,7 +202,10 @@ def suited(run: Run, strategy: Strategy) -> Run:
         raise UserError(problem)
     if source.needs_autograd:
         return run
-    return replace(run, gradient_checkpointing=False, gradient_release=False, accumulation=1)
+    return replace(
+        run, gradient_checkpointing=False, gradient_release=False, activation_offload=False, few_bit=None,
+        accumulation=1,
+    )  # fmt: skip
 
 
 def traced(config: Any, run: Run, strategy: Strategy) -> Trace:

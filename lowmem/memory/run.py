@@ -46,6 +46,10 @@ class Run:
     )
     gradient_checkpointing: bool = _option(False, "recompute activations in backward")
     gradient_release: bool = _option(False, "step each tensor inside backward")
+    activation_offload: bool = _option(False, "keep activations in host memory until backward")
+    few_bit: int | None = _option(
+        None, "bits that activation functions keep of each number (1 to 4)", least=1, below=5
+    )
     accumulation: int = _option(1, "forward passes per optimizer step", least=1)
     loss: str = _option(
         "plain", "the Trainer's, logits at labels only, or chunked", choices=("plain", "labels", "chunked")

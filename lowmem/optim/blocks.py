@@ -112,14 +112,14 @@ class Blocks:
     def left(self, q: Tensor) -> Tensor:
         """q' G in fp32: (m, k) and (m, n) to (k, n)."""
         out = torch.zeros(q.shape[1], self.shape[1], device=self.device)
-        for i, j in self.ranges():
+        for i, j in walk(self.ranges(), self.device):
             out.addmm_(q[i:j].t(), self.rows(i, j))
         return out
 
     def right(self, q: Tensor) -> Tensor:
         """G q in fp32: (m, n) and (n, k) to (m, k)."""
         out = torch.empty(self.shape[0], q.shape[1], device=self.device)
-        for i, j in self.ranges():
+        for i, j in walk(self.ranges(), self.device):
             out[i:j] = self.rows(i, j) @ q
         return out
 

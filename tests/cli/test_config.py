@@ -21,6 +21,7 @@ OTHER: dict[str, Any] = {
     "task": "grpo",
     "beta": 0.25,
     "reward": "my_rewards:exact",
+    "objective": "accuracy",
     "num_generations": 3,
     "max_completion": 9,
     "model": "./my model",
@@ -56,6 +57,8 @@ OTHER: dict[str, Any] = {
     "compile": "off",
     "neftune": 5.0,
     "gradient_checkpointing": True,
+    "activation_offload": True,
+    "few_bit": 3,
     "gradient_release": True,
     "steps": 9,
     "epochs": 0.5,
@@ -78,13 +81,18 @@ OTHER: dict[str, Any] = {
     "keep_int8": True,
     "report": False,
 }
+APART = (
+    ("epochs", "overwrite", "objective", "activation_offload", "few_bit"),
+    ("epochs", "weights", "int8_embeddings", "keep_int8"),
+)
+"""Left out of the first part, and each beside little else."""
 
 
 def halves() -> list[dict[str, Any]]:
     """All values of OTHER, in two configurations that may be written."""
-    second = ("epochs", "overwrite", "weights", "int8_embeddings", "keep_int8")
-    first = {k: v for k, v in OTHER.items() if k not in second}
-    return [first, {**LEAST, **{k: OTHER[k] for k in second}}]
+    others = {key for part in APART for key in part}
+    first = {k: v for k, v in OTHER.items() if k not in others}
+    return [first, *({**LEAST, **{k: OTHER[k] for k in part}} for part in APART)]
 
 
 def test_the_table_above_names_every_field() -> None:
@@ -231,7 +239,7 @@ def test_how_yaml_is_read(line: str, name: str, value: Any, tmp_path: Path) -> N
         ("lr: {a: b}\nmodel: gpt2\noptim: adamw", "lr: {'a': 'b'} is not a number"),
         ("seed: true\nmodel: gpt2\noptim: adamw", "seed: True is not a whole number"),
         ("data: 2015\nmodel: gpt2\noptim: adamw", "data: 2015 is not a text; put it in quotes"),
-        ("lr: null\nmodel: gpt2\noptim: adamw", "lr: no value given"),
+        ("seq_len: null\nmodel: gpt2\noptim: adamw", "seq_len: no value given"),
     ],
 )
 def test_bad_files_are_one_line(text: str, problem: str, tmp_path: Path) -> None:

@@ -157,6 +157,19 @@ def gpu(name: str) -> Budget:
     return _measured(found, measured[found]) if found in measured else _tabled(found)
 
 
+def limit_of(card: str | None, size: str | int | None, capability: float | None) -> Budget | None:
+    """What a run may take: of a card by name, a number of bytes, or unknown.
+
+    Raises:
+        UserError: both are given, or the one is unknown.
+    """
+    if size is not None and card is not None:
+        raise UserError("budget and gpu: give one of the two")
+    if size is not None:
+        return budget(size, capability)
+    return None if card is None else gpu(card)
+
+
 def _begins(known: Mapping[str, str], plain: str) -> bool:
     return any(short.startswith(plain) for short in known)
 

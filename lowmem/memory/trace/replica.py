@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, ranks, trainable
+from lowmem.memory.trace.offload import offloaded
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.ranks import Units
 from lowmem.memory.trace.tracker import Moment, Tracker
@@ -217,7 +218,8 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
         for micro in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
             last[0] = micro == min(run.accumulation, 2) - 1
             tracker.enter("forward")
-            output = _loss(model, batch, run)
+            with offloaded(model) if run.activation_offload else nullcontext():
+                output = _loss(model, batch, run)
             loss = output.loss
             if not run.keep_output:
                 del output
