@@ -202,10 +202,7 @@ def suited(run: Run, strategy: Strategy) -> Run:
         raise UserError(problem)
     if source.needs_autograd:
         return run
-    return replace(
-        run, gradient_checkpointing=False, gradient_release=False, activation_offload=False, few_bit=None,
-        accumulation=1,
-    )  # fmt: skip
+    return run.forwards
 
 
 def traced(config: Any, run: Run, strategy: Strategy) -> Trace:
