@@ -24,6 +24,7 @@ from transformers import Trainer
 
 from lowmem.errors import ConfigError, UserError
 from lowmem.models.attention import applies, attend_by_example
+from lowmem.models.int8.convert import late
 from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors import resting
@@ -186,6 +187,8 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
         self._steps = max_steps
         with self._without_wrapper():
             result = super()._prepare_for_training(max_steps, *args, **kwargs)  # type: ignore[misc]
+        if said := late(self.model, self._strategy, self.args.learning_rate, max_steps):
+            self.tell(said)
         self._begin_log()
         resting.arrange_(self.lowmem_optimizer.roster, self._strategy.rules)
         if self.args.gradient_release:

@@ -73,9 +73,9 @@ register(
             R = P'G,  N = Adam(R),  W <- (1 - lr wd) W - lr scale P N
             |P_old'P_new|^2 / r at least `threshold` on average of 5: the time to the next P doubles
 
-        Weights stay as they are: the paper's 8-bit weights are not part of it. The released code takes the
-        cosine of two singular vectors, whose sign is open, holds a byte for each 4-bit code, and loses the
-        range of numbers of one sign. Embeddings, head, norms and biases take 8-bit Adam.
+        The paper's 8-bit weights are an option of the run, of every method: `weights: int8`. The released
+        code takes the cosine of two singular vectors, whose sign is open, holds a byte for each 4-bit code,
+        and loses the range of numbers of one sign. Embeddings, head, norms and biases take 8-bit Adam.
 
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), 8-bit states, blocks of 256:
         s r / 2 + 8 s r / 256 + 28 (basis) + 2 (r l + 4 r l / 256) + 4.
