@@ -13,7 +13,7 @@ Kinds are an order of expectation, not of measurement: what a method costs in qu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,7 +106,7 @@ class Found:
 
 def search(
     model: Any, limit: Budget, options: Mapping[str, Any], *, full: bool = False, gpu: str | None = None,
-    budget: str | int | None = None,
+    budget: str | int | None = None, among: Collection[str] = (),
 ) -> tuple[Found, ...]:  # fmt: skip
     """Every method on a card, best first.
 
@@ -115,6 +115,7 @@ def search(
         limit: the card's budget; gpu, budget: how it was named, for the commands.
         options: of the run that are decided, by name; None is open.
         full: all weights must be trained.
+        among: methods to look at; all, if empty.
 
     Raises:
         UserError: as `plan`; a model object, which is planned as it is.
@@ -130,7 +131,7 @@ def search(
             "a model object is planned as it is: name its optimizer, or search by the model's name"
         )
     decided = {key: value for key, value in options.items() if value is not None}
-    finder = _Finder(config, limit, decided)
+    finder = _Finder(config, limit, decided, among)
     rows = [row for run in finder.modes(full) for row in finder.over(run)]
     rows = finder.confirmed(sorted(rows, key=lambda row: row.order))
     named = model if isinstance(model, str) else None
@@ -147,6 +148,7 @@ class _Finder:
     config: Any
     limit: Budget
     decided: Mapping[str, Any]
+    among: Collection[str] = ()
     footprints: dict[Any, Footprint] = field(default_factory=dict)
 
     def modes(self, full: bool) -> Iterator[Run]:
@@ -174,6 +176,8 @@ class _Finder:
         """A row for each method, with the cheapest levers that make it fit."""
         few = "weights" not in self.decided and run.weights is not None
         for name in ADAPTED if run.adapts else CODED if few else available():
+            if self.among and name not in self.among:
+                continue
             strategy = create(name)
             if run.weights and not strategy.source.needs_autograd:
                 continue
