@@ -84,13 +84,12 @@ class Found:
         return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
 
     @property
-    def order(self) -> tuple[int, int, bool, bool, int, bool]:
+    def order(self) -> tuple[int, int, bool, int, bool]:
         """Smaller is better."""
         word = (FITS, RETRIES, OUT).index(self.verdict)
         kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
         plain = self.strategy.name != "adamw"  # of equals, what everybody knows
-        coded, again = self.run.weights is not None, self.run.gradient_checkpointing
-        return word, kind, coded and not word, again and not word, -self.headroom_bytes, plain
+        return word, kind, self.run.gradient_checkpointing and not word, -self.headroom_bytes, plain
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
@@ -175,7 +174,8 @@ class _Finder:
     def over(self, run: Run) -> Iterator[Found]:
         """A row for each method, with the cheapest levers that make it fit."""
         few = "weights" not in self.decided and run.weights is not None
-        for name in ADAPTED if run.adapts else CODED if few else available():
+        coded = [name for name in CODED if name in available()]
+        for name in ADAPTED if run.adapts else coded if few else available():
             if self.among and name not in self.among:
                 continue
             strategy = create(name)
@@ -211,7 +211,7 @@ class _Finder:
         first_order = strategy.source.needs_autograd
         run = self._with_loss(planning.suited(run, strategy), first_order)
         recompute = self._open("gradient_checkpointing", run, first_order)
-        releases = first_order and not run.adapts and run.accumulation == 1
+        releases = first_order and not (strategy.waits or run.adapts) and run.accumulation == 1
         release = self._open("gradient_release", run, releases and not self._mostly_rests(run, strategy))
         for checkpointing in recompute:
             for released in release:
