@@ -25,12 +25,12 @@ from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Query
-from lowmem.optim.terms.state import State
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.seats import fresh
 from lowmem.optim.terms.hyper import stagger
+from lowmem.optim.terms.state import State
 
 Shape = tuple[int, ...]
 FAR = 1_000_003
