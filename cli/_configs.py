@@ -29,12 +29,13 @@ def find(name_or_path: str) -> Path:
 
 def problems(values: Mapping[str, Any]) -> list[str]:
     """Problems that need the registries: the model, the data format, the strategy and its options."""
-    from lowmem.combinations import missing_tracker
+    from lowmem.combinations import missing_harness, missing_tracker
     from lowmem.data.load import check_name
     from lowmem.data.mix import check_names
     from lowmem.data.rows.formats import named
     from lowmem.data.rows.preferences import named_for
     from lowmem.models.entries import resolve
+    from lowmem.outside import bring
 
     def _format(name: str) -> object:
         return named(name) if values["task"] == "sft" else named_for(values["task"], name)
@@ -53,11 +54,16 @@ def problems(values: Mapping[str, Any]) -> list[str]:
         except UserError as error:
             found.append(f"{name}: {error}")
     found += [problem] if (problem := missing_tracker(values["report_to"])) else []
-    return found + (_strategy_problems(values) if values["optim"] else [])
+    found += [problem] if (problem := missing_harness(values["eval"])) else []
+    try:
+        bring(values["plugin"])
+        return found + (_strategy_problems(values) if values["optim"] else [])
+    except UserError as error:  # without the plugin its strategies are unknown: one problem, not two
+        return [*found, str(error)]
 
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
-    from lowmem.combinations import of_precision
+    from lowmem.combinations import no_gradient, of_activations, of_precision, of_weights_and_method
     from lowmem.models.entries import to_dtype
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.tensors.checks import idle
@@ -70,16 +76,22 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
         stored = select(strategy.writer, to_dtype(values["dtype"]))
     except UserError as error:
         return [f"optim: {error}"]
-    if "writer" in strategy.options and stored != strategy.writer:
+    differentiates, writer = strategy.source.needs_autograd, str(strategy.options.get("writer", ""))
+    if mixed := of_weights_and_method(values, differentiates=differentiates, writer=writer):
+        return mixed
+    if "writer" in strategy.options and not values["weights"] and stored != strategy.writer:
         kept = strategy.options["writer"]
         return [f"optim: writer={kept} is for weights of 16 bits, these have 32; leave it out"]
     adapts = bool(values["lora_rank"] or values["adapter"])
     if problem := misfit(values["optim"], strategy.source, values["quantize"], adapts):
         return [problem]
-    if values["task"] != "sft" and not strategy.source.needs_autograd:
+    if values["objective"] and strategy.source.needs_autograd:
+        return [no_gradient(values["optim"])]
+    if values["task"] not in ("sft", "classify") and not strategy.source.needs_autograd:
         return [f"optim: {values['optim']} works without gradients, task {values['task']} needs them"]
     found = idle(values["optim"], strategy.rules.values(), betas=values["betas"], eps=values["eps"])
     found += of_precision(values, differentiates=strategy.source.needs_autograd)
+    found += of_activations(values, differentiates=strategy.source.needs_autograd)
     if strategy.source.needs_autograd:
         over_several = values["gradient_release"] and values["accumulation"] > 1
         refusal = accumulation_problem(strategy) if over_several else ""

@@ -31,6 +31,15 @@ from . import render
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else to stdout.")]
 
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE",
+        help="Module or file of your own that brings strategies; can be repeated.",
+    ),
+]
+
 # Read when torch, datasets, transformers and huggingface_hub are imported; a value the user has set wins.
 # The first: a thread that waits spins briefly, then sleeps. Spinning long costs a scheduler tick at every
 # barrier of a busy machine; not spinning at all makes every step of a quiet one a third slower.

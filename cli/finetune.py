@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem.config import RunConfig, bracketed, default_output, from_flags, read
+from lowmem.config import RunConfig, default_output, from_flags, read
 from lowmem.errors import UserError
+from lowmem.values import bracketed
 
 from . import render
 from ._configs import find, problems, shipped
@@ -32,6 +33,7 @@ def command(
     first = from_flags(given, base)  # what needs no package is said at once
     render.say(f"{first.model}, {first.optim}: checking the settings")
     run = from_flags(given, base, problems)
+    run = importlib.import_module("lowmem.training.zeroth.usual").settled(run)
     recipe = importlib.import_module("lowmem.recipes.finetune")
     from ._progress import Bars
 
@@ -78,6 +80,7 @@ def _tables(result: dict[str, Any], run: RunConfig) -> list[Any]:
 
 def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None]]:
     before, after = (result["held_out"][when] for when in ("before", "after"))
+    first, last = (result["benchmarks"][when] for when in ("before", "after"))
     state, steps = result["state_bytes"], result["steps"]
     skipped = result["nonfinite_elements"]
     against = [
@@ -87,6 +90,8 @@ def _facts(result: dict[str, Any], run: RunConfig) -> list[tuple[str, str | None
     ruined = result["nonfinite_weights"]
     return [
         *((f"held-out {name}", _before_after(before.get(name), after.get(name))) for name in after),
+        ("loss on general text", _before_after(*(result["general"][when] for when in ("before", "after")))),
+        *((name, _before_after(first.get(name), value)) for name, value in last.items()),
         ("training", f"{steps} step{'s' * (steps != 1)} in {render.seconds(result['seconds'])}"),
         ("not stepped", f"{skipped:,} elements had a gradient that is not finite" if skipped else None),
         ("ruined", f"{len(ruined)} weight tensors hold numbers that are not finite" if ruined else None),

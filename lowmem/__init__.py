@@ -19,6 +19,7 @@ _HOMES = {
     "Strategy": "lowmem.optim.strategy",
     "LowMemOptimizer": "lowmem.optim.optimizer",
     "optimizer": "lowmem.strategies",
+    "quantize_weights_": "lowmem.models.int8.convert",
     "state_bytes": "lowmem.memory.count",
     "plan": "lowmem.memory.plan",
     "Plan": "lowmem.memory.plan",
@@ -33,6 +34,8 @@ _HOMES = {
         f"LowMem{task}Config": "lowmem.training.arguments"
         for task in ("DPO", "KTO", "ORPO", "Reward", "GRPO")
     },
+    "LowMemChoiceTrainer": "lowmem.training.scored",
+    "LowMemAnswerTrainer": "lowmem.training.scored",
     "hf_optimizer": "lowmem.training.trainer",
     "LowMemError": "lowmem.errors",
     "UserError": "lowmem.errors",

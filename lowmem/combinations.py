@@ -6,6 +6,12 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+FEW_BIT = (
+    "few_bit: with gradient_checkpointing activations are computed anew, not kept; leave one of them out"
+)
+OFFLOADING = ("sft", "classify", "dpo", "kto", "reward")
+"""Tasks whose trainers of TRL can offload activations."""
+
 
 def problems(v: Mapping[str, Any]) -> list[str]:
     """Settings that exclude each other."""
@@ -27,8 +33,58 @@ def problems(v: Mapping[str, Any]) -> list[str]:
             f"clip: {v['clip']} is for gradient_release; use clip: global, or set gradient_release",
         ),
     ]
+    rules += [
+        (v["few_bit"] and v["gradient_checkpointing"], FEW_BIT),
+        (
+            v["activation_offload"] and v["task"] not in OFFLOADING,
+            f"activation_offload: not for task {v['task']}; leave it out, or set gradient_checkpointing",
+        ),
+    ]
     found = [text for broken, text in rules if broken]
-    return found + _of_autocast(v) + _of_task(v) + of_adapters(v) + _of_evaluation(v)
+    return found + _of_autocast(v) + _of_task(v) + of_adapters(v) + of_weights(v) + _of_evaluation(v)
+
+
+def of_weights(v: Mapping[str, Any]) -> list[str]:
+    """Settings that weights of one byte do not go with."""
+    beside = [name for name in ("int8_embeddings", "keep_int8") if v.get(name)]
+    if not v["weights"]:
+        return [f"{', '.join(beside)}: of int8 weights; give weights: int8 as well"] if beside else []
+    rules = [
+        (
+            v["lora_rank"] or v["adapter"],
+            "weights: int8 is for weights that train, those under adapters are frozen; take quantize: nf4",
+        ),
+        (
+            v["quantize"],
+            f"weights, quantize: weights are int8 codes or {v['quantize']} ones; give one of them",
+        ),
+        (
+            v["dtype"] == "float16",
+            "dtype: int8 weights compute in bfloat16 or float32; in float16 their gradients would vanish",
+        ),
+    ]
+    return [text for broken, text in rules if broken]
+
+
+def of_weights_and_method(v: Mapping[str, Any], *, differentiates: bool, writer: str) -> list[str]:
+    """What a method does not go with.
+
+    Args:
+        v: settings of a run.
+        differentiates: whether it takes backward passes; writer: its option of that name.
+    """
+    if v["weights"] and not differentiates:
+        return [
+            f"weights: {v['optim']} displaces weights and takes no backward pass, which codes cannot follow; "
+            "take qzo, which trains the scales of 4-bit weights"
+        ]
+    if writer == "eco" and not v["weights"]:
+        return ["optim: writer=eco is for int8 weights; give weights: int8, or take writer=kahan"]
+    if v["weights"] and writer in ("kahan", "split"):
+        return [
+            f"optim: writer={writer} is for weights of 16 bits; take stochastic or eco, or leave weights out"
+        ]
+    return []
 
 
 def of_precision(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
@@ -58,6 +114,11 @@ def of_precision(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
     return [text for broken, text in rules if broken]
 
 
+def no_gradient(optim: str) -> str:
+    """What is said to a strategy that would differentiate a score."""
+    return f"objective: no gradient goes through a score of answers, {optim} needs one; use mezo, fzoo or qzo"
+
+
 def _of_autocast(v: Mapping[str, Any]) -> list[str]:
     """What autocast does not go with."""
     kind, adapts = v["autocast"], v["lora_rank"] or v["adapter"]
@@ -79,7 +140,9 @@ def _of_task(v: Mapping[str, Any]) -> list[str]:
     """Settings that do not go with the task."""
     task, rows = v["task"], v["batch_size"] * v["accumulation"]
     count = v["num_generations"] or 8
-    of_grpo = [name for name in ("reward", "num_generations", "max_completion") if v[name] is not None]
+    generates = v["objective"] and task == "sft"
+    own = ("reward", "num_generations", *(() if generates else ("max_completion",)))
+    of_grpo = [name for name in own if v[name] is not None]
     pairs = [pair.partition("=") for pair in v["columns"].split(",") if pair]
     rules = [
         (task != "grpo" and of_grpo, f"{', '.join(of_grpo)}: for task grpo; leave it out, or set task: grpo"),
@@ -89,18 +152,41 @@ def _of_task(v: Mapping[str, Any]) -> list[str]:
             f"num_generations: {count} answers per prompt do not divide batch_size x accumulation = {rows}; "
             f"make that a multiple of {count}",
         ),
-        (v["beta"] is not None and task in ("sft", "reward"), f"beta: task {task} has none; leave it out"),
+        (
+            v["objective"] and task not in ("sft", "classify"),
+            f"objective: task {task} has its own; leave it out, or use task sft or classify",
+        ),
+        (
+            v["beta"] is not None and task in ("sft", "classify", "reward"),
+            f"beta: task {task} has none; leave it out",
+        ),
         (
             task == "kto" and v["batch_size"] < 2,
             "batch_size: kto compares the rows of a batch with each other; make it 2 or more",
         ),
         (task == "reward" and v["prompt"], "prompt: a reward model gives no answers; leave it out"),
         (
+            task == "reward" and (v["forgetting"] or v["eval"]),
+            "forgetting, eval: a reward model predicts no text; leave them out",
+        ),
+        (
             any(not (new and old) for new, _, old in pairs),
             f"columns: {v['columns']!r} is not of the form field=column,field=column",
         ),
     ]
     return [text for broken, text in rules if broken]
+
+
+def of_activations(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
+    """Settings of activations that a run does not keep.
+
+    Args:
+        v: settings of a run; differentiates: whether its strategy takes backward passes.
+    """
+    given = [name for name in ("activation_offload", "few_bit") if v[name]]
+    if differentiates or not given:
+        return []
+    return [f"{', '.join(given)}: {v['optim']} keeps no activations for a backward pass; leave it out"]
 
 
 def of_adapters(v: Mapping[str, Any]) -> list[str]:
@@ -125,7 +211,12 @@ def of_adapters(v: Mapping[str, Any]) -> list[str]:
 def _of_evaluation(v: Mapping[str, Any]) -> list[str]:
     """Settings that need evaluations or a schedule."""
     need = [name for name in ("keep_best", "early_stopping") if v[name]]
+    kind, _, tasks = v["eval"].partition(":")
     rules = [
+        (
+            v["eval"] and (kind != "lm_eval" or not tasks.strip(" ,")),
+            f"eval: {v['eval']!r} is not of the form lm_eval:TASK,TASK, as in lm_eval:arc_easy",
+        ),
         (need and not v["eval_steps"], f"{', '.join(need)}: give eval_steps, the steps between evaluations"),
         (v["decay"] and v["schedule"] != "wsd", "decay: of schedule wsd; leave it out, or set schedule: wsd"),
         (
@@ -141,3 +232,10 @@ def missing_tracker(report_to: str) -> str | None:
     if report_to == "none" or importlib.util.find_spec(report_to) is not None:
         return None
     return f"report_to: {report_to} is not installed; pip install {report_to}"
+
+
+def missing_harness(asked: str) -> str | None:
+    """What to do where the package that benchmarks are asked of is not installed."""
+    if asked and importlib.util.find_spec("lm_eval") is None:
+        return "eval: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
+    return None

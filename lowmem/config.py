@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -22,7 +23,7 @@ from typing import Any
 from lowmem import combinations
 from lowmem.errors import ConfigError, UserError, nearest
 from lowmem.texts import parse_yaml
-from lowmem.values import convert
+from lowmem.values import bracketed, convert
 
 __all__ = ["Check", "RunConfig", "build", "dump", "from_flags", "load", "read"]
 
@@ -60,15 +61,24 @@ class RunConfig:
     task: str = _knob(
         "sft",
         "Task",
-        "learn answers (sft), preferences (dpo, orpo), judgements (kto), scores (reward), by reward (grpo)",
-        choices=("sft", "dpo", "kto", "orpo", "reward", "grpo"),
+        "learn answers (sft), the right candidate (classify), preferences (dpo, orpo), judgements (kto), "
+        "scores (reward), by reward (grpo)",
+        choices=("sft", "classify", "dpo", "kto", "orpo", "reward", "grpo"),
     )
     beta: float | None = _knob(
         None, "Task", "pull towards the reference (dpo, kto, grpo), weight of the odds (orpo)", least=0
     )
     reward: str | None = _knob(None, "Task", "what grpo rewards: module:function or file.py:function")
+    objective: str | None = _knob(
+        None,
+        "Task",
+        "what a strategy without gradients raises of answers (sft, classify): accuracy, f1, or "
+        "module:function or file.py:function",
+    )
     num_generations: int | None = _knob(None, "Task", "answers per prompt of grpo (8)", least=2)
-    max_completion: int | None = _knob(None, "Task", "tokens of an answer of grpo (256)", least=1)
+    max_completion: int | None = _knob(
+        None, "Task", "tokens of an answer of grpo (256) or of an objective (32)", least=1
+    )
 
     model: str = _knob(MISSING, "Model", "name (see `lowmem models`), local path or Hub id")
     dtype: str = _knob("bfloat16", "Model", "of the weights", choices=("bfloat16", "float16", "float32"))
@@ -89,6 +99,10 @@ class RunConfig:
     quantize: str | None = _knob(
         None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)
     )
+    weights: str | None = _knob(
+        None, "Model", "hold the weights that train as codes of one byte", choices=("int8",)
+    )
+    int8_embeddings: bool = _knob(False, "Model", "embedding and head as int8 codes too")
 
     data: str = _knob(
         "factbook",
@@ -103,9 +117,22 @@ class RunConfig:
     seq_len: int = _knob(512, "Data", "tokens per row, longer ones are cut", least=2, below=2**24)
     packing: bool = _knob(True, "Data", "fill each row of seq_len tokens with several examples (sft)")
 
-    optim: str = _knob(MISSING, "Optimizer", "strategy (see `lowmem strategies`)")
+    optim: str = _knob(
+        MISSING, "Optimizer", "strategy (see `lowmem strategies`), or module:factory of your own"
+    )
+    plugin: str = _knob(
+        "",
+        "Optimizer",
+        "module or file of your own that brings strategies or parts; can be repeated",
+        several=",",
+    )
     optim_args: str = _knob("", "Optimizer", "options of the strategy, as in rank=128,states=int8")
-    lr: float = _knob(1e-4, "Optimizer", "peak learning rate", least=0)
+    lr: float | None = _knob(
+        None,
+        "Optimizer",
+        "peak learning rate; when not given 1e-4, or what suits the model's size without gradients",
+        least=0,
+    )
     betas: tuple[float, float] = _knob(
         (0.9, 0.999), "Optimizer", "decay rates of the moments", least=0, below=1
     )
@@ -136,6 +163,12 @@ class RunConfig:
     neftune: float | None = _knob(None, "Optimizer", "noise on the embeddings (NEFTune's alpha)", above=0)
 
     gradient_checkpointing: bool = _knob(False, "Memory", "recompute activations in the backward pass")
+    activation_offload: bool = _knob(
+        False, "Memory", "move activations to host memory until the backward pass (GPU)"
+    )
+    few_bit: int | None = _knob(
+        None, "Memory", "bits that activation functions keep for the backward pass (1 to 4)", least=1, below=5
+    )
     gradient_release: bool = _knob(
         False, "Memory", "step each tensor inside the backward pass and free its gradient"
     )
@@ -156,6 +189,10 @@ class RunConfig:
     eval_steps: int | None = _knob(
         None, "Output", "steps between evaluations; before and after only when not given", least=1
     )
+    forgetting: bool = _knob(False, "Output", "also measure the loss on general text, before and after")
+    eval: str = _knob(
+        "", "Output", "benchmarks before and after, as in lm_eval:arc_easy (lm-evaluation-harness)"
+    )
     keep_best: bool = _knob(False, "Output", "end with the weights of the best evaluation")
     early_stopping: int | None = _knob(
         None, "Output", "end after so many evaluations without a better one", least=1
@@ -170,6 +207,7 @@ class RunConfig:
     prompt: tuple[str, ...] = _knob(
         (), "Output", "answer this before and after; can be repeated, '' for none"
     )
+    keep_int8: bool = _knob(False, "Output", "write int8 codes at the end instead of weights in dtype")
     report: bool = _knob(True, "Output", "measure memory during the run and write memory_report.*")
 
     def __post_init__(self) -> None:
@@ -200,7 +238,8 @@ class RunConfig:
 
 def default_output(model: str, optim: str) -> Path:
     """Where a run leaves its results when no folder is named."""
-    return Path("outputs") / f"{Path(model).name}-{optim}".lower()
+    plain = re.sub(r"[^-.+\w]+", "-", optim)  # module:factory, or a file's path
+    return Path("outputs") / f"{Path(model).name}-{plain}".lower()
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -283,21 +322,6 @@ def dump(config: RunConfig) -> str:
         text = yaml.safe_dump([plain], default_flow_style=True, allow_unicode=True, width=10**6).strip()
         lines.append(f"{f.name}: {text[1:-1]}  # {_hint(f)}")
     return "\n".join(lines) + "\n"
-
-
-def bracketed(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """Values in which `optim: galore(rank=64)` is `optim: galore` and `optim_args: rank=64`; and problems."""
-    optim = values.get("optim")
-    if not isinstance(optim, str) or "(" not in optim:
-        return values, []
-    name, _, inside = optim.strip().partition("(")
-    if not inside.endswith(")"):
-        return values, [f"optim: {optim!r} lacks a bracket; write galore(rank=64,states=int8)"]
-    if ")" in inside[:-1]:
-        return values, [f"optim: {optim!r} names several strategies; a run takes one"]
-    if values.get("optim_args"):
-        return values, ["optim_args: the options of optim stand in its brackets already; give them once"]
-    return {**values, "optim": name.strip(), "optim_args": inside[:-1]}, []
 
 
 def _hint(f: dataclasses.Field[Any]) -> str:

@@ -109,6 +109,8 @@ def _jobs(
     check: Check | None,
 ) -> list[tuple[Contender, RunConfig]]:
     """All runs, checked before the first one starts."""
+    from lowmem.training.zeroth.usual import settled
+
     jobs, problems = [], []
     for contender in asked:
         for seed in seeds:
@@ -121,7 +123,7 @@ def _jobs(
                 "output_dir": str(folder / "runs" / f"{contender.folder}-seed{seed}"),
             }
             try:
-                jobs.append((contender, build(values, check)))
+                jobs.append((contender, settled(build(values, check))))
             except ConfigError as error:
                 problems += [p if p.startswith("optim") else f"{contender.name}: {p}" for p in error.problems]
     if problems:
@@ -157,7 +159,7 @@ def _run(config: RunConfig, folder: Path, keep_models: bool) -> dict[str, Any]:
     outcome = {**_child(folder), "fingerprint": wanted}
     _save(folder / "outcome.json", outcome)
     if outcome["status"] == "done" and not keep_models:
-        for kept in (*work.glob("memory_report.*"), *work.glob("loss.png")):
+        for kept in (*work.glob("memory_report.*"), *work.glob("loss*.png")):
             os.replace(kept, folder / kept.name)
         shutil.rmtree(work)
     return outcome

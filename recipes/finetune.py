@@ -4,7 +4,7 @@
 
 Copy it (`lowmem cp finetune my.py`) and change what you like. It prints nothing: it reports to a
 `Console` and returns a plain dictionary. In `config.output_dir` it leaves the model (safetensors) and
-tokenizer, a model card, `memory_report.json` and `.html`, `loss.png`, the resolved `config.yaml`,
+tokenizer, a model card, `memory_report.json` and `.html`, `loss.png` and `loss-dark.png`, `config.yaml`,
 checkpoints that `resume` goes on from, and `zo_log.safetensors` of a run without gradients.
 """
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lowmem.data.load import Data
 
 
+MEASURED = ("held_out", "general", "benchmarks")
 SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
 
@@ -45,22 +46,24 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
     """
     from lowmem.models.quiet import quiet, threads
     from lowmem.training.folder.output import begin, check_model_stays, claim
+    from lowmem.training.zeroth.usual import settled
 
     console = progress or Console()
     folder = config.output_path
     with quiet(), threads(config.threads), _closing(console):
         args = arguments(config)
+        config = settled(config)
         check_model_stays(folder, config.model, config.overwrite)
         with claim(folder, resume=config.resume, overwrite=config.overwrite) as (start, notes):
             for note in notes:
                 console.say(note)
             trainer = prepare(config, args, console)
             trainer.resume_path(str(start) if start else None)  # refuses another run's before it is touched
-            before = _measure(trainer, config.prompt, console, "before")
+            before = _measure(trainer, config, console, "before")
             resolved = dataclasses.replace(config, output_dir=str(folder), resume=False, overwrite=False)
             begin(folder, dump(resolved), overwrite=config.overwrite)
             measured = _train(config, trainer, start, console)
-            after = _measure(trainer, config.prompt, console, "after")
+            after = _measure(trainer, config, console, "after")
             result = _result(config, trainer, measured, before, after, start)
             _write(config, trainer, result, measured["profile"], console)
     return result
@@ -74,16 +77,19 @@ def arguments(config: RunConfig) -> Any:
     """
     import torch
 
+    from lowmem.outside import bring
     from lowmem.training.arguments import trl_config
     from lowmem.training.tasks import options, refuse
+    from lowmem.training.zeroth.usual import settled
 
+    bring(config.plugin)
     cuda = torch.cuda.is_available()
     refuse(config, cuda=cuda)
     common = {
         "output_dir": str(config.output_path),
         "optim": config.optim,
         "optim_args": config.optim_args or None,
-        "learning_rate": config.lr,
+        "learning_rate": settled(config).lr,
         "adam_beta1": config.betas[0],
         "adam_beta2": config.betas[1],
         "adam_epsilon": config.eps,
@@ -126,7 +132,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     from lowmem.models.adapters import published_name
     from lowmem.models.peft_methods import adapter_config, attaching
     from lowmem.training import tasks
-    from lowmem.training.callbacks import Peak, Report
+    from lowmem.training.callbacks import Peak, Report, replace_printers
 
     console.start("load")
     given: dict[str, Any] = {"data_format": config.data_format, "columns": config.column_names}
@@ -140,13 +146,13 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
         check_template(model, tokenizer, console)
     rest = {"peft_config": adapter_config(config), "callbacks": [Report(console), Peak()]}
     with attaching():
-        if config.task == "sft":
+        if config.task == "sft" and not config.objective:
             trainer = _supervised(args, model, parts, tokenizer, console, **rest)
         else:
             trainer = tasks.make(config, args, model, parts, tokenizer, console, **rest)
-    _replace_printers(trainer)
+    replace_printers(trainer)
     trainer.tell, trainer.origin = console.say, _origin(config)
-    trainer.base = published_name(config.model)
+    trainer.base, trainer.keep_int8 = published_name(config.model), config.keep_int8
     if config.schedule == "wsd":
         args.lr_scheduler_kwargs = {"num_decay_steps": config.decay or max(1, trainer.planned_steps() // 10)}
     console.finish()
@@ -161,11 +167,13 @@ def _supervised(
     from lowmem.training.trainer import LowMemSFTTrainer
 
     train, held_out = (fitting(part, tokenizer, args.max_length, console) for part in parts)
-    console.say(f"one example, the loss counts what is in [[ ]]: {train.shown(tokenizer)}")
+    example = train.shown(tokenizer)
+    console.say(f"one example, the loss counts what is in [[ ]]: {example}")
     args.packing_strategy = train.data.packing_strategy
     rows = {"train_dataset": train.dataset(), "eval_dataset": held_out.dataset()}
     trainer = LowMemSFTTrainer(model, args, processing_class=tokenizer, **rows, **rest)
     trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
+    trainer.example = dataclasses.asdict(example)
     return trainer
 
 
@@ -174,38 +182,44 @@ def _origin(config: RunConfig) -> dict[str, Any]:
     from lowmem.training.folder.settings import place
 
     places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
-    rows = ("task", "beta", "columns", "data_format", "eval_rows")
-    weights = ("quantize", "lora_alpha", "lora_dropout", "adapter", "adapter_args", "neftune")
-    return places | {name: getattr(config, name) for name in (*rows, *weights)}
+    rows = ("task", "beta", "objective", "max_completion", "columns", "data_format", "eval_rows")
+    weights = ("quantize", "few_bit", "lora_alpha", "lora_dropout", "adapter", "adapter_args", "neftune")
+    coded = {"weights": config.weights, "int8_embeddings": config.int8_embeddings} if config.weights else {}
+    return places | {name: getattr(config, name) for name in (*rows, *weights)} | coded
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:
     """Model and tokenizer, the weights quantised where the configuration says so."""
+    from lowmem.models.few_bit import keep_few_bits_
+    from lowmem.models.int8.loading import load_int8
     from lowmem.models.loading import load_model, nf4
 
-    # scales that are trained are not quantized themselves
-    config_of = nf4(config.dtype, double=config.adapts) if config.quantize else None
-    quantized = {"quantization_config": config_of} if config_of else {}
-    return load_model(config.model, config.dtype, **quantized)
+    if config.weights:
+        model, tokenizer = load_int8(config.model, config.dtype, embeddings=config.int8_embeddings)
+    else:  # scales that are trained are not quantized themselves
+        config_of = nf4(config.dtype, double=config.adapts) if config.quantize else None
+        quantized = {"quantization_config": config_of} if config_of else {}
+        model, tokenizer = load_model(config.model, config.dtype, **quantized)
+    if config.few_bit:
+        keep_few_bits_(model, config.few_bit)
+    return model, tokenizer
 
 
-def _replace_printers(trainer: Any) -> None:
-    """Take off the callbacks that print to stdout and draw bars; `Report` does it instead."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-
-
-def _measure(trainer: Any, prompts: Sequence[str], console: Console, when: str) -> dict[str, Any]:
-    """What the held-out rows say, and the answers to the prompts."""
+def _measure(trainer: Any, config: RunConfig, console: Console, when: str) -> dict[str, Any]:
+    """What the held-out rows say, the answers to the prompts; where asked, general text and benchmarks."""
     from lowmem.training.evaluation import answers, held_out
+    from lowmem.training.general import general_loss, scores
 
     console.start(f"evaluate {when}", len(trainer.get_eval_dataloader()))
     found = held_out(trainer, console)
     console.finish()
-    said = answers(trainer.model, trainer.processing_class, prompts)
-    return {"loss": found.get("loss"), "held_out": found, "answers": said}
+    said = answers(trainer.model, trainer.processing_class, config.prompt)
+    general = general_loss(trainer) if config.forgetting else None
+    benchmarks = scores(trainer, config.eval)
+    return {
+        "loss": found.get("loss"), "held_out": found, "answers": said, "general": general,
+        "benchmarks": benchmarks,
+    }  # fmt: skip
 
 
 def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console) -> dict[str, Any]:
@@ -244,7 +258,7 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
 def _run(config: RunConfig) -> dict[str, Any]:
     """The settings that memory depends on, for the report."""
     names = ("batch_size", "seq_len", "dtype", "packing", "gradient_checkpointing", "gradient_release")
-    more = ("accumulation", "lora_rank", "quantize")
+    more = ("accumulation", "lora_rank", "quantize", "weights")
     return {name: getattr(config, name) for name in (*names, *more)}
 
 
@@ -286,7 +300,7 @@ def _result(
         "data": trainer.data_summary,
         "task": config.task,
         "loss": {"before": before["loss"], "after": after["loss"]},
-        "held_out": {"before": before["held_out"], "after": after["held_out"]},
+        **{name: {"before": before[name], "after": after[name]} for name in MEASURED},
         "steps": trainer.state.global_step,
         "resumed_from": start.name if start else None,
         "seconds": measured["seconds"],
@@ -305,16 +319,13 @@ def _write(
 ) -> None:
     """Model, tokenizer, card, picture and reports: made beside, and there when all of them are."""
     from lowmem import report
-    from lowmem.report.document import plain
     from lowmem.training.card import card
+    from lowmem.training.folder.document import document, history
     from lowmem.training.folder.output import earlier_report, results
-    from lowmem.training.plot import loss_curve
+    from lowmem.training.plot import DARK, loss_curve
 
     console.start("write")
     folder = config.output_path
-    history = [{"step": 0, "eval_loss": result["loss"]["before"]}, *trainer.state.log_history]
-    history.append({"step": result["steps"], "eval_loss": result["loss"]["after"]})
-    history = [entry for entry in history if entry.get("eval_loss", 0.0) is not None]  # grpo has a reward
     profile = profile or earlier_report(folder, result["steps"])  # a finished run has no step left to measure
     of_results = {key: result[key] for key in ("strategy", "steps", "nonfinite_weights")}
     with results(folder, of_results) as made:
@@ -322,12 +333,14 @@ def _write(
         trainer.save_log(made)
         text = card(config, result, profile, trainer.base)
         (made / "README.md").write_text(text, encoding="utf-8")
-        loss_curve(history, f"{result['model']}, {result['strategy']}", made / "loss.png")
-        of_run = plain({"result": result, "log": trainer.state.log_history})
-        text = json.dumps({**(profile or {}), **of_run}, indent=1, allow_nan=False)
+        losses = history(result, trainer.state.log_history)
+        title = f"{result['model']}, {result['strategy']}"
+        loss_curve(losses, title, made / "loss.png")
+        loss_curve(losses, title, made / "loss-dark.png", DARK)
+        found = document(config, trainer, result, profile)
+        text = json.dumps(found, indent=1, allow_nan=False)
         (made / "memory_report.json").write_text(text, encoding="utf-8")
-        if profile is not None:
-            report.write(profile, made / "memory_report.html")
+        report.write(found, made / "memory_report.html")
     console.finish()
 
 

@@ -49,7 +49,9 @@ def measure(
     from lowmem.memory.measure.profile import Profiler
     from lowmem.memory.predict import of_run
     from lowmem.models.quiet import quiet
+    from lowmem.outside import bring
 
+    bring(config.plugin)
     finetune = importlib.import_module("lowmem.recipes.finetune")
     console, steps = progress or Console(), config.steps or 3
     run = {name: getattr(config, name) for name in SETTINGS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,12 +17,14 @@ FIRST = ("adafactor", "adamw", "adamw_8bit", "frugal", "galore", "mezo", "microa
 """Methods of the first release."""
 
 
+@functools.cache
 def on_any_model() -> dict[str, Entry]:
     """Methods that train parameters; scales of quantized weights have their own tests."""
     found = lowmem.available().items()
     return {name: entry for name, entry in found if not lowmem.create(name).source.quantized}
 
 
+@functools.cache
 def unlike() -> list[str]:
     """Methods of which each is of another make for those who call the optimizer; the first release's all.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import render
-from ..app import Json
+from ..app import Json, Plugins
 
 
 def command(
@@ -18,14 +18,17 @@ def command(
     steps: Annotated[
         int | None, typer.Option("--steps", help="Stop after so many; all when not given.")
     ] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Rebuild the final weights of a run without gradients, bit for bit, from its log."""
     from lowmem.models.quiet import quiet
+    from lowmem.outside import bring
     from lowmem.training.zeroth.replay import replay
 
     from .._progress import Bars
 
+    bring(plugin or ())
     with quiet(), Bars() as progress:
         result = replay(model, log, output_dir, steps=steps, console=progress)
     rows = [

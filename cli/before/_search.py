@@ -22,8 +22,9 @@ def searched(
     """The rows of a search, and the plan of the first; its levers cost some seconds more."""
     from lowmem.memory import plan as planning
     from lowmem.memory.advice.search import search
+    from lowmem.memory.device.gpus import limit_of
 
-    limit = planning.limit_of(gpu, budget, flags.get("compute_capability"))
+    limit = limit_of(gpu, budget, flags.get("compute_capability"))
     if limit is None:
         raise UserError("what fits depends on the card: give --gpu NAME or --budget 23.5GiB, or --optim NAME")
     found = search(model, limit, flags, full=full, gpu=gpu, budget=budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from lowmem.memory.run import Run
 
 from .. import render
 from .._flags import run_flags
-from ..app import Json
+from ..app import Json, Plugins
 from . import _search
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def command(
         str | None,
         typer.Option(
             "--optim",
-            help="Strategy, several with commas as in galore(rank=64),adamw, or all. Without it, and with a "
-            "card: what fits it, best first; adamw where there is no card.",
+            help="Strategy or module:factory, several with commas as in galore(rank=64),adamw, or all. "
+            "Without it, and with a card: what fits it, best first; adamw where there is no card.",
         ),
     ] = None,
     optim_args: Annotated[
@@ -61,20 +62,27 @@ def command(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Search among ways to train all weights.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write a run that does not fit.")] = False,
+    plugin: Plugins = None,
     as_json: Json = False,
     **flags: Any,
 ) -> None:
     """Predict the memory of a fine-tuning run; no weights are read."""
-    from lowmem.memory import plan as planning
+    from lowmem.memory.device.gpus import limit_of
+    from lowmem.outside import bring
 
     unknown = _unknown(solve, gpu, budget)
     for target in (html, emit):
         _check_folder(target)
-    from .._progress import Bars
-
-    found = _lengths(model, data, flags) if data else None
     looking = optim is None and bool(gpu or budget)
     _check_search(looking, full, optim_args)
+    if looking and limit_of(gpu, budget, None):  # a card that is not known is said first
+        render.say(f"{model}: looking for what fits {gpu or budget}, method by method")
+    from lowmem.memory import plan as planning
+
+    from .._progress import Bars
+
+    bring(plugin or ())
+    found = _lengths(model, data, flags) if data else None
     ways: tuple[Found, ...] = ()
     with Bars():  # an architecture that takes long says so
         if looking:
@@ -83,6 +91,8 @@ def command(
             planned = planning.plan(
                 model, optim or "adamw", options=optim_args or None, budget=budget, gpu=gpu, **flags
             )
+    planned = dataclasses.replace(planned, command=_plugged(planned.command, plugin))
+    ways = tuple(dataclasses.replace(way, command=_plugged(way.command, plugin)) for way in ways)
     for text in (*planned.warnings, *_notes(planned)):
         render.warning(text)
     solutions = _solve(planned, unknown)
@@ -94,7 +104,7 @@ def command(
         data_ = report_data(planned) | ({"search": [way.to_dict() for way in ways]} if ways else {})
         render.say(f"report written to {report.write(data_, html)}")
     if emit:
-        _emit(model, _solved(planned, unknown), emit, data, force)
+        _emit(model, _solved(planned, unknown), emit, data, force, plugin)
     document = planned.to_dict() | ({"lengths": found.to_dict()} if found else {})
     document |= {"search": [way.to_dict() for way in ways]} if ways else {}
     if solutions:
@@ -108,6 +118,11 @@ def command(
     if ways and planned.budget is not None:
         shown = [*_search.tables(planned, ways, planned.budget), "", *shown[-len(planned.assumptions) :]]
     render.emit(document, shown, as_json)
+
+
+def _plugged(command: str | None, plugin: list[str] | None) -> str | None:
+    """A command with the modules that it needs."""
+    return command and " ".join([command, *(f"--plugin {shlex.quote(name)}" for name in plugin or ())])
 
 
 def _check_search(looking: bool, full: bool, optim_args: str) -> None:
@@ -196,7 +211,9 @@ def _solved(planned: Plan, unknown: str | None) -> Plan:
     )
 
 
-def _emit(model: str, planned: Plan, target: str, data: str | None, force: bool) -> None:
+def _emit(
+    model: str, planned: Plan, target: str, data: str | None, force: bool, plugin: list[str] | None = None
+) -> None:
     """Write the run of the best plan.
 
     Raises:
@@ -211,8 +228,9 @@ def _emit(model: str, planned: Plan, target: str, data: str | None, force: bool)
             f"{_size(-(best.headroom_bytes or 0))} ({best.verdict}); follow its levers, or give --force"
         )
     path = Path(target).expanduser()
+    plugins = ",".join(plugin or ())
     written, command = (
-        text(model, planned.run, best.strategy, best.options, data),
+        text(model, planned.run, best.strategy, best.options, data, plugins),
         f"lowmem finetune --config {path}",
     )
     if planned.run.ranks > 1:

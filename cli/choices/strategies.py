@@ -7,33 +7,38 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem.errors import UserError, nearest
+from lowmem.errors import UserError
 
 from .. import render
-from ..app import Json
+from ..app import Json, Plugins
 
 _SHAPE = (4096, 11008)  # a weight of a 7B model; state is counted for it, in bfloat16
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="Show one strategy with its axes and options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show one strategy, or module:factory, with its options.")
+    ] = None,
     parts: Annotated[bool, typer.Option("--parts", help="List the parts that every axis may take.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """List the strategies or the parts, or show one strategy with its options."""
+    from lowmem.outside import bring
     from lowmem.strategies import available
+    from lowmem.strategies.registry import entry
 
+    bring(plugin or ())
     entries = available()
-    if name is not None and name not in entries:
-        raise UserError(f"unknown strategy {name!r}; {nearest(name, entries)}")
+    one = entry(name) if name is not None else None
     if name is not None and parts:
         raise UserError(f"--parts lists what every strategy may take; leave {name} or --parts out")
     if parts:
         listed = _parts()
         render.emit(listed, _parts_tables(listed), as_json)
-    elif name is not None:
-        detail = _detail(entries[name])
+    elif one is not None:
+        detail = _detail(one)
         render.emit(detail, _detail_table(detail), as_json)
     elif markdown:
         summaries = [_summary(entry) for entry in entries.values()]
@@ -120,15 +125,19 @@ def _detail_table(document: dict[str, Any]) -> list[Any]:
     bytes_held = f"{_per_weight(document)} bytes of state per weight of a {_SHAPE[0]} x {_SHAPE[1]} matrix"
     axes = render.table("", ["axis", "parts", "default", "meaning"], _rows(document["axes"]))
     options = render.table("", ["option", "values", "default", "meaning"], _rows(document["options"]))
-    example = next(iter([*document["options"], *document["axes"]]))
-    return [
-        f"{document['name']} ({document['paper']}): {document['doc']}\n\n{bytes_held} in bfloat16",
-        axes,
-        options,
+    example = next(iter([*document["options"], *document["axes"]]), None)
+    args = f" --optim-args {example['name']}={example['default']},..." if example else ""
+    paper = f" ({document['paper']})" if document["paper"] else ""
+    roles = [
         "embedding=, head= and vector= (norms, biases) take a rule of their own, as in embedding=adafactor; "
         "lowmem strategies --parts shows the options of the other parts",
-        f"lowmem finetune --model MODEL --optim {document['name']} "
-        f"--optim-args {example['name']}={example['default']},...",
+    ]
+    return [
+        f"{document['name']}{paper}: {document['doc']}\n\n{bytes_held} in bfloat16",
+        *([axes] if document["axes"] else []),
+        *([options] if document["options"] else []),
+        *(roles if document["axes"] else []),
+        f"lowmem finetune --model MODEL --optim {document['name']}{args}",
     ]
 
 

@@ -9,23 +9,26 @@ import typer
 from lowmem.errors import UserError
 
 from .. import render
-from ..app import Json
+from ..app import Json, Plugins
 
 
 def command(
-    method: Annotated[str, typer.Argument(help="Strategy, named or brought along by a package.")],
+    method: Annotated[str, typer.Argument(help="Strategy: a name, or module:factory of your own.")],
     optim_args: Annotated[
         str, typer.Option("--optim-args", metavar="K=V,...", help="Options of the strategy.")
     ] = "",
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Hold a strategy against the contract on a small model: bytes, bad gradients, resume, release."""
     import torch
 
+    from lowmem.outside import bring
     from lowmem.strategies import create
     from lowmem.strategies.registry import parse_options
     from lowmem.training.contract.check import check, small
 
+    bring(plugin or ())
     strategy = create(method, **small(method, parse_options(method, optim_args)))
     found = [finding for dtype in (torch.float32, torch.bfloat16) for finding in check(strategy, dtype)]
     document = {

@@ -139,7 +139,7 @@ def tokenized(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> lis
     if not isinstance(row["prompt"], str):
         return _conversation(row, tokenizer)
     ids = _ids(tokenizer, row["prompt"] + _with_eos(row["completion"], tokenizer))
-    start = _common(_ids(tokenizer, row["prompt"]), ids)
+    start = common(_ids(tokenizer, row["prompt"]), ids)
     return [Tokens(array("i", ids), ((start, len(ids)),))]
 
 
@@ -217,17 +217,17 @@ def _answer_start(chat: Chat, i: int, ids: Sequence[int]) -> int:
     generation prompt that comes last before what differs from another answer.
     """
     asked = chat.ids(i, ask=True)
-    start = _common(asked, ids)
-    if start == len(asked) or start >= (turn := _common(asked, chat.ids(i))):
+    start = common(asked, ids)
+    if start == len(asked) or start >= (turn := common(asked, chat.ids(i))):
         return start
-    latest, ask = _common(chat.ids(i + 1, another=True), ids), asked[turn:]
+    latest, ask = common(chat.ids(i + 1, another=True), ids), asked[turn:]
     for end in range(latest, len(ask) - 1, -1):
         if ids[end - len(ask) : end] == ask:
             return end
     return latest
 
 
-def _common(ids: Sequence[int], others: Sequence[int]) -> int:
+def common(ids: Sequence[int], others: Sequence[int]) -> int:
     """Number of tokens with which both begin.
 
     Not the length of a prompt: a template may render it differently when an answer follows.

@@ -73,11 +73,13 @@ def supports(config: Any, run: Run) -> bool:
     """Whether the formulas describe this model and run."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     biased = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
-    plain = (run.loss, run.rows, run.adapts, run.ranks) == ("plain", "full", False, 1)
+    shape = (run.loss, run.rows, run.adapts, run.ranks, run.weights)
+    plain = shape == ("plain", "full", False, 1, None)
     return (
         not hasattr(config, "skeleton")  # a model object need not be what its configuration says
         and config.model_type in SUPPORTED
         and plain
+        and not (run.activation_offload or run.few_bit)
         and not biased
         and (run.attention != "eager" or _every_head_its_own(config))
         and not getattr(config, "mlp_bias", False)

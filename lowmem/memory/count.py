@@ -11,7 +11,7 @@ ones that are counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from lowmem.errors import UserError
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine.cutting import policy
+from lowmem.optim.int8.tensor import Int8Weight, is_coded
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.shards import Shard
@@ -50,6 +51,7 @@ def state_bytes(
     *,
     ranks: int = 1,
     rank: int = 0,
+    coded: bool = False,
 ) -> int:
     """Bytes of optimizer state held for one weight, exactly; constants shared by all weights not included.
 
@@ -58,6 +60,7 @@ def state_bytes(
         shape: of the weight; dtype: of the weight.
         role: what the weight is (`lowmem.optim.tensors.roles.ROLES`), or "other".
         ranks: processes over which FSDP2 spreads its rows; rank: the one that is asked for (rank 0 has most).
+        coded: the weight is held as int8 codes.
 
     Raises:
         UserError: a rank that is none of so many.
@@ -68,7 +71,7 @@ def state_bytes(
         (124, 84)
     """
     shard = _shard(shape, ranks, rank)
-    return _held_bytes(strategy, strategy.rule_name(role, shape, shard), role, shape, dtype, shard)
+    return _held_bytes(strategy, strategy.rule_name(role, shape, shard), role, shape, dtype, shard, coded)
 
 
 def _shard(shape: Shape, ranks: int, rank: int) -> Shard | None:
@@ -79,24 +82,34 @@ def _shard(shape: Shape, ranks: int, rank: int) -> Shard | None:
 
 
 def _held_bytes(
-    strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None
-) -> int:
-    return _bytes(fresh_state(strategy, rule_name, role, shape, dtype, shard).values())
+    strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None,
+    coded: bool = False,
+) -> int:  # fmt: skip
+    return _bytes(fresh_state(strategy, rule_name, role, shape, dtype, shard, coded).values())
 
 
 def fresh_state(
-    strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None
-) -> State:
+    strategy: Strategy, rule_name: str, role: str, shape: Shape, dtype: torch.dtype, shard: Shard | None,
+    coded: bool = False,
+) -> State:  # fmt: skip
     """The state of one weight, without memory.
 
     Args:
         strategy, role, shape, dtype: as for `state_bytes`; rule_name: that it follows.
         shard: the rows of it that are held; None where that is all.
+        coded: the weight is held as int8 codes.
     """
     device = torch.device("meta")
     if shard is not None:
         return fresh(strategy, rule_name, role, shard, dtype, device)
-    return strategy.init(rule_name, torch.empty(shape, dtype=dtype, device=device), role)
+    return strategy.init(rule_name, like(shape, dtype, device, coded), role)
+
+
+def like(shape: Shape, dtype: torch.dtype, device: torch.device | str, coded: bool) -> Tensor:
+    """A weight of this shape, or int8 codes of one."""
+    if coded:
+        return Int8Weight.empty(shape, dtype, device)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def shared_sizes(strategy: Strategy, used: Iterable[tuple[str, str, Shape]]) -> list[int]:
@@ -136,15 +149,15 @@ def model_state_bytes(
         name: strategy.rule_name(found.get(name, "matrix"), p.shape, shards[name])
         for name, p in trained.items()
     }
-    cache: dict[tuple[str, str, Shape, torch.dtype], int] = {}
+    cache: dict[tuple[str, str, Shape, torch.dtype, bool], int] = {}
     total, rules = 0, strategy.rules_at(ordinary, step, seed, decided)
     for name, p in trained.items():
         role = found.get(name, "matrix")
-        key = (rules[name], role, tuple(p.shape), p.dtype)
+        key = (rules[name], role, tuple(p.shape), p.dtype, is_coded(p))
         if key not in cache:
-            cache[key] = _held_bytes(strategy, *key, shards[name])
+            cache[key] = _held_bytes(strategy, *key[:4], shards[name], key[4])
         total += cache[key]
-    return total + sum(shared_sizes(strategy, [(rule, role, shape) for rule, role, shape, _ in cache]))
+    return total + sum(shared_sizes(strategy, [key[:3] for key in cache]))
 
 
 def workspace_bytes(
@@ -172,10 +185,10 @@ def workspace_bytes(
 
 @functools.lru_cache(maxsize=4096)
 def _workspace(
-    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str, coded: bool
 ) -> Workspace:
     with policy(device):
-        return measure_workspace(strategy, shape, dtype, role, refresh)
+        return measure_workspace(strategy, shape, dtype, role, refresh, coded=coded)
 
 
 @dataclass(frozen=True)
@@ -197,25 +210,27 @@ class Workspace:
 
 
 def workspace(
-    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool = True, device: str = "cpu"
-) -> Workspace:
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool = True,
+    device: str = "cpu", coded: bool = False,
+) -> Workspace:  # fmt: skip
     """What a step allocates, and keeps; arguments as `workspace_bytes`."""
-    return _workspace(strategy, shape, dtype, role, refresh, device)
+    return _workspace(strategy, shape, dtype, role, refresh, device, coded)
 
 
 def measure_workspace(
     strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, refresh: bool, device: str = "meta",
-    compile: str = "off",
+    compile: str = "off", coded: bool = False,
 ) -> Workspace:  # fmt: skip
     """`workspace` of any strategy by the policy that is named, not remembered.
 
     Args:
         device: where it runs, "cpu" under a fake-tensor mode; compile: whether pieces are compiled ones.
+        coded: the weight is held as int8 codes.
     """
     strategy = replace(strategy, schedule=Always())  # while the tensor is active
     if strategy.slices(strategy.rule_name(role, shape), role, shape):
         shape = shape[1:]  # one matrix of the stack after the other
-    p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    p = nn.Parameter(like(shape, dtype, device, coded))
     gradient = _gradient(strategy, p)
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile=compile)
     optimizer.init_state()
@@ -278,13 +293,3 @@ def _between(gap: int) -> int:
     """A step on which the tensor "w" is not refreshed, where there is one."""
     offset = stagger("w", gap) if gap else 0
     return next((step for step in range(FAR, FAR + 2) if gap and (step + offset) % gap), FAR)
-
-
-def workspace_table(strategy: Strategy, model: nn.Module, *, refresh: bool) -> Mapping[str, int]:
-    """Workspace of each trainable parameter of a model, by name."""
-    found = roles.find(model)
-    return {
-        name: workspace_bytes(strategy, tuple(p.shape), p.dtype, found.get(name, "matrix"), refresh)
-        for name, p in model.named_parameters()
-        if trains(p)
-    }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -39,7 +39,8 @@ from lowmem.optim.tensors.checks import pays
 from lowmem.optim.tensors.outside import forms
 from lowmem.sources import directions
 
-STEP, RELEASE, SAVE = "optimizer step", "release step", "save"
+Steps = Literal["all", "large", "none"]
+STEP, RELEASE, SAVE, LOAD = "optimizer step", "release step", "save", "load"
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,16 @@ class Footprint:
         return max([self.together, *self.scratch.values()])
 
 
-def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> Footprint:
+def footprint(
+    strategy: Strategy, parameters: Sequence[Parameter], run: Run, *, steps: Steps = "all"
+) -> Footprint:
     """Count a strategy on the trainable parameters of a traced model.
 
     Where a schedule decides which tensors hold state, the step with the most is taken.
+
+    Args:
+        steps: whose scratch is counted: of all tensors, of the large ones, or of none. Counting is what
+            takes time, and a norm's scratch decides nothing.
     """
     elements = sum(_product(p.shape) for p in parameters)
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
@@ -97,12 +104,14 @@ def footprint(strategy: Strategy, parameters: Sequence[Parameter], run: Run) -> 
         copies = (n for p in parameters for n in _copies(strategy, rules[p.name], p.role, p.shape, p.dtype))
         copied = max(copied, sum(-(-size // grain) * grain for size in copies))
     rounded = tuple(-(-size // grain) * grain for size in best)
-    found = {p.name: _workspace(strategy, p, compiled, run.device) for p in parameters}
+    stepped = [p for p in parameters if steps == "all" or (steps == "large" and len(p.shape) > 1)]
+    found = {p.name: _workspace(strategy, p, compiled, run.device) for p in stepped}
     scratch = {name: one.transient for name, one in found.items()}
     ladder = compiled and run.device == "cpu"
     shapes = _grids({shape for one in found.values() for shape in one.grids}, ladder)
     grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
-    small = _together(strategy, _smallest(parameters, compiled, run.device), compiled, run.device)
+    smallest = _smallest(parameters, compiled, run.device) if steps == "all" else ()
+    small = _together(strategy, smallest, compiled, run.device)
     return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small, copied)
 
 
@@ -126,15 +135,15 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
-    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype, p.shard)
+    return _sizes(strategy, rule_name, p.role, p.shape, p.dtype, p.shard, p.coded)
 
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(
     strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype,
-    shard: Shard | None,
+    shard: Shard | None, coded: bool,
 ) -> list[int]:  # fmt: skip
-    held = count.fresh_state(strategy, rule_name, role, shape, dtype, shard)
+    held = count.fresh_state(strategy, rule_name, role, shape, dtype, shard, coded)
     return [t.untyped_storage().nbytes() for t in held.values()]
 
 
@@ -157,10 +166,10 @@ def _workspace(strategy: Strategy, p: Parameter, compiled: bool, device: str) ->
     if p.shard is not None:
         return _of_rows(strategy, p, p.shard, compiled, device)
     if compiled:
-        return _compiled(strategy, p.shape, p.dtype, p.role, device)
+        return _compiled(strategy, p.shape, p.dtype, p.role, device, p.coded)
     if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
         return _drawn(strategy, p.shape, p.dtype, p.role)
-    return count.workspace(strategy, p.shape, p.dtype, p.role, True, device)
+    return count.workspace(strategy, p.shape, p.dtype, p.role, True, device, p.coded)
 
 
 def _of_rows(strategy: Strategy, p: Parameter, shard: Shard, compiled: bool, device: str) -> Workspace:
@@ -188,12 +197,12 @@ def _drawn(strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role:
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(
-    strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str, device: str
+    strategy: Strategy, shape: tuple[int, ...], dtype: torch.dtype, role: str, device: str, coded: bool
 ) -> Workspace:
     cut = "off" if device == "cpu" else "on"  # pieces are padded in cache there, and stay small either way
     drawn = patch.object(directions, "_kernel", lambda *args: lambda *tensors: None)
     with patch.object(Chunks, "kernel", _fused(Chunks.kernel)), drawn, policy(device):
-        return count.measure_workspace(strategy, shape, dtype, role, True, compile=cut)
+        return count.measure_workspace(strategy, shape, dtype, role, True, compile=cut, coded=coded)
 
 
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,7 +222,8 @@ Sizes = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
 def _smallest(parameters: Sequence[Parameter], compiled: bool, device: str) -> Sizes:
     """Shape, dtype and role of those that step together on a device, the largest as many as fit at once."""
     limit = POLICIES.get(device, POLICIES["cuda"]).together
-    here = [replace(p, shape=tuple(p.shard.shape)) if p.shard else p for p in parameters]
+    alone = [p for p in parameters if not p.coded]  # a block of codes is found by its own scale
+    here = [replace(p, shape=tuple(p.shard.shape)) if p.shard else p for p in alone]
     found = sorted((_product(p.shape), p.name, p) for p in here if _product(p.shape) < limit)[::-1]
     total = itertools.accumulate((size for size, _, _ in found), initial=0)
     first = [p for (_, _, p), before in zip(found, total, strict=False) if before <= ELEMENTS[compiled]]
@@ -251,7 +261,20 @@ def saving(trace: Trace, run: Run) -> Moment:
     """
     weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
     library = -(-run.library // run.granularity) * run.granularity
-    return Moment(SAVE, dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "workspace": library}, -1)
+    taken = {"weights": weights, "workspace": library + decoded(trace)}
+    return Moment(SAVE, dict.fromkeys(CATEGORIES, 0) | taken, -1)
+
+
+def loading(trace: Trace, run: Run) -> Moment:
+    """What lives while int8 weights are made: those that are, and one tensor in the dtype of the file."""
+    weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
+    largest = max(_product(p.shape) * p.dtype.itemsize for p in trace.parameters)
+    return Moment(LOAD, dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "workspace": largest}, -1)
+
+
+def decoded(trace: Trace) -> int:
+    """Bytes of the largest weight of codes, as it is written."""
+    return max([0, *(_product(p.shape) * p.dtype.itemsize for p in trace.parameters if p.coded)])
 
 
 def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = MappingProxyType({})) -> Peak:
@@ -262,8 +285,9 @@ def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = Mappin
         held: of the strategy.
         beside: what happens between steps, by name.
     """
-    found = {**trace.moments, **beside}
+    found = {**trace.moments, **{name: m for name, m in beside.items() if name != LOAD}}
     moments = {name: _with(m, held, held.copied if name == SAVE else 0) for name, m in found.items()}
+    moments |= {name: m for name, m in beside.items() if name == LOAD}  # no state is there yet
     if STEP in trace.moments:
         moments[STEP] = _with(trace.moments[STEP], held, held.worst)
     scratch = {kind(name): size for name, size in held.scratch.items()}

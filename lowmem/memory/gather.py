@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.combinations import of_adapters
+from lowmem.combinations import FEW_BIT, of_adapters, of_weights, of_weights_and_method
 from lowmem.errors import UserError, nearest
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
@@ -18,6 +18,7 @@ from lowmem.memory.trace.given import Given
 from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.models.peft_methods import adapter_config
 from lowmem.optim.strategy import Strategy
+from lowmem.sources.quantized import misfit
 
 NOT_PLANNED = {
     "dpo": "holds two answers and a reference model",
@@ -25,6 +26,7 @@ NOT_PLANNED = {
     "kto": "holds answers with others' prompts, and a reference model",
     "reward": "trains a head of another shape on two answers",
     "grpo": "generates answers, with a cache that grows",
+    "answer": "generates answers, with a cache that grows",
 }
 """Tasks of `lowmem finetune` whose steps differ from those of supervised fine-tuning."""
 
@@ -120,10 +122,13 @@ def _check(run: Run) -> None:
         why = NOT_PLANNED.get(run.task)
         if why is None:
             raise UserError(f"task {run.task!r} is not allowed; {nearest(run.task, ['sft', *NOT_PLANNED])}")
+        how = "objective accuracy" if run.task == "answer" else f"task {run.task}"
         raise UserError(
             f"task {run.task} is not planned: it {why}; measure a few steps instead, with "
-            f"`lowmem finetune --task {run.task} --steps 3`"
+            f"`lowmem finetune --{how} --steps 3`"
         )
+    if run.few_bit and run.gradient_checkpointing:
+        raise UserError(FEW_BIT)
     _check_adapters(run)
     _check_ranks(run)
     if not run.quantize and (run.kbit_prepare or not run.double_quant):
@@ -153,6 +158,10 @@ def _check_ranks(run: Run) -> None:
             run.ranks % cards,
             f"per_node {cards}: {run.ranks} ranks do not fill machines of {cards}; make ranks a multiple",
         ),
+        (
+            run.weights and run.ranks > 1,
+            "weights int8: they are not sharded yet (FSDP2); leave ranks or weights out",
+        ),
         (run.per_node and run.ranks == 1, "per_node: there is one rank; give ranks as well"),
         (run.shard == "none" and run.ranks == 1, "shard none: there is one rank; give ranks as well"),
         (
@@ -171,6 +180,12 @@ def _check_ranks(run: Run) -> None:
         raise UserError("; ".join(problems))
 
 
+def unsuited(name: str, strategy: Strategy, run: Run) -> str:
+    """Why a strategy and the weights or cards of a run do not go together; empty where they do."""
+    weights = misfit(name, strategy.source, run.quantize, run.adapts)
+    return weights or on_ranks(name, strategy, run) or on_codes(name, strategy, run)
+
+
 def on_ranks(name: str, strategy: Strategy, run: Run) -> str:
     """What a strategy does not do on several cards; empty where it does."""
     if run.ranks == 1:
@@ -183,24 +198,35 @@ def on_ranks(name: str, strategy: Strategy, run: Run) -> str:
     return ""
 
 
+def on_codes(name: str, strategy: Strategy, run: Run) -> str:
+    """What a strategy does not do with int8 weights, or only with them; empty where all is well."""
+    settings = {"weights": run.weights, "optim": name}
+    writer = str(strategy.options.get("writer", ""))
+    found = of_weights_and_method(settings, differentiates=strategy.source.needs_autograd, writer=writer)
+    return "; ".join(found)
+
+
 def _check_adapters(run: Run) -> None:
     if run.quantize and run.adapter and not run.lora_rank:
         raise UserError(
             "quantize keeps the base weights frozen, and is planned under LoRA: give lora_rank as well"
         )
     settings = {f.name: getattr(run, f.name) for f in fields(run)} | {"lora_rank": run.lora_rank or None}
-    problems = of_adapters(settings)
+    problems = of_adapters(settings) + of_weights(settings)
     if problems:
         raise UserError("; ".join(problems))
     adapter_config(run)
 
 
-def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Strategy]:
+def strategies(
+    asked: Any, options: Mapping[str, Any] | str | None, *, trained: bool = False
+) -> list[Strategy]:
     """Strategies by name ("galore", "adamw,galore", "all"), as objects, or a list of both.
 
     Args:
         asked: what the user gave.
         options: of the strategy, where exactly one is named.
+        trained: "all" are those that take gradients.
 
     Raises:
         UserError: an unknown name or option, or options for several strategies.
@@ -212,7 +238,9 @@ def strategies(asked: Any, options: Mapping[str, Any] | str | None) -> list[Stra
     wanted = named(asked) if isinstance(asked, str) else [one for part in asked for one in named(part)]
     if [name for name, _ in wanted] == ["all"]:
         # what trains scales is asked for by name: it needs another model than the rest
-        wanted = [(name, None) for name in available() if not create(name).source.quantized]
+        sources = {name: create(name).source for name in available()}
+        taking = (name for name, source in sources.items() if source.needs_autograd or not trained)
+        wanted = [(name, None) for name in taking if not sources[name].quantized]
     found = []
     for name, own in wanted:
         if isinstance(name, Strategy):

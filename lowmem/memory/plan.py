@@ -28,10 +28,9 @@ from lowmem.memory.advice import wording
 from lowmem.memory.advice.cards import needed
 from lowmem.memory.advice.levers import Lever
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict, simulate
-from lowmem.memory.device.gpus import Budget
+from lowmem.memory.device.gpus import Budget, limit_of
 from lowmem.memory.device.gpus import budget as parse_budget
-from lowmem.memory.device.gpus import gpu as find_gpu
-from lowmem.memory.footprint import SAVE, Footprint, Peak, combine, footprint, saving
+from lowmem.memory.footprint import LOAD, SAVE, Footprint, Peak, combine, footprint, loading, saving
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
 from lowmem.memory.trace.extrapolate import evaluated, remembered
@@ -41,7 +40,6 @@ from lowmem.memory.trace.replica import EVALUATION, Trace
 from lowmem.memory.trace.tracker import Moment
 from lowmem.memory.trace.windows import special
 from lowmem.optim.strategy import Strategy
-from lowmem.sources.quantized import misfit
 
 AGREEMENT = 0.1  # percent by which the two methods may differ
 TYPICAL = "step of a typical batch"
@@ -175,7 +173,7 @@ def plan(
         'embedding backward'
     """
     name, config = gather.model_config(model)
-    made = gather.strategies(strategy, options)
+    made = gather.strategies(strategy, options, trained=run_options.get("weights") is not None)
     if isinstance(config, Given):
         run_options = gather.as_it_is(config, run_options)
     run = gather.make_run(run_options)
@@ -192,19 +190,6 @@ def plan(
     )  # fmt: skip
 
 
-def limit_of(gpu: str | None, budget: str | int | None, capability: float | None) -> Budget | None:
-    """What a run may take: of a card by name, a number of bytes, or unknown.
-
-    Raises:
-        UserError: both are given, or the one is unknown.
-    """
-    if budget is not None and gpu is not None:
-        raise UserError("budget and gpu: give one of the two")
-    if budget is not None:
-        return parse_budget(budget, capability)
-    return None if gpu is None else find_gpu(gpu)
-
-
 def suited(run: Run, strategy: Strategy) -> Run:
     """The run as this strategy takes it: without a backward pass there is nothing to recompute or release.
 
@@ -213,11 +198,11 @@ def suited(run: Run, strategy: Strategy) -> Run:
     """
     source = strategy.source
     name = strategy.name or "the strategy"
-    if problem := misfit(name, source, run.quantize, run.adapts) or gather.on_ranks(name, strategy, run):
+    if problem := gather.unsuited(name, strategy, run):
         raise UserError(problem)
     if source.needs_autograd:
         return run
-    return replace(run, gradient_checkpointing=False, gradient_release=False, accumulation=1)
+    return run.forwards
 
 
 def traced(config: Any, run: Run, strategy: Strategy) -> Trace:
@@ -267,7 +252,8 @@ def _beside(config: Any, run: Run, found: Trace) -> dict[str, Moment]:
     """What happens between steps: evaluations and saves."""
     evaluation = run.evaluation
     evaluations = {EVALUATION: evaluated(config, evaluation)} if evaluation is not None else {}
-    return {**evaluations, SAVE: saving(found, run)}
+    loads = {LOAD: loading(found, run)} if run.weights else {}
+    return {**evaluations, **loads, SAVE: saving(found, run)}
 
 
 def _typical(config: Any, run: Run, held: Footprint) -> dict[str, int]:
@@ -323,6 +309,7 @@ def _certainty(run: Run, held: Footprint, event: str) -> dict[str, str]:
         "activations": traced,
         "logits": "bound" if run.loss == "labels" and run.label_tokens is None else traced,
         "workspace": "estimate" if held.compiled else "bound",
+        **({LOAD: traced} if run.weights else {}),
         SAVE: traced,
         **({EVALUATION: traced} if run.evaluation else {}),
         **({TYPICAL: traced} if run.typical else {}),

@@ -57,18 +57,29 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "dtype": config.dtype,
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_release": config.gradient_release,
+        "activation_offload": config.activation_offload,
+        "few_bit": config.few_bit,
         "eval_batch_size": 0,  # what is measured is one step
         "accumulation": config.accumulation,
         "lora_rank": config.lora_rank or 0,
         **{name: getattr(config, name) for name in ADAPTERS},
         "quantize": config.quantize,
-        "task": config.task,
+        "weights": config.weights,
+        "int8_embeddings": config.int8_embeddings,
+        "task": _planned(config),
         "max_grad_norm": config.max_grad_norm if config.clip in ("auto", "global") else 0.0,
         "device": measured.get("device", "cpu"),
         "compute_capability": _capability(measured.get("device", "cpu")),
         "compile": config.compile,
         "steps": config.steps,
     }
+
+
+def _planned(config: RunConfig) -> str:
+    """The task as `plan` calls it: candidates are rows whose labels are few."""
+    if config.task == "classify":
+        return "sft"
+    return "answer" if config.objective else config.task
 
 
 def _capability(device: str) -> float | None:

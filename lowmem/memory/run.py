@@ -46,6 +46,10 @@ class Run:
     )
     gradient_checkpointing: bool = _option(False, "recompute activations in backward")
     gradient_release: bool = _option(False, "step each tensor inside backward")
+    activation_offload: bool = _option(False, "keep activations in host memory until backward")
+    few_bit: int | None = _option(
+        None, "bits that activation functions keep of each number (1 to 4)", least=1, below=5
+    )
     accumulation: int = _option(1, "forward passes per optimizer step", least=1)
     loss: str = _option(
         "plain", "the Trainer's, logits at labels only, or chunked", choices=("plain", "labels", "chunked")
@@ -75,6 +79,8 @@ class Run:
     quantize: str | None = _option(
         None, "quantise the weights under the adapters", choices=("nf4",), group="Adapters"
     )
+    weights: str | None = _option(None, "hold the weights that train as codes of one byte", choices=("int8",))
+    int8_embeddings: bool = _option(False, "embedding and head as int8 codes too")
     double_quant: bool = _option(True, "quantise the scales of 4-bit weights as well", group="Adapters")
     kbit_prepare: bool = _option(
         False, "peft's prepare_model_for_kbit_training: fp32 where nothing is packed", group="Adapters"
@@ -118,6 +124,14 @@ class Run:
     def sharded(self) -> bool:
         """Whether the rows of weights are spread over several cards."""
         return self.ranks > 1 and self.shard == "full"
+
+    @property
+    def forwards(self) -> Run:
+        """The run of a strategy without gradients: nothing is kept for a backward pass, or let go in it."""
+        return replace(
+            self, gradient_checkpointing=False, activation_offload=False, few_bit=None,
+            gradient_release=False, accumulation=1,
+        )  # fmt: skip
 
     @property
     def adapts(self) -> bool:

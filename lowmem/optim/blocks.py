@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine.cutting import sizes, walk
+from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.shards import Shape, matrix
 
 CAST = 8 << 20
@@ -111,14 +112,14 @@ class Blocks:
     def left(self, q: Tensor) -> Tensor:
         """q' G in fp32: (m, k) and (m, n) to (k, n)."""
         out = torch.zeros(q.shape[1], self.shape[1], device=self.device)
-        for i, j in self.ranges():
+        for i, j in walk(self.ranges(), self.device):
             out.addmm_(q[i:j].t(), self.rows(i, j))
         return out
 
     def right(self, q: Tensor) -> Tensor:
         """G q in fp32: (m, n) and (n, k) to (m, k)."""
         out = torch.empty(self.shape[0], q.shape[1], device=self.device)
-        for i, j in self.ranges():
+        for i, j in walk(self.ranges(), self.device):
             out[i:j] = self.rows(i, j) @ q
         return out
 
@@ -200,6 +201,33 @@ class Dense(Blocks):
     def _scaled(self, product: Tensor) -> Tensor:
         product = product.float()
         return product if self.factor is None else product.mul_(self.factor)
+
+
+class Decoded(Blocks):
+    """A matrix that is held as int8 codes, decoded where it is looked at.
+
+    Args:
+        weight: any shape; seen as `matrix_shape`.
+    """
+
+    def __init__(self, weight: Int8Weight) -> None:
+        dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+        super().__init__(matrix_shape(weight.shape), None, weight.device, dtype, 8)
+        self.weight = weight
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j in fp32."""
+        n = self.shape[1]
+        return self.weight.flat(i * n, j * n).view(j - i, n)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Its blocks alone."""
+        return self.weight.flat(start, stop)
+
+
+def held(weight: Tensor) -> Blocks:
+    """A weight as it is held, dense or in codes."""
+    return Decoded(weight) if isinstance(weight, Int8Weight) else Dense(weight)
 
 
 class Slice(Blocks):

@@ -34,6 +34,7 @@ from lowmem.optim.engine.cutting import LADDER
 from lowmem.optim.held import permute_, rotate_, tables, weighted
 from lowmem.optim.terms.changes import Change, Permutation, Rotation
 from lowmem.optim.terms.hyper import ChunkHyper, Hyper
+from lowmem.optim.terms.its import its
 from lowmem.optim.terms.state import Constants, State, part, prefixed
 
 
@@ -204,30 +205,16 @@ class Coded(Pointwise):
         for (name, moment), held in zip(self.rule.moments.items(), self.codecs, strict=True):
             yield name, moment, held
 
-    @property
-    def uses(self) -> frozenset[str]:
-        """Those of the rule."""
-        return self.rule.uses
-
-    @property
-    def linear(self) -> bool:
-        """That of the rule."""
-        return self.rule.linear
+    uses = its("rule")
+    linear = its("rule")
 
     @property
     def chunk(self) -> int:
         """Fewer elements where there are more than four moments."""
         return LADDER[0] if len(self.codecs) <= 4 else LADDER[1]
 
-    @property
-    def compilable(self) -> bool:
-        """That of the rule."""
-        return self.rule.compilable
-
-    @property
-    def reads_weight(self) -> bool:
-        """That of the rule."""
-        return self.rule.reads_weight
+    compilable = its("rule")
+    reads_weight = its("rule")
 
     @functools.cached_property
     def grain(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
 from lowmem.optim.engine.cutting import read_flat, write_flat
+from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.optimizer import LowMemOptimizer
 
 
@@ -66,6 +67,10 @@ def evaluated(optimizer: LowMemOptimizer) -> Iterator[None]:
 def _displace_(w: Tensor, beside: Blocks, lr: float) -> None:
     """w <- w + lr B, block by block."""
     for start in range(0, w.numel(), BLOCK):
+        if isinstance(w, Int8Weight):
+            stop = min(start + BLOCK, w.numel())
+            w.encode_(start, torch.add(w.flat(start, stop), beside.chunk(start, stop), alpha=lr))
+            continue
         old = read_flat(w, start, min(BLOCK, w.numel() - start))
         new = torch.add(
             old.to(torch.promote_types(w.dtype, torch.float32)),

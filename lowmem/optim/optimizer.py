@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import KindError, as_ours
 from lowmem.optim.blocks import Blocks, Dense
+from lowmem.optim.blocks import held as seen
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.shards import Shard
@@ -207,7 +208,7 @@ class LowMemOptimizer(Resumable):
     ) -> Hyper:  # fmt: skip
         """What a rule may know of the next step of a parameter, or of a part of it, or of some rows."""
         place = self.place(p)
-        weight = weight or Dense(part.of(p.detach()) if part else p.detach())
+        weight = weight or seen(part.of(p.detach()) if part else p.detach())
         return hyper(place, (part or place).name, weight, self.chunks.advance_, self._lookup, first, shard)
 
     def constants(self, p: Tensor) -> State:

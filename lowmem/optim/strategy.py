@@ -23,6 +23,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lowmem.optim.contract import AnyRule, is_pointwise
+from lowmem.optim.int8.tensor import is_coded
 from lowmem.optim.schedules.schedule import Always, Schedule
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Source
@@ -157,7 +158,7 @@ class Strategy:
         if rule.idle:
             return {}
         state = stacks.init(rule, x) if self.slices(rule_name, role, x.shape) else rule.init(x)
-        beside = {"writer": select(self.writer, x.dtype).init(x), "source": self.source.init(x)}
+        beside = {"writer": select(self.writer, x.dtype, is_coded(x)).init(x), "source": self.source.init(x)}
         beside["schedule"] = self.schedule.init(rule_name, x)
         return state | {key: t for name, own in beside.items() for key, t in prefixed(name, own).items()}
 

@@ -19,9 +19,9 @@ element reaches.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from lowmem.optim.terms.changes import Unrelated
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.split import Split
 from lowmem.optim.terms.state import Constant, Constants, State, apply_in_place, prefixed, scoped
+
+T = TypeVar("T")
 
 ON_REFRESH = ("keep", "reset", "rotate")
 
@@ -168,9 +170,9 @@ class Subspace(Rule):
         whole = self.residual.lifts and self.projector.complete(shape)
         return self.residual.reads_rest and not whole
 
-    def _owing(self, held: State, g: Blocks, hp: Hyper) -> Blocks:
+    def _with_owed(self, g: Blocks, s: State, hp: Hyper) -> Blocks:
         """The gradient with what the residual owes; it holds nothing where there is no rest."""
-        return self.residual.inject(held, g, hp) if self._absorbs(g.shape) else g
+        return self.residual.inject(scoped(s, "residual"), g, hp) if self._absorbs(g.shape) else g
 
     def _looks(self, shape: tuple[int, int]) -> bool:
         """Whether R is looked at once N is made."""
@@ -187,18 +189,12 @@ class Subspace(Rule):
     def init(self, x: Tensor) -> State:
         """State of the three parts, under their names."""
         shape = matrix_shape(x.shape)
-        inner = self.inner.init(torch.empty(self.projector.low_shape(shape), device=x.device))
+        low = self.projector.low_shape(shape)
+        inner = self.inner.init(torch.empty(low, device=x.device))
         if self._carries_ages() and "age" in inner:
-            inner["age"] = inner["age"].repeat(self._low_rank(shape))
+            inner["age"] = inner["age"].repeat(low[self.projector.axis(shape)])
         rest = self.residual.init(x) if self._absorbs(shape) else {}
-        return (
-            prefixed("projector", self.projector.init(x))
-            | prefixed("inner", inner)
-            | prefixed("residual", rest)
-        )
-
-    def _low_rank(self, shape: tuple[int, int]) -> int:
-        return self.projector.low_shape(shape)[self.projector.axis(shape)]
+        return _of_parts(self.projector.init(x), inner, rest)
 
     def constants(self, shape: tuple[int, ...]) -> Constants:
         """Those of the parts; where columns have ages, how many elements lie between two columns."""
@@ -208,11 +204,7 @@ class Subspace(Rule):
         if self._carries_ages():
             stride = low[1] if self.projector.axis(matrix) == 0 else 1
             inner["stride"] = Constant(f"stride{stride}", functools.partial(_number, stride))
-        return (
-            prefixed("projector", self.projector.constants(matrix))
-            | prefixed("inner", inner)
-            | prefixed("residual", self.residual.constants(matrix))
-        )
+        return _of_parts(self.projector.constants(matrix), inner, self.residual.constants(matrix))
 
     def check_rebase(self, kind: str) -> None:
         """A subspace inside a subspace has no meaning."""
@@ -234,17 +226,17 @@ class Subspace(Rule):
         if not self.projector.due(hp):
             return
         inner, rotates = scoped(s, "inner"), self.on_refresh == "rotate"
-        moving, held = scoped(s, "projector"), scoped(s, "residual")
-        takes = self.residual.takes if self._absorbs(g.shape) else ""
-        before = self._lifted(takes, s, hp) if takes else None
-        change = self.projector.refresh(moving, self._owing(held, g, hp), hp, inner, say=rotates)
+        moment = self.residual.takes if self._absorbs(g.shape) else ""
+        before = self._lifted(moment, s, hp) if moment else None
+        seen = self._with_owed(g, s, hp)
+        change = self.projector.refresh(scoped(s, "projector"), seen, hp, inner, say=rotates)
         if self.on_refresh != "keep":
-            change = change if rotates else Unrelated(change.ok)
-            self.inner.rebase_(inner, change, low := self.projector.low_shape(g.shape), hp.inside(low))
+            low = self.projector.low_shape(g.shape)
+            self.inner.rebase_(inner, change if rotates else Unrelated(change.ok), low, hp.inside(low))
         if before is not None:
-            after = self._lifted(takes, s, hp)
+            after = self._lifted(moment, s, hp)
             lost = Blocks(g.shape, lambda i, j: before.rows(i, j) - after.rows(i, j), g.device)
-            self.residual.take_(held, lost, change.ok, hp)
+            self.residual.take_(scoped(s, "residual"), lost, change.ok, hp)
 
     def _lifted(self, name: str, s: State, hp: Hyper) -> Blocks:
         """A moment as it is now, lifted; products are fp32 whatever the weight."""
@@ -259,28 +251,36 @@ class Subspace(Rule):
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Project, step inside, lift, and add what the rest gives."""
-        moving, held = scoped(s, "projector"), scoped(s, "residual")
-        basis = self.projector.opened(moving, hp)
-        whole = g if isinstance(g, Projected) else self._owing(held, g, hp)
+        whole = g if isinstance(g, Projected) else self._with_owed(g, s, hp)
+        basis = self.projector.opened(scoped(s, "projector"), hp)
         if self._rounds(whole, hp):
             basis = self.projector.rounded(basis, whole.dtype)
         low = g.low if isinstance(g, Projected) else self.projector.down(basis, whole, hp)
         step = low.clone() if self._looks(g.shape) else low
         inside = self._step_inside(low, step, scoped(s, "inner"), hp)
-        if self.projector.partial and hp.weight_decay:
-            own = self.scale * inside.scale
-            step.add_(self.projector.down(basis, hp.weight, hp), alpha=hp.weight_decay / own)
+        if self.projector.partial:
+            inside = self._decayed(inside, basis, step, hp)
         split = self._split(basis, whole, low, step, inside, hp)
-        absorbed, commit = self.residual.absorb(held, split) if self._absorbs(g.shape) else (None, None)
-        commits = [inside.commit, commit]
-        if self.projector.follows:
-            commits.append(lambda: apply_in_place(moving, self.projector.follow(moving, split)))
+        absorbs = self._absorbs(g.shape)
+        absorbed, owe = self.residual.absorb(scoped(s, "residual"), split) if absorbs else (None, None)
+        commit = chained([inside.commit, owe, self._follow(s, split) if self.projector.follows else None])
+        done = Direction(split.lifted, split.pair, split.scale, inside.lr, inside.decay, inside.ok, commit)
         if absorbed is None:
-            blocks, pair, scale = split.lifted, split.pair, split.scale
-        else:
-            blocks, pair, scale = (_sum(split, absorbed) if self.residual.lifts else absorbed), None, 1.0
-        decay = hp.vector(1.0)[0] if self.projector.partial else inside.decay
-        return Direction(blocks, pair, scale, inside.lr, decay, inside.ok, chained(commits))
+            return done
+        blocks = _sum(split, absorbed) if self.residual.lifts else absorbed
+        return replace(done, blocks=blocks, pair=None, scale=1.0)
+
+    def _decayed(self, inside: Inside, basis: State, step: Tensor, hp: Hyper) -> Inside:
+        """What a partial projector does not see stays as it is: the decay becomes part of the step."""
+        if hp.weight_decay:
+            share = hp.weight_decay / (self.scale * inside.scale)
+            step.add_(self.projector.down(basis, hp.weight, hp), alpha=share)
+        return replace(inside, decay=hp.vector(1.0)[0])
+
+    def _follow(self, s: State, split: Split) -> Commit:
+        """The move of a basis that goes by each step, left for after the write."""
+        moving = scoped(s, "projector")
+        return lambda: apply_in_place(moving, self.projector.follow(moving, split))
 
     def _step_inside(self, low: Tensor, step: Tensor, inner: State, hp: Hyper) -> Inside:
         """Make a step of a projected gradient, in place.
@@ -322,6 +322,10 @@ class Subspace(Rule):
             ok=inside.ok,
             hp=hp,
         )
+
+
+def _of_parts(projector: Mapping[str, T], inner: Mapping[str, T], residual: Mapping[str, T]) -> dict[str, T]:
+    return prefixed("projector", projector) | prefixed("inner", inner) | prefixed("residual", residual)
 
 
 def _sum(split: Split, absorbed: Blocks) -> Blocks:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.engine import noise
+from lowmem.optim.int8.writer import Int8Writer
 from lowmem.optim.terms.hyper import ChunkHyper
 from lowmem.optim.terms.state import State
 
@@ -33,6 +35,21 @@ class Writer(Protocol):
     @property
     def streams(self) -> tuple[str, ...]: ...
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What of the weight itself, besides what a chunk is of, the state of a chunk brings."""
+
+    @property
+    def grain(self) -> int:
+        """Elements of a block that is written as one."""
+
+    @property
+    def per(self) -> Mapping[str, int]:
+        """Elements for each entry of a state tensor, where that is not 1."""
+
+    def read(self, w: Tensor, s: Mapping[str, Tensor]) -> Tensor:
+        """The weight chunk in fp32."""
+
     def init(self, x: Tensor) -> State:
         """What is held beside a weight like x, one entry for each element."""
 
@@ -42,13 +59,25 @@ class Writer(Protocol):
         """The new weight chunk and the new state."""
 
 
+class Floats:
+    """What writers of floating-point weights have in common: each element is written for itself."""
+
+    beside: ClassVar[tuple[str, ...]] = ()
+    grain: ClassVar[int] = 1
+    per: ClassVar[Mapping[str, int]] = MappingProxyType({})
+
+    def read(self, w: Tensor, s: Mapping[str, Tensor]) -> Tensor:
+        """The weight in fp32."""
+        return w.float()
+
+
 def _stepped(w: Tensor, d: Tensor, hp: ChunkHyper, decay: Tensor) -> Tensor:
     wide = torch.promote_types(w.dtype, torch.float32)
     return w.to(wide) * decay - hp.lr * d.to(wide)
 
 
 @dataclass(frozen=True)
-class Nearest:
+class Nearest(Floats):
     """Round to nearest; holds 0 bytes. Right for fp32 and float64 weights."""
 
     streams: tuple[str, ...] = ()
@@ -65,7 +94,7 @@ class Nearest:
 
 
 @dataclass(frozen=True)
-class Stochastic:
+class Stochastic(Floats):
     """Round up or down at random with the right mean; holds 0 bytes.
 
     The default for bf16 and fp16 weights: a step of a hundredth of a unit in
@@ -87,7 +116,7 @@ class Stochastic:
 
 
 @dataclass(frozen=True)
-class Kahan:
+class Kahan(Floats):
     """Carry what rounding lost into the next step; holds 2 bytes for each 16-bit weight."""
 
     streams: tuple[str, ...] = ()
@@ -107,7 +136,7 @@ class Kahan:
 
 
 @dataclass(frozen=True)
-class Halves:
+class Halves(Floats):
     """A bf16 weight and 8 more bits of it; holds 1 byte for each weight.
 
     The correction is in 128ths of half a unit in the last place (FlashOptim,
@@ -137,25 +166,43 @@ def _half_ulp(x: Tensor) -> Tensor:
     return power.clamp(min=2.0**-126) * 2.0**-8
 
 
+@dataclass(frozen=True)
+class Eco(Stochastic):
+    """Of int8 weights, what rounding loses is carried along (`int8.writer`); others are `Stochastic`."""
+
+
 NEAREST = Nearest()
+INT8: Mapping[type, Int8Writer] = {
+    Stochastic: Int8Writer("stochastic"),
+    Eco: Int8Writer("eco"),
+    Nearest: Int8Writer("nearest"),
+}
+"""What the writers are for int8 weights."""
 
 
-def select(writer: Writer, dtype: torch.dtype) -> Writer:
-    """The writer that weights of a dtype really have.
+def select(writer: Writer, dtype: torch.dtype, coded: bool = False) -> Writer:
+    """The writer that a weight really has.
 
     fp32 and float64 weights lose nothing that matters and are always written to nearest.
 
     Args:
         writer: of the strategy.
-        dtype: of the weight.
+        dtype: of the weight; coded: whether it is held as int8 codes.
 
     Raises:
-        UserError: a dtype that the writer cannot take.
+        UserError: a weight that the writer cannot take.
 
     Example:
         >>> select(Kahan(), torch.float32)
         Nearest(streams=())
     """
+    if coded:
+        if type(writer) not in INT8:
+            raise UserError(
+                f"writer {type(writer).__name__.lower()!r} is for weights of 16 bits; for int8 weights take "
+                f"'stochastic', 'eco' or 'nearest'"
+            )
+        return INT8[type(writer)]
     if dtype.is_complex:
         raise UserError(f"weights of {dtype} have no order to round in; train torch.view_as_real of them")
     if dtype not in HALF:

@@ -9,7 +9,7 @@ from typing import Any
 from lowmem.report.charts.bars import bars
 from lowmem.report.charts.curves import Curve, curves, front, pareto
 from lowmem.report.page import Cell, Figure, Percent, Report, Right, Section, Size, Table
-from lowmem.report.plan import LEGEND, closing, labels, peak_bar
+from lowmem.report.plan import LEGEND, closing, labels, peak_bar, subject
 from lowmem.report.units import format_bytes
 
 
@@ -26,9 +26,7 @@ def build(data: Mapping[str, Any]) -> Report:
         _failures(runs, names),
         *closing(data),
     ]
-    return Report(
-        f"Comparison: {data['model']['name']}", verdict, tone, [s for s in sections if s is not None], data
-    )
+    return Report(f"Comparison: {subject(data)}", verdict, tone, [s for s in sections if s is not None], data)
 
 
 def usable(runs: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -86,11 +84,19 @@ def _table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Section:
         "peak, predicted",
         "error",
     ]
+    forgets = any(run.get("general_after") is not None for run in runs)
+    names_of = list(dict.fromkeys(name for run in runs for name in run.get("benchmarks") or ()))
+    columns[2:2] = [*(["general text"] if forgets else []), *names_of]
     rows: list[list[Cell]] = []
     for i in order:
         run = runs[i]
         measured, predicted = run.get("measured"), run.get("predicted")
-        row: list[Cell] = [names[i], _loss_of(run), _number(run.get("loss_before"))]
+        row: list[Cell] = [
+            names[i],
+            _loss_of(run),
+            *_beside(run, forgets, names_of),
+            _number(run.get("loss_before")),
+        ]
         row += [Size(measured["state_bytes"] if measured else None), Size(_peak(run) if measured else None)]
         row += [Size(predicted["peak"]["allocated"] if predicted else None)]
         row += [Percent((run.get("error_percent") or {}).get("peak_allocated"))]
@@ -98,6 +104,14 @@ def _table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Section:
     marks = ["bad" if runs[i]["status"] == "failed" else "good" if i in on else "" for i in order]
     text = "On the front: no other run has both a lower loss and a smaller peak."
     return Section("Strategies", text, tables=[Table([*columns, "time per step", "front"], rows, marks)])
+
+
+def _beside(run: Mapping[str, Any], forgets: bool, benchmarks: Sequence[str]) -> list[Cell]:
+    """The loss on general text with what it changed by, and scores; where they were asked for."""
+    before, after = run.get("general_before"), run.get("general_after")
+    told = "-" if before is None or after is None else f"{after:.4f} ({after - before:+.4f})"
+    scores = run.get("benchmarks") or {}
+    return [*([Right(told)] if forgets else []), *(_number(scores.get(name)) for name in benchmarks)]
 
 
 def _loss_of(run: Mapping[str, Any]) -> Right:

@@ -77,6 +77,7 @@ class Section:
     tables: Sequence[Table] = ()
     points: Sequence[str] = ()
     code: str = ""
+    marked: Sequence[tuple[str, bool]] = ()  # text in pieces, and which of them are marked
     folded: bool = False
 
 
@@ -123,6 +124,9 @@ def _section(section: Section) -> str:
         parts.append("<ul>" + "".join(f"<li>{escape(p)}</li>" for p in section.points) + "</ul>")
     if section.code:
         parts.append(f"<pre><code>{escape(section.code)}</code></pre>")
+    if section.marked:
+        pieces = (f"<mark>{escape(t)}</mark>" if on else escape(t) for t, on in section.marked)
+        parts.append(f'<pre class="text"><code>{"".join(pieces)}</code></pre>')
     inner = "\n".join(p for p in parts if p)
     if section.folded:
         return f"<details><summary>{escape(section.title)}</summary>\n{inner}\n</details>"

@@ -4,7 +4,8 @@
     report.html(data) -> str                one file: no network, light and dark, the JSON inside it
     report.write(data, path)                the same, written beside and then renamed
 
-A document is recognised by its keys: "plans" (plan), "measured" (profile), "runs" (compare).
+A document is recognised by its keys: "plans" (plan), "result" (a run), "measured" (profile), "runs"
+(compare).
 Besides the documented keys of `plan --json`, these are drawn when present and left out when absent:
 
     document  "waterfall": [{"lever": "plain AdamW", "peak": bytes, "event": name}, ...]
@@ -30,6 +31,7 @@ from lowmem.report import compare as compare_report
 from lowmem.report import page
 from lowmem.report import plan as plan_report
 from lowmem.report import profile as profile_report
+from lowmem.report import run as run_report
 from lowmem.report.page import Report
 
 __all__ = ["Report", "build", "html", "write"]
@@ -44,12 +46,17 @@ def build(data: Mapping[str, Any]) -> Report:
     Raises:
         UserError: the document is none of the three.
     """
-    makers = {"plans": plan_report.build, "measured": profile_report.build, "runs": compare_report.build}
+    makers = {
+        "result": run_report.build,
+        "plans": plan_report.build,
+        "measured": profile_report.build,
+        "runs": compare_report.build,
+    }
     for key, maker in makers.items():
         if key in data:
             return maker(data)
     raise UserError(
-        f"no plan, profile or comparison: a document with one of the keys {', '.join(makers)} is needed"
+        f"no plan, profile, comparison or run: a document with one of the keys {', '.join(makers)} is needed"
     )
 
 

@@ -9,7 +9,7 @@ from lowmem.report.charts.bars import CATEGORIES, bars, pairs, words
 from lowmem.report.charts.curves import Curve, curves
 from lowmem.report.charts.timeline import picture
 from lowmem.report.page import Cell, Figure, Percent, Report, Section, Size, Table
-from lowmem.report.plan import LEGEND, closing, peak_bar
+from lowmem.report.plan import LEGEND, closing, peak_bar, subject
 from lowmem.report.units import format_bytes, format_percent, unit
 
 FLAG = 3.0  # percent of the peak beyond which a prediction is called off
@@ -48,8 +48,8 @@ def build(data: Mapping[str, Any]) -> Report:
         Section("Advice", points=data["advice"]) if data.get("advice") else None,
         *closing(data),
     ]
-    name = f"{data['model']['name']}, {measured['strategy']}"
-    return Report(f"Memory profile: {name}", verdict, tone, [s for s in sections if s is not None], data)
+    name = f"{measured['strategy']}: {subject(data)}"
+    return Report(f"Memory profile of {name}", verdict, tone, [s for s in sections if s is not None], data)
 
 
 def say(data: Mapping[str, Any]) -> tuple[str, str]:
@@ -163,7 +163,8 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> Section | None:
         for k in keys
     ]
     figure = Figure(
-        curves(series, ("step", f"bytes, {name}"), "Memory at the end of each step"), caption=_STEPS
+        curves(series, ("step", f"bytes, {name}"), "Memory at the end of each step", zero=True),
+        caption=_STEPS,
     )
     return Section("Over the run", figures=[figure])
 

@@ -6,10 +6,11 @@ A scale is positive and its size depends on the quantizer: it is displaced and
 stepped in proportion to itself, so that one radius and one rate serve all (the
 paper's radius of 1e-3 is a seventh of the scales of an int4 model).
 
-The scales of bitsandbytes' 4-bit layers are fp32 already: they are their own
-master copies, and become parameters where they lie, in the layer's quantization
-state, so that a probe, a step and a checkpoint of the model all see the same
-tensor. Two traps are closed when they are taken:
+Scales become parameters where they lie, so that a probe, a step and a checkpoint all see
+the same tensor: bitsandbytes' in the layer's quantization state, HQQ's in its `meta`,
+GPTQ's in the place of the buffer `scales`. Those of bitsandbytes are fp32, their own
+master copies; the others, of 16 bits, are rounded at random like any weight. Two traps
+are closed when they are taken:
 
 * Scales that are themselves quantized ("double quantization") would be one number
   for 16 384 weights; they are decoded, which takes 4 - 1 bytes for each 64 weights.
@@ -19,7 +20,7 @@ tensor. Two traps are closed when they are taken:
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from typing import Any
 
 import torch
@@ -29,33 +30,39 @@ from lowmem.errors import UserError
 from lowmem.optim.source import Named, Source
 
 SCALE = "absmax"
-NAMED = {
-    "hqq": ("HQQLinear", "hqq"),
-    "gptqmodel": ("TritonV2QuantLinear", "gptqmodel"),
-    "auto_gptq": ("QuantLinear", "auto-gptq"),
-}
-"""Quantizers whose scales could be trained where their package is installed: class and package."""
 
 
 def scales(model: nn.Module) -> Named:
     """The scales of every 4-bit layer by name, made trainable where they lie.
 
     Args:
-        model: with bitsandbytes 4-bit weights; calling it again gives the same parameters.
+        model: with 4-bit layers of bitsandbytes, HQQ or GPTQ; calling it again gives the same parameters.
 
     Raises:
-        UserError: no quantized layer, or layers of a quantizer that is not supported.
+        UserError: no quantized layer, or one that has no scales to train.
 
     Bytes: 4 m n / 64 for an (m, n) weight, of which 3 m n / 64 are new where scales were quantized.
     """
     found = [
-        (f"{name}.weight.{SCALE}" if name else f"weight.{SCALE}", taken(module))
+        (f"{name}.{own}" if name else own, scale)
         for name, module in model.named_modules()
-        if is_four_bit(module)
+        for own, scale in _taken(module).items()
     ]
     if not found:
-        raise UserError(_none(model))
+        raise UserError(
+            "qzo trains the scales of 4-bit weights and this model has none: load it with --quantize nf4"
+        )
     return found
+
+
+def unsaved(model: nn.Module) -> str:
+    """Why transformers cannot save a model's quantized layers, and what to do; "" where it can."""
+    if not any(_is_hqq(module) for module in model.modules()):
+        return ""
+    return (
+        "transformers saves no HQQ layers: load the model with --quantize nf4, or train it in a loop of "
+        "your own and save it by hqq's AutoHQQHFModel.save_quantized"
+    )
 
 
 def misfit(name: str, source: Source, quantize: str | None, adapts: bool) -> str:
@@ -79,8 +86,45 @@ def is_four_bit(module: nn.Module) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
-def taken(module: nn.Module) -> nn.Parameter:
-    """The scales of one 4-bit layer as a parameter, in its quantization state."""
+def _is_hqq(module: nn.Module) -> bool:
+    """Whether a module holds HQQ's codes."""
+    return hasattr(module, "W_q") and isinstance(getattr(module, "meta", None), dict)
+
+
+def _is_gptq(module: nn.Module) -> bool:
+    """Whether a module holds GPTQ's codes, under whichever package's class."""
+    return all(isinstance(getattr(module, name, None), Tensor) for name in ("qweight", "scales"))
+
+
+def _taken(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The scales of a quantized layer as a parameter, by its name in a checkpoint; nothing of others."""
+    if is_four_bit(module):
+        return {f"weight.{SCALE}": _of_bitsandbytes(module)}
+    if _is_hqq(module):
+        return {"scale": _of_hqq(module)}
+    if _is_gptq(module):
+        if "scales" in module._buffers:
+            held = module._buffers.pop("scales")
+            assert held is not None
+            module.register_parameter("scales", nn.Parameter(held))
+        scale = module.get_parameter("scales")
+        scale.requires_grad_(True)
+        return {"scales": scale}
+    return {}
+
+
+def _of_hqq(module: Any) -> nn.Parameter:
+    meta = module.meta
+    if meta.get("quant_scale") or "zero_scale" in meta:
+        raise UserError("HQQ scales that are quantized themselves cannot be trained: use quant_scale=False")
+    if not isinstance(meta["scale"], nn.Parameter):
+        meta["scale"] = nn.Parameter(meta["scale"].detach())
+    scale: nn.Parameter = meta["scale"]
+    scale.requires_grad_(True)
+    return scale
+
+
+def _of_bitsandbytes(module: nn.Module) -> nn.Parameter:
     weight: Any = module.weight
     state: Any = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
@@ -92,8 +136,9 @@ def taken(module: nn.Module) -> nn.Parameter:
     if not isinstance(state.absmax, nn.Parameter):
         state.absmax = nn.Parameter(_plain(state))
         state.nested, state.state2, state.offset = False, None, None
-    state.absmax.requires_grad_(True)
-    return state.absmax
+    scale: nn.Parameter = state.absmax
+    scale.requires_grad_(True)
+    return scale
 
 
 def _plain(state: Any) -> Tensor:
@@ -109,17 +154,7 @@ def _plain(state: Any) -> Tensor:
 def owned(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that a module owns: its own, and the scales of its 4-bit weight."""
     found = {name: p for name, p in module._parameters.items() if p is not None}
-    scale = getattr(getattr(found.get("weight"), "quant_state", None), SCALE, None)
-    return found | {f"weight.{SCALE}": scale} if isinstance(scale, nn.Parameter) else found
-
-
-def _none(model: nn.Module) -> str:
-    """Why there is nothing to train, and what to do."""
-    classes = {type(module).__name__ for module in model.modules()}
-    for package, (kind, name) in NAMED.items():
-        if kind in classes:
-            state = "is" if importlib.util.find_spec(package) else "is not"
-            return (
-                f"quantized by {name} ({state} installed), whose scales qzo cannot train: use --quantize nf4"
-            )
-    return "qzo trains the scales of 4-bit weights and this model has none: load it with --quantize nf4"
+    beside = {f"weight.{SCALE}": getattr(getattr(found.get("weight"), "quant_state", None), SCALE, None)}
+    if _is_hqq(module):
+        beside["scale"] = module.meta.get("scale")  # type: ignore[operator, union-attr]
+    return found | {name: p for name, p in beside.items() if isinstance(p, nn.Parameter)}

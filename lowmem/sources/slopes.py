@@ -14,10 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
+from lowmem.optim.source import Named, Query
+from lowmem.optim.terms.state import State
 from lowmem.optim.writers import HALF
 from lowmem.sources.directions import Perturbation
+from lowmem.sources.structures import Structure
 
 log = logging.getLogger(__name__)
+
+NOISES = ("gaussian", "rademacher")
 
 
 class Slope(NamedTuple):
@@ -85,9 +90,14 @@ def checked(loss: Tensor) -> Tensor:
     return loss.detach().reshape(())
 
 
+def is_hollow(x: Tensor) -> bool:
+    """Whether a tensor has a shape and no values, as in a plan."""
+    return x.device.type == "meta" or isinstance(x, FakeTensor)
+
+
 def values(losses: Tensor) -> list[float]:
     """As Python floats; 0 where tensors have no values, so that a probe can be planned."""
-    if losses.device.type == "meta" or isinstance(losses, FakeTensor):
+    if is_hollow(losses):
         return [0.0] * losses.numel()
     return [float(x) for x in losses.tolist()]
 
@@ -103,3 +113,55 @@ def evaluating(model: nn.Module | None) -> Iterator[None]:
     finally:
         for module, was in modes:
             module.training = was
+
+
+class Along:
+    """A source whose evidence are slopes; `noise` and `structure` say which directions there are."""
+
+    noise: str
+    structure: Structure
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is scales of quantized weights that the structure finds."""
+        return self.structure.quantized
+
+    @property
+    def holds(self) -> bool:
+        """Whether the structure holds something."""
+        return self.structure.holds
+
+    def init(self, x: Tensor) -> State:
+        """What the structure holds."""
+        return self.structure.init(x)
+
+    def trained(self, model: nn.Module) -> Named:
+        """Parameters that require gradients, or what the structure finds."""
+        return self.structure.trained(model)
+
+    def direction(self, query: Query, k: int) -> Perturbation:
+        """The k-th direction of an evaluation."""
+        return self.structure.direction(self.noise, query, k)
+
+    def gradients(self, params: Named, evidence: Sequence[Evidence]) -> Iterator[tuple[nn.Parameter, Blocks]]:
+        """The estimate for each trainable parameter, none of it held."""
+        slopes = [slope for slopes in evidence for slope in slopes]
+        for name, p in params:
+            if slopes and p.requires_grad:
+                yield p, Estimate(name, p, slopes)
+
+    def settle_(self, params: Named, evidence: Sequence[Evidence]) -> None:
+        """What the structure does with stepped tensors."""
+        slopes = [slope for slopes in evidence for slope in slopes]
+        for name, p in params:
+            if slopes and p.requires_grad:
+                self.structure.settle_(name, p, slopes)
+
+    def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
+        """None."""
+        return 0
+
+
+def bounded(c: float, clip: float) -> float:
+    """A slope within plus and minus the clip, where there is one."""
+    return max(-clip, min(clip, c)) if clip and not math.isnan(c) else c

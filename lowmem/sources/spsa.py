@@ -21,30 +21,36 @@ copies as there are directions `at_once`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import Blocks
 from lowmem.optim.source import Named, Query
-from lowmem.optim.terms.state import State
 from lowmem.sources.batched import evaluate_at_once
 from lowmem.sources.directions import Perturbation
 from lowmem.sources.estimators import Estimator, TwoSided
 from lowmem.sources.probe import Prober, Shift
 from lowmem.sources.replicas import mean
-from lowmem.sources.slopes import Estimate, Evidence, Slope, checked, evaluating, refuse_compiled, values
+from lowmem.sources.slopes import (
+    NOISES,
+    Along,
+    Evidence,
+    Slope,
+    bounded,
+    checked,
+    evaluating,
+    refuse_compiled,
+    values,
+)
 from lowmem.sources.spread import SpreadProber, is_spread, unspread
 from lowmem.sources.structures import Free, Structure
 
-NOISES = ("gaussian", "rademacher")
-
 
 @dataclass(frozen=True)
-class SPSA:
+class SPSA(Along):
     """Differences of the loss along random directions.
 
     Args:
@@ -90,28 +96,6 @@ class SPSA:
         if not 0.0 <= self.clip < math.inf:
             raise UserError(f"clip_slope bounds a slope, above 0, or is 0 for no bound; got {self.clip}")
         self.estimator.check(self.queries)
-
-    @property
-    def quantized(self) -> bool:
-        """Whether it is scales of quantized weights that the structure finds."""
-        return self.structure.quantized
-
-    @property
-    def holds(self) -> bool:
-        """Whether the structure holds something."""
-        return self.structure.holds
-
-    def init(self, x: Tensor) -> State:
-        """What the structure holds."""
-        return self.structure.init(x)
-
-    def trained(self, model: nn.Module) -> Named:
-        """Parameters that require gradients, or what the structure finds."""
-        return self.structure.trained(model)
-
-    def direction(self, query: Query, k: int) -> Perturbation:
-        """The k-th direction of an evaluation."""
-        return self.structure.direction(self.noise, query, k)
 
     def backward(
         self, params: Named, loss_fn: Callable[[], Tensor], *, model: nn.Module | None, query: Query
@@ -163,25 +147,7 @@ class SPSA:
         first, sides = int(self.estimator.base), len(self.estimator.sides)
         pairs = [values[i : i + sides] for i in range(first, len(values), sides)]
         slopes = self.estimator.slopes(values[0] if first else math.nan, pairs, self.eps)
-        return [_bounded(c, self.clip) / self.queries for c in slopes]
-
-    def gradients(self, params: Named, evidence: Sequence[Evidence]) -> Iterator[tuple[nn.Parameter, Blocks]]:
-        """The estimate for each trainable parameter, none of it held."""
-        slopes = [slope for slopes in evidence for slope in slopes]
-        for name, p in params:
-            if slopes and p.requires_grad:
-                yield p, Estimate(name, p, slopes)
-
-    def settle_(self, params: Named, evidence: Sequence[Evidence]) -> None:
-        """What the structure does with stepped tensors."""
-        slopes = [slope for slopes in evidence for slope in slopes]
-        for name, p in params:
-            if slopes and p.requires_grad:
-                self.structure.settle_(name, p, slopes)
-
-    def gradient_bytes(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], *, released: bool) -> int:
-        """None."""
-        return 0
+        return [bounded(c, self.clip) / self.queries for c in slopes]
 
     def unspread(self) -> str:
         """Directions that look at whole weights, and points that share a forward pass."""
@@ -206,7 +172,3 @@ class SPSA:
 
 def _shift(z: Perturbation, distance: float) -> Shift:
     return lambda name, w, start=0: z.displaced(name, w, distance, start)
-
-
-def _bounded(c: float, clip: float) -> float:
-    return max(-clip, min(clip, c)) if clip and not math.isnan(c) else c

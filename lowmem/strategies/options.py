@@ -162,7 +162,7 @@ def options_of(factory: Callable[..., Any], told: Collection[str] = ()) -> dict[
     for name, parameter in inspect.signature(factory).parameters.items():
         if name in told:
             continue
-        hint, limits, usual = _parted(hints[name])
+        hint, limits, usual = _parted(hints.get(name))
         help = helps.get(name, usual)
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
         kind = str if choices else hint

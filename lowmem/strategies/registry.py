@@ -13,6 +13,7 @@ from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Plain, Strategy
 from lowmem.optim.tensors.checks import idle
 from lowmem.optim.tensors.groups import param_groups
+from lowmem.strategies import factories
 from lowmem.strategies.compose import compose, fixed, place
 from lowmem.strategies.method import AXES, Method, methods
 from lowmem.strategies.options import Option
@@ -67,6 +68,23 @@ def available() -> dict[str, Entry]:
     }
 
 
+def entry(name: str) -> Entry:
+    """One strategy, also one of the user's own by `module:factory`.
+
+    Raises:
+        UserError: an unknown name.
+
+    Example:
+        >>> entry("galore").paper
+        '2403.03507'
+    """
+    if factories.is_factory(name):
+        doc = factories.doc(name)
+        return Entry(name, doc.split("\n", 1)[0], "", factories.options(name), doc, "Your own")
+    _method(name)
+    return available()[name]
+
+
 def beside(name: str, **words: str) -> dict[str, Option]:
     """The axes, and the options that may be written beside some choices, with their defaults.
 
@@ -81,6 +99,8 @@ def beside(name: str, **words: str) -> dict[str, Option]:
         >>> beside("galore", projector="randk")["rank"].help
         'Elements that are seen of each 256, or their share.'
     """
+    if factories.is_factory(name):
+        return factories.options(name)
     method, problems = _method(name), list[str]()
     table, own = known(chosen(method, words, problems)), fixed(method)
     if problems:
@@ -108,7 +128,7 @@ def create(name: str, **options: Plain) -> Strategy:
     """Make a named strategy.
 
     Args:
-        name: one of `available()`.
+        name: one of `available()`, or `module:factory` of a function that makes one.
         options: choices on its axes, options of the chosen parts; numbers may be given as int or float.
 
     Raises:
@@ -120,7 +140,7 @@ def create(name: str, **options: Plain) -> Strategy:
         >>> create("galore", projector="columns", residual="sign").options["residual_scale"]
         1.0
     """
-    return compose(_method(name), options)[1]
+    return factories.make(name, options) if factories.is_factory(name) else compose(_method(name), options)[1]
 
 
 def parse_options(name: str, text: str | Mapping[str, Any] | None) -> dict[str, Plain]:
@@ -137,9 +157,9 @@ def parse_options(name: str, text: str | Mapping[str, Any] | None) -> dict[str, 
         >>> parse_options("galore", "rank=64, scale=1")
         {'rank': 64, 'scale': 1.0}
     """
-    method = _method(name)
+    own = factories.is_factory(name)
     if text is not None and not isinstance(text, str):
-        return compose(method, text)[0].given
+        return factories.typed(name, text) if own else compose(_method(name), text)[0].given
     parts = [part.strip() for part in (text or "").split(",") if part.strip()]
     bad = [part for part in parts if "=" not in part]
     if bad:
@@ -147,7 +167,7 @@ def parse_options(name: str, text: str | Mapping[str, Any] | None) -> dict[str, 
     pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
     if len(pairs) < len(parts):
         raise UserError(f"{name}: an option is given twice in {text!r}; give each once")
-    return compose(method, pairs, text=True)[0].given
+    return factories.typed(name, pairs) if own else compose(_method(name), pairs, text=True)[0].given
 
 
 def optimizer(

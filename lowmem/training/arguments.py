@@ -311,8 +311,10 @@ def trl_config(task: str) -> type[Any]:
     """The arguments of a task's trainer, `LowMemSFTConfig` and so on; a class made once.
 
     Args:
-        task: of `TRL`.
+        task: of `TRL`; candidates are learned by the arguments of sft.
     """
+    if task == "classify":
+        return trl_config("sft")
     home, name = TRL[task]
     stock = getattr(importlib.import_module(home), f"{name}Config")
     text = f"Arguments for `LowMem{name}Trainer`: those of TRL, with the fields of `LowMemFields`."

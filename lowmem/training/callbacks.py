@@ -186,3 +186,11 @@ class Peak(TrainerCallback):
         """Read after each step: the profiler begins a new peak at the step that it tracks."""
         seen = device.reading("cuda")["peak"] if self.device == "cuda" else device.resident_peak()
         self.bytes = max((value for value in (self.bytes, seen) if value is not None), default=None)
+
+
+def replace_printers(trainer: Any) -> None:
+    """Take off the callbacks that print to stdout and draw bars; `Report` does it instead."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)

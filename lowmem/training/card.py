@@ -18,7 +18,7 @@ from lowmem.data.mix import weights
 from lowmem.report.units import format_bytes
 
 _SETTINGS = (
-    *("task", "beta", "reward"),
+    *("task", "beta", "reward", "objective"),
     *("optim", "optim_args", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulation"),
     *(
         "seq_len",
@@ -29,6 +29,7 @@ _SETTINGS = (
         "adapter_args",
         "neftune",
         "quantize",
+        "weights",
         "gradient_checkpointing",
     ),
     *("gradient_release", "seed"),

@@ -63,7 +63,7 @@ def _settings(configs: Sequence[RunConfig], tokens: int | None) -> dict[str, Any
 
 
 def _assumptions(configs: Sequence[RunConfig]) -> list[str]:
-    rates = sorted({config.lr for config in configs})
+    rates = sorted({config.lr for config in configs if config.lr is not None})
     same = f"all with lr {rates[0]:g}" if len(rates) == 1 else "with the learning rates named beside them"
     seeds = len({config.seed for config in configs})
     return [
@@ -89,6 +89,8 @@ def _merged(contender: Contender, outcomes: Sequence[tuple[int, Outcome]]) -> di
         "reason": None,
         "loss_before": _mean([o["loss_before"] for o in done]),
         "loss_after": _mean([o["loss_after"] for o in done]),
+        **{key: _mean([o.get(key) for o in done]) for key in ("general_before", "general_after")},
+        "benchmarks": _mean_scores(done),
         "losses": [{"seed": seed, "loss_after": o["loss_after"]} for seed, o in outcomes],
         "curve": [
             {**points[0], "loss": _mean([p["loss"] for p in points])}
@@ -97,6 +99,12 @@ def _merged(contender: Contender, outcomes: Sequence[tuple[int, Outcome]]) -> di
         "seconds_per_step": _mean([o["seconds_per_step"] for o in done]),
         **{key: done[0][key] for key in ("measured", "predicted", "error_percent")},
     }
+
+
+def _mean_scores(done: Sequence[Outcome]) -> dict[str, float | None]:
+    """Scores of benchmarks after the run, by name."""
+    after = [(outcome.get("benchmarks") or {}).get("after") or {} for outcome in done]
+    return {name: _mean([one.get(name) for one in after]) for name in after[0]}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -128,8 +136,11 @@ def _losses(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], tokens:
     before, after = result["loss"]["before"], result["loss"]["after"]
     between = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
     points = [(0, before), *between, (result["steps"], after)]
+    general = result.get("general") or {}
     curve = [{"step": step, "tokens": step * tokens, "loss": loss} for step, loss in points]
-    return {"status": "done", "reason": None, "loss_before": before, "loss_after": after, "curve": curve}
+    losses = {"loss_before": before, "loss_after": after, "curve": curve}
+    text = {f"general_{when}": general.get(when) for when in ("before", "after")}
+    return {"status": "done", "reason": None, **losses, **text, "benchmarks": result.get("benchmarks") or {}}
 
 
 def _memory(report: Mapping[str, Any]) -> dict[str, Any]:

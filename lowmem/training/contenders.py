@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lowmem.errors import UserError
 
 HYPER = ("lr", "weight_decay", "betas", "eps")
-_NAME = re.compile(r"\s*([A-Za-z0-9_-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+_NAME = re.compile(r"\s*([A-Za-z0-9_./:-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Contender:
     def folder(self) -> str:
         """A file name of its own."""
         text = str(self)
-        mark = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return self.name if text == self.name else f"{self.name}-{mark}"
+        mark, plain = hashlib.sha256(text.encode()).hexdigest()[:8], re.sub(r"[^\w-]+", "-", self.name)
+        return plain if text == plain else f"{plain}-{mark}"
 
 
 def contenders(text: str) -> list[Contender]:

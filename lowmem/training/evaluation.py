@@ -9,7 +9,7 @@ depends on how rows fall into batches; this one does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ _SHOWN = {  # what TRL's evaluations call it -> here
 def held_out(trainer: Any, console: Console | None = None) -> dict[str, float]:
     """What the evaluation rows say: the loss; of preferences also the share ranked right.
 
-    Of reinforcement, whose loss says nothing, the mean reward.
+    Of candidates also accuracy and F1, of an objective its score. Of reinforcement, whose loss says
+    nothing, the mean reward.
 
     Args:
         trainer: of any task.
@@ -39,6 +40,9 @@ def held_out(trainer: Any, console: Console | None = None) -> dict[str, float]:
     task = getattr(trainer, "task", "sft")
     if task == "sft":
         return {"loss": held_out_loss(trainer, console)}
+    if hasattr(trainer, "judge"):
+        judged: dict[str, float] = trainer.judge(console)
+        return judged
     due = trainer.control.should_log
     metrics = trainer.evaluate()
     trainer.control.should_log = due  # any log ends with False: the step's own loss would not be logged
@@ -55,24 +59,31 @@ def held_out_loss(trainer: Any, console: Console | None = None) -> float:
         trainer: one whose `compute_loss` divides by `num_items_in_batch`.
         console: told after each batch.
     """
-    model, total, items = trainer.model, 0.0, 0
-    was = model.training
+    total, items = 0.0, 0
+    for inputs in evaluation_batches(trainer, console):
+        with trainer.compute_loss_context_manager():
+            total += float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=1))
+        items += int((inputs["labels"][..., 1:] != IGNORE).sum())
+    return total / max(items, 1)
+
+
+def evaluation_batches(trainer: Any, console: Console | None = None) -> Iterator[dict[str, Any]]:
+    """The evaluation rows in batches; meanwhile no dropout, no graph, and nothing for TRL to log later.
+
+    Args:
+        trainer: with evaluation rows; console: told after each batch.
+    """
+    model, was = trainer.model, trainer.model.training
     model.eval()
     try:
-        with torch.no_grad():
-            for count, batch in enumerate(trainer.get_eval_dataloader(), start=1):
-                inputs = trainer._prepare_inputs(batch)
-                with trainer.compute_loss_context_manager():
-                    total += float(trainer.compute_loss(model, inputs, num_items_in_batch=1))
-                items += int((inputs["labels"][..., 1:] != IGNORE).sum())
-                if console is not None:
-                    console.advance(count, {})
+        for count, batch in enumerate(trainer.get_eval_dataloader(), start=1):
+            with torch.no_grad():
+                yield trainer._prepare_inputs(batch)
+            if console is not None:
+                console.advance(count, {})
     finally:
         model.train(was)
-        getattr(trainer, "_metrics", {"eval": {}})[
-            "eval"
-        ].clear()  # TRL would log them at its next evaluation
-    return total / max(items, 1)
+        getattr(trainer, "_metrics", {"eval": {}})["eval"].clear()
 
 
 class HeldOut(TrainerCallback):
@@ -97,12 +108,15 @@ class HeldOut(TrainerCallback):
             return
         due = self.trainer.control.should_log
         found = held_out(self.trainer)
-        if getattr(self.trainer, "task", "sft") == "sft":  # the others have logged it
-            self.trainer.log({"eval_loss": found["loss"]})
+        if getattr(self.trainer, "task", "sft") == "sft" or hasattr(self.trainer, "judge"):
+            self.trainer.log(
+                {f"eval_{name}": value for name, value in found.items()}
+            )  # others have logged it
         # Any log ends with should_log = False: without this the training loss of the step is not logged.
         self.trainer.control.should_log = due
         if self.keep or self.patience:
-            self._judge(found.get("loss", -found.get("reward", 0.0)), state, control)
+            raised = found.get("score", found.get("reward"))
+            self._judge(found["loss"] if raised is None else -raised, state, control)
 
     def _judge(self, value: float, state: TrainerState, control: TrainerControl) -> None:
         """Lower is better; the best one is noted where the Trainer looks for it."""
@@ -145,14 +159,19 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
 
 def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     inputs = _asked(tokenizer, prompts).to(model.device)
-    # The model's own sampling settings are unset, or transformers warns that greedy search ignores them.
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
     with torch.no_grad():
-        output = model.generate(
-            **inputs, **greedy, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-        )
+        output = model.generate(**inputs, **greedy(tokenizer), max_new_tokens=max_new_tokens)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
+
+
+def greedy(tokenizer: Any) -> dict[str, Any]:
+    """Settings of `generate` for the likeliest token each time.
+
+    The model's own sampling settings are unset, or transformers warns that greedy search ignores them.
+    """
+    off = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {**off, "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
 
 
 def _asked(tokenizer: Any, prompts: Sequence[str]) -> Any:

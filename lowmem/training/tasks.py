@@ -13,21 +13,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from lowmem import outside
 from lowmem.config import RunConfig
 from lowmem.console import Console
 from lowmem.data.fitting import asked_within
 from lowmem.data.load import Data
-from lowmem.errors import ConfigError, UserError, first_line
+from lowmem.errors import ConfigError
 from lowmem.models.scoring import with_score
+from lowmem.training import scored
 from lowmem.training.arguments import TRL, build_strategy
 from lowmem.training.trainer import LowMemMixin, LowMemSFTTrainer
 
@@ -78,15 +77,32 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     Raises:
         ConfigError: naming all of them.
     """
-    from lowmem.combinations import missing_tracker, of_precision
+    from lowmem.combinations import (
+        missing_harness,
+        missing_tracker,
+        no_gradient,
+        of_activations,
+        of_precision,
+        of_weights_and_method,
+    )
     from lowmem.sources.quantized import misfit
+    from lowmem.training.zeroth.objectives import unknown
 
-    source = build_strategy(config.optim, config.optim_args or None).source
+    strategy = build_strategy(config.optim, config.optim_args or None)
+    source, settings = strategy.source, dataclasses.asdict(config)
+    writer = str(strategy.options.get("writer", ""))
     problems = [
         missing_tracker(config.report_to),
+        missing_harness(config.eval),
         misfit(config.optim, source, config.quantize, config.adapts),
-        *of_precision(dataclasses.asdict(config), differentiates=source.needs_autograd),
+        *of_precision(settings, differentiates=source.needs_autograd),
+        *of_weights_and_method(settings, differentiates=source.needs_autograd, writer=writer),
+        *of_activations(settings, differentiates=source.needs_autograd),
     ]
+    if config.activation_offload and not cuda:
+        problems.append("activation_offload: there is no GPU whose memory it would spare; leave it out")
+    if config.objective:
+        problems.append(no_gradient(config.optim) if source.needs_autograd else unknown(config.objective))
     if config.autocast == "float16" and not cuda:
         problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
     if found := [problem for problem in problems if problem]:
@@ -96,8 +112,13 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
 def options(config: RunConfig) -> dict[str, Any]:
     """Arguments that a task has besides those of every trainer."""
     found: dict[str, Any] = {"beta": config.beta} if config.beta is not None else {}
+    if config.activation_offload:
+        found["activation_offloading"] = True
+    if config.task == "classify" or config.objective:
+        rows = {"skip_prepare_dataset": True}
+        return {**found, "max_length": config.seq_len, "dataset_kwargs": rows, "remove_unused_columns": False}
     if config.task == "sft":
-        return {"max_length": config.seq_len, "packing": config.packing}
+        return {**found, "max_length": config.seq_len, "packing": config.packing}
     if config.task == "grpo":
         count = config.num_generations or 8
         return {
@@ -137,6 +158,8 @@ def make(
     """
     from datasets import Dataset
 
+    if config.task == "classify" or config.objective:
+        return scored.make(config, args, model, parts, tokenizer, console, **rest)
     if config.task == "grpo":
         rest["reward_funcs"] = reward_function(str(config.reward))
     train, held_out = (asked_within(part, tokenizer, config.seq_len, console) for part in parts)
@@ -150,6 +173,8 @@ def make(
     with _no_bars():
         trainer = trainer_class(config.task)(model, args=args, processing_class=tokenizer, **sets, **rest)
     trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
+    row = json.dumps(train.rows[0], ensure_ascii=False, default=str, indent=1)
+    trainer.example = {"text": row, "spans": [], "tokens": None, "trained": None}
     return trainer
 
 
@@ -166,31 +191,7 @@ def reward_function(name: str) -> Callable[..., list[float]]:
         >>> reward_function("operator:length_hint").__name__
         'length_hint'
     """
-    module, _, function = name.rpartition(":")
-    if not module or not function:
-        raise UserError(f"reward: {name!r} is not of the form module:function, as in my_rewards:exact")
-    try:
-        found = getattr(_imported(module), function, None)
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(
-            f"reward: cannot import {module!r}: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    if not callable(found):
-        raise UserError(f"reward: {module} has no function {function!r}")
-    return found  # type: ignore[no-any-return]
-
-
-def _imported(module: str) -> Any:
-    """A module by name, or a file."""
-    if not module.endswith(".py"):
-        with patch.object(sys, "path", [str(Path.cwd()), *sys.path]):
-            return importlib.import_module(module)
-    spec = importlib.util.spec_from_file_location(Path(module).stem, Path(module).expanduser())
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{module} is no Python file")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return outside.function(name, "reward")
 
 
 @contextmanager

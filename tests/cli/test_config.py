@@ -21,6 +21,7 @@ OTHER: dict[str, Any] = {
     "task": "grpo",
     "beta": 0.25,
     "reward": "my_rewards:exact",
+    "objective": "accuracy",
     "num_generations": 3,
     "max_completion": 9,
     "model": "./my model",
@@ -33,6 +34,8 @@ OTHER: dict[str, Any] = {
     "adapter": "lora",
     "adapter_args": "use_dora=true",
     "quantize": "nf4",
+    "weights": "int8",
+    "int8_embeddings": True,
     "data": "rows: all.jsonl",
     "data_format": "text",
     "columns": "prompt=question,answer=solution",
@@ -41,6 +44,7 @@ OTHER: dict[str, Any] = {
     "seq_len": 33,
     "packing": False,
     "optim": "galore",
+    "plugin": "my_parts",
     "optim_args": "rank=4,states=int8,writer=kahan",
     "lr": 3e-5,
     "betas": (0.8, 0.95),
@@ -54,6 +58,8 @@ OTHER: dict[str, Any] = {
     "compile": "off",
     "neftune": 5.0,
     "gradient_checkpointing": True,
+    "activation_offload": True,
+    "few_bit": 3,
     "gradient_release": True,
     "steps": 9,
     "epochs": 0.5,
@@ -68,20 +74,28 @@ OTHER: dict[str, Any] = {
     "save_steps": 6,
     "save_total_limit": 3,
     "eval_steps": 4,
+    "forgetting": True,
+    "eval": "lm_eval:arc_easy",
     "keep_best": True,
     "early_stopping": 2,
     "report_to": "tensorboard",
     "logging_steps": 2,
     "prompt": ("Who's there?", "yes", "2015", "[a, b]"),
+    "keep_int8": True,
     "report": False,
 }
-EXCLUSIVE = [{"epochs"}, {"overwrite"}]  # left out of the first half, alone in the second
+APART = (
+    ("epochs", "overwrite", "objective", "activation_offload", "few_bit"),
+    ("epochs", "weights", "int8_embeddings", "keep_int8"),
+)
+"""Left out of the first part, and each beside little else."""
 
 
 def halves() -> list[dict[str, Any]]:
     """All values of OTHER, in two configurations that may be written."""
-    first = {k: v for k, v in OTHER.items() if k not in ("epochs", "overwrite")}
-    return [first, {**LEAST, "epochs": OTHER["epochs"], "overwrite": OTHER["overwrite"]}]
+    others = {key for part in APART for key in part}
+    first = {k: v for k, v in OTHER.items() if k not in others}
+    return [first, *({**LEAST, **{k: OTHER[k] for k in part}} for part in APART)]
 
 
 def test_the_table_above_names_every_field() -> None:
@@ -228,7 +242,7 @@ def test_how_yaml_is_read(line: str, name: str, value: Any, tmp_path: Path) -> N
         ("lr: {a: b}\nmodel: gpt2\noptim: adamw", "lr: {'a': 'b'} is not a number"),
         ("seed: true\nmodel: gpt2\noptim: adamw", "seed: True is not a whole number"),
         ("data: 2015\nmodel: gpt2\noptim: adamw", "data: 2015 is not a text; put it in quotes"),
-        ("lr: null\nmodel: gpt2\noptim: adamw", "lr: no value given"),
+        ("seq_len: null\nmodel: gpt2\noptim: adamw", "seq_len: no value given"),
     ],
 )
 def test_bad_files_are_one_line(text: str, problem: str, tmp_path: Path) -> None:

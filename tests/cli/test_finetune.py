@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import signal
@@ -26,6 +27,7 @@ LEFT = {
     "config.json",
     "config.yaml",
     "generation_config.json",
+    "loss-dark.png",
     "loss.png",
     "manifest.json",
     "memory_report.html",
@@ -69,6 +71,12 @@ def test_a_run_leaves_its_results_and_prints_one_document(flags: list[str], tmp_
     assert [sample["prompt"] for sample in result["samples"]] == ["What is 3 plus 3?"]
     report = json.loads((tmp_path / "out" / "memory_report.json").read_text(encoding="utf-8"))
     assert report["result"]["state_bytes"] == result["state_bytes"]
+    assert report["settings"]["steps"] == 4
+    text, answer = report["example"]["text"], slice(*report["example"]["spans"][0])
+    assert "plus" in text
+    assert text[answer].startswith("It is ")
+    page = (tmp_path / "out" / "memory_report.html").read_text(encoding="utf-8")
+    assert f"<mark>{html.escape(text[answer])}</mark>" in page
     resolved = load(tmp_path / "out" / "config.yaml")
     assert (resolved.lr, resolved.steps, resolved.optim_args) == (1e-2, 4, "rank=4,update_proj_gap=2")
 

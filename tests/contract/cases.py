@@ -170,6 +170,7 @@ def refused(found: list[Case]) -> list[tuple[Case, UserError]]:
     return said
 
 
+@functools.cache
 def choose(width: str) -> list[Case]:
     """As wide as a test needs: methods as they come, with every part, or with every option too."""
     wide = {"plain": plain, "kinds": kinds, "each": each, "changed": lambda: [*each(), *defined(changed())]}

@@ -167,6 +167,36 @@ def profile_document(name: str = "galore", scale: float = 0.02, error: float = 0
     }
 
 
+def run_document(name: str = "galore", measured: bool = True) -> dict[str, Any]:
+    """A finished fine-tuning run, as `memory_report.json` holds it."""
+    text = "<|user|>\nHow much is <b>3 + 3</b>?<|end|>\n<|assistant|>\nSix.<|end|>\n"
+    start = text.index("Six.")
+    losses = [{"step": i, "loss": 3.0 - i / 30 + (i % 5) / 9} for i in range(1, 31)]
+    result = {
+        "model": "smollm2-135m",
+        "strategy": name,
+        "steps": 30,
+        "data": {"train": "rows.jsonl (train): 40 rows", "held_out": "rows.jsonl (train): 8 rows"},
+        "loss": {"before": 2.9, "after": 1.9},
+        "held_out": {"before": {"loss": 2.9}, "after": {"loss": 1.9}},
+        "general": {"before": 3.1, "after": 3.25},
+        "benchmarks": {"before": {"sums acc": 0.25}, "after": {"sums acc": 0.5}},
+        "state_bytes": 467 << 20,
+        "adamw_state_bytes": {"fp32": 1026 << 20, "bf16": 513 << 20},
+        "peak_bytes": None,
+        "nonfinite_weights": [],
+        "samples": [{"prompt": "How much is 3 + 3?", "before": "A number.", "after": "Six."}],
+    }
+    return {
+        **(profile_document(name) if measured else {}),
+        "result": result,
+        "log": [*losses, {"step": 15, "eval_loss": 2.2}],
+        "example": {"text": text, "spans": [[start, start + 4]], "tokens": 22, "trained": 1},
+        "settings": {"model": "smollm2-135m", "optim": name, "lr": 1e-4, "prompt": []},
+        "command": f"lowmem finetune --model smollm2-135m --optim {name} --steps 30",
+    }
+
+
 def compare_document(names: list[str], scale: float = 0.02, failed: tuple[str, ...] = ()) -> dict[str, Any]:
     runs = []
     for i, name in enumerate(names):

@@ -17,7 +17,7 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.report import page
 from lowmem.report import pages as report
-from lowmem.report.charts import bars, curves, maps, svg
+from lowmem.report.charts import bars, curves, maps, svg, timeline
 from lowmem.report.units import format_bytes, format_ticks, nice_range
 from tests.memory import documents
 
@@ -31,6 +31,8 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
     "tiny plan": documents.plan_document(["adamw"], scale=1e-7),
     "profile": documents.profile_document(),
     "profile with long names": documents.profile_document(documents.LONG, 1e-5, 0.2),
+    "run": documents.run_document(),
+    "run without memory": documents.run_document(measured=False),
     "compare": documents.compare_document(["adamw", "galore", "mezo"], failed=("galore",)),
     "compare of one": documents.compare_document(["adamw"]),
     "compare of twenty": documents.compare_document(MANY),
@@ -169,6 +171,77 @@ def test_no_label_is_cut_or_overlaps_another(name: str) -> None:
                     for b in placed[i + 1 :]:
                         apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
                         assert apart, (section.title, width, a[4], b[4])
+
+
+def test_the_page_of_a_run_is_one_page_of_all_of_it() -> None:
+    """Losses, answers, an example with its mask, data, memory, settings and command, each said once."""
+    document = documents.run_document()
+    text = report.html(document)
+    for shown in (
+        *("Held-out loss 2.900 to 1.900 (-34%)", "loss on general text", "3.2500", "sums acc"),
+        *("A number.", "22 tokens; the loss counts the 1", "<mark>Six.</mark>", "&lt;b&gt;3 + 3&lt;/b&gt;"),
+        *("rows.jsonl (train): 40 rows", "Predicted against measured", "Settings", document["command"]),
+    ):
+        assert text.split("<script")[0].count(shown) == 1 or shown in ("Settings", document["command"])
+        assert shown in text
+    assert text.split("<script")[0].count("<h2>Command") == 1
+    curve = text[text.index("Losses over the steps") :].split("</svg>")[0]
+    for name in ("training, smoothed", "held out", "general text"):
+        assert name in curve
+
+
+def test_a_comparison_shows_what_was_forgotten_where_it_was_asked() -> None:
+    document = documents.compare_document(["adamw", "galore"])
+    plain = report.build(document).sections[0].tables[0]
+    for run, after in zip(document["runs"], (3.1, 2.95), strict=True):
+        run |= {"general_before": 3.0, "general_after": after, "benchmarks": {"sums acc": 0.5}}
+    table = report.build(document).sections[0].tables[0]
+    assert set(table.columns) - set(plain.columns) == {"general text", "sums acc"}
+    column = table.columns.index("general text")
+    assert {row[column] for row in table.rows} == {"3.1000 (+0.1000)", "2.9500 (-0.0500)"}
+    assert {row[column + 1] for row in table.rows} == {"0.5000"}
+
+
+def test_two_curves_of_the_same_numbers_are_both_seen() -> None:
+    same = [(1.0, 4.0), (2.0, 2.0), (3.0, 1.0)]
+    picture = curves.curves([curves.Curve("a", same), curves.Curve("b", list(same))], ("x", "y"), "two")
+    assert len(re.findall(r'class="curve h1 o1"', picture)) == 2  # wide and narrow
+    assert not re.findall(r'class="curve h0 o', picture)
+    apart = curves.Curve("b", [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)])  # they cross, and share no stretch
+    assert " o1" not in curves.curves([curves.Curve("a", same), apart], ("x", "y"), "two")
+
+
+@pytest.mark.parametrize(
+    ("values", "zero", "least"),
+    [((1.0, 1.01), True, 1.0), ((10.7, 10.6), False, 1.0), ((0.0, 0.0), False, 0.0)],
+)
+def test_noise_fills_no_picture(values: tuple[float, float], zero: bool, least: float) -> None:
+    """An axis of bytes begins at zero; one of losses spans a tenth of them."""
+    low, high = curves._span(values, zero)
+    assert low <= min(values)
+    assert high >= max(values)
+    assert high - low >= least
+    assert low >= 0.0
+
+
+def test_one_step_names_the_optimizer_step_however_short_it_is() -> None:
+    names = ("forward", "loss backward", "layers backward", "clip", "optimizer step")
+    ends = (0, 400, 420, 800, 995, 999)
+    phases = [{"name": n, "start": a, "stop": b} for n, a, b in zip(names, ends, ends[1:], strict=True)]
+    line = {"bytes": {"weights": [5] * 1000}, "phases": phases}
+    for width, picture in drawn(timeline.picture(line)):
+        assert "optimizer step" in [words for *_, words in boxes(picture)], width
+
+
+def test_a_run_that_learned_the_wrong_way_says_so() -> None:
+    document = documents.run_document(measured=False)
+    assert report.build(document).tone == "good"
+    document["result"]["held_out"]["after"]["loss"] = 3.0
+    assert report.build(document).tone == "warn"
+    document["result"]["held_out"]["after"]["loss"] = None
+    assert report.build(document).tone == "warn"
+    document["result"]["nonfinite_weights"] = ["a"]
+    assert report.build(document).tone == "bad"
 
 
 def test_a_hostile_name_cannot_leave_its_place() -> None:
@@ -328,7 +401,7 @@ def test_write_is_whole_or_absent(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
     with pytest.raises(UserError, match="name a folder that exists"):
         report.write(DOCUMENTS["plan"], tmp_path / "missing" / "plan.html")
-    with pytest.raises(UserError, match="no plan, profile or comparison"):
+    with pytest.raises(UserError, match="no plan, profile, comparison or run"):
         report.build({"model": {}})
 
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 import lowmem.cli as cli
 from lowmem.errors import UserError
 from lowmem.memory.advice import search as searching
-from lowmem.memory.advice.search import KINDS, search
+from lowmem.memory.advice.kinds import KINDS
+from lowmem.memory.advice.search import search
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.plan import plan
 from tests.memory.families import FAMILIES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -71,6 +73,22 @@ def test_every_block_of_python_runs(tmp_path: Path) -> None:
             script += f"exec(compile({code!r}, {page.name!r}, 'exec'), {{'__name__': 'page'}})\n"
     (tmp_path / "pages.py").write_text(script, encoding="utf-8")
     run("pages.py", cwd=tmp_path)
+
+
+def script(name: str) -> Any:
+    """A module beside the pages, which is in no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_what_levers_gain_is_what_was_measured() -> None:
+    page = (ROOT / "docs" / "guides" / "reduce.md").read_text(encoding="utf-8")
+    shown = page.partition("memory_matrix.md -->\n")[2].partition("<!-- end")[0]
+    assert shown.strip() == script("levers").table(), "run python docs/levers.py"
 
 
 def notebook(path: Path, model: Path) -> str:

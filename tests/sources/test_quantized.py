@@ -13,7 +13,7 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.source import Query
 from lowmem.sources import SPSA, Scales
-from lowmem.sources.quantized import is_four_bit, scales
+from lowmem.sources.quantized import is_four_bit, scales, unsaved
 
 bnb = pytest.importorskip("bitsandbytes")
 pytestmark = [
@@ -158,11 +158,67 @@ def test_what_is_not_quantized_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="--quantize nf4"):
         lowmem.optimizer(nn.Linear(4, 4), "qzo")
 
-    class HQQLinear(nn.Linear):
-        pass
 
-    with pytest.raises(UserError, match="hqq"):
-        lowmem.optimizer(nn.Sequential(HQQLinear(4, 4)), "qzo")
+class Gptq(nn.Module):
+    """GPTQ's layer, written out: w[k, n] = scales[g(k), n] (q[k, n] - 8), eight codes to an int32."""
+
+    def __init__(self, m: int, n: int, group: int = 32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(m)
+        codes = torch.randint(0, 16, (n // 8, 8, m), generator=generator)
+        packed = (codes << (4 * torch.arange(8)[:, None])).sum(1)
+        self.register_buffer("qweight", packed.to(torch.int32))
+        spread = torch.rand(n // group, m, generator=generator)
+        self.register_buffer("scales", (0.01 + 0.01 * spread).half())
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = (self.qweight[:, None] >> (4 * torch.arange(8)[:, None]) & 15).flatten(0, 1)
+        return x @ (self.scales.float().repeat_interleave(self.group, 0) * (codes - 8))
+
+
+def hqq(m: int, n: int) -> nn.Module:
+    core = pytest.importorskip("hqq.core.quantize")
+    config = core.BaseQuantizeConfig(nbits=4, group_size=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(m)
+        plain = nn.Linear(n, m, bias=False)
+    return core.HQQLinear(plain, config, compute_dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("make", [Gptq, hqq])
+def test_other_quantizers_are_trained_by_the_same_settings(make: Any) -> None:
+    """Codes stay and the loss falls, by the rate and the radius that serve NF4."""
+    model = nn.Sequential(make(128, 64), nn.LayerNorm(128), nn.ReLU(), make(64, 128))
+    params = scales(model)
+    assert [name.rpartition(".")[2] for name, _ in params] == ["scale" if make is hqq else "scales"] * 2
+    assert all(p is q for (_, p), (_, q) in zip(params, scales(model), strict=True))
+    layers = [model[0], model[3]]
+    before = [(layer.W_q if make is hqq else layer.qweight).clone() for layer in layers]
+    optimizer = lowmem.optimizer(model, "qzo", lr=0.3, queries=4, clip_slope=0.0)
+    with torch.no_grad():
+        start = float(loss_of(model))
+        for _ in range(60):
+            optimizer.backward(lambda: loss_of(model), model)
+            optimizer.step()
+        assert float(loss_of(model)) < 0.97 * start
+    assert equal([layer.W_q if make is hqq else layer.qweight for layer in layers], before)
+    assert all(float(p.detach().min()) >= 0 for _, p in params)
+
+
+def test_a_gptq_checkpoint_keeps_its_names() -> None:
+    model = nn.Sequential(Gptq(16, 32))
+    names = set(model.state_dict())
+    scales(model)
+    assert set(model.state_dict()) == names
+
+
+def test_a_quantizer_that_cannot_be_saved_is_refused_by_the_trainer() -> None:
+    class Layer(nn.Module):
+        W_q, meta = torch.zeros(1), {"scale": torch.ones(1)}
+
+    assert "saves no HQQ layers" in unsaved(nn.Sequential(Layer()))
+    assert unsaved(net()) == ""
 
 
 @pytest.mark.skipif(not hasattr(torch.ops, "bitsandbytes"), reason="bitsandbytes registers no operators here")

@@ -136,7 +136,9 @@ def test_a_manifest_of_another_format_is_not_read(run: Path, form: object) -> No
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"format": form}))
     said = broken(folder)
-    assert said.startswith(f"its manifest has format {form!r}, this version of lowmem reads 3: go on with the")
+    assert said.startswith(
+        f"its manifest has format {form!r}, this version of lowmem reads 3: go on with the"
+    )
     assert said.endswith("start afresh in another folder")
     found, skipped = checkpoint.newest(run)
     assert found is None

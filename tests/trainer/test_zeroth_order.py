@@ -157,9 +157,26 @@ def test_trains_without_graph_state_or_gradient_and_resumes_bit_exactly(tmp_path
     assert logged(resumed, "loss") == logged(whole, "loss")
 
 
-def test_loss_falls_on_a_small_problem(tmp_path):
-    values = MEZO | {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-    made = trainer(tmp_path, rows=Rows(4, 6), max_steps=60, per_device_train_batch_size=4, **values)
+@pytest.mark.parametrize(
+    ("optim", "options", "lr"),
+    [("mezo", "eps_perturb=0.001", 1e-3), ("lozo", "queries=2", 1e-3), ("fzoo", "", 2e-3)],
+)
+def test_loss_falls_on_a_small_problem(tmp_path, optim, options, lr):
+    values = {"optim": optim, "optim_args": options, "learning_rate": lr, "lr_scheduler_type": "constant"}
+    steps = 60 if optim == "mezo" else 30
+    made = trainer(tmp_path, rows=Rows(4, 6), max_steps=steps, per_device_train_batch_size=4, **values)
     made.train()
     losses = logged(made, "loss")
     assert sum(losses[-10:]) < sum(losses[:10]) - 0.3
+
+
+def test_each_step_takes_the_rate_of_the_schedule_and_the_run_says_how_long_it_is(tmp_path):
+    """Warm-up over two steps, then a straight line to 0 at the sixth."""
+    made = trainer(tmp_path, max_steps=6, **MEZO)
+    said = []
+    made.tell = said.append
+    made.train()
+    taken = [numbers[0][0] for _, _, numbers in made.replay_log.steps]
+    assert taken == pytest.approx([1e-4 * factor for factor in (0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4)])
+    assert len(said) == 1
+    assert "this one takes 6 of 2, lr 0.0001" in said[0]

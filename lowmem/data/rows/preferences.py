@@ -3,6 +3,7 @@
     dpo, orpo, reward   prompt, chosen, rejected      which of two answers is better
     kto                 prompt, completion, label     whether an answer is good; a preference is two of them
     grpo                prompt                        answers are made and a function rewards them
+    classify            prompt, candidates, label     which of several answers is right
 
 Prompts are text, messages, a question or an instruction, as in `formats`; the chosen and the rejected
 side may be text, one message or whole conversations, whose common beginning is the prompt.
@@ -23,7 +24,7 @@ from lowmem.errors import UserError, nearest
 
 Said = str | list[dict[str, Any]]
 
-TASKS = ("dpo", "orpo", "reward", "kto", "grpo")
+TASKS = ("dpo", "orpo", "reward", "kto", "grpo", "classify")
 _NAMES = {"chosen": BETTER, "rejected": WORSE, "label": LABELS}
 
 
@@ -140,6 +141,31 @@ def _question(row: Fields) -> list[Row]:
     return [{"prompt": asked, **{key: row[key] for key in row if key not in _PROMPTS}}]
 
 
+def _choice(row: Fields) -> list[Row]:
+    """The prompt, the answers to choose from, and which of them is right: its place or its text."""
+    asked, candidates = _asked(row), row["candidates"]
+    if asked is None:
+        raise RowError("no field 'prompt', 'question', 'instruction' or 'messages'")
+    texts = candidates if isinstance(candidates, list) else [candidates]
+    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise RowError(f"field 'candidates' is {candidates!r}, not a list of two texts or more")
+    if len(set(texts)) < len(texts):
+        raise RowError(f"field 'candidates' has a text twice: {texts}")
+    if not _holds(asked):
+        return []
+    return [{"prompt": asked, "candidates": texts, "label": _which(row["label"], texts)}]
+
+
+def _which(label: Any, candidates: list[str]) -> int:
+    """The place of the right candidate."""
+    plain = [text.strip() for text in candidates]
+    if isinstance(label, str) and label.strip() in plain:
+        return plain.index(label.strip())
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(plain):
+        return label
+    raise RowError(f"field 'label' is {label!r}, neither one of {plain} nor a place among them, from 0 on")
+
+
 _PROMPTS = ("prompt", "messages", "conversations")
 
 
@@ -205,6 +231,9 @@ _FORMATS = {
     "kto": (
         Format("judgement", ("label",), "prompt, completion, label (true or false)", _judgement),
         Format("preference", ("chosen", "rejected"), "prompt, chosen, rejected", _both),
+    ),
+    "classify": (
+        Format("choice", ("candidates", "label"), "prompt, candidates (a list of texts), label", _choice),
     ),
     "grpo": tuple(
         Format(key, (key,), key, _question)

@@ -27,17 +27,14 @@ def needed(config: Any, run: Run, strategy: Strategy, capacity: int) -> int:
     Args:
         config: of the model; run: as the strategy takes it; capacity: bytes of one card.
     """
-
-    def fits(ranks: int) -> bool:
+    before = None
+    for ranks in NUMBERS:
         tried = replace(run, ranks=ranks, per_node=None)
         found = extrapolated(config, tried, special(strategy))
-        peak = combine(found, footprint(strategy, found.parameters, tried))
-        return peak.allocated <= int((1 - ROOM) * capacity)
-
-    low, high = 0, len(NUMBERS) - 1
-    if not fits(NUMBERS[high]):
-        return 0
-    while low < high:  # more cards never hold more
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(NUMBERS[middle]) else (middle + 1, high)
-    return NUMBERS[low]
+        size = combine(found, footprint(strategy, found.parameters, tried)).allocated
+        if size <= (1 - ROOM) * capacity:
+            return ranks
+        if before is not None and size >= before:  # rows are padded to equal chunks: what is gathered grows
+            return 0
+        before = size
+    return 0

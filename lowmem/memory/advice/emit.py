@@ -16,8 +16,8 @@ from lowmem.memory.run import Run
 
 SAME = (
     "task", "dtype", "seq_len", "batch_size", "accumulation", "gradient_checkpointing", "gradient_release",
-    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter", "adapter_args", "quantize",
-    "compile", "steps",
+    "activation_offload", "few_bit", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter",
+    "adapter_args", "quantize", "weights", "int8_embeddings", "compile", "steps",
 )  # fmt: skip
 """Options with the same name and meaning on both sides."""
 LAUNCHED = ("ranks", "shard", "per_node")
@@ -40,12 +40,18 @@ DATA = "data: ''"
 
 
 def run_config(
-    model: str, run: Run, strategy: str, options: Mapping[str, Any], data: str | None = None
+    model: str,
+    run: Run,
+    strategy: str,
+    options: Mapping[str, Any],
+    data: str | None = None,
+    plugin: str = "",
 ) -> RunConfig:
     """The fine-tuning run that was planned.
 
     Args:
         model, run, strategy, options: of the plan; data: as `lowmem finetune --data` takes it.
+        plugin: modules that bring the strategy.
 
     Raises:
         UserError: the plan has something that `lowmem finetune` does not do.
@@ -60,6 +66,7 @@ def run_config(
         raise UserError(f"cannot emit a run with {asked[0]}: {NOT_DONE[asked[0]]}; plan without it")
     values: dict[str, Any] = {name: getattr(run, name) for name in SAME}
     values |= {"model": model, "optim": strategy, "packing": run.rows != "padded", "data": data}
+    values["plugin"] = plugin
     values["optim_args"] = ",".join(f"{k}={_word(v)}" for k, v in options.items())
     values["lora_rank"] = run.lora_rank or None
     values["autocast"] = run.autocast_dtype if run.autocast else "none"
@@ -74,9 +81,16 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def text(model: str, run: Run, strategy: str, options: Mapping[str, Any], data: str | None = None) -> str:
+def text(
+    model: str,
+    run: Run,
+    strategy: str,
+    options: Mapping[str, Any],
+    data: str | None = None,
+    plugin: str = "",
+) -> str:
     """The YAML of `run_config`; without data its line is left empty, and finetune asks for it."""
-    written = dump(run_config(model, run, strategy, options, data))
+    written = dump(run_config(model, run, strategy, options, data, plugin))
     if data is not None:
         return written
     lines = [

@@ -127,9 +127,11 @@ def roles(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
     cheap = replace(create("adafactor"), writer=strategy.writer)
     for p in parameters:
         ranks = p.shard.ranks if p.shard else 1
-        now[p.role] = now.get(p.role, 0) + state_bytes(strategy, p.shape, p.dtype, p.role, ranks=ranks)
+        now[p.role] = now.get(p.role, 0) + state_bytes(
+            strategy, p.shape, p.dtype, p.role, ranks=ranks, coded=p.coded
+        )
         if p.role in FACTORED and p.role not in strategy.rules:
-            size = state_bytes(cheap, p.shape, p.dtype, p.role, ranks=ranks)
+            size = state_bytes(cheap, p.shape, p.dtype, p.role, ranks=ranks, coded=p.coded)
             factored[p.role] = factored.get(p.role, 0) + size
     total = sum(now.values())
     gains = {role: now[role] - size for role, size in factored.items() if now[role] - size > LARGE * total}

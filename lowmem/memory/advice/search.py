@@ -13,44 +13,37 @@ Kinds are an order of expectation, not of measurement: what a method costs in qu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from lowmem.errors import UserError
-from lowmem.memory import count, gather
+from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
+from lowmem.memory.advice.kinds import KINDS, kind_of
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
-from lowmem.memory.footprint import Footprint, Peak, combine, footprint
+from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
-from lowmem.memory.trace.windows import special
+from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.windows import resting, special
 from lowmem.models import loss
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 from lowmem.strategies import available, create
 
-KINDS = (
-    "whole moments",
-    "moments in few bits",
-    "one whole moment",
-    "moments of a subspace or of sums",
-    "LoRA",
-    "LoRA over 4 bits",
-    "no moments",
-    "no gradients",
-)
-"""What is kept of two whole moments of every weight, best first."""
 ADAPTED = ("adamw", "adamw_8bit")
 """Methods for adapters, whose matrices are small already."""
+CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd")
+"""Methods for int8 weights where nobody asked for them: one of each kind."""
 RANK = 16  # of adapters, where none is given
 ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
 HALVINGS = 3
-TOP, CHECKED = 3, 3  # rows that are planned in full, and the runs that they may have
+TOP, CHECKED = 1, 3  # rows that are planned in full, and the runs that are tried for them
 
 
 @dataclass(frozen=True)
@@ -86,17 +79,18 @@ class Found:
     def trains(self) -> str:
         """What is trained, in two words."""
         if not self.run.adapts:
-            return "all weights"
+            return f"all weights, {self.run.weights}" if self.run.weights else "all weights"
         over = ", 4-bit base" if self.run.quantize else ""
         return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
 
     @property
-    def order(self) -> tuple[int, int, bool, int, bool]:
+    def order(self) -> tuple[int, int, bool, bool, int, bool]:
         """Smaller is better."""
         word = (FITS, RETRIES, OUT).index(self.verdict)
         kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
         plain = self.strategy.name != "adamw"  # of equals, what everybody knows
-        return word, kind, self.run.gradient_checkpointing and not word, -self.headroom_bytes, plain
+        coded, again = self.run.weights is not None, self.run.gradient_checkpointing
+        return word, kind, coded and not word, again and not word, -self.headroom_bytes, plain
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
@@ -112,7 +106,7 @@ class Found:
 
 def search(
     model: Any, limit: Budget, options: Mapping[str, Any], *, full: bool = False, gpu: str | None = None,
-    budget: str | int | None = None,
+    budget: str | int | None = None, among: Collection[str] = (),
 ) -> tuple[Found, ...]:  # fmt: skip
     """Every method on a card, best first.
 
@@ -121,6 +115,7 @@ def search(
         limit: the card's budget; gpu, budget: how it was named, for the commands.
         options: of the run that are decided, by name; None is open.
         full: all weights must be trained.
+        among: methods to look at; all, if empty.
 
     Raises:
         UserError: as `plan`; a model object, which is planned as it is.
@@ -136,7 +131,7 @@ def search(
             "a model object is planned as it is: name its optimizer, or search by the model's name"
         )
     decided = {key: value for key, value in options.items() if value is not None}
-    finder = _Finder(config, limit, decided)
+    finder = _Finder(config, limit, decided, among)
     rows = [row for run in finder.modes(full) for row in finder.over(run)]
     rows = finder.confirmed(sorted(rows, key=lambda row: row.order))
     named = model if isinstance(model, str) else None
@@ -153,15 +148,19 @@ class _Finder:
     config: Any
     limit: Budget
     decided: Mapping[str, Any]
+    among: Collection[str] = ()
     footprints: dict[Any, Footprint] = field(default_factory=dict)
 
     def modes(self, full: bool) -> Iterator[Run]:
         """All weights, LoRA, LoRA over 4 bits: those that the user left open."""
-        asked = {"lora_rank", "adapter", "quantize"} & set(self.decided)
+        asked = {"lora_rank", "adapter", "quantize", "weights"} & set(self.decided)
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
             changes += [{"lora_rank": RANK}, {"lora_rank": RANK, "quantize": "nf4"}]
-            changes = changes[:2] if gather.make_run(self.decided).sharded else changes
+        sharded = gather.make_run(self.decided).sharded
+        changes = changes[:2] if sharded else changes
+        if not asked and not sharded:
+            changes.append({"weights": "int8"})
         for change in changes:
             run = gather.make_run({**self.decided, **change})
             if full and run.adapts:
@@ -175,8 +174,13 @@ class _Finder:
 
     def over(self, run: Run) -> Iterator[Found]:
         """A row for each method, with the cheapest levers that make it fit."""
-        for name in ADAPTED if run.adapts else available():
+        few = "weights" not in self.decided and run.weights is not None
+        for name in ADAPTED if run.adapts else CODED if few else available():
+            if self.among and name not in self.among:
+                continue
             strategy = create(name)
+            if run.weights and not strategy.source.needs_autograd:
+                continue
             if strategy.source.quantized:  # asked for by name, as it trains no weights: `gather.strategies`
                 continue
             if run.accumulation > 1 and not strategy.source.needs_autograd:
@@ -186,21 +190,29 @@ class _Finder:
     def _cheapest(self, run: Run, strategy: Strategy) -> Found:
         """The row with the cheapest levers that make it fit; where none do, the one that misses least."""
         tried: list[Found] = []
-        for changed, levers in self._levered(run, strategy):
+        ways = list(self._levered(run, strategy))
+        if not run.adapts and self._hopeless(gather.on_card(ways[-1][0], self.limit), strategy):
+            ways = ways[-1:]
+        for changed, levers in ways:
             tried.append(self._row(strategy, run, changed, levers))
             if tried[-1].verdict == FITS:
                 return tried[-1]
         best = min(tried, key=lambda row: (row.order[0], -row.headroom_bytes))
         return self._short(best) if best.verdict == OUT else best
 
+    def _hopeless(self, run: Run, strategy: Strategy) -> bool:
+        """Whether weights and state alone are too much, whatever the levers."""
+        found = extrapolated(self.config, run, None)
+        weights = min(moment.bytes.get("weights", 0) for moment in found.moments.values())
+        return weights + self._held(strategy, run, found, "none").held > self.limit.capacity
+
     def _levered(self, run: Run, strategy: Strategy) -> Iterator[tuple[Run, tuple[str, ...]]]:
         """The run under each lever that is open, cheapest first."""
         first_order = strategy.source.needs_autograd
         run = self._with_loss(planning.suited(run, strategy), first_order)
         recompute = self._open("gradient_checkpointing", run, first_order)
-        release = self._open(
-            "gradient_release", run, first_order and not run.adapts and run.accumulation == 1
-        )
+        releases = first_order and not run.adapts and run.accumulation == 1
+        release = self._open("gradient_release", run, releases and not self._mostly_rests(run, strategy))
         for checkpointing in recompute:
             for released in release:
                 named = (
@@ -219,6 +231,12 @@ class _Finder:
                     tuple(word for word, on in named if on),
                 )
 
+    def _mostly_rests(self, run: Run, strategy: Strategy) -> bool:
+        """Whether most of the weights have no gradient that could be released."""
+        parameters = extrapolated(self.config, gather.on_card(run, self.limit), None).parameters
+        aside = resting(strategy, parameters)
+        return sum(p.name in aside for p in parameters) > len(parameters) / 2
+
     def _open(self, name: str, run: Run, useful: bool) -> tuple[bool, ...]:
         return (False, True) if useful and name not in self.decided else (getattr(run, name),)
 
@@ -230,18 +248,23 @@ class _Finder:
 
     def _row(self, strategy: Strategy, mode: Run, run: Run, levers: tuple[str, ...]) -> Found:
         run = gather.on_card(run, self.limit)
-        peak, held = self._peak(strategy, run)
+        hopeless = not mode.adapts and self._hopeless(run, strategy)
+        peak, held = self._peak(strategy, run, "none" if hopeless else "large")
         spare = self.limit.capacity - peak.allocated
         word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
-        return Found(strategy, mode, run, _kind(strategy, run), levers, peak, held.state_bytes, word, spare)
+        return Found(strategy, mode, run, kind_of(strategy, run), levers, peak, held.state_bytes, word, spare)
 
-    def _peak(self, strategy: Strategy, run: Run) -> tuple[Peak, Footprint]:
+    def _peak(self, strategy: Strategy, run: Run, steps: Steps = "large") -> tuple[Peak, Footprint]:
         found = extrapolated(self.config, run, special(strategy))
-        key = (strategy, run.lora_rank, run.adapter, run.quantize)  # levers change nothing of the optimizer
-        if key not in self.footprints:
-            self.footprints[key] = footprint(strategy, found.parameters, run)
-        held = self.footprints[key]
+        held = self._held(strategy, run, found, steps)
         return combine(found, held), held
+
+    def _held(self, strategy: Strategy, run: Run, found: Trace, steps: Steps) -> Footprint:
+        """What a strategy adds; levers change nothing of it."""
+        key = (strategy, run.lora_rank, run.adapter, run.quantize, run.weights, steps)
+        if key not in self.footprints:
+            self.footprints[key] = footprint(strategy, found.parameters, run, steps=steps)
+        return self.footprints[key]
 
     def _short(self, row: Found) -> Found:
         """What a row that does not fit would need."""
@@ -309,22 +332,3 @@ class _Finder:
             int((room - one[event]) // (two[event] - one[event])) for event in one if two[event] > one[event]
         ]
         return replace(row, largest_batch=size * (1 + max(0, min(counts, default=0))))
-
-
-def _kind(strategy: Strategy, run: Run) -> str:
-    """What is kept of two moments of every weight: by what the state of a large matrix takes."""
-    if not strategy.source.needs_autograd:
-        return "no gradients"
-    if run.adapts:
-        return "LoRA over 4 bits" if run.quantize else "LoRA"
-    shape = (1024, 1024)
-    each = count.state_bytes(strategy, shape, torch.bfloat16) / (shape[0] * shape[1])
-    if strategy.options.get("projector", "none") != "none":
-        return "moments of a subspace or of sums"
-    limits = (
-        (7.9, "whole moments"),
-        (3.9, "one whole moment"),
-        (0.4, "moments in few bits"),
-        (1e-4, "moments of a subspace or of sums"),
-    )
-    return next((kind for least, kind in limits if each >= least), "no moments")

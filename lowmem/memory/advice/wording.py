@@ -79,6 +79,11 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
         found.append(
             "NF4 weights, of which the scales are trained, in fp32; embeddings, head and norms frozen"
         )
+    if run.weights:
+        what = "matrices, embeddings and head" if run.int8_embeddings else "matrices"
+        found.append(
+            f"int8 codes and a scale for 256 of them for the {what}; one layer's weight is decoded at a time"
+        )
     if run.ranks > 1:
         found.append(_over_ranks(run))
     if run.device == "cuda":

@@ -149,12 +149,26 @@ def gpu(name: str) -> Budget:
         if len(family) > 1:
             raise UserError(f"GPU {name!r} comes in several sizes: say which of {', '.join(family)}")
         if not family:
+            meant = f"rtx{plain}" if plain[:1].isdigit() else name.lower()
             raise UserError(
-                f"unknown GPU {name!r}: {nearest(name.lower(), known.values())}, or use --budget 23.5GiB"
+                f"unknown GPU {name!r}: {nearest(meant, known.values())}, or use --budget 23.5GiB"
             )
         plain = _plain(family[0])
     found = known[plain]
     return _measured(found, measured[found]) if found in measured else _tabled(found)
+
+
+def limit_of(card: str | None, size: str | int | None, capability: float | None) -> Budget | None:
+    """What a run may take: of a card by name, a number of bytes, or unknown.
+
+    Raises:
+        UserError: both are given, or the one is unknown.
+    """
+    if size is not None and card is not None:
+        raise UserError("budget and gpu: give one of the two")
+    if size is not None:
+        return budget(size, capability)
+    return None if card is None else gpu(card)
 
 
 def _begins(known: Mapping[str, str], plain: str) -> bool:

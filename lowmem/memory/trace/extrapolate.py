@@ -80,6 +80,7 @@ def evaluated(config: Any, run: Run) -> Moment:
     """
     alike = replace(
         run, gradient_checkpointing=False, gradient_release=False, accumulation=1, max_grad_norm=0.0,
+        activation_offload=False, few_bit=None,
         keep_output=False, compile="auto", steps=None, eval_batch_size=None, typical=None,
     )  # fmt: skip
     find = functools.partial(_evaluated, run=alike)

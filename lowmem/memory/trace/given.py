@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.memory.trace.quantized import Linear4bit
+from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.tensors.marks import trains
 
 
@@ -84,7 +85,7 @@ def emptied(model: Any, make: Callable[[Tensor], Tensor]) -> Any:
     memo: dict[int, Any] = {}
     for tensor in _tensors(model):
         if id(tensor) not in memo:
-            new = make(tensor)
+            new = _emptied(tensor, make)
             trained = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(new, requires_grad=trains(tensor)) if trained else new
     for module in model.modules():
@@ -96,6 +97,12 @@ def emptied(model: Any, make: Callable[[Tensor], Tensor]) -> Any:
                 stand_in = Linear4bit(shape, bias, module.compute_dtype or torch.float32, bool(state.nested))
             memo[id(module)] = stand_in
     return copy.deepcopy(model, memo)
+
+
+def _emptied(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    if isinstance(tensor, Int8Weight):
+        return Int8Weight(make(tensor.codes), make(tensor.scale), tensor.dtype)
+    return make(tensor)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -155,7 +155,7 @@ def _alike(length: int) -> Attention:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        cut = (x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        cut = (torch.unflatten(x, 2, (-1, length)).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out, weights = sdpa(module, *cut, mask, **kwargs)
         return out.flatten(0, 1).unsqueeze(0), weights
 

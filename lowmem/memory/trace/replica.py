@@ -30,10 +30,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, ranks, trainable
+from lowmem.memory.trace.offload import offloaded
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.ranks import Units
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
+from lowmem.optim.int8.tensor import is_coded
 from lowmem.optim.source import Query, Source
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
@@ -162,7 +164,7 @@ def _parameters(model: nn.Module) -> Iterator[Parameter]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             role = roles.refined(found.get(name, "matrix"), p.shape)
-            yield Parameter(name, tuple(p.shape), p.dtype, role)
+            yield Parameter(name, tuple(p.shape), p.dtype, role, coded=is_coded(p))
 
 
 def _batch(run: Run) -> dict[str, Tensor]:
@@ -216,7 +218,8 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
         for micro in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
             last[0] = micro == min(run.accumulation, 2) - 1
             tracker.enter("forward")
-            output = _loss(model, batch, run)
+            with offloaded(model) if run.activation_offload else nullcontext():
+                output = _loss(model, batch, run)
             loss = output.loss
             if not run.keep_output:
                 del output

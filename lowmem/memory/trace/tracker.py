@@ -114,12 +114,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if (index := self._see(storage)) is not None:
                     self.rows[index] = rows, tensor.numel() // rows * tensor.element_size()
 
-    def claim_range(self, start: int, category: str) -> None:
-        """Say what every storage born since stream position `start` is."""
-        for entry in self.stream[start:]:
-            if entry > 0:
-                self.categories[entry - 1] = category
-
     def _see(self, storage: torch.UntypedStorage) -> int | None:
         key = storage._cdata
         if key in self._ids:
@@ -147,7 +141,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 for storage in storages(leaf):
                     self._see(storage)

@@ -23,6 +23,8 @@ from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.quantized import Linear4bit
 from lowmem.models import attention
 from lowmem.models.entries import skeleton
+from lowmem.models.few_bit import keep_few_bits_
+from lowmem.models.int8.convert import quantize_weights_
 from lowmem.models.peft_methods import adapter_config, attaching
 
 
@@ -50,8 +52,12 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
         quantized.quantize(base, double=run.double_quant and run.adapts)
         if not run.adapts:  # scales that are trained are not quantized themselves
             quantized.train_scales(base)
+    if run.weights is not None:
+        quantize_weights_(base, run.weights, embeddings=run.int8_embeddings)
     if run.kbit_prepare:
         quantized.prepare_for_kbit_training(base)
+    if run.few_bit:
+        keep_few_bits_(base, run.few_bit)
     model = adapt(base, run) if run.adapts else base
     if run.gradient_checkpointing:
         _recompute(base)
@@ -69,6 +75,8 @@ def _as_it_is(given: Given, run: Run) -> nn.Module:
         _attend_as_packed(base, run)
     if run.loss == "chunked":
         _chunk_loss(base)
+    if run.few_bit:
+        keep_few_bits_(base, run.few_bit)
     if run.gradient_checkpointing and not given.options()["gradient_checkpointing"]:
         _recompute(base)
         if base is not model:

@@ -6,7 +6,8 @@ its tensors alone, and layers above the first of them still pass gradients on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,12 @@ FAR = 20_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trainable parameter as the optimizer will meet it; `role`: of `optim.tensors.roles`.
+    """A trainable parameter as the optimizer will meet it.
 
-    `shard`: the rows of it that are held where ranks share them.
+    Args:
+        role: of `optim.tensors.roles`.
+        shard: the rows of it that are held where ranks share them.
+        coded: held as int8 codes; dtype is then that of its gradient.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Parameter:
     dtype: torch.dtype
     role: str
     shard: Shard | None = None
+    coded: bool = False
 
 
 def special(strategy: Strategy) -> Strategy | None:
@@ -39,12 +44,17 @@ def special(strategy: Strategy) -> Strategy | None:
     return strategy if strategy.turns or not strategy.source.needs_autograd else None
 
 
-def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Iterator[Mapping[str, str]]:
+def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Sequence[Mapping[str, str]]:
     """The rule of each parameter by name, for every window of the schedule that may differ."""
+    return _windows(strategy, tuple(parameters))
+
+
+@functools.lru_cache(maxsize=256)
+def _windows(strategy: Strategy, parameters: tuple[Parameter, ...]) -> Sequence[Mapping[str, str]]:
     ordinary = {p.name: strategy.rule_name(p.role, p.shape, p.shard) for p in parameters}
     steps = [0, *(s for s in range(1, FAR) if strategy.schedule.switches(s))][:MOST]
-    for step in steps:
-        yield strategy.rules_at(ordinary, step, 0)
+    found = [strategy.rules_at(ordinary, step, 0) for step in steps]
+    return list({tuple(rules.values()): rules for rules in found}.values())
 
 
 def resting(strategy: Strategy | None, parameters: Sequence[Parameter]) -> frozenset[str]:

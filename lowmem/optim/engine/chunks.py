@@ -36,6 +36,7 @@ from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.run import Pass
 from lowmem.optim.engine.together import Together
+from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
 from lowmem.optim.writers import Nearest, Writer
@@ -102,14 +103,15 @@ class Chunks:
         if policy.together and self._small.takes(rule, writer, p, g, s, extra, hp):
             return
         ok, speeds = self.true(p.device), hp.rates(dtype=_precision(p))
-        alone = not policy.at_hand and self._alone(rule, g, p.numel())
+        alone = not policy.at_hand and self._alone(rule, g, p.numel(), writer)
         table = self._table(rule, s, hp) if alone else None
         if table is None:
             _age(s, 1)
         if rule.measures:
             speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
+        p, extra = opened(p, extra)
         run = Pass(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
-        self._walk(run.step_weight, rule, p, g)
+        self._walk(run.step_weight, rule, p, g, writer)
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
         """Turn a projected gradient into its direction, in place, judged as a whole.
@@ -160,8 +162,9 @@ class Chunks:
         speeds = rates(hp, direction, _precision(p))
         if rule is not None and rule.measures:
             speeds = self._measured(rule, p, direction.blocks, s, hp, speeds, ok, guard)
+        p, extra = opened(p, extra)
         run = Pass(self, rule, writer, s, extra, hp, speeds, ok, guard)
-        self._walk(run.step_weight, rule, p, direction.blocks)
+        self._walk(run.step_weight, rule, p, direction.blocks, writer)
 
     def _measured(
         self,
@@ -189,10 +192,11 @@ class Chunks:
         return self.compile and (rule is None or rule.compilable)
 
     def spans(
-        self, rule: Pointwise | None, count: int, device: torch.device, most: int = LADDER[0]
-    ) -> tuple[Span, ...]:
+        self, rule: Pointwise | None, count: int, device: torch.device, most: int = LADDER[0],
+        writer: Writer | None = None,
+    ) -> tuple[Span, ...]:  # fmt: skip
         """Sizes of the device's policy where kernels are compiled; otherwise at most `most` elements."""
-        grain, policy = rule.grain if rule else 1, sizes(device)
+        grain, policy = _grain(rule, writer), sizes(device)
         if not self.compiles(rule):
             most = min(most, policy.eager)
             return cutting.eager_spans(count, min(most, rule.chunk) if rule else most, grain)
@@ -200,17 +204,21 @@ class Chunks:
             return cutting.compiled_spans(count)
         return cutting.whole_spans(count, grain if grain > 1 else ROW)
 
-    def _walk(self, act: Act, rule: Pointwise | None, p: Tensor, g: Blocks) -> None:
+    def _walk(
+        self, act: Act, rule: Pointwise | None, p: Tensor, g: Blocks, writer: Writer | None = None
+    ) -> None:
         """Act on a weight piece by piece: the weight, a piece of g, its first element, its padded size."""
         look, count = self._look(rule, g), p.numel()
         if not look:
-            for start, length, size in walk(self.spans(rule, count, p.device), p.device):
+            for start, length, size in walk(self.spans(rule, count, p.device, writer=writer), p.device):
                 act(p, g.chunk(start, start + length), start, size)
             return
-        width = math.lcm(rule.grain if rule else 1, ROW)
+        width = math.lcm(_grain(rule, writer), ROW)
         for first, last in walk(cutting.look_ranges(count, g.shape[1], look, width), p.device):
             seen = g.chunk(first, last)
-            for start, length, size in walk(self.spans(rule, last - first, p.device), p.device):
+            for start, length, size in walk(
+                self.spans(rule, last - first, p.device, writer=writer), p.device
+            ):
                 act(p, seen[start : start + length], first + start, size)
             del seen  # before the next one is made
 
@@ -218,9 +226,9 @@ class Chunks:
         """Elements of g that may be made at once; 0 for those of a piece."""
         return sizes(g.device).look(g.takes, self.compiles(rule))
 
-    def _alone(self, rule: Pointwise, g: Blocks, count: int) -> bool:
+    def _alone(self, rule: Pointwise, g: Blocks, count: int, writer: Writer) -> bool:
         """Whether one kernel takes all of a step."""
-        return not self._look(rule, g) and len(self.spans(rule, count, g.device)) == 1
+        return not self._look(rule, g) and len(self.spans(rule, count, g.device, writer=writer)) == 1
 
     def _table(self, rule: Pointwise, s: State, hp: Hyper) -> Tensor | None:
         """The scalars of all ages, where the kernel that takes all of a step moves the age on the way."""
@@ -257,7 +265,7 @@ class Chunks:
             live,
         )
         if name not in self._kernels:
-            held = tuple(writer.init(torch.empty(1, dtype=w.dtype))) if writer else ()
+            held = (*writer.init(torch.empty(1, dtype=w.dtype)), *writer.beside) if writer else ()
             step = body(rule, writer, keys, held, guard, asks, counts)
             if live and not any(known[-1] for known in self._kernels):
                 log.info("compiling the optimizer's kernels: the first step takes some seconds more")
@@ -303,6 +311,16 @@ class Chunks:
     def grids(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """The grids made so far by (rows, width): they stay from one step to the next."""
         return {(rows, width): grid for (rows, width, _), grid in self._grids.items()}
+
+
+def opened(p: Tensor, extra: State) -> tuple[Tensor, State]:
+    """What chunks of a weight are cut from, and what the writer is given beside them."""
+    return (p.codes, {**extra, "scale": p.scale}) if isinstance(p, Int8Weight) else (p, extra)
+
+
+def _grain(rule: Pointwise | None, writer: Writer | None) -> int:
+    """Elements that are stepped, and written, as one."""
+    return math.lcm(rule.grain if rule else 1, writer.grain if writer else 1)
 
 
 def _precision(p: Tensor) -> torch.dtype:

@@ -69,7 +69,7 @@ def body(
         finite = gradient.abs() <= torch.where(ok, LARGEST, -1.0)
         gradient = torch.where(finite, gradient.clamp(-ROOT, ROOT) if rule else gradient, 0.0)
         position = start if start is None else row + start + column
-        seen = w.float() if rule and rule.reads_weight else None
+        seen = (writer.read(w, extra) if writer else w.float()) if rule and rule.reads_weight else None
         hp = ChunkHyper(
             scalars, rates[0], rates[1], ok, finite, position, words, streams, seen,
             keeps=asks != "sums", measures=asks != "step",

@@ -41,7 +41,7 @@ class Layout:
         self.grain = rule.grain if rule else 1
         per, fill = (rule.per, rule.fill) if rule else ({}, {})
         self._parts = [(s[key], per.get(key, 0), fill.get(key, 0)) for key in self.keys]
-        self._parts += [(tensor, 1, 0) for tensor in extra.values()]
+        self._parts += [(tensor, writer.per.get(key, 1), 0) for key, tensor in extra.items() if writer]
         self._views: dict[tuple[int, int], Views] = {}
 
     def width(self, size: int) -> int:
@@ -49,6 +49,11 @@ class Layout:
         if self.grain > 1:
             return self.grain
         return ROW if self.live else size
+
+    def _seen(self, size: int, entries: int) -> tuple[int, int]:
+        """A state of one dimension by the rows of a chunk, unless an entry is of several rows."""
+        rows = size // self.width(size)
+        return (rows, entries // rows) if entries % rows == 0 else (entries, 1)
 
     def cut(self, start: int, length: int, size: int) -> tuple[Views, Padded]:
         """Views of the state for one chunk; where it must be padded, copies and where they go back.
@@ -70,7 +75,7 @@ class Layout:
                 padded = pad(piece, entries, fill)
                 back.append((piece, padded))
                 piece = padded
-            views.append(piece.view(size // self.width(size), -1) if piece.dim() == 1 else piece)
+            views.append(piece.view(*self._seen(size, entries)) if piece.dim() == 1 else piece)
         if not back:
             self._views[start, size] = views
         return views, back
@@ -78,7 +83,7 @@ class Layout:
 
 def layout(rule: Pointwise | None, writer: Writer | None, s: State, extra: State, live: bool) -> Layout:
     """The layout of a state, kept with it where it is `Held`."""
-    if not isinstance(s, Held):
+    if not isinstance(s, Held) or (writer and writer.beside):  # what is beside a weight is not of its state
         return Layout(rule, writer, s, extra, live)
     key = (id(rule), id(writer), live)
     if key not in s.layouts:

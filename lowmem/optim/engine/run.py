@@ -14,6 +14,7 @@ from lowmem.optim.engine.compiling import Kernel
 from lowmem.optim.engine.cutting import pad, read_flat, write_flat
 from lowmem.optim.engine.kernels import Asks, Guard
 from lowmem.optim.engine.layout import layout
+from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
 from lowmem.optim.writers import Writer
@@ -76,7 +77,7 @@ class Pass:
     def measure(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
         """Sum over the elements start..start+len(g); weight and gradient stay as they are."""
         length = g.numel()
-        w = read_flat(p, start, length)
+        w = p.flat(start, start + length) if isinstance(p, Int8Weight) else read_flat(p, start, length)
         if length == size and p.is_contiguous():
             self._launch(w, g, start, length)
         else:

@@ -114,7 +114,7 @@ class Together:
         limit = sizes(p.device).together if self.open else 0
         if not (limit and p.numel() < limit and p.is_contiguous() and not g.takes):
             return False
-        if hp.shard or not (hp.group and rule.joins(s)):  # rows of shards begin elsewhere
+        if hp.shard or writer.beside or not (hp.group and rule.joins(s)):  # rows of shards begin elsewhere
             return False
         flat = g.chunk(0, p.numel())
         key = (id(rule), id(writer), p.dtype, flat.dtype, p.device, id(hp.group))

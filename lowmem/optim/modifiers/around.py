@@ -20,6 +20,7 @@ from lowmem.errors import UserError
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
 from lowmem.optim.terms.changes import Rotation
 from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.its import its
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,10 @@ class Around(Elementwise):
         """Those of the rule, and one more."""
         return {**self.rule.moments, **self.own}
 
-    @property
-    def reads_weight(self) -> bool:  # type: ignore[override]
-        """That of the rule."""
-        return self.rule.reads_weight
-
-    @property
-    def compilable(self) -> bool:  # type: ignore[override]
-        """That of the rule."""
-        return self.rule.compilable
-
-    @property
-    def uses(self) -> frozenset[str]:  # type: ignore[override]
-        """Those of the rule."""
-        return self.rule.uses
-
-    @property
-    def linear(self) -> bool:
-        """That of the rule: sums of its steps are taken, and no sizes."""
-        return self.rule.linear
+    reads_weight = its("rule")
+    compilable = its("rule")
+    uses = its("rule")
+    linear = its("rule")
 
     def count(self, t: int) -> float:
         """The number of this age that the rule around needs."""

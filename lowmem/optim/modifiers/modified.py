@@ -13,7 +13,7 @@ step of a rule that needs the whole tensor is read twice by blocks instead.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -29,6 +29,7 @@ from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.shards import Shape
 from lowmem.optim.terms.changes import Change, Unrelated
 from lowmem.optim.terms.hyper import ChunkHyper, Hyper
+from lowmem.optim.terms.its import its
 from lowmem.optim.terms.state import Constants, State, prefixed, scoped
 
 
@@ -77,25 +78,15 @@ class Wrapped(AnyRule):
         if problems:
             raise UserError("; ".join(problems))
 
-    @property
-    def uses(self) -> frozenset[str]:
-        """Those of the rule."""
-        return self.rule.uses
-
-    @property
-    def period(self) -> int:
-        """That of the rule."""
-        return self.rule.period
+    uses = its("rule")
+    period = its("rule")
 
     @property
     def reads_weight(self) -> bool:
         """Where the rule or a modifier does."""
         return self.rule.reads_weight or self.chain.reads_weight
 
-    @property
-    def own_decay(self) -> bool:
-        """That of the rule."""
-        return self.rule.own_decay
+    own_decay = its("rule")
 
     def scratch(self, shape: tuple[int, int]) -> int:
         """That of the rule."""
@@ -130,40 +121,13 @@ class Modified(Wrapped, Pointwise):
 
     rule: Pointwise
 
-    @property
-    def grain(self) -> int:
-        """That of the rule."""
-        return self.rule.grain
-
-    @property
-    def per(self) -> Mapping[str, int]:
-        """Those of the rule; what modifiers hold is seen whole."""
-        return self.rule.per
-
-    @property
-    def fill(self) -> Mapping[str, int]:
-        """Those of the rule."""
-        return self.rule.fill
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """Those of the rule."""
-        return self.rule.streams
-
-    @property
-    def compilable(self) -> bool:
-        """That of the rule."""
-        return self.rule.compilable
-
-    @property
-    def chunk(self) -> int:
-        """That of the rule."""
-        return self.rule.chunk
-
-    @property
-    def readable(self) -> frozenset[str]:
-        """Those of the rule."""
-        return self.rule.readable
+    grain = its("rule")
+    per = its("rule")
+    fill = its("rule")
+    streams = its("rule")
+    compilable = its("rule")
+    chunk = its("rule")
+    readable = its("rule")
 
     @property
     def measures(self) -> bool:
@@ -240,10 +204,7 @@ class ModifiedRule(Wrapped, Rule):
 
     rule: Rule
 
-    @property
-    def reads_later(self) -> bool:
-        """Where the rule does."""
-        return self.rule.reads_later
+    reads_later = its("rule")
 
     @property
     def keeps_sum(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.contract import Projector
+from lowmem.optim.engine.cutting import walk
 from lowmem.optim.projectors.bases import check_rank
 from lowmem.optim.projectors.coordinate import count_of
 from lowmem.optim.terms.changes import Change, Unrelated
@@ -153,6 +154,6 @@ def _words(g: Blocks) -> Iterator[tuple[int, Tensor]]:
     """Where each piece begins, and the sizes of its elements as integers of the same order."""
     m, n = g.shape
     height = max(1, PIECE // n)
-    for i in range(0, m, height):
-        size = g.rows(i, min(m, i + height)).abs().reshape(-1)
+    for i, j in walk(((i, min(m, i + height)) for i in range(0, m, height)), g.device):
+        size = g.rows(i, j).abs().reshape(-1)
         yield i * n, torch.where(size.isfinite(), size, 0.0).view(torch.int32)

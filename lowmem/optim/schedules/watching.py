@@ -184,7 +184,7 @@ class Important(Watching):
         if role != "matrix":
             return role if self.ends else "inactive"
         if not decided:
-            return role if name in self.turn({}, {}, names, 0, seed) else "inactive"
+            return role if name in _first(self, tuple(names), seed) else "inactive"
         found = _read(decided)
         return role if name in found["now" if step >= found["since"] else "before"] else "inactive"
 
@@ -193,7 +193,7 @@ class Important(Watching):
     ) -> str:
         """Take in what was seen, and draw the next turn."""
         old = _read(decided) if decided else {"mean": {}, "times": {}}
-        now = old["now"] if decided else sorted(self.turn({}, {}, names, 0, seed))
+        now = old["now"] if decided else sorted(_first(self, tuple(names), seed))
         mean, times = dict(old["mean"]), dict(old["times"])
         for name in now:
             times[name] = times.get(name, 0) + 1
@@ -231,3 +231,9 @@ class Important(Watching):
         [0.016944, 0.02154, 0.045601, 0.915915]
         """
         return math.exp(min(MOST, self.eta * g * g))
+
+
+@functools.lru_cache(maxsize=32)
+def _first(schedule: Important, names: tuple[str, ...], seed: int) -> frozenset[str]:
+    """The turn before anything was seen, which every tensor asks for."""
+    return schedule.turn({}, {}, names, 0, seed)

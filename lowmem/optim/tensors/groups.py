@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
+from lowmem.optim.int8.tensor import is_coded
 from lowmem.optim.source import Named, trainable
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import heads
@@ -99,7 +100,7 @@ def completed(
     members = with_names([params] if isinstance(params, Tensor) else params, model)
     for p in (member[1] if isinstance(member, tuple) else member for member in members):
         if isinstance(p, Tensor):
-            select(strategy.writer, p.dtype)  # refuses what it cannot take
+            select(strategy.writer, p.dtype, is_coded(p))  # refuses what it cannot take
     if model is not None:
         names = [member[0] for member in members if isinstance(member, tuple)]
         looks = {"roles": find} if "role" not in group and "roles" not in group else {}

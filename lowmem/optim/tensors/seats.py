@@ -19,6 +19,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.int8.tensor import is_coded
 from lowmem.optim.shards import Like, Shard, local, refuse_flattened, shard_of
 from lowmem.optim.strategy import Strategy, Way
 from lowmem.optim.tensors import stacks
@@ -200,7 +201,7 @@ def seat(
     strategy: Strategy, place: Place, rule_name: str, p: Tensor, held: Mapping[str, Tensor], constants: State
 ) -> Seat:
     """The seat of a parameter with this state."""
-    rule, writer = strategy.rules[rule_name], select(strategy.writer, p.dtype)
+    rule, writer = strategy.rules[rule_name], select(strategy.writer, p.dtype, is_coded(p))
     beside = ("writer.", "source.", "schedule.")
     own = {key: tensor for key, tensor in held.items() if not key.startswith(beside)}
     extra = scoped(held, "writer")

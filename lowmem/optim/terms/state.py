@@ -54,14 +54,6 @@ class Held(State):
         self.layouts: dict[tuple[int, int, bool], Any] = {}
 
 
-def held_bytes(states: Iterable[Any]) -> int:
-    """Bytes of the tensors in some states, every storage once; what is no state has none."""
-    held = [state for state in states if isinstance(state, dict)]
-    tensors = [t for state in held for t in state.values() if isinstance(t, Tensor)]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
 def scoped(state: Mapping[str, Tensor], scope: str) -> State:
     """The part of a state under a dotted prefix, without it.
 

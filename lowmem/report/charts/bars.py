@@ -86,21 +86,23 @@ def bars(
     for row, lines in zip(rows, wrapped, strict=True):
         if narrow():
             said = [*wrap(row.label, FULL), *wrap(row.note, FULL)]
-            body += [text(left, y + (i + 1) * LINE - 3, part, css="label") for i, part in enumerate(said)]
+            body += [text(left, y + (i + 1) * LINE - 5, part, css="label") for i, part in enumerate(said)]
             y += len(said) * LINE
             body.append(_pieces(row, y + BAR / 2, scale))
             y += BAR + GAP
             continue
         height = max(BAR, len(lines) * LINE)
-        body.append(_row(row, lines, y, height, left, scale))
+        body += [_pieces(row, y + height / 2, scale), _names(row, lines, y + height / 2, left, scale)]
         y += height + GAP
+    limit: list[str] = []
+    if capacity is not None:
+        limit = _capacity(capacity, capacity_name, near, scale, y)
     grid = [line(scale(at), TOP - 6, scale(at), y - 4, "grid") for at, _ in ticks]
     labels = [text(scale(at), y + 12, name, "middle", "tick") for at, name in ticks]
     name, _ = unit(top)
     axis = [text((left + width() - right) / 2, y + 30, name, "middle", "axis")]
-    if capacity is not None:
-        body += _capacity(capacity, capacity_name, near, scale, y)
-    return canvas(y + FOOT, [*grid, *body, *labels, *axis], label)
+    boxes, words_ = [part for part in body if "<text" not in part], [part for part in body if "<text" in part]
+    return canvas(y + FOOT, [*grid, *boxes, *limit, *words_, *labels, *axis], label)
 
 
 def _axis(top: float, start: float, stop: float) -> tuple[Scale, list[str], list[tuple[float, str]]]:
@@ -114,10 +116,9 @@ def _axis(top: float, start: float, stop: float) -> tuple[Scale, list[str], list
     )
 
 
-def _row(row: Bar, lines: Sequence[str], y: float, height: float, left: float, scale: Scale) -> str:
-    middle = y + height / 2
+def _names(row: Bar, lines: Sequence[str], middle: float, left: float, scale: Scale) -> str:
     note = text(scale(row.total) + 6, middle + 4, row.note, "start", row.note_css)
-    return lines_of_text(left - 8, middle, lines, "end", "label") + _pieces(row, middle, scale) + note
+    return lines_of_text(left - 8, middle, lines, "end", "label") + note
 
 
 def _pieces(row: Bar, middle: float, scale: Scale) -> str:

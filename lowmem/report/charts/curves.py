@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ HUES = 8
 HEIGHT = 380.0
 TOP = 14.0
 FOOT = 46.0
+FLAT = 0.1
+"""Of the largest value: what a vertical axis spans at least, so that noise does not look like a trend."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,25 @@ def hue(index: int) -> str:
     return f"h{index % HUES}" + (f" d{min(index // HUES, 2)}" if index >= HUES else "")
 
 
+def _under(drawn: Sequence[Curve], index: int) -> int:
+    """How many of the curves before one share a stretch of it, and would be hidden."""
+    own = set(itertools.pairwise(drawn[index].points))
+    return sum(bool(own & set(itertools.pairwise(curve.points))) for curve in drawn[:index])
+
+
 @twice
-def curves(series: Sequence[Curve], names: tuple[str, str], label: str, log: bool = False) -> str:
+def curves(
+    series: Sequence[Curve], names: tuple[str, str], label: str, log: bool = False, *, zero: bool = False
+) -> str:
     """Broken lines, each named at its end where it can be read; no two names overlap.
+
+    One that lies on another is dashed, and both are seen.
 
     Args:
         series: the curves; empty ones are left out.
         names: what the axes show, with units.
         label: what the picture shows, for screen readers.
-        log: both axes double from tick to tick.
+        log: both axes double from tick to tick; zero: the vertical axis begins there.
     """
     if log:
         series = [replace(c, points=[(math.log2(x), math.log2(y)) for x, y in c.points]) for c in series]
@@ -120,19 +133,30 @@ def curves(series: Sequence[Curve], names: tuple[str, str], label: str, log: boo
     height = max(HEIGHT, sum(heights) + TOP + FOOT)
     right = 54 + max(text_width(row) for part in labels for row in part)
     xs, ys = zip(*[p for c in drawn for p in c.points], strict=True)
+    if not log:
+        ys = (*ys, *_span(ys, zero))
     area = frame(xs, ys, names, right, height, log)
     centres = spread([area.y(c.points[-1][1]) for c in drawn], heights, TOP, height - FOOT)
     for i, (curve, centre, part) in enumerate(zip(drawn, centres, labels, strict=True)):
         css = curve.css or hue(i)
         points = [(area.x(x), area.y(y)) for x, y in curve.points]
         if len(points) > 1:
-            area.body.append(polyline(points, f"curve {css}"))
+            under = min(_under(drawn, i), 3)
+            area.body.append(polyline(points, f"curve {css}" + (f" o{under}" if under else "")))
         few = points if len(points) <= 20 else points[-1:]
-        area.body.extend(circle(x, y, 3, f"dot {css}", curve.name) for x, y in few)
+        above = sum(_under([curve, other], 1) for other in drawn[i + 1 :])
+        area.body.extend(circle(x, y, 3 + 1.5 * above, f"dot {css}", curve.name) for x, y in few)
         area.body.append(line(points[-1][0] + 4, points[-1][1], area.x.stop + 22, centre, "leader"))
         area.body.append(polyline([(area.x.stop + 22, centre), (area.x.stop + 42, centre)], f"curve {css}"))
         area.body.append(lines_of_text(area.x.stop + 47, centre, part, "start", "label"))
     return canvas(height, area.body, label)
+
+
+def _span(values: Sequence[float], zero: bool) -> tuple[float, float]:
+    """Ends of a vertical axis: zero where it begins there, and never less than a share of the values."""
+    low, high = 0.0 if zero else min(values), max(values)
+    missing = max(0.0, FLAT * abs(high) - (high - low))
+    return max(low - missing / 2, min(low, 0.0)), high + missing / 2
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -162,26 +186,65 @@ def pareto(
         label: what the picture shows, for screen readers.
     """
     best = front(points)
-    shown = [f"{name}: {format_bytes(size)}" for name, (size, _) in zip(names, points, strict=True)]
-    labels = [wrap(name, 14 if narrow() else 40) for name in shown]
-    heights = [len(part) * LINE + 2 for part in labels]
-    height = max(HEIGHT, sum(heights) + TOP + FOOT)
-    right = 40 + max(text_width(row) for part in labels for row in part)
     name, step = unit(max(size for size, _ in points))
-    area = frame(
-        [s / step for s, _ in points], [v for _, v in points], (f"{axes[0]}, {name}", axes[1]), right, height
-    )
-    at = [(area.x(size / step), area.y(loss)) for size, loss in points]
+    sizes = [size / step for size, _ in points]
+    shown = [f"{name}: {format_bytes(size)}" for name, (size, _) in zip(names, points, strict=True)]
+    area = frame(sizes, [v for _, v in points], (f"{axes[0]}, {name}", axes[1]), 16)
+    at = [(area.x(x), area.y(loss)) for x, (_, loss) in zip(sizes, points, strict=True)]
+    labels = [wrap(text, 16 if narrow() else 40) for text in shown]
+    places = _beside(at, labels, (area.x.start, width() - 4, TOP - 8, HEIGHT - FOOT))
+    height = HEIGHT
+    if places is None:  # too many to stand beside their points: in a column, with lines to them
+        heights = [len(part) * LINE + 2 for part in labels]
+        height = max(HEIGHT, sum(heights) + TOP + FOOT)
+        right = 40 + max(text_width(row) for part in labels for row in part)
+        area = frame(sizes, [v for _, v in points], (f"{axes[0]}, {name}", axes[1]), right, height)
+        at = [(area.x(x), area.y(loss)) for x, (_, loss) in zip(sizes, points, strict=True)]
+        centres = spread([y for _, y in at], heights, TOP, height - FOOT)
+        places = [(area.x.stop + 26, centre, "start") for centre in centres]
+        area.body.extend(
+            line(x + 6, y, area.x.stop + 22, c, "leader") for (x, y), c in zip(at, centres, strict=True)
+        )
     area.body.append(polyline(_steps([at[i] for i in best]), "front"))
-    centres = spread([y for _, y in at], heights, TOP, height - FOOT)
-    for i, ((x, y), centre, part) in enumerate(zip(at, centres, labels, strict=True)):
-        css = "label strong" if i in best else "label muted"
-        area.body.append(line(x + 6, y, area.x.stop + 22, centre, "leader"))
-        area.body.append(lines_of_text(area.x.stop + 26, centre, part, "start", css))
-    for i, (x, y) in enumerate(at):
+    for i, ((x, y), part) in enumerate(zip(at, labels, strict=True)):
         title = f"{names[i]}: {format_bytes(points[i][0])}, {points[i][1]:.4f}"
         area.body.append(circle(x, y, 5.5 if i in best else 4.5, "dot on" if i in best else "dot off", title))
+        css = "label strong" if i in best else "label muted"
+        area.body.append(lines_of_text(places[i][0], places[i][1], part, places[i][2], css))
     return canvas(height, area.body, label)
+
+
+Box = tuple[float, float, float, float]
+"""Left, right, top and bottom."""
+
+
+def _beside(
+    at: Sequence[tuple[float, float]], labels: Sequence[Sequence[str]], room: Box
+) -> list[tuple[float, float, str]] | None:
+    """Where labels stand beside their points, over no other label or point; None where one finds no place.
+
+    Args:
+        at: the points; labels: lines of each; room: they must lie in.
+    """
+    taken: list[Box] = [(x - 7, x + 7, y - 7, y + 7) for x, y in at]
+    places = []
+    for (x, y), part in zip(at, labels, strict=True):
+        long, tall = max(map(text_width, part)), len(part) * LINE
+        for dx, dy in itertools.product((9.0, -9.0), (0.0, -tall / 2 - 8, tall / 2 + 8)):
+            left = x + dx if dx > 0 else x + dx - long
+            box = (left, left + long, y + dy - tall / 2, y + dy + tall / 2)
+            inside = room[0] <= box[0] and box[1] <= room[1] and room[2] <= box[2] and box[3] <= room[3]
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                places.append((x + dx, y + dy, "start" if dx > 0 else "end"))
+                break
+        else:
+            return None
+    return places
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
 def _steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -69,11 +69,11 @@ def text_width(text: str) -> float:
 
 
 def wrap(label: str, limit: int = 34) -> list[str]:
-    """Lines of at most `limit` characters, broken after a comma, space, slash, dash or underscore."""
+    """Lines of at most `limit` characters, broken after spaces, marks and brackets."""
     lines: list[str] = []
     while len(label) > limit:
-        cut = max((label.rfind(mark, 1, limit) + 1 for mark in ", /-_("), default=0)
-        cut = cut if cut > limit // 3 else limit
+        cuts = (max(label.rfind(mark, 1, limit) + 1 for mark in marks) for marks in (", /-_", "("))
+        cut = next((cut for cut in cuts if cut > limit // 3), limit)
         lines.append(label[:cut].rstrip())
         label = label[cut:].lstrip()
     return [*lines, label]
@@ -210,6 +210,7 @@ details{margin:18px 0;border-top:1px solid var(--rule);padding-top:10px}summary{
 font-weight:600}
 svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--ink)}
 svg .tick,svg .axis,svg .muted{fill:var(--soft)}svg .strong{font-weight:600}
+svg .label,svg .value{paint-order:stroke;stroke:var(--panel);stroke-width:4px;stroke-linejoin:round}
 svg .capacity-text{fill:var(--capacity);font-weight:600}
 .grid{stroke:var(--grid);stroke-width:1}.leader{stroke:var(--rule);stroke-width:1}
 .capacity{stroke:var(--capacity);stroke-width:1.5;stroke-dasharray:6 4}.marker{stroke:var(--ink);
@@ -218,6 +219,8 @@ stroke-width:1}
 .front{fill:none;stroke:var(--front);stroke-width:1.8;stroke-dasharray:3 3}
 .overlay{fill:none;stroke:var(--overlay);stroke-width:1.6;stroke-dasharray:5 3}
 .dot.on{fill:var(--front)}.dot.off{fill:var(--h7)}
+.faint{opacity:.45}mark{background:var(--saved);color:inherit;border-radius:2px}
+.o1{stroke-dasharray:9 9}.o2{stroke-dasharray:5 13}.o3{stroke-dasharray:3 15}
 .d1{stroke-dasharray:7 3}.d2{stroke-dasharray:2 3}
 """
     + "".join(

@@ -27,6 +27,7 @@ from lowmem.report.charts.svg import (
 )
 from lowmem.report.units import format_bytes, format_ticks, nice_ticks, unit
 
+STEP = "optimizer step"
 HEIGHT, TOP, FOOT = 400.0, 34.0, 40.0
 
 
@@ -100,11 +101,16 @@ def _areas(timeline: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
 
 
 def _phases(timeline: Mapping[str, Any], x: Scale) -> list[str]:
-    """Bands, with names as far as there is room: the widest first; the others keep theirs as a tooltip."""
+    """Bands, with names as far as there is room; the others keep theirs as a tooltip.
+
+    The optimizer's step comes first, which is a few events only, then the widest.
+    """
     body: list[str] = []
     taken: list[tuple[float, float]] = []
     phases = list(enumerate(timeline.get("phases", ())))
-    for i, phase in sorted(phases, key=lambda item: item[1]["start"] - item[1]["stop"]):
+    for i, phase in sorted(
+        phases, key=lambda item: (item[1]["name"] != STEP, item[1]["start"] - item[1]["stop"])
+    ):
         name, start, stop = words(phase["name"]), x(phase["start"]), x(phase["stop"])
         body.append(rect(start, TOP, stop - start, HEIGHT - FOOT - TOP, f"phase{i % 2}", name))
         half = text_width(name) / 2

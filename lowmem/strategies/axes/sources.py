@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from lowmem.optim.source import Source
-from lowmem.sources import SPSA, Backprop, Curved, LowRank, Mixed, OneSided, Scales, Sparse, TwoSided
+from lowmem.sources import (
+    SPSA,
+    Backprop,
+    Curved,
+    ForwardGradient,
+    LowRank,
+    Mixed,
+    OneSided,
+    Scales,
+    Sparse,
+    TwoSided,
+)
 from lowmem.sources.estimators import Estimator
 from lowmem.strategies.options import Gap, Limits
 from lowmem.strategies.parts import part
@@ -134,3 +145,15 @@ def quantized_spsa(eps: float, noise: Noise, queries: int, *, clip_slope: Bound 
         clip_slope: Bound of a slope; 0 for none.
     """
     return SPSA(eps, noise, queries, clip=clip_slope, structure=Scales())
+
+
+@part("source")
+def tangents(*, noise: Noise = "gaussian", queries: Count = 1, clip_slope: Bound = 0.0) -> Source:
+    """One forward pass that carries a random direction along; no backward pass, and no radius.
+
+    Args:
+        noise: Normal numbers as in the paper, or signs (cheaper to draw, slightly less variance).
+        queries: Directions averaged in each step, one pass each.
+        clip_slope: Bound of a slope; 0 for none.
+    """
+    return ForwardGradient(noise, queries, clip_slope)

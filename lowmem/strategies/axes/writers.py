@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.optim.writers import Halves, Kahan, Nearest, Stochastic, Writer
+from lowmem.optim.writers import Eco, Halves, Kahan, Nearest, Stochastic, Writer
 from lowmem.strategies.parts import part
 
 
@@ -28,3 +28,9 @@ def kahan() -> Writer:
 def split() -> Writer:
     """A bf16 weight and 8 bits more of it."""
     return Halves()
+
+
+@part("writer")
+def eco() -> Writer:
+    """Of int8 weights: the error of rounding is carried along in 8 bits; 16-bit ones as stochastic."""
+    return Eco()

@@ -134,3 +134,24 @@ register(
         source="quantized_spsa",
     )
 )
+
+register(
+    Method(
+        "forward_gradient",
+        """The loss's exact slope along a random direction, by forward differentiation.
+
+            c = d/dt L(W + t z) at t = 0
+            W <- (1 - lr wd) W - lr c z
+
+        MeZO with eps going to 0: no bias, and no difference of two nearly equal losses. One pass
+        with tangents takes the place of two passes, and costs about as much. Operations without a
+        rule for tangents are refused (4-bit weights, objectives that are no arithmetic); mezo is for those.
+
+        Bytes for an (m, n) weight of b bytes each: 0, and no gradient; while the loss is evaluated, b m n
+        of z, and each activation twice.
+        """,
+        paper="2202.08587",
+        rule="sgd",
+        source="tangents",
+    )
+)

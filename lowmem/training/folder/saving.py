@@ -20,7 +20,10 @@ from torch import nn
 from lowmem.errors import CheckpointError, UserError, first_line, ran_out_of_room
 from lowmem.models import sealed
 from lowmem.models.adapters import name_base
+from lowmem.models.int8 import files as int8
+from lowmem.models.int8.convert import weights
 from lowmem.optim.evaluated import evaluated
+from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.tensors.marks import trains
 from lowmem.training.callbacks import Divergence
 from lowmem.training.folder import checkpoint, settings
@@ -35,6 +38,7 @@ class WholeCheckpoints:
 
     Attributes:
         origin: what else a checkpoint belongs to, such as model and data; another one is refused.
+        keep_int8: whether a model for use keeps int8 codes; a checkpoint always does.
         base: what the folder of an adapter calls its base; where the base was read from when None.
         tell: receives what is worth knowing about a resumed run, one sentence at a time.
     """
@@ -50,6 +54,8 @@ class WholeCheckpoints:
     base: str | None = None
     tell: Callable[[str], None] = log.warning
     _strategy: Any
+    keep_int8: bool = False
+    _codes: bool = False
     _staging: Path | None = None
     _resumed: str | None = None
     _changed: Mapping[str, str] = {}
@@ -124,7 +130,8 @@ class WholeCheckpoints:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the model; an adapter names its base by what others can load it by."""
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        with int8.writing(self.model, keep=self._codes):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
         if self.base is not None:
             name_base(Path(output_dir or self.args.output_dir), self.base)
 
@@ -139,8 +146,23 @@ class WholeCheckpoints:
         The best of several checkpoints, loaded at the end, is saved as it is.
         """
         as_held = _internal_call or self.args.load_best_model_at_end
+        self._codes = _internal_call or self.keep_int8
         with nullcontext() if as_held else self._evaluated():
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read the weights; int8 codes as they were."""
+        if weights(self.model if model is None else model):
+            int8.restore_(self.model if model is None else model, resume_from_checkpoint)
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        """Read the weights of the best checkpoint; int8 codes as they were."""
+        if weights(self.model) and self.state.best_model_checkpoint:
+            int8.restore_(self.model, self.state.best_model_checkpoint)
+            return
+        super()._load_best_model()  # type: ignore[misc]
 
     def _evaluated(self) -> AbstractContextManager[None]:
         return nullcontext() if self.optimizer is None else evaluated(self.lowmem_optimizer)
@@ -238,7 +260,8 @@ class WholeCheckpoints:
 def nonfinite_weights(model: nn.Module) -> list[str]:
     """Names of the trainable tensors that hold a number that is not finite."""
     named = [(n, p) for n, p in model.named_parameters() if trains(p) and p.numel()]
-    bounds = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]  # NaN wins over both
+    seen = [p.scale if isinstance(p, Int8Weight) else p.detach() for _, p in named]  # codes always are
+    bounds = [torch.stack(torch.aminmax(x)).isfinite().all() for x in seen]  # NaN wins over both
     return [name for (name, _), finite in zip(named, bounds, strict=True) if not finite]
 
 

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from lowmem.errors import UserError, first_line
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Strategy
-from lowmem.sources.slopes import Slope
-from lowmem.sources.spsa import SPSA
+from lowmem.sources.slopes import Along, Slope
 
 NAME = "zo_log.safetensors"
 """The file that a run leaves."""
@@ -197,10 +196,10 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _source(strategy: Strategy) -> SPSA:
+def _source(strategy: Strategy) -> Along:
     if strategy.source.needs_autograd:
         raise UserError(f"{strategy.name} steps by gradients, which no list of numbers holds: it has no log")
-    return cast("SPSA", strategy.source)
+    return cast("Along", strategy.source)
 
 
 def _kind(p: Tensor) -> str:

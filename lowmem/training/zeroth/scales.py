@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.errors import CheckpointError
+from lowmem.errors import CheckpointError, UserError
 from lowmem.optim.source import Named
+from lowmem.sources.quantized import unsaved
 from lowmem.training.arguments import LowMemFields
 
 
@@ -26,6 +27,8 @@ def admitted(*given: Any, **named: Any) -> Iterator[None]:
     if source is None or not source.quantized or not isinstance(model, nn.Module):
         yield
         return
+    if problem := unsaved(model):
+        raise UserError(problem)
     source.trained(model)  # before anything runs in eval mode, which may repack codes
     model.requires_grad_(False)
     taken: Any = model

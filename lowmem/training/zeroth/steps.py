@@ -19,6 +19,7 @@ from lowmem.errors import UserError
 from lowmem.sources import replicas
 from lowmem.training.zeroth.log import NAME, ReplayLog
 from lowmem.training.zeroth.scales import load_scales
+from lowmem.training.zeroth.usual import expected
 
 
 class ZerothOrder:
@@ -34,6 +35,7 @@ class ZerothOrder:
     tell: Callable[[str], None]
     _strategy: Any
     _resumed: str | None
+    _steps: int | None
     _window: list[dict[str, Any]]
     replay_log: ReplayLog | None = None
     _handle: Any = None
@@ -110,6 +112,7 @@ class ZerothOrder:
             return
         earlier = Path(self._resumed) / NAME if self._resumed else None
         if earlier is None:
+            self.tell(expected(self.args, self._steps))
             self.replay_log = ReplayLog.of(self.lowmem_optimizer, self.model, self.origin)
             if not replicas.agree(self.replay_log.header["base"], self.args.device):
                 raise UserError("the processes start from different weights: give all of them one model")

@@ -29,6 +29,7 @@ from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.terms.changes import Change, Rotation
 from lowmem.optim.terms.fp32 import LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.its import its
 from lowmem.optim.terms.state import Constants, State, part
 
 Found = tuple[dict[str, Tensor], Tensor]
@@ -49,10 +50,7 @@ class Measured(Rule):
     held: Coded
     turns: ClassVar[bool] = False
 
-    @property
-    def uses(self) -> frozenset[str]:
-        """Those of the element-wise rule."""
-        return self.held.uses
+    uses = its("held")
 
     def init(self, x: Tensor) -> State:
         """The moments and their age."""
