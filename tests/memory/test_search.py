@@ -41,7 +41,7 @@ def test_with_room_the_best_kind_comes_first_without_recomputation() -> None:
     assert (rows[0].strategy.name, rows[0].levers, rows[0].verdict) == ("adamw", (), "fits")
     kinds = [KINDS.index(row.kind) for row in rows]
     assert kinds == sorted(kinds)
-    assert len(rows) == 4 + 2 * 2 + 4  # all weights; adapters over two bases; int8 weights
+    assert len(rows) == 4 + 2 * 2 + 4  # all weights, two sorts of LoRA, weights held in 8 bits
     assert rows[0].checked
     batch = rows[0].largest_batch
     most = plan(LLAMA, "adamw", **WISH, batch_size=batch, budget=card(1 << 14).usable, advise=False).plans[0]
