@@ -77,7 +77,8 @@ def test_scales_follow_weights_that_grow_and_shrink() -> None:
 def first_order() -> Iterator[str]:
     for name in lowmem.available():
         strategy = lowmem.create(name)
-        if strategy.source.needs_autograd and not strategy.turns:
+        probed = strategy.probes  # by a model's logits
+        if strategy.source.needs_autograd and not strategy.turns and not probed:
             yield name
 
 
@@ -90,8 +91,10 @@ def test_every_method_steps_codes_as_it_steps_the_weights_they_stand_for(name: s
     for step in range(3):
         w.grad = random(24, 80, seed=step + 1)
         dense.grad = w.grad.clone()
-        stepped.step()
-        master.step()
+        for optimizer in (stepped, master):
+            if optimizer.strategy.asks_loss:
+                optimizer.add_loss(torch.ones(()))
+            optimizer.step()
     spacing = w.scale.repeat_interleave(256)[: w.numel()].view(w.shape)
     # half a code, and what a block that was encoded anew had lost before; sketches step what they hold
     assert ((w.decode() - dense).abs() / spacing).quantile(0.99).item() < 1.01
