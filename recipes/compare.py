@@ -29,8 +29,8 @@ from typing import Any
 from lowmem.config import RunConfig, build, dump, load, read
 from lowmem.console import Console
 from lowmem.errors import ConfigError, UserError
-from lowmem.training.comparison import document, outcome_of
-from lowmem.training.contenders import Contender, contenders
+from lowmem.training.comparing.comparison import document, outcome_of
+from lowmem.training.comparing.contenders import Contender, contenders
 
 POINTS = 10  # evaluations during a run, beside those before and after
 Check = Callable[[Mapping[str, Any]], Iterable[str]]
