@@ -70,6 +70,7 @@ class Sophia(Measured):
         every: k, at least 1.
 
     Example:
+        >>> import torch
         >>> sorted(Sophia.of("int8").init(torch.zeros(3, 5)))
         ['exp_avg.codes', 'exp_avg.scale', 'hessian.codes', 'hessian.scale']
     """
