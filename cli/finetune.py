@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem.config import RunConfig, bracketed, default_output, from_flags, read
+from lowmem.config import RunConfig, default_output, from_flags, read
 from lowmem.errors import UserError
+from lowmem.values import bracketed
 
 from . import render
 from ._configs import find, problems, shipped

@@ -59,6 +59,11 @@ def of_weights(v: Mapping[str, Any]) -> list[str]:
             f"weights, quantize: weights are int8 codes or {v['quantize']} ones; give one of them",
         ),
         (
+            v["activation_offload"],
+            "weights: activation_offload does not tell int8 codes from activations yet; take "
+            "gradient_checkpointing",
+        ),
+        (
             v["dtype"] == "float16",
             "dtype: int8 weights compute in bfloat16 or float32; in float16 their gradients would vanish",
         ),
@@ -211,7 +216,12 @@ def of_adapters(v: Mapping[str, Any]) -> list[str]:
 def _of_evaluation(v: Mapping[str, Any]) -> list[str]:
     """Settings that need evaluations or a schedule."""
     need = [name for name in ("keep_best", "early_stopping") if v[name]]
+    kind, _, tasks = v["eval"].partition(":")
     rules = [
+        (
+            v["eval"] and (kind != "lm_eval" or not tasks.strip(" ,")),
+            f"eval: {v['eval']!r} is not of the form lm_eval:TASK,TASK, as in lm_eval:arc_easy",
+        ),
         (need and not v["eval_steps"], f"{', '.join(need)}: give eval_steps, the steps between evaluations"),
         (v["decay"] and v["schedule"] != "wsd", "decay: of schedule wsd; leave it out, or set schedule: wsd"),
         (
@@ -230,10 +240,7 @@ def missing_tracker(report_to: str) -> str | None:
 
 
 def missing_harness(asked: str) -> str | None:
-    """What is wrong with the benchmarks that are asked for, or with what is installed."""
-    kind, _, tasks = asked.partition(":")
-    if asked and (kind != "lm_eval" or not tasks.strip(" ,")):
-        return f"eval: {asked!r} is not of the form lm_eval:TASK,TASK, as in lm_eval:arc_easy"
-    if asked and importlib.util.find_spec(kind) is None:
+    """What to do where the package that benchmarks are asked of is not installed."""
+    if asked and importlib.util.find_spec("lm_eval") is None:
         return "eval: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
     return None

@@ -23,7 +23,7 @@ from typing import Any
 from lowmem import combinations
 from lowmem.errors import ConfigError, UserError, nearest
 from lowmem.texts import parse_yaml
-from lowmem.values import convert
+from lowmem.values import bracketed, convert
 
 __all__ = ["Check", "RunConfig", "build", "dump", "from_flags", "load", "read"]
 
@@ -322,21 +322,6 @@ def dump(config: RunConfig) -> str:
         text = yaml.safe_dump([plain], default_flow_style=True, allow_unicode=True, width=10**6).strip()
         lines.append(f"{f.name}: {text[1:-1]}  # {_hint(f)}")
     return "\n".join(lines) + "\n"
-
-
-def bracketed(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """Values in which `optim: galore(rank=64)` is `optim: galore` and `optim_args: rank=64`; and problems."""
-    optim = values.get("optim")
-    if not isinstance(optim, str) or "(" not in optim:
-        return values, []
-    name, _, inside = optim.strip().partition("(")
-    if not inside.endswith(")"):
-        return values, [f"optim: {optim!r} lacks a bracket; write galore(rank=64,states=int8)"]
-    if ")" in inside[:-1]:
-        return values, [f"optim: {optim!r} names several strategies; a run takes one"]
-    if values.get("optim_args"):
-        return values, ["optim_args: the options of optim stand in its brackets already; give them once"]
-    return {**values, "optim": name.strip(), "optim_args": inside[:-1]}, []
 
 
 def _hint(f: dataclasses.Field[Any]) -> str:

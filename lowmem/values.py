@@ -30,6 +30,21 @@ def convert(value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     return _convert_number(value, hint, metadata)
 
 
+def bracketed(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Values in which `optim: galore(rank=64)` is `optim: galore` and `optim_args: rank=64`; and problems."""
+    optim = values.get("optim")
+    if not isinstance(optim, str) or "(" not in optim:
+        return values, []
+    name, _, inside = optim.strip().partition("(")
+    if not inside.endswith(")"):
+        return values, [f"optim: {optim!r} lacks a bracket; write galore(rank=64,states=int8)"]
+    if ")" in inside[:-1]:
+        return values, [f"optim: {optim!r} names several strategies; a run takes one"]
+    if values.get("optim_args"):
+        return values, ["optim_args: the options of optim stand in its brackets already; give them once"]
+    return {**values, "optim": name.strip(), "optim_args": inside[:-1]}, []
+
+
 def _convert_tuple(value: Any, kinds: tuple[Any, ...], metadata: Mapping[str, Any]) -> tuple[Any, ...]:
     if kinds[-1] is Ellipsis:  # texts: a lone one is a list of one
         items = [value] if isinstance(value, str) else value

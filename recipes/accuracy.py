@@ -40,7 +40,7 @@ SHARED: dict[str, Any] = {
 RUNS: dict[str, dict[str, Any]] = {
     "mezo": {"optim": "mezo", "optim_args": "noise=rademacher", "lr": 1e-5, "steps": 2000},
     "fzoo": {"optim": "fzoo", "lr": 1e-4, "steps": 500},
-    "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 1e-2, "steps": 2000},
+    "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 2e-3, "steps": 2000},
     "lora": {"optim": "adamw", "lora_rank": 8, "lr": 2e-4, "steps": 200},
     "adamw": {"optim": "adamw", "lr": 1e-5, "steps": 200},
 }

@@ -191,7 +191,7 @@ def plan(
 
 
 def suited(run: Run, strategy: Strategy) -> Run:
-    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release.
+    """The run as this strategy takes it: what has no gradients recomputes and releases nothing.
 
     Raises:
         UserError: the strategy trains other weights than the run has.
@@ -201,11 +201,8 @@ def suited(run: Run, strategy: Strategy) -> Run:
     if problem := gather.unsuited(name, strategy, run):
         raise UserError(problem)
     if source.needs_autograd:
-        return run
-    return replace(
-        run, gradient_checkpointing=False, gradient_release=False, activation_offload=False, few_bit=None,
-        accumulation=1,
-    )  # fmt: skip
+        return replace(run, gradient_release=False) if strategy.waits else run
+    return run.forwards
 
 
 def traced(config: Any, run: Run, strategy: Strategy) -> Trace:

@@ -126,6 +126,14 @@ class Run:
         return self.ranks > 1 and self.shard == "full"
 
     @property
+    def forwards(self) -> Run:
+        """The run of a strategy without gradients: nothing is kept for a backward pass, or let go in it."""
+        return replace(
+            self, gradient_checkpointing=False, activation_offload=False, few_bit=None,
+            gradient_release=False, accumulation=1,
+        )  # fmt: skip
+
+    @property
     def adapts(self) -> bool:
         """Whether adapters are trained and the model's own weights stay."""
         return bool(self.lora_rank or self.adapter)

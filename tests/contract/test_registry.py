@@ -256,6 +256,16 @@ def test_roles_take_rules_precision_and_options_of_their_own() -> None:
     assert lowmem.create("galore", **made.options) == made
 
 
+def test_a_composition_is_the_same_as_text_as_a_configuration_and_in_python() -> None:
+    text = "projector=dct,rule=lion,states=int8,residual=sign,modifiers=cautious+limit,embedding=adafactor"
+    words = dict(word.split("=") for word in text.split(","))
+    made = lowmem.create("galore", **words)
+    assert lowmem.create("galore", **parse_options("galore", text)) == made
+    assert lowmem.create("galore", **made.options) == made
+    assert {key: made.options[key] for key in words} == words
+    assert made.rules["matrix"] != made.rules["embedding"]
+
+
 def test_an_option_given_twice_is_an_error() -> None:
     with pytest.raises(UserError, match="given twice"):
         parse_options("galore", "rank=1, rank=2")

@@ -52,7 +52,9 @@ def test_answers_of_which_the_first_is_the_one(answers):
 
 def test_what_was_asked_is_not_what_a_better_pair_asks():
     row = {"problem": "Where is Kenya?", "solution": "In Africa.", "answer": "Africa"}
-    assert to_prompt_completion(row) == CHAT
+    turned = dict(reversed(row.items()))
+    assert to_prompt_completion(row) == to_prompt_completion(turned) == CHAT  # wherever its column stands
+    assert understood(row).left == understood(turned).left == ("answer",)
     alpaca = {"instruction": "Translate.", "input": "Bonjour", "response": "Hello"}
     assert understood(alpaca).row == alpaca
     asked = {"instruction": "Translate.", "input": "Bonjour", "answer": "Hello"}

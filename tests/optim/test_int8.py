@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.models.int8.convert import dead_time, held_bytes, quantize_weights_
+from lowmem.models.int8.convert import dead_time, held_bytes, late, quantize_weights_
 from lowmem.optim.int8.tensor import Int8Weight
 
 
@@ -200,4 +200,15 @@ def test_what_cannot_be_is_refused_with_the_way_out() -> None:
         quantize_weights_(stack)
     with pytest.raises(UserError, match="change by a step"), torch.no_grad():
         model.weight.mul_(2.0)
+    with pytest.raises(UserError, match="take qzo"):
+        lowmem.optimizer(model, "mezo")
     assert dead_time(model, 1e-5) == pytest.approx(model.weight.scale.median().item() / 2e-5)
+
+
+def test_codes_that_move_late_are_told() -> None:
+    model = quantize_weights_(nn.Linear(16, 16))
+    wait = dead_time(model, 1e-5)
+    eco, stochastic = (lowmem.create("adamw", writer=writer) for writer in ("eco", "stochastic"))
+    assert f"about {wait:.0f} steps" in late(model, eco, 1e-5, int(5 * wait))
+    assert late(model, eco, 1e-5, int(20 * wait)) == ""
+    assert late(model, stochastic, 1e-5, 1) == ""

@@ -90,7 +90,8 @@ def test_benchmarks_are_refused_by_one_line_with_the_remedy(
         "eval: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
     )
     for wrong in ("arc_easy", "lm_eval:", "lm_eval: ,"):
-        assert "is not of the form lm_eval:TASK,TASK" in str(missing_harness(wrong))
+        with pytest.raises(ConfigError, match="is not of the form lm_eval:TASK,TASK"):
+            run(tmp_path, eval=wrong)
     assert missing_harness("") is None
     with pytest.raises(ConfigError, match="eval: lm-evaluation-harness is not installed"):
         refuse(run(tmp_path, eval="lm_eval:arc_easy"), cuda=False)

@@ -80,15 +80,18 @@ def understood(row: Mapping[str, Any], chosen: Format | None = None) -> Columns:
     talks = tuple(_plain(key) for key in filled if _plain(key) in TALKS and _is_talk(row[key]))
     called = dict(_names(tuple(row), filled, talks, chosen))
     back = {old: new for new, old in called.items()}
-    found: Row = {}
-    for key, value in row.items():
-        name = back.get(key, key)
-        found[name] = value if found.get(name) is None else found[name]
+    found: Row = {back.get(key, key): value for key, value in row.items() if not _displaced(key, called)}
+    displaced = tuple(key for key, value in row.items() if _displaced(key, called) and value is not None)
     for key in ("messages", "conversations", "prompt", "completion"):
         if key in found:
             found[key] = _messages(found[key], key)
     left = _one_answer(found)
-    return Columns(found, {new: old for new, old in called.items() if new != old}, left)
+    return Columns(found, {new: old for new, old in called.items() if new != old}, (*displaced, *left))
+
+
+def _displaced(key: str, called: Mapping[str, str]) -> bool:
+    """Whether another column goes by this one's name: `solution` by that of a short `answer` beside it."""
+    return called.get(key, key) != key and key not in called.values()
 
 
 @functools.lru_cache(maxsize=256)

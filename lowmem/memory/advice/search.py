@@ -13,16 +13,17 @@ Kinds are an order of expectation, not of measurement: what a method costs in qu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from lowmem.errors import UserError
-from lowmem.memory import count, gather
+from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
+from lowmem.memory.advice.kinds import KINDS, kind_of
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
@@ -35,17 +36,6 @@ from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 from lowmem.strategies import available, create
 
-KINDS = (
-    "whole moments",
-    "moments in few bits",
-    "one whole moment",
-    "moments of a subspace or of sums",
-    "LoRA",
-    "LoRA over 4 bits",
-    "no moments",
-    "no gradients",
-)
-"""What is kept of two whole moments of every weight, best first."""
 ADAPTED = ("adamw", "adamw_8bit")
 """Methods for adapters, whose matrices are small already."""
 CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd")
@@ -94,13 +84,12 @@ class Found:
         return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
 
     @property
-    def order(self) -> tuple[int, int, bool, bool, int, bool]:
+    def order(self) -> tuple[int, int, bool, int, bool]:
         """Smaller is better."""
         word = (FITS, RETRIES, OUT).index(self.verdict)
         kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
         plain = self.strategy.name != "adamw"  # of equals, what everybody knows
-        coded, again = self.run.weights is not None, self.run.gradient_checkpointing
-        return word, kind, coded and not word, again and not word, -self.headroom_bytes, plain
+        return word, kind, self.run.gradient_checkpointing and not word, -self.headroom_bytes, plain
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
@@ -116,7 +105,7 @@ class Found:
 
 def search(
     model: Any, limit: Budget, options: Mapping[str, Any], *, full: bool = False, gpu: str | None = None,
-    budget: str | int | None = None,
+    budget: str | int | None = None, among: Collection[str] = (), top: int = TOP,
 ) -> tuple[Found, ...]:  # fmt: skip
     """Every method on a card, best first.
 
@@ -125,6 +114,8 @@ def search(
         limit: the card's budget; gpu, budget: how it was named, for the commands.
         options: of the run that are decided, by name; None is open.
         full: all weights must be trained.
+        among: methods to look at; all, if empty.
+        top: rows that are planned in full.
 
     Raises:
         UserError: as `plan`; a model object, which is planned as it is.
@@ -140,7 +131,7 @@ def search(
             "a model object is planned as it is: name its optimizer, or search by the model's name"
         )
     decided = {key: value for key, value in options.items() if value is not None}
-    finder = _Finder(config, limit, decided)
+    finder = _Finder(config, limit, decided, among, top)
     rows = [row for run in finder.modes(full) for row in finder.over(run)]
     rows = finder.confirmed(sorted(rows, key=lambda row: row.order))
     named = model if isinstance(model, str) else None
@@ -157,6 +148,8 @@ class _Finder:
     config: Any
     limit: Budget
     decided: Mapping[str, Any]
+    among: Collection[str] = ()
+    top: int = TOP
     footprints: dict[Any, Footprint] = field(default_factory=dict)
 
     def modes(self, full: bool) -> Iterator[Run]:
@@ -182,8 +175,9 @@ class _Finder:
 
     def over(self, run: Run) -> Iterator[Found]:
         """A row for each method, with the cheapest levers that make it fit."""
-        few = "weights" not in self.decided and run.weights is not None
-        for name in ADAPTED if run.adapts else CODED if few else available():
+        coded = "weights" not in self.decided and run.weights is not None
+        some = ADAPTED if run.adapts else CODED if coded else available()
+        for name in (name for name in some if name in (self.among or available())):
             strategy = create(name)
             if run.weights and not strategy.source.needs_autograd:
                 continue
@@ -217,7 +211,7 @@ class _Finder:
         first_order = strategy.source.needs_autograd
         run = self._with_loss(planning.suited(run, strategy), first_order)
         recompute = self._open("gradient_checkpointing", run, first_order)
-        releases = first_order and not run.adapts and run.accumulation == 1
+        releases = first_order and not (strategy.waits or run.adapts) and run.accumulation == 1
         release = self._open("gradient_release", run, releases and not self._mostly_rests(run, strategy))
         for checkpointing in recompute:
             for released in release:
@@ -225,6 +219,7 @@ class _Finder:
                     ("checkpointing", checkpointing),
                     ("release", released),
                     ("chunked loss", run.loss == "chunked"),
+                    ("activation offload", run.activation_offload),
                 )
                 norm = 0.0 if released else run.max_grad_norm
                 yield (
@@ -258,7 +253,7 @@ class _Finder:
         peak, held = self._peak(strategy, run, "none" if hopeless else "large")
         spare = self.limit.capacity - peak.allocated
         word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
-        return Found(strategy, mode, run, _kind(strategy, run), levers, peak, held.state_bytes, word, spare)
+        return Found(strategy, mode, run, kind_of(strategy, run), levers, peak, held.state_bytes, word, spare)
 
     def _peak(self, strategy: Strategy, run: Run, steps: Steps = "large") -> tuple[Peak, Footprint]:
         found = extrapolated(self.config, run, special(strategy))
@@ -300,7 +295,9 @@ class _Finder:
     def confirmed(self, rows: list[Found]) -> list[Found]:
         """The rows with those at the top planned in full, as long as few runs are needed for it."""
         runs: set[Run] = set()
-        while (at := next((i for i, row in enumerate(rows[:TOP]) if not row.checked), None)) is not None:
+        while (
+            at := next((i for i, row in enumerate(rows[: self.top]) if not row.checked), None)
+        ) is not None:
             runs.add(rows[at].run)
             if rows[at].verdict == OUT or len(runs) > CHECKED:
                 break
@@ -338,22 +335,3 @@ class _Finder:
             int((room - one[event]) // (two[event] - one[event])) for event in one if two[event] > one[event]
         ]
         return replace(row, largest_batch=size * (1 + max(0, min(counts, default=0))))
-
-
-def _kind(strategy: Strategy, run: Run) -> str:
-    """What is kept of two moments of every weight: by what the state of a large matrix takes."""
-    if not strategy.source.needs_autograd:
-        return "no gradients"
-    if run.adapts:
-        return "LoRA over 4 bits" if run.quantize else "LoRA"
-    shape = (1024, 1024)
-    each = count.state_bytes(strategy, shape, torch.bfloat16) / (shape[0] * shape[1])
-    if strategy.options.get("projector", "none") != "none":
-        return "moments of a subspace or of sums"
-    limits = (
-        (7.9, "whole moments"),
-        (3.9, "one whole moment"),
-        (0.4, "moments in few bits"),
-        (1e-4, "moments of a subspace or of sums"),
-    )
-    return next((kind for least, kind in limits if each >= least), "no moments")

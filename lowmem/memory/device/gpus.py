@@ -149,8 +149,9 @@ def gpu(name: str) -> Budget:
         if len(family) > 1:
             raise UserError(f"GPU {name!r} comes in several sizes: say which of {', '.join(family)}")
         if not family:
+            meant = f"rtx{plain}" if plain[:1].isdigit() else name.lower()
             raise UserError(
-                f"unknown GPU {name!r}: {nearest(name.lower(), known.values())}, or use --budget 23.5GiB"
+                f"unknown GPU {name!r}: {nearest(meant, known.values())}, or use --budget 23.5GiB"
             )
         plain = _plain(family[0])
     found = known[plain]

@@ -41,13 +41,11 @@ def count_of(rank: float, of: int, share: int) -> int:
 
 
 @dataclass(frozen=True)
-class Columns(Projector):
-    """A random subset of columns (FRUGAL, arXiv 2411.07837): R = G[:, index] is (m, r).
-
-    Holds 4 r bytes, r = min(rank, n), or floor(rank n) of a share, at least 1.
+class Coordinates(Projector):
+    """What both are: a choice that is made anew, whatever the gradient.
 
     Args:
-        rank: columns, from 1 on, or their share, below 1.
+        rank: what is seen, a number from 1 on, or a share below 1.
         update_proj_gap: steps between choices, at least 1.
     """
 
@@ -57,6 +55,23 @@ class Columns(Projector):
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_gap(self.update_proj_gap)
+
+    @property
+    def period(self) -> int:
+        """Steps between choices."""
+        return self.update_proj_gap
+
+
+@dataclass(frozen=True)
+class Columns(Coordinates):
+    """A random subset of columns (FRUGAL, arXiv 2411.07837): R = G[:, index] is (m, r).
+
+    Holds 4 r bytes, r = min(rank, n), or floor(rank n) of a share, at least 1.
+
+    Args:
+        rank: columns, from 1 on, or their share, below 1.
+        update_proj_gap: steps between choices, at least 1.
+    """
 
     def _rank(self, shape: tuple[int, int]) -> int:
         return count_of(self.rank, shape[1], int(self.rank * shape[1]))
@@ -78,11 +93,6 @@ class Columns(Projector):
         rank = self._rank(matrix_shape(x.shape))
         return {"index": torch.arange(rank, dtype=torch.int32, device=x.device)}
 
-    @property
-    def period(self) -> int:
-        """Steps between choices."""
-        return self.update_proj_gap
-
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Choose anew; the gradient is not looked at."""
         s["index"].copy_(_choose(0, 1, g.shape[1], s["index"].shape[0], hp)[0])
@@ -99,7 +109,7 @@ class Columns(Projector):
 
 
 @dataclass(frozen=True)
-class Elements(Projector):
+class Elements(Coordinates):
     """A random subset of single elements (FRUGAL's randk), the same number in each group of 256.
 
     R is (ceil(m n / 256), k), k = min(rank, 256), or round(256 rank) of a share, at
@@ -109,13 +119,6 @@ class Elements(Projector):
         rank: elements of each group, from 1 on, or their share, below 1.
         update_proj_gap: steps between choices, at least 1.
     """
-
-    rank: float
-    update_proj_gap: int = 200
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
-        check_gap(self.update_proj_gap)
 
     @property
     def _picked(self) -> int:
@@ -144,11 +147,6 @@ class Elements(Projector):
         groups = self.low_shape(matrix_shape(x.shape))[0]
         first = torch.arange(self._picked, dtype=torch.uint8, device=x.device)
         return {"index": first.repeat(groups, 1)}
-
-    @property
-    def period(self) -> int:
-        """Steps between choices."""
-        return self.update_proj_gap
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Choose anew, some groups at a time; the gradient is not looked at."""

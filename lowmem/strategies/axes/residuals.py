@@ -42,31 +42,28 @@ def sgd(*, scale: Scale = 1.0) -> Residual:
     return Stateless(sign=False, scale=scale)
 
 
-@part("residual")
-def scaled_rest(
+def lengthened(
     *, scale: Positive = 1.0, limit: Limit = 1.01, per: Literal["channel", "tensor"] = "channel"
-) -> Residual:
-    """A step by it, each channel as much longer as the rule makes what is seen.
+) -> tuple[float, float, str]:
+    """How a step goes by what the rule makes of what is seen.
 
     Args:
         scale: Factor of the learning rate for it.
         limit: How much longer than the step before a step may be; 0 for no limit.
         per: One factor for each channel, or one for the tensor.
     """
+    return scale, limit, per
+
+
+@part("residual", first=lengthened)
+def scaled_rest(scale: float, limit: float, per: str) -> Residual:
+    """A step by it, each channel as much longer as the rule makes what is seen."""
     return ScaledRest(scale, limit, per)
 
 
-@part("residual")
-def scaled_gradient(
-    *, scale: Positive = 1.0, limit: Limit = 1.01, per: Literal["channel", "tensor"] = "channel"
-) -> Residual:
-    """A step by the whole gradient, scaled like that; what is seen serves statistics alone.
-
-    Args:
-        scale: Factor of the learning rate for it.
-        limit: How much longer than the step before a step may be; 0 for no limit.
-        per: One factor for each channel, or one for the tensor.
-    """
+@part("residual", first=lengthened)
+def scaled_gradient(scale: float, limit: float, per: str) -> Residual:
+    """A step by the whole gradient, scaled like that; what is seen serves statistics alone."""
     return ScaledGradient(scale, limit, per)
 
 

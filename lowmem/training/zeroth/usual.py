@@ -21,7 +21,7 @@ from lowmem.optim.strategy import Strategy
 from lowmem.training.arguments import build_strategy
 
 FIRST_ORDER = ADAPTERS = 1e-4
-SCALES = 1e-2
+SCALES = 2e-3
 SLOPE, LENGTH = 4000.0, 5.0
 PAPERS = (20_000, 16)
 """Steps, and rows of each, of most of what the papers report."""

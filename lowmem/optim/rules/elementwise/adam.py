@@ -15,6 +15,15 @@ from lowmem.optim.terms.fp32 import LARGEST_MOMENT, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 
 
+def averages(g: Tensor, m: Moments, rate1: Tensor, rate2: Tensor) -> dict[str, Tensor]:
+    """Both moments; addcmul rounds once where a product and a sum round twice, as torch.lerp does."""
+    first, second = m["exp_avg"], m["exp_avg_sq"]
+    return {
+        "exp_avg": torch.addcmul(first, g - first, rate1),
+        "exp_avg_sq": torch.addcmul(second, g * g - second, rate2),
+    }
+
+
 @dataclass(frozen=True)
 class Adam(Elementwise):
     """Adam with decoupled decay (arXiv 1412.6980, 1711.05101).
@@ -39,13 +48,8 @@ class Adam(Elementwise):
         return *rates, 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
-        """Both averages; addcmul rounds once where a product and a sum round twice, as torch.lerp does."""
-        rate1, rate2 = x.numbers[:2]
-        first, second = m["exp_avg"], m["exp_avg_sq"]
-        return {
-            "exp_avg": torch.addcmul(first, g - first, rate1),
-            "exp_avg_sq": torch.addcmul(second, g * g - second, rate2),
-        }
+        """Both averages."""
+        return averages(g, m, *x.numbers[:2])
 
     def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
         """The quotient."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.elementwise import Beside, Elementwise, Moment, Moments
+from lowmem.optim.rules.elementwise.adam import averages
 from lowmem.optim.terms.fp32 import LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 
@@ -188,13 +189,7 @@ class DiffGrad(Elementwise):
 
     def move(self, g: Tensor, m: Moments, x: Beside) -> dict[str, Tensor]:
         """Adam's averages, and the gradient for the next step."""
-        rate1, rate2 = x.numbers[:2]
-        first, second = m["exp_avg"], m["exp_avg_sq"]
-        return {
-            "exp_avg": torch.addcmul(first, g - first, rate1),
-            "exp_avg_sq": torch.addcmul(second, g * g - second, rate2),
-            "previous": g,
-        }
+        return {**averages(g, m, *x.numbers[:2]), "previous": g}
 
     def direction(self, g: Tensor, m: Moments, old: Moments, x: Beside) -> Tensor:
         """Adam's step times the friction."""

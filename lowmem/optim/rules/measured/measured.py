@@ -47,10 +47,12 @@ class Measured(Rule):
 
     Attributes:
         turns: whether its moments can follow a rotation.
+        on_rows: whether what it finds is of all rows where ranks share them.
     """
 
     held: Coded
     turns: ClassVar[bool] = False
+    on_rows: ClassVar[bool] = False
 
     uses = its("held")
 
@@ -64,7 +66,7 @@ class Measured(Rule):
 
     def shards(self, shape: Shape) -> bool:
         """Where the moments do: what is measured is summed over all rows."""
-        return self.held.shards(shape)
+        return self.on_rows and self.held.shards(shape)
 
     def check_rebase(self, kind: str) -> None:
         """As for the moments; but all of them have one age."""
@@ -164,6 +166,7 @@ class MARS(Measured):
 
     held: Coded = field(default_factory=lambda: coded(Corrected()))
     turns: ClassVar[bool] = True
+    on_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, states: str, *, gamma: float = 0.025) -> MARS:
@@ -234,6 +237,7 @@ class FAdam(Measured):
 
     held: Coded = field(default_factory=lambda: coded(Natural()))
     clip: float = 1.0
+    on_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, states: str, *, clip: float = 1.0) -> FAdam:
@@ -300,6 +304,7 @@ class Gravity(Measured):
     """
 
     held: Coded = field(default_factory=lambda: coded(Damped()))
+    on_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, states: str) -> Gravity:

@@ -1,7 +1,6 @@
 """Rules that hold a gradient against the weight itself, and so cannot step inside a subspace.
 
     AdamP   leaves out of a step what only changes the length of a weight whose length is free
-    DoG     takes its rate from how far the weight has come
 
 All sums are found in one pass over the tensor, in double precision. A tensor in which one
 element is not finite takes no step.
@@ -16,14 +15,14 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import Blocks, Dense, Direction
+from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment
 from lowmem.optim.rules.elementwise.adam import Adam
-from lowmem.optim.rules.measured.measured import size, squares, total
+from lowmem.optim.rules.measured.measured import size
 from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
@@ -141,71 +140,3 @@ def _cosine(dots: Tensor) -> Tensor:
     """|cos(g, w)| of each column of <g, g>, <g, w> and <w, w>; 0 beside zeros."""
     lengths = (dots[0] * dots[2]).sqrt()
     return torch.where(lengths > 0.0, dots[1].abs() / lengths, 0.0)
-
-
-@dataclass(frozen=True)
-class DoG(Rule):
-    """Descent at a rate of distance over gradients (arXiv 2302.12022), tensor by tensor: the paper's L-DoG.
-
-        H = G + wd W;  r <- max(r, |W - W_0|),  reps_rel (1 + |W_0|) at first;  s <- s + |H|^2
-        W <- W - lr r / sqrt(s) H
-
-    lr is a factor: leave it at 1, without a schedule. Sums over the whole model, as in plain DoG, would need
-    every gradient before the first weight moves. Decay is part of the gradient, as published. Nothing
-    begins before the first one that is not zero. The paper evaluates an average of iterates.
-    Bytes for an (m, n) weight: its copy in its own precision, fp32 at most, and 16.
-
-    Args:
-        reps_rel: the first distance, in units of the weight's length, above 0.
-
-    Raises:
-        UserError: a distance of 0 or less.
-
-    Example:
-        >>> sorted(DoG().init(torch.zeros(3, 5)))
-        ['distance', 'initial', 'squares']
-    """
-
-    reps_rel: float = 1e-6
-    reads_weight: ClassVar[bool] = True
-    own_decay: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not self.reps_rel > 0.0:
-            raise UserError(f"dog: reps_rel is above 0, got {self.reps_rel}")
-
-    @property
-    def uses(self) -> frozenset[str]:
-        """Neither."""
-        return frozenset()
-
-    def init(self, x: Tensor) -> State:
-        """A place for the first weight, and both numbers."""
-        dtype = x.dtype if x.dtype.itemsize < 4 else torch.float32
-        numbers = {
-            key: torch.zeros((), dtype=torch.float64, device=x.device) for key in ("distance", "squares")
-        }
-        return {"initial": torch.zeros(x.shape, dtype=dtype, device=x.device), **numbers}
-
-    def shards(self, shape: Shape) -> bool:
-        """Always: the first weight lies where its rows do, and both numbers are of all rows."""
-        return True
-
-    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
-        """Move both numbers; remember the weight until there is a gradient to begin with."""
-        w, start, wd = hp.weight, Dense(s["initial"]), hp.weight_decay
-        h = Blocks(g.shape, lambda i, j: g.rows(i, j) + wd * w.rows(i, j), g.device) if wd else g
-        apart = Blocks(g.shape, lambda i, j: w.rows(i, j) - start.rows(i, j), g.device)
-        square, length, way = total(g, hp, squares(h), squares(w), squares(apart))
-        ok, began = square.isfinite(), s["squares"] > 0.0
-        held = s["initial"].view(g.shape)
-        for i, j in walk(g.ranges(), g.device):
-            held[i:j] = torch.where(began, held[i:j], w.rows(i, j).to(held.dtype))
-        first = self.reps_rel * (1.0 + length.sqrt())
-        distance = torch.where(began, torch.maximum(s["distance"], way.sqrt()), first)
-        s["distance"].copy_(torch.where(ok, distance, s["distance"]))
-        s["squares"].add_(torch.where(ok, square, 0.0))
-        rate = torch.where(
-            s["squares"] > 0.0, s["distance"] / s["squares"].sqrt().clamp(min=LEAST_SQUARE), 0.0
-        )
-        return Direction(h, lr=hp.lr * rate, decay=hp.vector(1.0)[0], ok=ok)
