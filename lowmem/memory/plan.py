@@ -223,7 +223,7 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     step, peak = combine(found, held), combine(found, held, _beside(config, run, found))
     levers = advice.levers(config, run, held) if advise else ()
     check = _cross_check(config, run, held, step)
-    spared = advice.roles(strategy, found.parameters) if advise else []
+    spared = [s for say in (advice.roles, advice.side) if advise for s in say(strategy, found.parameters)]
     why = [*advice.sentences(peak, levers, run), *spared, *_agreement(check)]
     verdict = None if limit is None else simulated(found, held, limit.capacity)
     if verdict is not None and limit is not None and peak.allocated > limit.capacity:

@@ -33,7 +33,7 @@ from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_gradients, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
 from lowmem.optim.tensors.marks import mark_, rests, trains
-from lowmem.optim.tensors.resting import arrange_, observe_, turn_
+from lowmem.optim.tensors.resting import Look, arrange_, observe_, together_, turn_
 from lowmem.optim.tensors.seats import Piece, Place, Roster, Seat, seat
 from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
 from lowmem.optim.tensors.told import Informed
@@ -122,6 +122,7 @@ class LowMemOptimizer(Informed):
         self._lookup = Lookup()
         self._evidence: list[Any] = []
         self._begun: dict[Tensor, Step] = {}
+        self._looks: list[Look] = []
         self._switched = -1
         self._at = threading.local()  # hooks of several devices run in threads of their own
         arrange_(self.roster, self.strategy.rules)
@@ -276,7 +277,7 @@ class LowMemOptimizer(Informed):
     def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
         seat, fresh = self.ready(p)
         step = begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
-        observe_(self.strategy.schedule, seat, step.g)
+        self._looks += observe_(self.strategy.schedule, seat, step.g)
         return step
 
     def _together(self, pairs: Params) -> Params:
@@ -321,6 +322,7 @@ class LowMemOptimizer(Informed):
                 found = source.gradients(self.named_parameters(), self._evidence)
                 for p, g in self._heard(self._together(found)):
                     self.step_param(p, g)
+            together_(self.strategy.schedule, self._looks)
             source.settle_(self.named_parameters(), self._evidence)
         self._evidence.clear()
         self._loss = self._overall = None

@@ -147,6 +147,31 @@ def roles(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
     ]
 
 
+def side(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
+    """What a card's state would be if the side were projected that ranks do not share.
+
+    Args:
+        strategy: of the plan; parameters: the trainable ones, as a rank holds them.
+
+    Returns:
+        One sentence with the option, where it saves something, or none.
+    """
+    if not any(p.shard for p in parameters) or strategy.options.get("proj_type") in (None, "right"):
+        return []
+    right = create(strategy.name, **{**strategy.options, "proj_type": "right"})
+    own, other = (
+        sum(
+            state_bytes(s, p.shape, p.dtype, p.role, ranks=p.shard.ranks if p.shard else 1)
+            for p in parameters
+        )
+        for s in (strategy, right)
+    )
+    if own - other <= LARGE * own:
+        return []
+    saved = format_bytes(own - other)
+    return [f"Moments of projected rows are whole on every card: proj_type=right saves {saved} of state."]
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 

@@ -22,6 +22,8 @@ from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment
 from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.rules.measured.measured import size
+from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part
@@ -78,6 +80,10 @@ class AdamP(Rule):
         """The codecs' tables."""
         return self.held.constants(shape)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where the moments do: a row is here whole, and sums of all go over all."""
+        return self.held.shards(shape)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find what is left out of each row; the rest is left to the write."""
         _, _, eps, correction1, correction2 = numbers_of(self.held.rule, s["age"] + 1, hp).unbind()
@@ -101,7 +107,7 @@ class AdamP(Rule):
         found = torch.zeros(4, g.shape[0], dtype=torch.float64, device=g.device)
         for i, j in walk(g.ranges(), g.device):
             found[:, i:j] = dots(i, j)
-        share, near, ok = self._share(found, g.shape[1], hp)
+        share, near, ok = self._share(found, g, hp)
         blocks = Blocks(g.shape, lambda i, j: adam(i, j) - share[i:j] * w.rows(i, j), g.device)
         less, usual = hp.vector(1.0 - hp.lr * hp.weight_decay * self.wd_ratio, hp.decay).unbind()
 
@@ -112,17 +118,18 @@ class AdamP(Rule):
 
         return Direction(blocks, decay=torch.where(near, less, usual), ok=ok, commit=commit)
 
-    def _share(self, dots: Tensor, n: int, hp: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+    def _share(self, dots: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor, Tensor]:
         """What of each row's weight is taken out of its step, (m, 1); whether any is; whether all is finite.
 
         Args:
             dots: <g, g>, <g, w>, <w, w> and <u, w> of each row, (4, m) fp64.
-            n: elements of a row.
+            g: the gradient.
         """
         whole = hp.total(dots.sum(1, keepdim=True))
         ok = whole[0, 0] <= LARGEST_MOMENT
-        rows = hp.total(_cosine(dots).amax(), "max") < self.delta / n**0.5
-        tensor = _cosine(whole)[0] < self.delta / (dots.shape[1] * n / hp.share) ** 0.5
+        widest = _cosine(dots).amax() if dots.numel() else whole.new_zeros(())
+        rows = hp.total(widest, "max") < self.delta / g.shape[1] ** 0.5
+        tensor = _cosine(whole)[0] < self.delta / size(g, hp) ** 0.5
         near = (rows | tensor) & (whole[0, 0] > 0.0) & ok
         each, one = (x[3] / (x[2].sqrt() + hp.eps).square().clamp(min=LEAST_SQUARE) for x in (dots, whole))
         share = torch.where(near, torch.where(rows, each, one), 0.0)
