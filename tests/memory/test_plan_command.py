@@ -128,3 +128,10 @@ def test_what_has_no_name_has_no_command():
 def test_options_are_given_once_and_whole(strategy, options, match):
     with pytest.raises(UserError, match=match):
         plan(FAMILIES["llama"](), strategy, options=options, **SMALL)
+
+
+def test_release_is_refused_where_a_step_waits_for_all_gradients():
+    with pytest.raises(UserError, match=r"gradient_release: sophia .*leave it out"):
+        plan(FAMILIES["llama"](), "sophia", gradient_release=True, **SMALL)
+    several = plan(FAMILIES["llama"](), "sophia,adamw", gradient_release=True, **SMALL, advise=False)
+    assert {row.strategy for row in several.plans} == {"sophia", "adamw"}
