@@ -77,10 +77,18 @@ def method(entry: Any) -> str:
     lines = [f"# {entry.name}", "", summary, "", _blocks(doc), ""]
     lines += [f"Paper: [arXiv {entry.paper}](https://arxiv.org/abs/{entry.paper})", ""]
     lines += ["```bash", f"lowmem finetune --model MODEL --optim {entry.name} --data FILE", "```", ""]
+    lines += _advice(entry)
     lines += [f"## State of a {SHAPE[0]} x {SHAPE[1]} bfloat16 weight", "", *_precisions(entry), ""]
     lines += ["## Options", "", "| option | values | default | |", "|---|---|---|---|"]
     lines += [_option(option) for option in entry.options.values()]
     return "\n".join(lines) + "\n"
+
+
+def _advice(entry: Any) -> list[str]:
+    if not entry.recommended:
+        return []
+    rows = [f"| {advice.purpose} | `{advice}` | {advice.source} |" for advice in entry.recommended]
+    return ["## Recommended", "", "| for | values | by |", "|---|---|---|", *rows, ""]
 
 
 def _blocks(doc: str) -> str:

@@ -67,6 +67,11 @@ def of_weights(v: Mapping[str, Any]) -> list[str]:
             f"weights, quantize: weights are int8 codes or {v['quantize']} ones; give one of them",
         ),
         (
+            v["activation_offload"],
+            "weights: activation_offload does not tell int8 codes from activations yet; take "
+            "gradient_checkpointing",
+        ),
+        (
             v["dtype"] == "float16",
             "dtype: int8 weights compute in bfloat16 or float32; in float16 their gradients would vanish",
         ),

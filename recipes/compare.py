@@ -29,8 +29,8 @@ from typing import Any
 from lowmem.config import RunConfig, build, dump, load, read
 from lowmem.console import Console
 from lowmem.errors import ConfigError, UserError
-from lowmem.training.comparison import document, outcome_of
-from lowmem.training.contenders import Contender, contenders
+from lowmem.training.comparing.comparison import document, outcome_of
+from lowmem.training.comparing.contenders import Contender, contenders
 
 POINTS = 10  # evaluations during a run, beside those before and after
 Check = Callable[[Mapping[str, Any]], Iterable[str]]
@@ -109,8 +109,6 @@ def _jobs(
     check: Check | None,
 ) -> list[tuple[Contender, RunConfig]]:
     """All runs, checked before the first one starts."""
-    from lowmem.training.zeroth.usual import settled
-
     jobs, problems = [], []
     for contender in asked:
         for seed in seeds:
@@ -123,12 +121,22 @@ def _jobs(
                 "output_dir": str(folder / "runs" / f"{contender.folder}-seed{seed}"),
             }
             try:
-                jobs.append((contender, settled(build(values, check))))
+                jobs.append((contender, _rated(build(values, check))))
             except ConfigError as error:
                 problems += [p if p.startswith("optim") else f"{contender.name}: {p}" for p in error.problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return jobs
+
+
+def _rated(config: RunConfig) -> RunConfig:
+    """The run with its learning rate; as it is where its model is not there, which the run will tell."""
+    from lowmem.training.zeroth.usual import settled
+
+    try:
+        return settled(config)
+    except UserError:
+        return config
 
 
 def _claim(folder: Path) -> None:

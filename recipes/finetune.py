@@ -135,7 +135,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     from lowmem.data.mix import mixed
     from lowmem.data.rows.template import check_template
     from lowmem.models.adapters import published_name
-    from lowmem.models.peft_methods import adapter_config
+    from lowmem.models.peft_methods import adapter_config, attaching
     from lowmem.training import tasks
     from lowmem.training.callbacks import Peak, Report, replace_printers
 
@@ -150,10 +150,11 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     if any(part.conversational for part in parts):
         check_template(model, tokenizer, console)
     rest = {"peft_config": adapter_config(config), "callbacks": [Report(console), Peak()]}
-    if config.task == "sft" and not config.objective:
-        trainer = _supervised(args, model, parts, tokenizer, console, **rest)
-    else:
-        trainer = tasks.make(config, args, model, parts, tokenizer, console, **rest)
+    with attaching():
+        if config.task == "sft" and not config.objective:
+            trainer = _supervised(args, model, parts, tokenizer, console, **rest)
+        else:
+            trainer = tasks.make(config, args, model, parts, tokenizer, console, **rest)
     replace_printers(trainer)
     trainer.tell, trainer.origin = console.say, _origin(config)
     trainer.base, trainer.keep_int8 = published_name(config.model), config.keep_int8

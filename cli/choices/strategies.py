@@ -106,7 +106,8 @@ def _detail(entry: Any) -> dict[str, Any]:
     options = [_option(option) for option in entry.options.values()]
     axes = [option for option in options if option["name"] in entry.axes]
     others = [option for option in options if option["name"] not in entry.axes]
-    return {**_summary(entry), "doc": entry.doc, "axes": axes, "options": others}
+    advice = [{"purpose": a.purpose, "source": a.source, "values": dict(a.values)} for a in entry.recommended]
+    return {**_summary(entry), "doc": entry.doc, "recommended": advice, "axes": axes, "options": others}
 
 
 def _rows(options: Iterable[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -134,11 +135,20 @@ def _detail_table(document: dict[str, Any]) -> list[Any]:
     ]
     return [
         f"{document['name']}{paper}: {document['doc']}\n\n{bytes_held} in bfloat16",
+        *_advice(document["recommended"]),
         *([axes] if document["axes"] else []),
         *([options] if document["options"] else []),
         *(roles if document["axes"] else []),
         f"lowmem finetune --model MODEL --optim {document['name']}{args}",
     ]
+
+
+def _advice(recommended: list[dict[str, Any]]) -> list[Any]:
+    rows = [
+        (a["purpose"], ", ".join(f"{key}={value}" for key, value in a["values"].items()), a["source"])
+        for a in recommended
+    ]
+    return [render.table("", ["recommended for", "values", "by"], rows)] if rows else []
 
 
 def _parts() -> dict[str, list[dict[str, Any]]]:

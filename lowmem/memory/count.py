@@ -242,6 +242,7 @@ def measure_workspace(
     before = tracker.live
     with tracker:
         tracker.enter("step", "workspace")
+        optimizer.hear([(p, gradient)])
         optimizer.step_param(p, gradient)
     peak = tracker.peak().total - before
     tracker.stop()
@@ -260,7 +261,7 @@ def together_bytes(strategy: Strategy, tensors: Sequence[Tensor], roles: Sequenc
         {"params": [(f"w{i}", p) for i, p in enumerate(params) if roles[i] == role], "role": role}
         for role in sorted(set(roles))
     ]
-    optimizer = LowMemOptimizer(groups, strategy, compile=compile)
+    optimizer = LowMemOptimizer(groups, strategy, lr=0.0, compile=compile)  # nobody is there to be told
     optimizer.init_state()
     for group in optimizer.param_groups:
         group["step"] = FAR

@@ -33,6 +33,7 @@ from lowmem.optim.engine.chunks import GRIDS, Chunks
 from lowmem.optim.engine.cutting import POLICIES, compiled_spans, policy
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.together import ELEMENTS, TENSORS
+from lowmem.optim.int8.coding import PIECE
 from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
@@ -40,6 +41,8 @@ from lowmem.optim.tensors.outside import forms
 from lowmem.sources import directions
 
 Steps = Literal["all", "large", "none"]
+ENCODING = 20
+"""Bytes on the way to a code, of fp32 copies."""
 STEP, RELEASE, SAVE, LOAD = "optimizer step", "release step", "save", "load"
 
 
@@ -266,9 +269,10 @@ def saving(trace: Trace, run: Run) -> Moment:
 
 
 def loading(trace: Trace, run: Run) -> Moment:
-    """What lives while int8 weights are made: those that are, and one tensor in the dtype of the file."""
+    """What lives while int8 weights are made: those that are, and one of the file, encoded by pieces."""
     weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
-    largest = max(_product(p.shape) * p.dtype.itemsize for p in trace.parameters)
+    sizes = [(_product(p.shape), p.dtype.itemsize) for p in trace.parameters]
+    largest = max(count * each + ENCODING * min(count, PIECE) for count, each in sizes)
     return Moment(LOAD, dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "workspace": largest}, -1)
 
 

@@ -59,6 +59,10 @@ def model_config(model: Any) -> tuple[str, Any]:
     return name, Given(model)
 
 
+WEIGHTS = ("weights", "int8_embeddings")
+"""Options that say how weights are held."""
+
+
 def as_it_is(given: Given, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a run with a model object, whose own are not for the run to say.
 
@@ -69,7 +73,7 @@ def as_it_is(given: Given, options: Mapping[str, Any]) -> dict[str, Any]:
     asked = {name: value for name, value in options.items() if value is not None}
     for f in fields(Run):
         name = f.name
-        if f.metadata["group"] == "Adapters" and asked.get(name):
+        if (f.metadata["group"] == "Adapters" or name in WEIGHTS) and asked.get(name):
             raise UserError(
                 f"{name}: a model object is planned as it is; adapt or quantise it before, or give its name"
             )

@@ -191,7 +191,7 @@ def plan(
 
 
 def suited(run: Run, strategy: Strategy) -> Run:
-    """The run as this strategy takes it: without a backward pass there is nothing to recompute or release.
+    """The run as this strategy takes it: what has no gradients recomputes and releases nothing.
 
     Raises:
         UserError: the strategy trains other weights than the run has.
@@ -201,7 +201,7 @@ def suited(run: Run, strategy: Strategy) -> Run:
     if problem := gather.unsuited(name, strategy, run):
         raise UserError(problem)
     if source.needs_autograd:
-        return run
+        return replace(run, gradient_release=False) if strategy.waits else run
     return run.forwards
 
 
@@ -223,7 +223,7 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     step, peak = combine(found, held), combine(found, held, _beside(config, run, found))
     levers = advice.levers(config, run, held) if advise else ()
     check = _cross_check(config, run, held, step)
-    spared = advice.roles(strategy, found.parameters) if advise else []
+    spared = [s for say in (advice.roles, advice.side) if advise for s in say(strategy, found.parameters)]
     why = [*advice.sentences(peak, levers, run), *spared, *_agreement(check)]
     verdict = None if limit is None else simulated(found, held, limit.capacity)
     if verdict is not None and limit is not None and peak.allocated > limit.capacity:

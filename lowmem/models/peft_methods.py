@@ -10,6 +10,9 @@ Values are read as YAML would; several of one option are joined by +, as in targ
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from lowmem.errors import UserError, first_line, nearest
@@ -52,10 +55,65 @@ def adapter_config(config: Wanted) -> Any:
     given = _lora(config) | parse_args(config.adapter_args)
     if unknown := [name for name in given if name not in known]:
         raise UserError(f"adapter_args: {kind.__name__} has no {unknown[0]!r}; {nearest(unknown[0], known)}")
+    kinds = typing.get_type_hints(kind)
+    given |= {
+        name: _typed(name, value, kinds[name]) for name, value in parse_args(config.adapter_args).items()
+    }
     try:
         return kind(task_type="SEQ_CLS" if config.task == "reward" else "CAUSAL_LM", **given)
     except (TypeError, ValueError) as error:
         raise UserError(f"adapter_args: {kind.__name__} refuses {given}: {first_line(error)}") from error
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value as its option takes it: PEFT looks at none, and a text is true, and a list of its letters.
+
+    Raises:
+        UserError: it is of another kind.
+    """
+    if kind in (bool, int) and (
+        isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float)
+    ):
+        word = "true or false" if kind is bool else "a number"
+        raise UserError(f"adapter_args: {name} is {word}, got {value!r}")
+    if isinstance(value, str) and _lists_alone(kind):
+        return [value]
+    return value
+
+
+def _lists_alone(kind: Any) -> bool:
+    """Whether an option takes a list and no text."""
+    kinds = typing.get_args(kind) or (kind,)
+    return str not in kinds and any(typing.get_origin(one) is list for one in (kind, *kinds))
+
+
+@contextmanager
+def attaching() -> Iterator[None]:
+    """Within it, what PEFT has against putting adapters into a model is the user's to mend.
+
+    Raises:
+        UserError: targets that the model does not have, values that its layers do not take.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # it has classes of its own, and reads values as it comes to them
+        if not _is_of_peft(error):
+            raise
+        raise UserError(
+            f"the adapter cannot be attached: {first_line(error)}; see lora_targets, adapter, adapter_args"
+        ) from error
+
+
+def _is_of_peft(error: BaseException) -> bool:
+    """Whether an error was raised by PEFT or by what it called."""
+    frame = error.__traceback__
+    while frame is not None:
+        if str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0] == "peft":
+            return True
+        frame = frame.tb_next
+    return False
 
 
 def parse_args(text: str) -> dict[str, Any]:
@@ -75,8 +133,11 @@ def parse_args(text: str) -> dict[str, Any]:
         name, sign, value = part.partition("=")
         if not (sign and name.strip() and value.strip()):
             raise UserError(f"adapter_args: {part!r} is not name=value")
-        several = [yaml.safe_load(one) for one in value.split("+")] if "+" in value else yaml.safe_load(value)
-        found[name.strip()] = several
+        try:
+            read = [yaml.safe_load(one) for one in value.split("+")]
+        except yaml.YAMLError as error:
+            raise UserError(f"adapter_args: {part!r} cannot be read: {first_line(error)}") from error
+        found[name.strip()] = read if len(read) > 1 else read[0]
     return found
 
 

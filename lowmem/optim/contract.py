@@ -3,8 +3,7 @@
 There are two kinds of rule, because two things cannot be one:
 * A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs, MicroAdam).
   Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes, stores and compiles it.
-* A `Rule` needs the whole tensor (a subspace, a factored moment): it looks at gradients as `Blocks`, keeps
-  its state up to date itself, and returns a `Direction` that the frame writes.
+* A `Rule` needs the whole tensor: it reads gradients as `Blocks`, keeps its state, returns a `Direction`.
 
 What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 """
@@ -21,6 +20,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.engine.cutting import LADDER
 from lowmem.optim.shards import ByRows, Shape
+from lowmem.optim.terms.asks import Asks
 from lowmem.optim.terms.changes import Change, Unrelated
 from lowmem.optim.terms.hyper import ChunkHyper, Hyper
 from lowmem.optim.terms.split import Split
@@ -32,7 +32,7 @@ SCRATCH = 64 << 20
 """Bytes that a step may take beside what grows with a projected gradient."""
 
 
-class AnyRule(ByRows):
+class AnyRule(ByRows, Asks):
     """What both kinds of rule have.
 
     Attributes:

@@ -28,22 +28,22 @@ from lowmem.optim.blocks import held as seen
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
 from lowmem.optim.shards import Shard
-from lowmem.optim.source import Named, Query, check_asked
+from lowmem.optim.source import Named, check_asked
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_gradients, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
 from lowmem.optim.tensors.marks import mark_, rests, trains
-from lowmem.optim.tensors.resting import arrange_, observe_, turn_
-from lowmem.optim.tensors.saved import Resumable
+from lowmem.optim.tensors.resting import Look, arrange_, observe_, together_, turn_
 from lowmem.optim.tensors.seats import Piece, Place, Roster, Seat, seat
 from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
+from lowmem.optim.tensors.told import Informed
 from lowmem.optim.terms.hyper import Hyper, Lookup
-from lowmem.optim.terms.state import State, made, scoped, stored
+from lowmem.optim.terms.state import State, made, stored
 
 Params = Iterable[Any]
 
 
-class LowMemOptimizer(Resumable):
+class LowMemOptimizer(Informed):
     """Takes the steps of a strategy.
 
         W <- (1 - lr weight_decay) W - lr D    (float64 weights in float64)
@@ -121,6 +121,7 @@ class LowMemOptimizer(Resumable):
         self._lookup = Lookup()
         self._evidence: list[Any] = []
         self._begun: dict[Tensor, Step] = {}
+        self._looks: list[Look] = []
         self._switched = -1
         self._at = threading.local()  # hooks of several devices run in threads of their own
         self._arrange()
@@ -212,7 +213,8 @@ class LowMemOptimizer(Resumable):
         """What a rule may know of the next step of a parameter, or of a part of it, or of some rows."""
         place = self.place(p)
         weight = weight or seen(part.of(p.detach()) if part else p.detach())
-        return hyper(place, (part or place).name, weight, self.chunks.advance_, self._lookup, first, shard)
+        name, overall = (part or place).name, self._overall
+        return hyper(place, name, weight, self.chunks.advance_, self._lookup, first, shard, overall)
 
     def constants(self, p: Tensor) -> State:
         """The constants of a parameter's rule, each held once for a device."""
@@ -278,7 +280,7 @@ class LowMemOptimizer(Resumable):
     def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
         seat, fresh = self.ready(p)
         step = begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
-        observe_(self.strategy.schedule, seat, step.g)
+        self._looks += observe_(self.strategy.schedule, seat, step.g)
         return step
 
     def _together(self, pairs: Params) -> Params:
@@ -304,21 +306,15 @@ class LowMemOptimizer(Resumable):
         with NEUTRAL.entered() if drawn else nullcontext():
             loss, evidence = self.strategy.source.backward(params, evaluate, model=owner, query=query)
         self._evidence += [evidence] if evidence is not None else []
+        self.add_loss(loss)
         return loss
-
-    def query(self, index: int) -> Query:
-        """The name of the index-th evaluation of the loss since the last step."""
-        group, held = self.param_groups[0], dict[str, State]()
-        if self.strategy.source.holds:
-            self.init_state()
-            held = {name: scoped(self.state[p], "source") for name, p in self.named_parameters()}
-        return Query(group["seed"], group["step"], index, self.chunks.compile, held)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Step every parameter that has a gradient; tensors that were released have had theirs."""
         source = self.strategy.source
         with torch.enable_grad():
             loss = None if closure is None else closure() if source.needs_autograd else self.backward(closure)
+        self.add_loss(loss if self._loss is None else None)
         self._roster = None  # the caller may have changed the groups
         with self._at_work():
             check_gradients(self.named_parameters())  # before any tensor is stepped
@@ -326,10 +322,13 @@ class LowMemOptimizer(Resumable):
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
             with self.chunks.together():
-                for p, g in self._together(source.gradients(self.named_parameters(), self._evidence)):
+                found = source.gradients(self.named_parameters(), self._evidence)
+                for p, g in self._heard(self._together(found)):
                     self.step_param(p, g)
+            together_(self.strategy.schedule, self._looks)
             source.settle_(self.named_parameters(), self._evidence)
         self._evidence.clear()
+        self._loss = self._overall = None
         for group in self.param_groups:
             group["step"] += 1
         turn_(self.strategy, self.roster, self.state)
@@ -338,6 +337,7 @@ class LowMemOptimizer(Resumable):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient, and what the source left instead of one."""
         self._evidence.clear()
+        self._loss = None
         super().zero_grad(set_to_none)
 
     def nonfinite(self) -> int:

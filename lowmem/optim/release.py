@@ -201,6 +201,8 @@ def _problems(optimizer: LowMemOptimizer, steps: int, clip: str, max_norm: float
     found = []
     if not strategy.source.needs_autograd:
         found.append(f"gradient release: {strategy.name} makes no gradients; leave it out")
+    if strategy.waits:
+        found.append(f"gradient release: {strategy.name} {strategy.waits}; leave it out")
     if clip not in CLIP:
         found.append(f"gradient release: unknown clip {clip!r}; {nearest(clip, CLIP)}")
     if (clip == "none") != (max_norm == 0.0):

@@ -78,6 +78,28 @@ class Strategy:
         """Whether tensors rest for a time, without a gradient."""
         return any(rule.idle for rule in self.rules.values())
 
+    @property
+    def asks_loss(self) -> bool:
+        """Whether a rule goes by the value of the loss."""
+        return any(rule.needs_loss for rule in self.rules.values())
+
+    @property
+    def probes(self) -> int:
+        """Steps between probes of the curvature; 0 for none."""
+        return max(rule.probes for rule in self.rules.values())
+
+    @property
+    def waits(self) -> str:
+        """Why no tensor may step before all gradients are there; "" where it may."""
+        joint = any(rule.joint for rule in self.rules.values())
+        why = "sums over all tensors before one steps" if joint else ""
+        return why or ("probes the curvature by gradients that are no steps" if self.probes else "")
+
+    @property
+    def asks(self) -> str:
+        """What is asked for beside gradients, in a word; "" for nothing."""
+        return "the value of the loss" if self.asks_loss else "probes of the curvature" if self.probes else ""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (dict(self.rules), self.source, self.writer, self.schedule, self.to_config())
 

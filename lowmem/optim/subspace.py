@@ -11,9 +11,7 @@ inner rule and a basis that follows have left to do.
 N overwrites R in place, unless somebody still looks at R. The step is lifted row block
 by row block while it is written, so no second matrix of the weight's size exists.
 
-A gradient with a NaN or Inf in it makes the whole step not ok, and the tensor
-stays as it was: the flag comes from the projected gradient, which any bad
-element reaches.
+A gradient with a NaN or Inf makes the whole step not ok: it reaches the projected one.
 """
 
 from __future__ import annotations
@@ -129,6 +127,18 @@ class Subspace(Rule):
     def uses(self) -> frozenset[str]:
         """Those of the inner rule and of the residual."""
         return self.inner.uses | self.residual.uses
+
+    @property
+    def probes(self) -> int:
+        """Those of the inner rule."""
+        return self.inner.probes
+
+    def sense_(self, g: Blocks, s: State, hp: Hyper, count: Tensor) -> None:
+        """What is seen of it, for the inner rule; the first step's basis is not there yet."""
+        if hp.first:
+            self.prepare(g, s, hp)
+        low, shape = self.project(g, s, hp), self.projector.low_shape(g.shape)
+        self.inner.sense_(Dense(low, shape=shape), scoped(s, "inner"), hp.inside(shape), count)
 
     @property
     def own_decay(self) -> bool:
@@ -267,7 +277,7 @@ class Subspace(Rule):
         done = Direction(split.lifted, split.pair, split.scale, inside.lr, inside.decay, inside.ok, commit)
         if absorbed is None:
             return done
-        blocks = _sum(split, absorbed) if self.residual.lifts else absorbed
+        blocks = split.with_rest(absorbed) if self.residual.lifts else absorbed
         return replace(done, blocks=blocks, pair=None, scale=1.0)
 
     def _decayed(self, inside: Inside, basis: State, step: Tensor, hp: Hyper) -> Inside:
@@ -326,16 +336,6 @@ class Subspace(Rule):
 
 def _of_parts(projector: Mapping[str, T], inner: Mapping[str, T], residual: Mapping[str, T]) -> dict[str, T]:
     return prefixed("projector", projector) | prefixed("inner", inner) | prefixed("residual", residual)
-
-
-def _sum(split: Split, absorbed: Blocks) -> Blocks:
-    """scale up(N) and the step of the rest, row block by row block."""
-
-    def rows(i: int, j: int) -> Tensor:
-        lifted = split.lifted.rows(i, j)
-        return (lifted if split.scale == 1.0 else lifted * split.scale) + absorbed.rows(i, j)
-
-    return Blocks(split.g.shape, rows, split.g.device)
 
 
 def _number(value: int, device: torch.device) -> Tensor:

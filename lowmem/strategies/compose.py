@@ -137,6 +137,12 @@ class Composition:
                 f"source={self.words['source']} holds something for every tensor, which "
                 f"schedule={self.words['schedule']} would let go; take schedule=always"
             )
+        probed = any(rule.probes for rule in (rules or {}).values())
+        if probed and source is not None and not source.needs_autograd:
+            self.problems.append(
+                f"source={self.words['source']} makes no gradients, and a probe of the curvature is one; "
+                f"take source=backprop"
+            )
         if self.problems or rules is None:
             return None
         made = Strategy(rules=rules, source=source, writer=writer, schedule=schedule)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lowmem.optim.strategy import Plain
@@ -36,6 +37,27 @@ ROLES = ("other", "embedding", "head", "vector")
 """Tensors that may follow a rule of their own; "other" is all that is not a matrix."""
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What a source takes.
+
+    Args:
+        purpose: fine-tuning or pre-training; source: whose values these are, for which models.
+        values: lr, betas, eps and weight_decay, and options of the method; where it is silent, defaults.
+
+    Example:
+        >>> print(Advice("fine-tuning", "paper", {"lr": 1e-4, "rank": 4}))
+        lr=0.0001, rank=4
+    """
+
+    purpose: str
+    source: str
+    values: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.values.items())
+
+
 class Method:
     """A record of parts and defaults.
 
@@ -43,6 +65,7 @@ class Method:
         name: as `create` takes it.
         doc: the equation, the bytes for an (m, n) weight, the limits; its first line is the summary.
         paper: arXiv id.
+        recommended: what its authors take, where that is known.
         defaults: a word for each axis that is not neutral, `rule` among them, and options.
 
     Raises:
@@ -53,10 +76,12 @@ class Method:
         'Descent with momentum.'
     """
 
-    def __init__(self, name: str, doc: str, *, paper: str, **defaults: Plain) -> None:
+    def __init__(
+        self, name: str, doc: str, *, paper: str, recommended: Sequence[Advice] = (), **defaults: Plain
+    ) -> None:
         self.name, self.doc, self.paper = name, inspect.cleandoc(doc), paper
         self.summary = self.doc.split("\n", 1)[0]
-        self.module = ""
+        self.module, self.recommended = "", tuple(recommended)
         self.defaults: Mapping[str, Plain] = defaults
         if "rule" not in defaults or not self.summary:
             raise ValueError(f"method {name!r} needs a rule, and a line that says what it is")

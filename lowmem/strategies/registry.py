@@ -15,7 +15,7 @@ from lowmem.optim.tensors.checks import idle
 from lowmem.optim.tensors.groups import param_groups
 from lowmem.strategies import factories
 from lowmem.strategies.compose import compose, fixed, place
-from lowmem.strategies.method import AXES, Method, methods
+from lowmem.strategies.method import AXES, Advice, Method, methods
 from lowmem.strategies.options import Option
 from lowmem.strategies.parts import load
 from lowmem.strategies.words import choices, chosen, holds_moments, known, shown
@@ -38,7 +38,7 @@ class Entry:
     Args:
         name: as `create` takes it; summary: one line; paper: arXiv id; family: what it is listed under.
         options: axes and options of the parts that it comes with, with its defaults, by name.
-        doc: equation, bytes and limits.
+        doc: equation, bytes and limits; recommended: what its authors take.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Entry:
     options: Mapping[str, Option]
     doc: str
     family: str
+    recommended: tuple[Advice, ...] = ()
 
     @property
     def axes(self) -> dict[str, Option]:
@@ -63,7 +64,9 @@ def available() -> dict[str, Entry]:
     """
     load()
     return {
-        name: Entry(name, method.summary, method.paper, beside(name), method.doc, method.family)
+        name: Entry(
+            name, method.summary, method.paper, beside(name), method.doc, method.family, method.recommended
+        )
         for name, method in methods().items()
     }
 

@@ -207,6 +207,10 @@ def _released(args: Any, strategy: Strategy) -> list[str]:
     rules = [
         (accumulated, accumulated),
         (
+            args.gradient_release and strategy.waits,
+            f"gradient_release: {strategy.name} {strategy.waits}; leave it out",
+        ),
+        (
             args.gradient_release and args.clip == "global",
             "clip: with gradient_release the norm of all gradients is not known when the first tensor steps; "
             "use clip='previous', 'tensor' or 'none'",

@@ -120,6 +120,10 @@ def hf_optimizer(
         raise ConfigError(problems)
     if not strategy.source.needs_autograd:
         raise UserError(f"{name} evaluates the loss instead of differentiating it; use lowmem.LowMemTrainer")
+    if strategy.asks:
+        raise UserError(
+            f"{name} asks for {strategy.asks}, which stock trainers keep; use lowmem.LowMemTrainer"
+        )
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     return Factory, {"strategy": name, "options": options, "compile": compile, **settings}
 

@@ -24,12 +24,14 @@ from transformers import Trainer
 
 from lowmem.errors import ConfigError, UserError
 from lowmem.models.attention import applies, attend_by_example
+from lowmem.models.int8.convert import late
 from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import gathered
 from lowmem.optim.tensors import resting
 from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
+from lowmem.training.curvature import tell_curvature
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
 from lowmem.training.ranks.sharding import Sharded, of_run, refuse_alone, refuse_masters
@@ -111,7 +113,10 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
         if self._release is not None:
             self._release.sync = last
         with own_name(self.args):
-            return self._divergence.see(super().training_step(model, inputs, num_items_in_batch))  # type: ignore[misc]
+            tell_curvature(self, model, inputs)
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self.lowmem_optimizer.add_loss(loss)
+        return self._divergence.see(loss)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip all gradients together where that is the policy."""
@@ -192,6 +197,8 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
         self._steps = max_steps
         with self._without_wrapper(), self._spreading():
             result = super()._prepare_for_training(max_steps, *args, **kwargs)  # type: ignore[misc]
+        if said := late(self.model, self._strategy, self.args.learning_rate, max_steps):
+            self.tell(said)
         self._begin_log()
         resting.arrange_(self.lowmem_optimizer.roster, self._strategy.rules)
         if self.args.gradient_sync == "low_rank" and self._sync is None:
@@ -308,7 +315,7 @@ def _engine_problems(trainer: Any) -> list[str]:
     name, args = trainer._strategy.name, trainer.args
     by_values = not trainer._strategy.source.needs_autograd  # several processes exchange losses
     copied = not trainer.is_fsdp_enabled and (args.gradient_release or trainer._strategy.turns)
-    alone = copied or (by_values and args.n_gpu > 1)
+    alone = copied or bool(trainer._strategy.asks) or (by_values and args.n_gpu > 1)
     what = "gradient_release" if args.gradient_release else name
     rules = [
         (

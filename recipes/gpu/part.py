@@ -172,6 +172,8 @@ def stepping(model: Any, name: str, released: bool, batch: int, length: int) -> 
         return model(input_ids=ids, labels=ids).loss
 
     def step() -> None:
+        if optimizer.probe_due:
+            optimizer.probe(model(input_ids=ids).logits)
         optimizer.backward(loss, model)
         optimizer.step()
         optimizer.zero_grad()

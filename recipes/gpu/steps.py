@@ -55,7 +55,7 @@ def by_gradient(words: str) -> list[str]:
     """Our methods that step by a gradient: those named, all of them, or by default one of each family."""
     import lowmem
 
-    found = {n: e for n, e in lowmem.available().items() if lowmem.create(n).source.needs_autograd}
+    found = {n: e for n, e in lowmem.available().items() if _told_nothing_else(lowmem.create(n))}
     if words == "all":
         return [*FIRST, *(name for name in found if name not in FIRST)]
     if words:
@@ -63,6 +63,10 @@ def by_gradient(words: str) -> list[str]:
     families = {found[name].family for name in FIRST}
     others = {e.family: name for name, e in reversed(found.items()) if e.family not in families}
     return [*FIRST, *sorted(others.values())]
+
+
+def _told_nothing_else(strategy: Any) -> bool:
+    return bool(strategy.source.needs_autograd) and not strategy.asks
 
 
 def contestants(model: Any, names: list[str]) -> dict[str, Callable[[], Any]]:

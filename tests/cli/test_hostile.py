@@ -120,6 +120,31 @@ def test_data(flags: list[str], tmp_path: Path, name: str, text: str, words: str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora-targets": "nope"}, "cannot be attached: Target modules .'nope'"),
+        ({"adapter-args": "init_lora_weights=nope"}, "cannot be attached: Unknown initialization"),
+        ({"adapter-args": "target_modules=[nope"}, "cannot be read"),
+        ({"adapter-args": "use_dora=maybe"}, "use_dora is true or false, got 'maybe'"),
+    ],
+)
+def test_adapters_that_do_not_go_with_the_model(
+    flags: list[str], tmp_path: Path, options: dict[str, str], words: str
+) -> None:
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    assert re.search(words, refused("finetune", *flags, "--optim-args", "", "--lora-rank", "4", *given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_name_is_a_list_where_peft_takes_lists_alone() -> None:
+    from lowmem.memory.run import Run
+    from lowmem.models.peft_methods import adapter_config
+
+    made = adapter_config(Run(lora_rank=4, lora_alpha=2.5, adapter_args="modules_to_save=lm_head"))
+    assert (made.modules_to_save, made.lora_alpha) == (["lm_head"], 2.5)
+
+
 def test_a_run_prints_nothing_raw(flags: list[str], tmp_path: Path) -> None:
     rows = [{"question": f"{STEER} {i}?", "answer": f"{STEER}{i}", STEER: 1} for i in range(20)]
     file = tmp_path / f"{STEER[:8]}.jsonl"

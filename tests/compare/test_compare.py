@@ -13,11 +13,11 @@ import pytest
 from lowmem.config import RunConfig, load
 from lowmem.console import Console
 from lowmem.errors import ConfigError, UserError
-from lowmem.training.comparison import document, outcome_of
-from lowmem.training.contenders import Contender, contenders
+from lowmem.training.comparing.comparison import document, outcome_of
+from lowmem.training.comparing.contenders import Contender, contenders
 
 recipe = importlib.import_module("lowmem.recipes.compare")
-SETTINGS = {"model": "tiny", "steps": 20, "batch_size": 2, "seq_len": 64, "data": "rows.jsonl"}
+SETTINGS = {"model": "smollm2-135m", "steps": 20, "batch_size": 2, "seq_len": 64, "data": "rows.jsonl"}
 
 
 def test_strategies_are_read_with_their_options() -> None:
@@ -70,7 +70,7 @@ def outcome(loss: float | None, peak: int = 1 << 20, seconds: float = 0.5) -> di
         "predicted": None,
         "error_percent": {},
         "seconds_per_step": seconds,
-        "model": {"name": "tiny", "parameters": 3, "trainable": 3},
+        "model": {"name": "smollm2-135m", "parameters": 3, "trainable": 3},
     }
 
 
@@ -116,7 +116,7 @@ def test_every_strategy_gets_the_same_run(children: Children, tmp_path: Path) ->
     assert [c.lr for c in children.configs] == [1e-3, 1e-3, 1e-4, 1e-4]
     assert [c.optim_args for c in children.configs] == ["", "", "rank=4", "rank=4"]
     same = {(c.model, c.data, c.steps, c.batch_size, c.seq_len, c.eval_steps) for c in children.configs}
-    assert same == {("tiny", "rows.jsonl", 20, 2, 64, 2)}
+    assert same == {("smollm2-135m", "rows.jsonl", 20, 2, 64, 2)}
     assert len({c.output_dir for c in children.configs}) == 4
     assert found["run"]["seeds"] == [0, 7]
     assert found["run"]["tokens"] == 20 * 2 * 64
@@ -181,7 +181,7 @@ def test_an_interruption_keeps_what_is_done(children: Children, tmp_path: Path) 
 
 
 def test_losses_are_averaged_over_seeds_and_one_lost_seed_is_said(children: Children, tmp_path: Path) -> None:
-    base = RunConfig(model="tiny", optim="adamw", steps=20)
+    base = RunConfig(model="smollm2-135m", optim="adamw", steps=20)
     jobs = [(Contender("adamw"), base, outcome(1.0)), (Contender("adamw"), base, outcome(3.0))]
     row = document(jobs)["runs"][0]
     assert row["loss_after"] == 2.0
@@ -246,10 +246,10 @@ def test_an_outcome_keeps_losses_memory_and_time() -> None:
         "measured": entry(8) | {"timeline": {}},
         "predicted": None,
         "error_percent": {},
-        "model": {"name": "tiny"},
+        "model": {"name": "smollm2-135m"},
     }
     found = outcome_of(
-        result, report, RunConfig(model="tiny", optim="adamw", steps=6, seq_len=10, batch_size=2)
+        result, report, RunConfig(model="smollm2-135m", optim="adamw", steps=6, seq_len=10, batch_size=2)
     )
     assert [(p["step"], p["tokens"], p["loss"]) for p in found["curve"]] == [
         (0, 0, 5.0),
@@ -259,7 +259,7 @@ def test_an_outcome_keeps_losses_memory_and_time() -> None:
     assert found["loss_after"] is None
     assert found["seconds_per_step"] == 2.0  # without the first step and the tracked one
     assert "timeline" not in found["measured"]
-    bare = outcome_of(result, {"log": []}, RunConfig(model="tiny", optim="adamw"))
+    bare = outcome_of(result, {"log": []}, RunConfig(model="smollm2-135m", optim="adamw"))
     assert (bare["measured"], bare["seconds_per_step"]) == (None, None)
 
 

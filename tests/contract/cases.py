@@ -71,8 +71,8 @@ class Case:
 
     @property
     def by_backward(self) -> bool:
-        """Whether `p.grad` is what the strategy steps by."""
-        return bool(self.create().source.needs_autograd)
+        """Whether `p.grad`, and nothing beside it, is what the strategy steps by."""
+        return bool(self.create().source.needs_autograd) and not self.create().asks
 
 
 @functools.cache

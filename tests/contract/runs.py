@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.training.contract import zoo
-from lowmem.training.contract.check import from_file, same, state_of, stepping, to_file
+from lowmem.training.contract.check import from_file, same, state_of, stepping, tell, to_file
 from tests.contract.cases import GAP, Case
 
 __all__ = [
-    "advance", "feed", "finish", "from_file", "record", "run", "same", "state_of", "stepping", "to_file",
+    "advance", "feed", "finish", "from_file", "record", "run", "same", "state_of", "stepping", "tell",
+    "to_file",
 ]  # fmt: skip
 
 STEPS = 2 * GAP + 2
@@ -23,6 +24,8 @@ SAVED = (1, GAP - 1, GAP, GAP + 1)
 
 
 def advance(optimizer: Any, model: nn.Module, step: int, **size: int) -> float:
+    if optimizer.probe_due:
+        optimizer.probe(model(zoo.batch(step, **size)[0]))
     loss = optimizer.backward(lambda: zoo.loss_of(model, step, **size), model)
     optimizer.step()
     optimizer.zero_grad()
@@ -44,6 +47,7 @@ def feed(optimizer: Any, model: nn.Module, seed: int, scale: float = 1.0) -> dic
     for name, p in model.named_parameters():
         grads[name] = scale * torch.randn(p.shape, generator=g)
         p.grad = grads[name].to(p.dtype)
+    tell(optimizer, lambda: model(zoo.batch(seed)[0]))
     optimizer.step()
     optimizer.zero_grad()
     return grads

@@ -117,6 +117,7 @@ def test_decay_is_decoupled_and_keeps_to_its_group(case: Case) -> None:
     optimizer = case.optimizer(model, lr=0.1, weight_decay=0.5, decay_names=decay_names)
     moving = runs.stepping(optimizer, model)
     optimizer.backward(lambda: sum((0.0 * p).sum() for p in model.parameters()), model)
+    runs.tell(optimizer, lambda: 0.0 * next(model.parameters()).flatten()[None])
     optimizer.step()
     for name, p in model.named_parameters():
         factor = 0.95 if name in decay_names & moving else 1.0
@@ -134,6 +135,7 @@ def test_small_decay_reaches_bf16_weights(case: Case, writer: str) -> None:
     optimizer = Case(case.name, tuple(options.items())).optimizer(model, lr=1e-2, weight_decay=0.1)
     for _ in range(30):
         optimizer.backward(lambda: (0.0 * model[0]).sum(), model)
+        runs.tell(optimizer, lambda: 0.0 * model[0])
         optimizer.step()
         optimizer.zero_grad()
     assert float(model[0].detach().float().mean()) == pytest.approx(0.999**30, abs=4e-3)

@@ -26,7 +26,8 @@ def chosen(ranks: int = 3) -> list[tuple[cases.Case, torch.dtype]]:
     names = unlike() if ranks == 2 else FIRST
     found = [case for case in cases.plain() if case.name in names]
     by_backward = [case for case in (*found, *EXTRA) if case.by_backward]
-    return [(case, dtype) for case in by_backward for dtype in dtypes]
+    summed = [(case, torch.float32) for case in SUMMED if ranks == 3]
+    return [*((case, dtype) for case in by_backward for dtype in dtypes), *summed]
 
 
 EXTRA = [
@@ -94,6 +95,9 @@ def cut(optimizer: lowmem.LowMemOptimizer, p: Tensor) -> bool:
     ordinary = optimizer.strategy.rule_name(optimizer.place(p).role, p.shape)
     return optimizer.rule_name(p) == "small" != ordinary
 
+
+SUMMED = [cases.case(name) for name in ("adamp", "came", "fadam", "gravity", "mars")]
+"""Whole-tensor numbers that are sums over all rows, some ranks without any."""
 
 REORDERED = 1e-4
 """How far apart fp32 steps may be whose sums have another order, as a share of the way."""

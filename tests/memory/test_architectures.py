@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, logging
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+from transformers.utils import logging as verbosity
 
 from lowmem.errors import UserError
 from lowmem.memory.plan import plan
@@ -49,10 +51,10 @@ CI = {*random.Random(5).sample(sorted(NAMES), 60), "bert", "falcon", "gptj", "ma
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Any:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    before = verbosity.get_verbosity()
+    verbosity.set_verbosity_error()
     yield
-    logging.set_verbosity(before)
+    verbosity.set_verbosity(before)
 
 
 def tiny(kind: str) -> Any:
@@ -123,6 +125,19 @@ def test_a_walk_through_the_tokens_is_refused_at_once(kind, layers):
     config = CONFIG_MAPPING[kind](hidden_size=32, num_hidden_layers=layers)
     with pytest.raises(UserError, match="token by token"):
         plan(config, "adamw", seq_len=2048, advise=False)
+
+
+def test_a_refusal_logs_no_traceback():
+    records = []
+    told = logging.getLogger("torch._subclasses.fake_tensor")
+    handler = logging.Handler()
+    handler.emit = records.append
+    told.addHandler(handler)
+    try:
+        assert "does not run without data" in answer("gpt_neo", seq_len=256)  # longer than its mask
+    finally:
+        told.removeHandler(handler)
+    assert (records, told.filters) == ([], [])
 
 
 def test_what_is_asked_of_parameters_before_a_pass_is_no_walk(monkeypatch):

@@ -50,7 +50,7 @@ def test_plan_on_cpu_is_a_real_step_under_torchs_tracker(
     buffers = sum(b.numel() * b.element_size() for b in made.buffers())
     assert found.at_peak["weights"] == held_bytes(made) + buffers
     assert found.peak["allocated"] == pytest.approx(total, rel=0.01)
-    assert held_bytes(made) < found.events[LOAD] < 3 * held_bytes(made)
+    assert held_bytes(made) < found.events[LOAD]
 
 
 def test_large_models_are_trained_whole_on_small_cards() -> None:

@@ -209,7 +209,19 @@ def test_every_option_is_emitted_or_refused_by_name():
     made = emit.run_config("gpt2", Run(**OTHERWISE), "adamw", {}, "mine.jsonl")
     assert {name: getattr(made, name) for name in OTHERWISE} == OTHERWISE
     assert made.data == "mine.jsonl"
-    assert {*OTHERWISE, "gradient_release", "adapter", "task"} == set(emit.SAME)
+    coded = emit.run_config("gpt2", Run(weights="int8", int8_embeddings=True, few_bit=4), "adamw", {})
+    assert (coded.weights, coded.int8_embeddings, coded.few_bit) == ("int8", True, 4)
+    assert emit.run_config("gpt2", Run(activation_offload=True), "adamw", {}).activation_offload
+    apart = {
+        "gradient_release",
+        "adapter",
+        "task",
+        "weights",
+        "int8_embeddings",
+        "few_bit",
+        "activation_offload",
+    }
+    assert {*OTHERWISE, *apart} == set(emit.SAME)
     released = emit.run_config(
         "gpt2", Run(gradient_release=True, max_grad_norm=0.0, adapter="ia3"), "adamw", {}
     )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import lowmem.cli as cli
 from lowmem.errors import UserError
 from lowmem.memory.advice.cards import needed
-from lowmem.memory.count import model_state_bytes
+from lowmem.memory.advice.levers import side
+from lowmem.memory.count import model_state_bytes, state_bytes
 from lowmem.memory.plan import plan
+from lowmem.memory.trace.windows import Parameter
 from lowmem.models.entries import skeleton
+from lowmem.optim.shards import Shard
+from lowmem.report.units import format_bytes
 from lowmem.strategies import create
 from tests.memory.families import FAMILIES
 
@@ -38,6 +44,18 @@ def test_rows_of_weights_gradients_and_state_are_those_of_a_rank():
         assert many.certainty["gather"] == many.certainty["unsharded"] == "bound"
         divided = many.events["optimizer step"] - many.at_peak["weights"] - many.state_bytes
         assert divided >= padded(model.parameters(), ranks, 2)  # gradients, and the workspace
+
+
+def test_a_sharded_subspace_is_told_which_side_divides():
+    shard = Shard.of((64, 256), 4, 0)
+    wide = [Parameter("wide", (64, 256), torch.float32, "matrix", shard)]
+    (told,) = side(create("galore", rank=16), wide)
+    kept, better = (
+        state_bytes(create("galore", rank=16, proj_type=t), (64, 256), ranks=4) for t in ("std", "right")
+    )
+    assert told.endswith(f"proj_type=right saves {format_bytes(kept - better)} of state.")
+    assert side(create("galore", rank=16, proj_type="right"), wide) == []
+    assert side(create("galore", rank=16), [replace(wide[0], shard=None)]) == []
 
 
 def test_copies_hold_everything_and_a_bucket_of_gradients():

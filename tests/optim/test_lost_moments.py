@@ -25,7 +25,7 @@ CHOICES = [
     (name, states)
     for name in ("adamw", "adamw_8bit", "galore", "frugal")
     for states in lowmem.available()[name].options["states"].choices or ()
-]
+] + [("adamw_4bit_rank1", "int4")]
 
 
 @pytest.fixture(params=CHOICES, ids=lambda choice: "-".join(choice))
@@ -128,6 +128,17 @@ def test_gradients_of_every_size_down_to_nothing(eps: float, choice: tuple[str, 
     model = Weight(64, 64)
     gradients = [random(5)(64, 64) * sizes, *[torch.zeros(64, 64)] * 40]
     assert largest_step(model, choice, model.losses(gradients), eps=eps, betas=(0.9, 0.95)) <= AT_MOST
+
+
+@pytest.mark.parametrize("states", ["int4", "companded8"])
+def test_a_moment_that_its_code_keeps(states: str) -> None:
+    """Columns that are always there set the scale of blocks; the others had gradients once."""
+    normal, sizes = random(21), 10 ** (-8 * torch.rand(64, 64, generator=torch.Generator().manual_seed(2)))
+    there = torch.arange(64) % 32 == 0
+    gradients = [torch.where(there, 1.0, normal(64, 64) * sizes * (t < 3)) for t in range(60)]
+    model = Weight(64, 64)
+    choice = ("adamw_4bit_rank1", states)
+    assert largest_step(model, choice, model.losses(gradients), betas=(0.9, 0.95)) <= AT_MOST
 
 
 def test_relu_net(choice: tuple[str, str]) -> None:

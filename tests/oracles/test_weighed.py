@@ -15,7 +15,8 @@ from lowmem.errors import UserError
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.elementwise import coded
 from lowmem.optim.rules.elementwise.adam import Adam
-from lowmem.optim.rules.measured.weighed import AdamP, DoG
+from lowmem.optim.rules.measured.overall import LDoG
+from lowmem.optim.rules.measured.weighed import AdamP
 from tests.oracles import drive
 from tests.oracles import reference_rules as reference
 from tests.oracles.test_normalised import optimizer_of, stepped
@@ -34,8 +35,8 @@ NEAR = [[0.9999989203, -0.9999978407], [0.9999983966, -0.9999981025], [0.9999993
         (AdamP.of("fp32"), 0.1, 0.0, ADAM),
         (AdamP.of("fp32", delta=1.0), 0.1, 0.0, FREE),
         (AdamP.of("fp32", delta=1.0), 0.1, 0.1, DECAYED),
-        (DoG(reps_rel=0.1), 1.0, 0.0, FAR),
-        (DoG(), 1.0, 0.0, NEAR),
+        (LDoG(reps_rel=0.1), 1.0, 0.0, FAR),
+        (LDoG(), 1.0, 0.0, NEAR),
     ],
 )
 def test_known_answers(rule: AnyRule, lr: float, decay: float, answers: list[list[float]]) -> None:
@@ -82,19 +83,19 @@ def test_dog_in_double_precision() -> None:
     truth.reps_rel = 1e-2
     for g in grads:
         expected = truth.step(g)
-    got = stepped(DoG(1e-2), start, grads, lr=1.0, weight_decay=0.1)
+    got = stepped(LDoG(1e-2), start, grads, lr=1.0, weight_decay=0.1)
     torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-6)
 
 
 def test_dog_does_not_know_the_size_of_the_gradient() -> None:
     start, grads = drive.start_of((7, 9)), drive.gradients((7, 9), 5)
-    one = stepped(DoG(1e-2), start, grads, lr=1.0)
+    one = stepped(LDoG(1e-2), start, grads, lr=1.0)
     for size in (1e-15, 1e12):
-        other = stepped(DoG(1e-2), start, [size * g for g in grads], lr=1.0)
+        other = stepped(LDoG(1e-2), start, [size * g for g in grads], lr=1.0)
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", [AdamP.of("fp32"), DoG(1e-2)])
+@pytest.mark.parametrize("rule", [AdamP.of("fp32"), LDoG(1e-2)])
 def test_what_says_nothing_begins_nothing(rule: AnyRule) -> None:
     """A gradient of zeros stands at right angles to nothing, and one that is not finite is not taken."""
     start, g = drive.start_of((6, 9)), drive.gradients((6, 9), 1)[0]
@@ -116,13 +117,13 @@ def test_what_says_nothing_begins_nothing(rule: AnyRule) -> None:
 
 def test_dog_counts_from_where_it_began_after_a_resume() -> None:
     start, grads = drive.start_of((7, 9)).bfloat16(), drive.gradients((7, 9), 4)
-    one, p = optimizer_of(DoG(0.3), start, lr=1.0)
+    one, p = optimizer_of(LDoG(0.3), start, lr=1.0)
     for g in grads[:2]:
         p.grad = g.bfloat16()
         one.step()
     assert one.state[p]["initial"].dtype == torch.bfloat16
     assert torch.equal(one.state[p]["initial"], start)
-    other, q = optimizer_of(DoG(0.3), p.detach(), lr=1.0)
+    other, q = optimizer_of(LDoG(0.3), p.detach(), lr=1.0)
     other.load_state_dict(one.state_dict())
     for g in grads[2:]:
         p.grad, q.grad = g.bfloat16(), g.bfloat16()
@@ -140,6 +141,6 @@ def test_they_are_refused_inside_a_subspace() -> None:
 
 
 def test_numbers_outside_their_range() -> None:
-    for make, words in ((lambda: AdamP.of("fp32", delta=0.0), "delta > 0"), (lambda: DoG(0.0), "above 0")):
+    for make, words in ((lambda: AdamP.of("fp32", delta=0.0), "delta > 0"), (lambda: LDoG(0.0), "above 0")):
         with pytest.raises(UserError, match=words):
             make()

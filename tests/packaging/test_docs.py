@@ -91,6 +91,16 @@ def test_what_levers_gain_is_what_was_measured() -> None:
     assert shown.strip() == script("levers").table(), "run python docs/levers.py"
 
 
+def test_the_table_of_cards_is_what_the_planner_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shape, and one cell asked again."""
+    made = script("choose")
+    cells = made.written()
+    assert (len(cells), {len(row) for row in cells}) == (len(made.MODELS), {len(made.CARDS)})
+    assert all(cell for row in cells for cell in row), "run python docs/choose.py --write"
+    monkeypatch.setattr(made, "AMONG", (cells[0][0].partition(" ")[0],))
+    assert made.cell(made.MODELS[0], next(iter(made.CARDS.values()))) == cells[0][0]
+
+
 def notebook(path: Path, model: Path) -> str:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

@@ -14,8 +14,11 @@ import transformers
 from safetensors.torch import load_file
 from tiny_folder import make_model, make_rows
 
+import lowmem
 from lowmem.config import RunConfig
 from lowmem.errors import ConfigError, UserError
+from lowmem.memory.footprint import LOAD
+from lowmem.memory.trace.tracker import Tracker
 from lowmem.models.int8.convert import held_bytes, quantize_weights_, weights
 from lowmem.models.int8.files import save
 from lowmem.models.int8.loading import load_int8
@@ -68,7 +71,13 @@ def test_a_run_is_planned_saved_resumed_and_written_as_an_ordinary_model(config:
 
 
 def test_loading_converts_as_it_reads_to_what_converting_afterwards_gives(config: RunConfig) -> None:
-    streamed, _ = load_int8(config.model)
+    tracker = Tracker()
+    with tracker:
+        tracker.enter("load")
+        streamed, _ = load_int8(config.model)
+    planned = lowmem.plan(config.model, "sgd", weights="int8", device="cpu", seq_len=64, advise=False)
+    assert held_bytes(streamed) < tracker.peak().total <= planned.plans[0].events[LOAD]
+    tracker.stop()
     whole = quantize_weights_(load_model(config.model)[0])
     assert held_bytes(streamed) == held_bytes(whole)
     for (name, a), b in zip(streamed.state_dict().items(), whole.state_dict().values(), strict=True):

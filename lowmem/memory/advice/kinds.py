@@ -13,6 +13,7 @@ KINDS = (
     "moments in few bits",
     "one whole moment",
     "moments of a subspace or of sums",
+    "int8 weights",
     "LoRA",
     "LoRA over 4 bits",
     "no moments",
@@ -27,6 +28,8 @@ def kind_of(strategy: Strategy, run: Run) -> str:
         return "no gradients"
     if run.adapts:
         return "LoRA over 4 bits" if run.quantize else "LoRA"
+    if run.weights:
+        return "int8 weights"
     shape = (1024, 1024)
     each = count.state_bytes(strategy, shape, torch.bfloat16) / (shape[0] * shape[1])
     if strategy.options.get("projector", "none") != "none":

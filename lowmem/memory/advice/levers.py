@@ -37,15 +37,15 @@ class Lever:
     event: str
 
 
-def variants(run: Run, needs_autograd: bool) -> dict[str, Run]:
-    """The runs one lever away."""
+def variants(run: Run, needs_autograd: bool, releases: bool = True) -> dict[str, Run]:
+    """The runs one lever away; gradients are released where the strategy bears it."""
     found: dict[str, Run] = {}
     if needs_autograd:
         checkpointed = replace(run, gradient_checkpointing=True)
         released = replace(run, gradient_release=True, max_grad_norm=0.0)
         if not run.gradient_checkpointing:
             found["gradient checkpointing"] = checkpointed
-        if not run.gradient_release and run.accumulation == 1:
+        if releases and not run.gradient_release and run.accumulation == 1:
             found["gradient release"] = released
         if len(found) == 2:
             found["gradient checkpointing and release"] = replace(released, gradient_checkpointing=True)
@@ -70,7 +70,7 @@ def levers(config: Any, run: Run, held: Footprint) -> tuple[Lever, ...]:
     """Every lever's peak, lowest first."""
     needs = held.strategy.source.needs_autograd
     found = []
-    for name, changed in variants(run, needs).items():
+    for name, changed in variants(run, needs, not held.strategy.waits).items():
         peak = quick_peak(config, changed, held)
         found.append(Lever(name, peak.allocated, peak.event))
     return tuple(sorted(found, key=lambda lever: lever.peak))
@@ -145,6 +145,31 @@ def roles(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
         f"{_capital(' and '.join(names))} {verb} {share:.0%} of the state: "
         f"{options} saves {format_bytes(sum(gains.values()))}."
     ]
+
+
+def side(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
+    """What a card's state would be if the side were projected that ranks do not share.
+
+    Args:
+        strategy: of the plan; parameters: the trainable ones, as a rank holds them.
+
+    Returns:
+        One sentence with the option, where it saves something, or none.
+    """
+    if not any(p.shard for p in parameters) or strategy.options.get("proj_type") in (None, "right"):
+        return []
+    right = create(strategy.name, **{**strategy.options, "proj_type": "right"})
+    own, other = (
+        sum(
+            state_bytes(s, p.shape, p.dtype, p.role, ranks=p.shard.ranks if p.shard else 1)
+            for p in parameters
+        )
+        for s in (strategy, right)
+    )
+    if own - other <= LARGE * own:
+        return []
+    saved = format_bytes(own - other)
+    return [f"Moments of projected rows are whole on every card: proj_type=right saves {saved} of state."]
 
 
 def _capital(text: str) -> str:

@@ -84,13 +84,12 @@ class Found:
         return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
 
     @property
-    def order(self) -> tuple[int, int, bool, bool, int, bool]:
+    def order(self) -> tuple[int, int, bool, int, bool]:
         """Smaller is better."""
         word = (FITS, RETRIES, OUT).index(self.verdict)
         kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
         plain = self.strategy.name != "adamw"  # of equals, what everybody knows
-        coded, again = self.run.weights is not None, self.run.gradient_checkpointing
-        return word, kind, coded and not word, again and not word, -self.headroom_bytes, plain
+        return word, kind, self.run.gradient_checkpointing and not word, -self.headroom_bytes, plain
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
@@ -106,7 +105,7 @@ class Found:
 
 def search(
     model: Any, limit: Budget, options: Mapping[str, Any], *, full: bool = False, gpu: str | None = None,
-    budget: str | int | None = None, among: Collection[str] = (),
+    budget: str | int | None = None, among: Collection[str] = (), top: int = TOP,
 ) -> tuple[Found, ...]:  # fmt: skip
     """Every method on a card, best first.
 
@@ -116,6 +115,7 @@ def search(
         options: of the run that are decided, by name; None is open.
         full: all weights must be trained.
         among: methods to look at; all, if empty.
+        top: rows that are planned in full.
 
     Raises:
         UserError: as `plan`; a model object, which is planned as it is.
@@ -131,7 +131,7 @@ def search(
             "a model object is planned as it is: name its optimizer, or search by the model's name"
         )
     decided = {key: value for key, value in options.items() if value is not None}
-    finder = _Finder(config, limit, decided, among)
+    finder = _Finder(config, limit, decided, among, top)
     rows = [row for run in finder.modes(full) for row in finder.over(run)]
     rows = finder.confirmed(sorted(rows, key=lambda row: row.order))
     named = model if isinstance(model, str) else None
@@ -149,6 +149,7 @@ class _Finder:
     limit: Budget
     decided: Mapping[str, Any]
     among: Collection[str] = ()
+    top: int = TOP
     footprints: dict[Any, Footprint] = field(default_factory=dict)
 
     def modes(self, full: bool) -> Iterator[Run]:
@@ -174,10 +175,9 @@ class _Finder:
 
     def over(self, run: Run) -> Iterator[Found]:
         """A row for each method, with the cheapest levers that make it fit."""
-        few = "weights" not in self.decided and run.weights is not None
-        for name in ADAPTED if run.adapts else CODED if few else available():
-            if self.among and name not in self.among:
-                continue
+        coded = "weights" not in self.decided and run.weights is not None
+        some = ADAPTED if run.adapts else CODED if coded else available()
+        for name in (name for name in some if name in (self.among or available())):
             strategy = create(name)
             if run.weights and not strategy.source.needs_autograd:
                 continue
@@ -211,7 +211,7 @@ class _Finder:
         first_order = strategy.source.needs_autograd
         run = self._with_loss(planning.suited(run, strategy), first_order)
         recompute = self._open("gradient_checkpointing", run, first_order)
-        releases = first_order and not run.adapts and run.accumulation == 1
+        releases = first_order and not (strategy.waits or run.adapts) and run.accumulation == 1
         release = self._open("gradient_release", run, releases and not self._mostly_rests(run, strategy))
         for checkpointing in recompute:
             for released in release:
@@ -219,6 +219,7 @@ class _Finder:
                     ("checkpointing", checkpointing),
                     ("release", released),
                     ("chunked loss", run.loss == "chunked"),
+                    ("activation offload", run.activation_offload),
                 )
                 norm = 0.0 if released else run.max_grad_norm
                 yield (
@@ -294,7 +295,9 @@ class _Finder:
     def confirmed(self, rows: list[Found]) -> list[Found]:
         """The rows with those at the top planned in full, as long as few runs are needed for it."""
         runs: set[Run] = set()
-        while (at := next((i for i, row in enumerate(rows[:TOP]) if not row.checked), None)) is not None:
+        while (
+            at := next((i for i, row in enumerate(rows[: self.top]) if not row.checked), None)
+        ) is not None:
             runs.add(rows[at].run)
             if rows[at].verdict == OUT or len(runs) > CHECKED:
                 break

@@ -88,7 +88,12 @@ class Patience(TorchFunctionMode):
 
 @contextmanager
 def refusing(config: Any, why: str) -> Iterator[None]:
-    """One line for whatever the code of an architecture raises: there are some two hundred of them."""
+    """One line for whatever the code of an architecture raises: there are some two hundred of them.
+
+    torch logs what its shape formulas refuse, with a traceback, before it raises it: that is not shown.
+    """
+    told = logging.getLogger("torch._subclasses.fake_tensor")
+    told.addFilter(_nothing)
     try:
         yield
     except Exception as error:
@@ -96,6 +101,12 @@ def refusing(config: Any, why: str) -> Iterator[None]:
         raise UserError(
             f"cannot plan {config.model_type!r}: {reason}; measure it with `lowmem profile` instead"
         ) from error
+    finally:
+        told.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ from lowmem.models import attention
 from lowmem.models.entries import skeleton
 from lowmem.models.few_bit import keep_few_bits_
 from lowmem.models.int8.convert import quantize_weights_
-from lowmem.models.peft_methods import adapter_config
+from lowmem.models.peft_methods import adapter_config, attaching
 
 
 def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
@@ -115,7 +115,7 @@ def adapt(model: nn.Module, run: Run) -> nn.Module:
     method = adapter_config(run)
     if run.quantize:
         method._register_custom_module(quantized.adapter_layers())
-    with _conversion_on_fake_tensors():
+    with _conversion_on_fake_tensors(), attaching():
         dtype: torch.dtype = getattr(torch, run.dtype_of_adapters)
         adapted: nn.Module = get_peft_model(model, method, autocast_adapter_dtype=dtype == torch.float32)
         if not run.lora_rank and run.adapter_dtype is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.int8.tensor import Int8Weight
+from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
 
 KINDS = ("int8",)
@@ -115,6 +116,22 @@ def dead_time(model: nn.Module, lr: float) -> float:
     if not spacings or lr <= 0:
         return 0.0
     return float(torch.stack(spacings).median()) / (2 * lr)
+
+
+def late(model: nn.Module, strategy: Strategy, lr: float, steps: int) -> str:
+    """What to say of a run whose codes move late, if they move; empty where there is nothing to say.
+
+    Args:
+        model: with int8 weights or without; strategy: that trains it; lr: its largest; steps: of the run.
+    """
+    writer, wait = type(strategy.writer).__name__.lower(), dead_time(model, lr)
+    if writer not in ("eco", "nearest") or wait * 10 <= steps:
+        return ""
+    stalls = "shorter ones are lost" if writer == "nearest" else "until then errors gather"
+    return (
+        f"writer {writer}: a code moves after about {wait:.0f} steps of length lr, {stalls}, and the run has "
+        f"{steps}; take writer=stochastic, or a higher lr"
+    )
 
 
 def _refuse(model: nn.Module) -> None:

@@ -75,6 +75,8 @@ class Wrapped(AnyRule):
 
     def __post_init__(self) -> None:
         problems = list(self.chain.problems(self.rule))
+        if self.rule.joint:
+            problems.append("a step by sums over all tensors takes no modifiers; leave them out")
         if problems:
             raise UserError("; ".join(problems))
 
@@ -87,6 +89,15 @@ class Wrapped(AnyRule):
         return self.rule.reads_weight or self.chain.reads_weight
 
     own_decay = its("rule")
+
+    @property
+    def probes(self) -> int:
+        """Those of the rule."""
+        return self.rule.probes
+
+    def sense_(self, g: Blocks, s: State, hp: Hyper, count: Tensor) -> None:
+        """For the rule."""
+        self.rule.sense_(g, self.own(s), hp, count)
 
     def scratch(self, shape: tuple[int, int]) -> int:
         """That of the rule."""

@@ -49,8 +49,12 @@ class Schedule:
         """What is held of a tensor like x that follows a rule; nothing."""
         return {}
 
-    def observe_(self, s: State, g: Blocks) -> None:
-        """Take in a gradient of a tensor of which something is held."""
+    def part(self, g: Blocks) -> Tensor:
+        """What the rows of a gradient that are here add to what is observed, 0-D: it is summed over ranks."""
+        raise NotImplementedError(f"{type(self).__name__} measures nothing")
+
+    def observe_(self, s: State, part: Tensor, shape: tuple[int, int]) -> None:
+        """Take in a gradient of a tensor of which something is held: its summed `part`, and its shape."""
 
     def decide(
         self, decided: str, seen: Mapping[str, float], names: Sequence[str], step: int, seed: int

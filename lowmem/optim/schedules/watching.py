@@ -23,7 +23,7 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine import noise
 from lowmem.optim.schedules.schedule import Schedule
-from lowmem.optim.shards import total, whole
+from lowmem.optim.shards import whole
 from lowmem.optim.terms.state import State
 
 BY = ("change", "size")
@@ -55,14 +55,14 @@ class Watching(Schedule):
         watched = rule_name == "matrix"
         return {"seen": torch.zeros(2, dtype=torch.float64, device=x.device)} if watched else {}
 
-    def observe_(self, s: State, g: Blocks) -> None:
+    def observe_(self, s: State, part: Tensor, shape: tuple[int, int]) -> None:
         """One gradient more; one that is not finite says nothing."""
-        size = self.size(g)
+        size = self.size(part, shape)
         both = torch.stack((size, torch.ones_like(size)))
         s["seen"].add_(torch.where(size.isfinite(), both, 0.0))
 
-    def size(self, g: Blocks) -> Tensor:
-        """What is averaged of a gradient, 0-D fp64; of all its rows where they are spread over ranks."""
+    def size(self, part: Tensor, shape: tuple[int, int]) -> Tensor:
+        """What is averaged of a gradient of this shape, by its summed `part`, 0-D fp64."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
     def switches(self, step: int) -> bool:
@@ -112,10 +112,13 @@ class Converged(Watching):
         if self.by not in BY:
             raise UserError(f"unknown by {self.by!r}; {nearest(self.by, BY)}")
 
-    def size(self, g: Blocks) -> Tensor:
+    def part(self, g: Blocks) -> Tensor:
+        """The sum of sizes."""
+        return g.sum(lambda rows: rows.abs().sum(dtype=torch.float64))
+
+    def size(self, part: Tensor, shape: tuple[int, int]) -> Tensor:
         """The mean size of an element."""
-        here = g.sum(lambda rows: rows.abs().sum(dtype=torch.float64))
-        return total(g.shape, here) / math.prod(whole(g.shape))
+        return part / math.prod(whole(shape))
 
     def role(
         self, name: str, role: str, names: Sequence[str], step: int, seed: int, decided: str = ""
@@ -172,10 +175,13 @@ class Important(Watching):
                 f"share must be in (0, 1] and eta at least 0, got share={self.share}, eta={self.eta}"
             )
 
-    def size(self, g: Blocks) -> Tensor:
+    def part(self, g: Blocks) -> Tensor:
+        """The sum of squares."""
+        return g.sum(lambda rows: torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+
+    def size(self, part: Tensor, shape: tuple[int, int]) -> Tensor:
         """The norm."""
-        norms = g.sum(lambda rows: torch.linalg.vector_norm(rows, dtype=torch.float64).square())
-        return total(g.shape, norms).sqrt()
+        return part.sqrt()
 
     def role(
         self, name: str, role: str, names: Sequence[str], step: int, seed: int, decided: str = ""

@@ -101,6 +101,11 @@ def completed(
     for p in (member[1] if isinstance(member, tuple) else member for member in members):
         if isinstance(p, Tensor):
             select(strategy.writer, p.dtype, is_coded(p))  # refuses what it cannot take
+            if is_coded(p) and not strategy.source.needs_autograd:
+                raise UserError(
+                    f"{strategy.name or 'the strategy'} displaces weights, which int8 codes cannot follow; "
+                    f"take qzo, which trains the scales of 4-bit weights"
+                )
     if model is not None:
         names = [member[0] for member in members if isinstance(member, tuple)]
         looks = {"roles": find} if "role" not in group and "roles" not in group else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from torch import Tensor
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.schedules.schedule import Schedule
-from lowmem.optim.shards import matrix
+from lowmem.optim.shards import Shard, matrix, shard_in
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import rest_, wake_
 from lowmem.optim.tensors.seats import Roster, Seat
-from lowmem.optim.terms.state import scoped
+from lowmem.optim.terms.state import State, scoped
 
 
 def arrange_(roster: Roster, rules: Mapping[str, AnyRule]) -> None:
@@ -35,12 +36,42 @@ def wake_all_(roster: Roster) -> None:
         wake_(p)
 
 
-def observe_(schedule: Schedule, seat: Seat, g: Blocks) -> None:
-    """Show a gradient, or the rows of it that are here, to a schedule that holds something of the tensor."""
-    if schedule.observes and "schedule.seen" in seat.held:
-        if seat.shard and seat.way == "stack" and isinstance(g, Dense):  # one tensor to a schedule
-            g = Dense(g.tensor, g.factor, matrix(seat.shard))
-        schedule.observe_(scoped(seat.held, "schedule"), g)
+class Look(NamedTuple):
+    """What a schedule saw of the rows here of a gradient: the other ranks' part of it is missing."""
+
+    state: State
+    part: Tensor
+    shape: Any
+    shard: Shard
+
+
+def observe_(schedule: Schedule, seat: Seat, g: Blocks) -> list[Look]:
+    """Show a gradient to a schedule that holds something of the tensor.
+
+    Returns:
+        What it waits for where rows are spread: `together_`, once for all tensors of a step.
+    """
+    if not schedule.observes or "schedule.seen" not in seat.held:
+        return []
+    if seat.shard and seat.way == "stack" and isinstance(g, Dense):  # one tensor to a schedule
+        g = Dense(g.tensor, g.factor, matrix(seat.shard))
+    state, part, shard = scoped(seat.held, "schedule"), schedule.part(g), shard_in(g.shape)
+    if shard:
+        return [Look(state, part, g.shape, shard)]
+    schedule.observe_(state, part, g.shape)
+    return []
+
+
+def together_(schedule: Schedule, looks: list[Look]) -> None:
+    """Sum up what the ranks saw, in one exchange for each process group; then nothing waits."""
+    groups: dict[int, list[Look]] = {}
+    for look in looks:
+        groups.setdefault(id(look.shard.group), []).append(look)
+    for members in groups.values():
+        sums = members[0].shard.total(torch.stack([look.part for look in members]))
+        for look, part in zip(members, sums, strict=True):
+            schedule.observe_(look.state, part, look.shape)
+    looks.clear()
 
 
 def turn_(strategy: Strategy, roster: Roster, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

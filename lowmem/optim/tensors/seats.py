@@ -181,11 +181,13 @@ class Piece:
         """A view of what is stepped of a parameter."""
         return p if self.index is None else p[self.index]
 
+    def seen(self, p: Tensor, g: Blocks) -> Blocks:
+        """The gradient of what is stepped, of a whole parameter's."""
+        return g if self.index is None else stacks.gradient(g, tuple(p.shape), self.index)
+
     def step_(self, chunks: Chunks, p: Tensor, g: Blocks, hp: Hyper, prepared: bool = False) -> None:
         """Take its step of a whole parameter's: update the state, write the weight."""
-        weight = self.of(p)
-        if self.index is not None:
-            g = stacks.gradient(g, tuple(p.shape), self.index)
+        weight, g = self.of(p), self.seen(p, g)
         if not prepared:
             self.rule.prepare(g, self.state, hp)
         if is_pointwise(self.rule):

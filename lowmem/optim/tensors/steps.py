@@ -25,6 +25,7 @@ from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.shards import Shard, local, matrix
 from lowmem.optim.tensors.seats import Piece, Place, Seat
 from lowmem.optim.terms.hyper import Hyper, Lookup
+from lowmem.optim.terms.overall import Overall
 
 Hypers = Callable[[Piece, Blocks, Shard | None], Hyper]
 """What the rule of a part may know of its step, by the weight and the rows of it that are here."""
@@ -86,7 +87,7 @@ class Step:
 
 def hyper(
     place: Place, name: str, weight: Blocks, advance: Callable[..., Tensor], constant: Lookup,
-    first: bool, shard: Shard | None,
+    first: bool, shard: Shard | None, overall: Overall | None = None,
 ) -> Hyper:  # fmt: skip
     """What a rule may know of a step, from the parameter's place."""
     group = place.group
@@ -106,6 +107,7 @@ def hyper(
         constant=constant,
         shard=shard,
         group=group,
+        overall=overall,
     )
 
 

@@ -22,6 +22,7 @@ from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.engine.parcel import Contents, Parcel
 from lowmem.optim.shards import Shard, shard_in
+from lowmem.optim.terms.overall import Overall
 
 
 @functools.lru_cache(1 << 16)
@@ -75,6 +76,7 @@ class Hyper:
         sound: 0-D bool, where all ranks have agreed already whether the gradient is finite (`Rule.unsound`).
         constant: cache of small tensors.
         group: the parameter group that the numbers are from, as it is at any time.
+        overall: what is known of all tensors, where a rule asks for it.
     """
 
     step: int
@@ -92,6 +94,7 @@ class Hyper:
     shard: Shard | None = None
     sound: Tensor | None = None
     group: Mapping[str, Any] = field(default_factory=dict)
+    overall: Overall | None = None
 
     @property
     def decay(self) -> float:

@@ -33,3 +33,12 @@ class Split:
     axis: int
     ok: Tensor
     hp: Hyper
+
+    def with_rest(self, absorbed: Blocks) -> Blocks:
+        """scale up(N) and the step of the rest, row block by row block."""
+
+        def rows(i: int, j: int) -> Tensor:
+            lifted = self.lifted.rows(i, j)
+            return (lifted if self.scale == 1.0 else lifted * self.scale) + absorbed.rows(i, j)
+
+        return Blocks(self.g.shape, rows, self.g.device)

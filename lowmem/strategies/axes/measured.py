@@ -7,7 +7,7 @@ from typing import Annotated
 from lowmem.optim.contract import AnyRule
 from lowmem.optim.rules.measured.measured import MARS, FAdam, Gravity
 from lowmem.optim.rules.measured.momenta import TAM, CriticalAdam
-from lowmem.optim.rules.measured.weighed import AdamP, DoG
+from lowmem.optim.rules.measured.weighed import AdamP
 from lowmem.strategies.options import Limits
 from lowmem.strategies.parts import part
 
@@ -75,13 +75,3 @@ def adamp(
         wd_ratio: Share of the decay that is left then.
     """
     return AdamP.of(states, delta=delta, wd_ratio=wd_ratio)
-
-
-@part("rule")
-def dog(*, reps_rel: Annotated[float, Limits(above=0.0, small=0.1)] = 1e-6) -> AnyRule:
-    """DoG: descent at a rate of distance over gradients, tensor by tensor.
-
-    Args:
-        reps_rel: First distance, in units of the weight's length.
-    """
-    return DoG(reps_rel)

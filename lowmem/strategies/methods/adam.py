@@ -1,6 +1,6 @@
 """AdamW: in every precision, and made safe from spikes."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -13,6 +13,9 @@ register(
         rounded at random.
         """,
         paper="1711.05101",
+        recommended=(
+            Advice("fine-tuning", "Llama-2-7B on GSM8K, as the baseline of arXiv 2405.15593", {"lr": 5e-05}),
+        ),
         rule="adam",
     )
 )
@@ -30,6 +33,9 @@ register(
         2 d + 4 ceil(d / 32) + 4 (companded8), 2 ceil(d / 2) + 8 ceil(d / 128) + 4 (int4).
         """,
         paper="2110.02861",
+        recommended=(
+            Advice("fine-tuning", "Llama-2-7B on GSM8K, as the baseline of arXiv 2405.15593", {"lr": 5e-05}),
+        ),
         rule="adam",
         states="int8",
     )
@@ -52,6 +58,7 @@ register(
         k = round(256 rank): 9 g k + 8.
         """,
         paper="2501.06842",
+        recommended=(Advice("pre-training", "authors' code", {"lr": 0.001, "eps": 1e-06}),),
         rule="adam",
         modifiers="spike_clip+momentum_reset",
     )

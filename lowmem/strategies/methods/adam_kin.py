@@ -1,6 +1,6 @@
 """Kin of Adam: another second moment, more memory, or another order of the two."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -15,6 +15,13 @@ register(
         Bytes for an (m, n) weight: 16 m n + 4 with fp32 states.
         """,
         paper="2208.06677",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors' recipes; lr 5 to 10 times AdamW's",
+                {"betas": (0.98, 0.99), "weight_decay": 0.02},
+            ),
+        ),
         rule="adan",
     )
 )
@@ -32,6 +39,9 @@ register(
         Bytes for an (m, n) weight: 12 m n + 4 with fp32 states.
         """,
         paper="2409.03137",
+        recommended=(
+            Advice("pre-training", "authors' example; slow_warmup as long as the run", {"alpha": 8.0}),
+        ),
         rule="ademamix",
     )
 )
@@ -62,6 +72,7 @@ register(
         Bytes for an (m, n) weight: 8 m n + 4 with fp32 states.
         """,
         paper="2010.07468",
+        recommended=(Advice("pre-training", "authors, transformers", {"eps": 1e-16, "rectify": True}),),
         rule="adabelief",
     )
 )
@@ -92,6 +103,7 @@ register(
         Bytes for an (m, n) weight: 8 m n + 4 with fp32 states.
         """,
         paper="2002.04839",
+        recommended=(Advice("pre-training", "authors' code", {"lr": 0.0004, "eps": 1e-15}),),
         rule="laprop",
     )
 )
@@ -126,6 +138,14 @@ register(
         Bytes for an (m, n) weight: 8 m n + 4 with fp32 states.
         """,
         paper="2410.05871",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors, GPT-2 of 125M",
+                {"lr": 0.0006, "betas": (0.9, 0.99), "weight_decay": 0.1, "alpha": 2.0, "beta": 2.0},
+            ),
+            Advice("fine-tuning", "authors, GPT-2 with LoRA", {"alpha": 0.1, "beta": 0.9}),
+        ),
         rule="innaprop",
     )
 )
@@ -145,6 +165,13 @@ register(
         Bytes for an (m, n) weight: 8 m n + 4 with fp32 states.
         """,
         paper="2405.15682",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors' code; a constant lr, 1 to 10 times AdamW's, and some warmup",
+                {"lr": 0.0025},
+            ),
+        ),
         rule="schedule_free",
     )
 )
@@ -163,6 +190,13 @@ register(
         Bytes for an (m, n) weight: 12 m n + 4 with fp32 states.
         """,
         paper="2411.10438",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors, GPT-2 of 125M; 3e-3 at 355M, 2e-3 from 770M",
+                {"lr": 0.006, "betas": (0.95, 0.99), "weight_decay": 0.01},
+            ),
+        ),
         rule="mars",
         vector="adam",
     )
@@ -217,6 +251,9 @@ register(
         Bytes for an (m, n) weight: 8 m n + 20 with fp32 states.
         """,
         paper="1904.00962",
+        recommended=(
+            Advice("pre-training", "paper, BERT", {"lr": 0.001, "eps": 1e-06, "weight_decay": 0.01}),
+        ),
         rule="adam",
         modifiers="trust_ratio",
         vector_modifiers="none",
@@ -238,6 +275,7 @@ register(
         Bytes for an (m, n) weight: 8 m n + 4 with fp32 states.
         """,
         paper="2006.08217",
+        recommended=(Advice("pre-training", "authors' readme", {"weight_decay": 0.01}),),
         rule="adamp",
         vector="adam",
     )

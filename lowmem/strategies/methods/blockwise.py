@@ -1,6 +1,6 @@
 """Block by block: some tensors step at a time, the others rest without gradient and without state."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -19,6 +19,7 @@ register(
         Bytes for an (m, n) weight, fp32 states: 8 m n + 4 while its layer is active, else 0.
         """,
         paper="2404.02827",
+        recommended=(Advice("fine-tuning", "authors, models of 7B and 8B; down to 1e-6", {"lr": 1e-05}),),
         rule="adam",
         schedule="layers",
     )
@@ -40,6 +41,7 @@ register(
         embedding and head.
         """,
         paper="2403.17919",
+        recommended=(Advice("fine-tuning", "authors' script, Llama-2-7B", {"lr": 2e-05}),),
         rule="adam",
         schedule="layers",
         switch_gap=20,
@@ -65,6 +67,7 @@ register(
         Bytes for an (m, n) weight, fp32 states: 8 m n + 20 while it is its turn, else 0.
         """,
         paper="2511.00056",
+        recommended=(Advice("fine-tuning", "authors, Llama-2-7B", {"lr": 5e-05}),),
         rule="adam",
         schedule="importance",
     )

@@ -1,6 +1,6 @@
 """Element by element: rules on whole weights, where every moment is as large as its weight."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -42,6 +42,13 @@ register(
         Bytes for an (m, n) weight: 4 m n with fp32 states, m n + 4 ceil(m n / 256) with int8.
         """,
         paper="2302.06675",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors, language models; lr 3 to 10 times below AdamW's, the decay as many times above",
+                {"betas": (0.95, 0.98)},
+            ),
+        ),
         rule="lion",
     )
 )
@@ -94,6 +101,7 @@ register(
         Bytes for an (m, n) weight: 8 m n + 4 with fp32 states.
         """,
         paper="2508.18258",
+        recommended=(Advice("pre-training", "authors' package", {"lr": 0.0001, "betas": (0.92, 0.99)}),),
         rule="ano",
     )
 )

@@ -1,6 +1,6 @@
 """Factored moments: rows and columns in the place of elements."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -22,6 +22,9 @@ register(
         fp32); for a vector of d elements 4 d + 4 in fp32. betas and eps are not used.
         """,
         paper="1804.04235",
+        recommended=(
+            Advice("fine-tuning", "T5, as transformers documents it; a constant lr", {"lr": 0.001}),
+        ),
         rule="adafactor",
     )
 )
@@ -41,6 +44,7 @@ register(
         Bytes for an (m, n) weight, a b = m n: ceil(m n / 8) + 8 (a + b) + 4, 0.128 bytes per parameter.
         """,
         paper="2412.08894",
+        recommended=(Advice("pre-training", "authors, transformers", {"decay_rate": -0.8}),),
         rule="smmf",
     )
 )
@@ -61,6 +65,13 @@ register(
         with int8.
         """,
         paper="2307.02047",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors, Llama; lr 0.5 to 0.9 of AdamW's",
+                {"betas": (0.9, 0.95), "beta3": 0.995},
+            ),
+        ),
         rule="came",
     )
 )
@@ -81,6 +92,13 @@ register(
         Bytes for an (m, n) weight, fp32 states: 4 m n + 4 max(m, n) + 4.
         """,
         paper="2411.07120",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors, 60M; ten times Adam's lr, because sums divide",
+                {"lr": 0.05, "eps": 1e-06},
+            ),
+        ),
         rule="subset_norm",
         embedding="adam",
     )
@@ -138,6 +156,9 @@ register(
         Bytes for an (m, n) weight: 8 r (m + n) + 4.
         """,
         paper="2506.01897",
+        recommended=(
+            Advice("fine-tuning", "authors' scripts", {"lr": 0.0001, "rank": 4, "weight_decay": 0.01}),
+        ),
         rule="mlorc",
     )
 )

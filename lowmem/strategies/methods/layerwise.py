@@ -1,6 +1,6 @@
-"""One number a tensor: momentum with a norm in the place of a second moment."""
+"""Few numbers: norms of a tensor, sums over the model, the loss, or a probe of the curvature."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -16,6 +16,7 @@ register(
         Bytes for an (m, n) weight: 4 m n + 4 with fp32 states, m n + 4 ceil(m n / 256) + 4 with int8.
         """,
         paper="2412.11768",
+        recommended=(Advice("pre-training", "authors' package", {"lr": 0.01, "weight_decay": 0.01}),),
         rule="sgd_sai",
     )
 )
@@ -34,6 +35,13 @@ register(
         Bytes for an (m, n) weight: 4 m n + 4 with fp32 states, m n + 4 ceil(m n / 256) + 4 with int8.
         """,
         paper="1905.11286",
+        recommended=(
+            Advice(
+                "pre-training",
+                "paper; lr depends on the task",
+                {"lr": 0.01, "betas": (0.95, 0.98), "weight_decay": 0.001},
+            ),
+        ),
         rule="novograd",
     )
 )
@@ -77,17 +85,105 @@ register(
 register(
     Method(
         "dog",
+        """Descent at a rate of distance over gradients, of the model as one.
+
+            H = G + wd W;  r <- max(r, |w - w_0|),  reps_rel (1 + |w_0|) at first;  s <- s + |h|^2
+            W <- W - lr r / sqrt(s) H,  w and h of all tensors
+
+        Leave lr at 1, without a schedule. The paper evaluates an average of iterates, which is not held
+        here. All gradients must be there before the first tensor steps: no gradient release.
+
+        Bytes for an (m, n) weight: 4 m n + 16, or 2 m n + 16 where it has 16 bits.
+        """,
+        paper="2302.12022",
+        recommended=(Advice("fine-tuning", "paper: do not tune it", {"lr": 1.0}),),
+        rule="dog",
+    )
+)
+
+register(
+    Method(
+        "ldog",
         """Descent at a rate of distance over gradients, tensor by tensor.
 
             H = G + wd W;  r <- max(r, |W - W_0|),  reps_rel (1 + |W_0|) at first;  s <- s + |H|^2
             W <- W - lr r / sqrt(s) H
 
-        The layer-wise form of the paper, its better one for fine-tuning. Leave lr at 1, without a
-        schedule. The paper evaluates an average of iterates, which is not held here.
+        The layer-wise form of the paper. Leave lr at 1, without a schedule. The paper evaluates an average
+        of iterates, which is not held here.
 
         Bytes for an (m, n) weight: 4 m n + 16, or 2 m n + 16 where it has 16 bits.
         """,
         paper="2302.12022",
-        rule="dog",
+        recommended=(Advice("fine-tuning", "paper: do not tune it", {"lr": 1.0}),),
+        rule="ldog",
+    )
+)
+
+register(
+    Method(
+        "momo",
+        """Momentum no farther than to where a model of the loss is at its least.
+
+            M <- M + c (G - M),  f <- f + c (loss - f),  p <- p + c (<g, w> - p),  c = 1 - beta1, 1 at first
+            t = min(lr, max(S (f - least) + <m, w> - S p, 0) / |m|^2),  S = 1 + lr wd
+            W <- (W - t M) / S,  products and norm over all tensors
+
+        lr is the most there is. It goes by the value of the loss: the Trainer tells it, a loop of your own
+        by step(closure) or add_loss(loss). No gradient release.
+
+        Bytes for an (m, n) weight: 4 m n + 24 with fp32 states.
+        """,
+        paper="2305.07583",
+        recommended=(Advice("pre-training", "authors' package; the most there is", {"lr": 1.0}),),
+        rule="momo",
+    )
+)
+
+register(
+    Method(
+        "momo_adam",
+        """Adam no farther than to where a model of the loss is at its least.
+
+            M, v, f, p as averages from zero,  b = 1 - beta1^t,  D = sqrt(v_hat) + eps,  S = 1 + lr wd
+            t = min(lr / b, max(S (f - b least) + <m, w> - S p, 0) / <m, m / D>)
+            W <- (W - t M / D) / S,  products over all tensors
+
+        lr is the most there is: far above the least loss these are Adam's own steps. It goes by the value
+        of the loss: the Trainer tells it, a loop of your own by step(closure) or add_loss(loss). No
+        gradient release.
+
+        Bytes for an (m, n) weight: 8 m n + 28 with fp32 states.
+        """,
+        paper="2305.07583",
+        recommended=(Advice("pre-training", "authors' package; the most there is", {"lr": 0.01}),),
+        rule="momo",
+        adaptive=True,
+    )
+)
+
+register(
+    Method(
+        "sophia",
+        """Momentum over the curvature, no element farther than lr.
+
+            M <- M + (1 - beta1)(G - M);  at every k-th step  H <- H + (1 - beta2)(B P^2 - H)
+            W <- (1 - lr wd) W - lr clip(M / (rho H), 1)
+
+        P is the gradient of a mean loss over B labels that the model draws itself: one more forward and
+        backward pass each `every` steps. The Trainer makes it, a loop of your own by `probe(logits)` where
+        `probe_due` says so; no gradient release. The paper takes betas (0.965, 0.99).
+
+        Bytes for an (m, n) weight: 8 m n with fp32 states, 2 (m n + 4 ceil(m n / 256)) with int8.
+        """,
+        paper="2305.14342",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors, GPT-2; lr a little below AdamW's",
+                {"betas": (0.965, 0.99), "weight_decay": 0.2, "rho": 0.05},
+            ),
+        ),
+        rule="sophia",
     )
 )

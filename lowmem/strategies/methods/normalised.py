@@ -1,6 +1,6 @@
 """Normalised steps: of rows, columns or singular values."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -16,6 +16,7 @@ register(
         Bytes for an (m, n) weight: 0.
         """,
         paper="2502.06742",
+        recommended=(Advice("pre-training", "paper", {"lr": 0.02}),),
         rule="sinkgd",
         other="adam",
     )
@@ -37,6 +38,7 @@ register(
         Bytes for an (m, n) weight: 0; for the head 4 m n with fp32 states.
         """,
         paper="2506.16659",
+        recommended=(Advice("pre-training", "authors' scripts, 60M to 350M; 2e-4 at 1B", {"lr": 0.001}),),
         rule="row_norm",
         embedding="column_norm",
         head="row_norm_momentum",
@@ -57,6 +59,7 @@ register(
         Bytes for an (m, n) weight: 4 m n with fp32 states, m n + 4 ceil(m n / 256) with int8.
         """,
         paper="2502.16982",
+        recommended=(Advice("pre-training", "Moonlight; lr as for AdamW", {"weight_decay": 0.1}),),
         rule="muon",
         other="adam",
     )
@@ -77,6 +80,7 @@ register(
         Bytes for an (m, n) weight: m n + 4 ceil(m n / 2048).
         """,
         paper="2509.23106",
+        recommended=(Advice("pre-training", "Moonlight; lr as for AdamW", {"weight_decay": 0.1}),),
         rule="muon",
         other="adam",
         states="int8",
@@ -138,6 +142,7 @@ register(
         Bytes for an (m, n) weight, rank r: 4 m n + 4 n r with fp32 states.
         """,
         paper="2504.05295",
+        recommended=(Advice("pre-training", "authors' code", {"lr": 0.01}),),
         rule="dion",
         other="adam",
     )

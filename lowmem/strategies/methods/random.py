@@ -1,6 +1,6 @@
 """Random subspaces: drawn from a name instead of held, or walking."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -16,6 +16,7 @@ register(
         Bytes for an (m, n) weight, l = max(m, n), fp32 states: 8 r l + 8.
         """,
         paper="2412.05270",
+        recommended=(Advice("pre-training", "paper, C4", {"lr": 0.01, "update_proj_gap": 200}),),
         projector="gaussian",
         rule="adam",
         residual="scaled_gradient",
@@ -36,6 +37,7 @@ register(
         Bytes for an (m, n) weight, l = max(m, n), fp32 states: 8 l + 8.
         """,
         paper="2412.05270",
+        recommended=(Advice("pre-training", "paper, C4", {"lr": 0.02, "update_proj_gap": 200}),),
         projector="gaussian",
         rule="adam",
         residual="scaled_gradient",

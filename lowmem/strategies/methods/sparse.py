@@ -1,6 +1,6 @@
 """Sparse: few entries of a gradient, or of a weight."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -18,6 +18,7 @@ register(
         2048 b + 4 b 4096 / bucket + 4 window ceil(4096 density) b + 4, which is 0.9 d for the defaults.
         """,
         paper="2405.15593",
+        recommended=(Advice("fine-tuning", "authors' script for Llama-2-7B on GSM8K", {"lr": 4e-05}),),
         rule="microadam",
     )
 )
@@ -37,6 +38,7 @@ register(
         Bytes for an (m, n) weight, k = floor(rank m n), fp32 states: 12 k + 4, 0.06 m n by default.
         """,
         paper="2111.09839",
+        recommended=(Advice("fine-tuning", "paper, GLUE", {"rank": 0.005}),),
         projector="fisher",
         rule="adam",
     )

@@ -1,6 +1,6 @@
 """Other subspaces: a fixed basis, one learned online, and coordinates."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -39,6 +39,9 @@ register(
         basis_rule=adam 8 s r + 4 more.
         """,
         paper="2408.12857",
+        recommended=(
+            Advice("pre-training", "authors, 60M; 1e-3 from 350M", {"lr": 0.01, "rank": 128, "scale": 0.25}),
+        ),
         projector="online",
         rule="adam",
         scale=0.25,
@@ -64,6 +67,18 @@ register(
         svd, r = round(rank s): 4 s r + 8 r l + 4; blocks: 8 m n + 4 while active, else 0.
         """,
         paper="2411.07837",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors' scripts; 5e-4 at 7B",
+                {"lr": 0.001, "rank": 0.25, "update_proj_gap": 200},
+            ),
+            Advice(
+                "fine-tuning",
+                "authors' scripts, GLUE; up to 5e-4",
+                {"lr": 5e-05, "weight_decay": 0.1, "residual_scale": 0.1, "update_proj_gap": 500},
+            ),
+        ),
         projector="columns",
         rule="adam",
         residual="sign",

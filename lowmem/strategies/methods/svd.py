@@ -1,6 +1,6 @@
 """Leading subspaces: moments where the gradient's singular vectors see it, and what is done with the rest."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -17,6 +17,18 @@ register(
         4 s r (basis) + 8 r l (moments) + 4; with rule=adafactor 4 s r + 4 (r + l) + 4.
         """,
         paper="2403.03507",
+        recommended=(
+            Advice(
+                "pre-training",
+                "paper, C4 from 60M to 1B; 5e-3 at 7B",
+                {"lr": 0.01, "rank": 128, "update_proj_gap": 200, "scale": 0.25},
+            ),
+            Advice(
+                "fine-tuning",
+                "authors' scripts, GLUE",
+                {"lr": 3e-05, "rank": 4, "update_proj_gap": 500, "scale": 4.0},
+            ),
+        ),
         projector="power",
         rule="adam",
         rank=128,
@@ -39,6 +51,13 @@ register(
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 4.
         """,
         paper="2410.11289",
+        recommended=(
+            Advice(
+                "fine-tuning",
+                "authors' scripts, GLUE",
+                {"lr": 3e-05, "rank": 4, "update_proj_gap": 500, "scale": 4.0},
+            ),
+        ),
         projector="switch",
         rule="adam",
         on_refresh="rotate",
@@ -54,14 +73,21 @@ register(
             R = P'G,  N = Adam(R),  W <- (1 - lr wd) W - lr scale P N
             |P_old'P_new|^2 / r at least `threshold` on average of 5: the time to the next P doubles
 
-        Weights stay as they are: the paper's 8-bit weights are not part of it. The released code takes the
-        cosine of two singular vectors, whose sign is open, holds a byte for each 4-bit code, and loses the
-        range of numbers of one sign. Embeddings, head, norms and biases take 8-bit Adam.
+        The paper's 8-bit weights are an option of the run, of every method: `weights: int8`. The released
+        code takes the cosine of two singular vectors, whose sign is open, holds a byte for each 4-bit code,
+        and loses the range of numbers of one sign. Embeddings, head, norms and biases take 8-bit Adam.
 
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), 8-bit states, blocks of 256:
         s r / 2 + 8 s r / 256 + 28 (basis) + 2 (r l + 4 r l / 256) + 4.
         """,
         paper="2407.08296",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors' scripts, 60M to 350M; 0.01 at 1B, 4e-3 at 7B",
+                {"lr": 0.015, "update_proj_gap": 200, "scale": 0.25},
+            ),
+        ),
         projector="lazy",
         rule="adam",
         states="int8",
@@ -82,6 +108,10 @@ register(
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 8.
         """,
         paper="2410.01623",
+        recommended=(
+            Advice("pre-training", "authors' scripts", {"lr": 0.01, "eps": 1e-06, "scale": 0.25}),
+            Advice("fine-tuning", "authors' scripts, commonsense tasks", {"lr": 0.0001, "rank": 32}),
+        ),
         projector="power",
         rule="adam",
         residual="scaled_rest",
@@ -106,6 +136,18 @@ register(
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 8.
         """,
         paper="2502.01586",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors' scripts, 60M to 350M; 1e-4 from 1B",
+                {"lr": 0.001, "eps": 1e-06, "scale": 0.25, "update_proj_gap": 200},
+            ),
+            Advice(
+                "fine-tuning",
+                "authors' scripts, GLUE",
+                {"lr": 1e-05, "eps": 1e-06, "scale": 4.0, "update_proj_gap": 500},
+            ),
+        ),
         projector="track",
         rule="adam",
         residual="scaled_rest",
@@ -129,6 +171,13 @@ register(
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 4 r l + 4 l + 8.
         """,
         paper="2411.07120",
+        recommended=(
+            Advice(
+                "pre-training",
+                "authors, 60M",
+                {"lr": 0.05, "eps": 1e-06, "rank": 128, "update_proj_gap": 200},
+            ),
+        ),
         projector="power",
         rule="average",
         bias_correction=False,
@@ -155,6 +204,10 @@ register(
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 8 r l + 4 m n + 4.
         """,
         paper="2410.16103",
+        recommended=(
+            Advice("pre-training", "authors' code", {"lr": 0.001, "betas": (0.908, 0.99), "rank": 16}),
+            Advice("fine-tuning", "authors' scripts, GLUE", {"lr": 1e-05, "betas": (0.908, 0.99), "rank": 8}),
+        ),
         projector="blend",
         rule="adam",
         residual="feedback",

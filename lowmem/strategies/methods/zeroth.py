@@ -1,6 +1,6 @@
 """Zeroth order: the loss alone is read, no gradient is made."""
 
-from lowmem.strategies.method import Method, register
+from lowmem.strategies.method import Advice, Method, register
 
 register(
     Method(
@@ -20,6 +20,9 @@ register(
         once more.
         """,
         paper="2305.17333",
+        recommended=(
+            Advice("fine-tuning", "authors, models from 1B; up to 1e-6", {"lr": 1e-07, "eps_perturb": 0.001}),
+        ),
         rule="sgd",
         source="spsa",
     )
@@ -42,6 +45,9 @@ register(
         once more for each point `at_once`.
         """,
         paper="2506.09034",
+        recommended=(
+            Advice("fine-tuning", "authors, OPT-13B", {"lr": 5e-05, "eps_perturb": 0.0001, "queries": 8}),
+        ),
         rule="sgd",
         source="spread_spsa",
     )
@@ -64,6 +70,13 @@ register(
         more and 4 n rank bytes of V.
         """,
         paper="2410.07698",
+        recommended=(
+            Advice(
+                "fine-tuning",
+                "authors, OPT-13B; up to 1e-6",
+                {"lr": 1e-07, "eps_perturb": 0.001, "rank": 2, "update_gap": 50},
+            ),
+        ),
         rule="sgd",
         source="low_rank_spsa",
     )

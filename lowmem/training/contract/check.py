@@ -146,8 +146,8 @@ class _Run:
         self._same(model, second, "after a resume")
 
     def released(self) -> None:
-        """Only where there are gradients."""
-        if not self.strategy.source.needs_autograd:
+        """Only where there are gradients, and each may be stepped at once."""
+        if not self.strategy.source.needs_autograd or self.strategy.waits:
             return
         from lowmem.optim.release import release
 
@@ -183,6 +183,7 @@ def advance(strategy: Strategy, optimizer: LowMemOptimizer, model: zoo.Zoo, step
     decay = [group["weight_decay"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0 if step == BAD_AT else group["weight_decay"]
+    tell(optimizer, lambda: model(zoo.batch(step)[0]))
     optimizer.step()
     optimizer.zero_grad()
     for group, value in zip(optimizer.param_groups, decay, strict=True):
@@ -193,6 +194,13 @@ def advance(strategy: Strategy, optimizer: LowMemOptimizer, model: zoo.Zoo, step
         yield "a gradient of nothing but NaN moved a weight"
     if not all_finite(optimizer, model):
         yield f"after step {step} a weight or state is not finite"
+
+
+def tell(optimizer: LowMemOptimizer, logits: Callable[[], Tensor]) -> None:
+    """What rules ask for beside gradients: a loss, and a probe of the curvature where one is due."""
+    optimizer.add_loss(torch.ones(()))
+    if optimizer.probe_due:
+        optimizer.probe(logits())
 
 
 def _guarded(

@@ -1,5 +1,9 @@
 """Adam with its second moment in 4 bits, under scales of rows and columns (arXiv 2309.01507).
 
+A code of few bits keeps a first moment that should decay, beside larger ones of its block, while V
+decays with its row or column: the steps of what has no gradient any more would grow without end.
+Adam's own first moment is seldom above one root of V, so that of a block is held to two.
+
 A tensor in which one element is not finite takes no step.
 """
 
@@ -22,14 +26,18 @@ from lowmem.optim.terms.fp32 import LARGEST_MEAN
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed, scoped
 
+ROOTS = 2.0
+"""Of V: how large a coded first moment may be."""
+
 
 @dataclass(frozen=True)
 class AdamRankOne(Rule):
     """Adam with its second moment in 4 bits under scales of rows and columns (arXiv 2309.01507).
 
-    The arithmetic is Adam's, in fp32; V is decoded before it, row block by row block, and encoded after the
-    write (`RankOne`). Bytes for an (m, n) weight: ceil(m n / 2) + 4 (m + n) + 4, and what the codec takes for
-    the first moment, ceil(m n / 2) + 4 ceil(m n / 128) in 4 bits.
+    The arithmetic is Adam's, in fp32; a coded first moment is at most two roots of V. V is decoded before it,
+    row block by row block, and encoded after the write (`RankOne`). Bytes for an (m, n) weight:
+    ceil(m n / 2) + 4 (m + n) + 4, and what the codec takes for the first moment,
+    ceil(m n / 2) + 4 ceil(m n / 128) in 4 bits.
 
     Args:
         held: codec of the first moment; second: how the second is held.
@@ -71,14 +79,24 @@ class AdamRankOne(Rule):
         ok = hp.total(new["row"].amax(), "max") <= LARGEST_MEAN
         s["age"].add_(ok)
         _, _, eps, correction1, correction2 = numbers_of(self.adam, s["age"], hp).unbind()
-        m = moment.towards(g, 1.0 - beta1)
-        follow = moment.following(g, 1.0 - beta1, ok)
+
+        def average(old: Tensor, g: Tensor, root: Tensor) -> Tensor:
+            x = old + (1.0 - beta1) * (g - old)
+            if self.held.grain == 1:
+                return x
+            limit = root * (ROOTS * correction2 / correction1)
+            return torch.minimum(torch.maximum(x, -limit), limit)
 
         def step(i: int, j: int) -> Tensor:
-            return m.rows(i, j).mul_(correction1).div_(v.rows(i, j).sqrt_().mul_(correction2).add_(eps))
+            root = v.rows(i, j).sqrt_()
+            m = average(moment.rows(i, j), g.rows(i, j), root)
+            return m.mul_(correction1).div_(root.mul_(correction2).add_(eps))
+
+        def moved(old: Tensor, start: int, stop: int) -> Tensor:
+            return average(old, g.chunk(start, stop).float(), v.chunk(start, stop).sqrt())
 
         def commit() -> None:
-            follow()
+            moment.move_(moved, ok)
             self.second.store_(square, v, new, ok)
 
         return Direction(Blocks(g.shape, step, g.device), ok=ok, commit=commit)

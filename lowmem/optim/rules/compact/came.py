@@ -20,6 +20,7 @@ from lowmem.optim.codecs.factored import Factored, RowCol
 from lowmem.optim.contract import Rule
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.compact.adafactor import quotient
+from lowmem.optim.shards import Shape
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed, scoped
 
@@ -92,6 +93,10 @@ class CAME(Rule):
     def constants(self, shape: tuple[int, ...]) -> Constants:
         """The codec's tables."""
         return tables(self.held)
+
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of the average; columns are averaged over all rows."""
+        return shape.shard.starts_on(self.held.grain)
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Two factored averages, each in a pass; what both divide is left to the write."""

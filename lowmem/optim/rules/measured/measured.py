@@ -11,6 +11,7 @@ while the step is written. A tensor in which one element is not finite takes no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -26,6 +27,7 @@ from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment
 from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.shards import Shape
 from lowmem.optim.terms.changes import Change, Rotation
 from lowmem.optim.terms.fp32 import LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
@@ -45,10 +47,12 @@ class Measured(Rule):
 
     Attributes:
         turns: whether its moments can follow a rotation.
+        on_rows: whether what it finds is of all rows where ranks share them.
     """
 
     held: Coded
     turns: ClassVar[bool] = False
+    on_rows: ClassVar[bool] = False
 
     uses = its("held")
 
@@ -59,6 +63,10 @@ class Measured(Rule):
     def constants(self, shape: tuple[int, ...]) -> Constants:
         """The codecs' tables."""
         return self.held.constants(shape)
+
+    def shards(self, shape: Shape) -> bool:
+        """Where the moments do: what is measured is summed over all rows."""
+        return self.on_rows and self.held.shards(shape)
 
     def check_rebase(self, kind: str) -> None:
         """As for the moments; but all of them have one age."""
@@ -98,6 +106,11 @@ def total(g: Blocks, hp: Hyper, *terms: Callable[[int, int], Tensor]) -> tuple[T
     blocks = walk(g.ranges(), g.device)
     parts = [torch.stack([term(i, j).double().sum() for term in terms]) for i, j in blocks]
     return hp.total(torch.stack(parts).sum(0)).unbind()
+
+
+def size(g: Blocks, hp: Hyper) -> int:
+    """Elements of the whole tensor."""
+    return math.prod(g.shape if hp.shard is None else hp.shard.full)
 
 
 def squares(x: Blocks) -> Callable[[int, int], Tensor]:
@@ -153,6 +166,7 @@ class MARS(Measured):
 
     held: Coded = field(default_factory=lambda: coded(Corrected()))
     turns: ClassVar[bool] = True
+    on_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, states: str, *, gamma: float = 0.025) -> MARS:
@@ -223,6 +237,7 @@ class FAdam(Measured):
 
     held: Coded = field(default_factory=lambda: coded(Natural()))
     clip: float = 1.0
+    on_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, states: str, *, clip: float = 1.0) -> FAdam:
@@ -237,7 +252,7 @@ class FAdam(Measured):
 
     def found(self, g: Blocks, s: State, hp: Hyper) -> Found:
         """The floor of the root; then the clip factor, which depends on it."""
-        count = g.shape[0] * g.shape[1] / hp.share
+        count = size(g, hp)
         (norm,) = total(g, hp, squares(g))
         floor = (0.01 * (norm / count).sqrt()).clamp(max=hp.eps).clamp(min=LEAST_EPS).float()
         rate, before = self.numbers(s, hp)[1], self.moment("fisher", g, s, hp)
@@ -246,9 +261,9 @@ class FAdam(Measured):
             rows, old = g.rows(i, j), before.rows(i, j)
             return rows / (torch.addcmul(old, rows * rows - old, rate).sqrt() + floor)
 
-        (size,) = total(g, hp, squares(Blocks(g.shape, natural, g.device)))
-        clip = self.clip * (size / count).sqrt().clamp(min=self.clip).reciprocal()
-        return {"floor": floor, "clip": clip.float()}, norm.isfinite() & size.isfinite()
+        (made,) = total(g, hp, squares(Blocks(g.shape, natural, g.device)))
+        clip = self.clip * (made / count).sqrt().clamp(min=self.clip).reciprocal()
+        return {"floor": floor, "clip": clip.float()}, norm.isfinite() & made.isfinite()
 
 
 @dataclass(frozen=True)
@@ -289,6 +304,7 @@ class Gravity(Measured):
     """
 
     held: Coded = field(default_factory=lambda: coded(Damped()))
+    on_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, states: str) -> Gravity:
@@ -297,6 +313,5 @@ class Gravity(Measured):
 
     def found(self, g: Blocks, s: State, hp: Hyper) -> Found:
         """The largest element."""
-        tops = [g.rows(i, j).abs().amax() for i, j in walk(g.ranges(), g.device)]
-        top = hp.total(torch.stack(tops).amax(), "max")
+        top = hp.total(g.peak(), "max")
         return {"top": top}, top.isfinite()

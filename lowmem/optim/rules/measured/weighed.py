@@ -1,7 +1,6 @@
 """Rules that hold a gradient against the weight itself, and so cannot step inside a subspace.
 
     AdamP   leaves out of a step what only changes the length of a weight whose length is free
-    DoG     takes its rate from how far the weight has come
 
 All sums are found in one pass over the tensor, in double precision. A tensor in which one
 element is not finite takes no step.
@@ -16,14 +15,15 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import Blocks, Dense, Direction
+from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment
 from lowmem.optim.rules.elementwise.adam import Adam
-from lowmem.optim.rules.measured.measured import squares, total
+from lowmem.optim.rules.measured.measured import size
+from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part
@@ -80,6 +80,10 @@ class AdamP(Rule):
         """The codecs' tables."""
         return self.held.constants(shape)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where the moments do: a row is here whole, and sums of all go over all."""
+        return self.held.shards(shape)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find what is left out of each row; the rest is left to the write."""
         _, _, eps, correction1, correction2 = numbers_of(self.held.rule, s["age"] + 1, hp).unbind()
@@ -103,7 +107,7 @@ class AdamP(Rule):
         found = torch.zeros(4, g.shape[0], dtype=torch.float64, device=g.device)
         for i, j in walk(g.ranges(), g.device):
             found[:, i:j] = dots(i, j)
-        share, near, ok = self._share(found, g.shape[1], hp)
+        share, near, ok = self._share(found, g, hp)
         blocks = Blocks(g.shape, lambda i, j: adam(i, j) - share[i:j] * w.rows(i, j), g.device)
         less, usual = hp.vector(1.0 - hp.lr * hp.weight_decay * self.wd_ratio, hp.decay).unbind()
 
@@ -114,17 +118,18 @@ class AdamP(Rule):
 
         return Direction(blocks, decay=torch.where(near, less, usual), ok=ok, commit=commit)
 
-    def _share(self, dots: Tensor, n: int, hp: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+    def _share(self, dots: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor, Tensor]:
         """What of each row's weight is taken out of its step, (m, 1); whether any is; whether all is finite.
 
         Args:
             dots: <g, g>, <g, w>, <w, w> and <u, w> of each row, (4, m) fp64.
-            n: elements of a row.
+            g: the gradient.
         """
         whole = hp.total(dots.sum(1, keepdim=True))
         ok = whole[0, 0] <= LARGEST_MOMENT
-        rows = hp.total(_cosine(dots).amax(), "max") < self.delta / n**0.5
-        tensor = _cosine(whole)[0] < self.delta / (dots.shape[1] * n / hp.share) ** 0.5
+        widest = _cosine(dots).amax() if dots.numel() else whole.new_zeros(())
+        rows = hp.total(widest, "max") < self.delta / g.shape[1] ** 0.5
+        tensor = _cosine(whole)[0] < self.delta / size(g, hp) ** 0.5
         near = (rows | tensor) & (whole[0, 0] > 0.0) & ok
         each, one = (x[3] / (x[2].sqrt() + hp.eps).square().clamp(min=LEAST_SQUARE) for x in (dots, whole))
         share = torch.where(near, torch.where(rows, each, one), 0.0)
@@ -135,67 +140,3 @@ def _cosine(dots: Tensor) -> Tensor:
     """|cos(g, w)| of each column of <g, g>, <g, w> and <w, w>; 0 beside zeros."""
     lengths = (dots[0] * dots[2]).sqrt()
     return torch.where(lengths > 0.0, dots[1].abs() / lengths, 0.0)
-
-
-@dataclass(frozen=True)
-class DoG(Rule):
-    """Descent at a rate of distance over gradients (arXiv 2302.12022), tensor by tensor: the paper's L-DoG.
-
-        H = G + wd W;  r <- max(r, |W - W_0|),  reps_rel (1 + |W_0|) at first;  s <- s + |H|^2
-        W <- W - lr r / sqrt(s) H
-
-    lr is a factor: leave it at 1, without a schedule. Sums over the whole model, as in plain DoG, would need
-    every gradient before the first weight moves. Decay is part of the gradient, as published. Nothing
-    begins before the first one that is not zero. The paper evaluates an average of iterates.
-    Bytes for an (m, n) weight: its copy in its own precision, fp32 at most, and 16.
-
-    Args:
-        reps_rel: the first distance, in units of the weight's length, above 0.
-
-    Raises:
-        UserError: a distance of 0 or less.
-
-    Example:
-        >>> sorted(DoG().init(torch.zeros(3, 5)))
-        ['distance', 'initial', 'squares']
-    """
-
-    reps_rel: float = 1e-6
-    reads_weight: ClassVar[bool] = True
-    own_decay: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not self.reps_rel > 0.0:
-            raise UserError(f"dog: reps_rel is above 0, got {self.reps_rel}")
-
-    @property
-    def uses(self) -> frozenset[str]:
-        """Neither."""
-        return frozenset()
-
-    def init(self, x: Tensor) -> State:
-        """A place for the first weight, and both numbers."""
-        dtype = x.dtype if x.dtype.itemsize < 4 else torch.float32
-        numbers = {
-            key: torch.zeros((), dtype=torch.float64, device=x.device) for key in ("distance", "squares")
-        }
-        return {"initial": torch.zeros(x.shape, dtype=dtype, device=x.device), **numbers}
-
-    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
-        """Move both numbers; remember the weight until there is a gradient to begin with."""
-        w, start, wd = hp.weight, Dense(s["initial"]), hp.weight_decay
-        h = Blocks(g.shape, lambda i, j: g.rows(i, j) + wd * w.rows(i, j), g.device) if wd else g
-        apart = Blocks(g.shape, lambda i, j: w.rows(i, j) - start.rows(i, j), g.device)
-        square, length, way = total(g, hp, squares(h), squares(w), squares(apart))
-        ok, began = square.isfinite(), s["squares"] > 0.0
-        held = s["initial"].view(g.shape)
-        for i, j in walk(g.ranges(), g.device):
-            held[i:j] = torch.where(began, held[i:j], w.rows(i, j).to(held.dtype))
-        first = self.reps_rel * (1.0 + length.sqrt())
-        distance = torch.where(began, torch.maximum(s["distance"], way.sqrt()), first)
-        s["distance"].copy_(torch.where(ok, distance, s["distance"]))
-        s["squares"].add_(torch.where(ok, square, 0.0))
-        rate = torch.where(
-            s["squares"] > 0.0, s["distance"] / s["squares"].sqrt().clamp(min=LEAST_SQUARE), 0.0
-        )
-        return Direction(h, lr=hp.lr * rate, decay=hp.vector(1.0)[0], ok=ok)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem.config import RunConfig
 from lowmem.report.document import plain
-from lowmem.training.contenders import Contender
+from lowmem.training.comparing.contenders import Contender
 
 Outcome = Mapping[str, Any]
 Job = tuple[Contender, RunConfig, Outcome | None]
