@@ -44,7 +44,7 @@ class Bars(Console):
 
     def __init__(self) -> None:
         console = render.err_console()
-        self._live = console.is_terminal
+        self._live = console.is_terminal and render.speaks()
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -20,7 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -88,7 +88,7 @@ class Guarded(TyperGroup):
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         atexit.register(gc.freeze)  # or the interpreter looks for cycles in all that was imported: 2 s
-        sys.exit(_exit_code(run))
+        return _leave(_exit_code(run))
 
 
 def _exit_code(run: Callable[[], Any]) -> int:
@@ -183,15 +183,31 @@ def _quiet(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+_joined = False
+"""Whether this process was one of several."""
+
+
 @contextmanager
 def _parting() -> Iterator[None]:
-    """Leave the other processes in order, if there are any: threads of a group that outlive Python abort."""
+    """Leave the other processes in order, if there are any."""
+    global _joined
     try:
         yield
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            _joined = True
             distributed.destroy_process_group()
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; threads of a group may outlive it, and abort where the interpreter ends under them."""
+    if not _joined:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _version(wanted: bool) -> None:

@@ -39,7 +39,8 @@ def command(
 
     with Bars() as progress:
         result = recipe.finetune(run, progress=progress)
-    render.emit(result, None if as_json else _tables(result, run), as_json)
+    if render.speaks():
+        render.emit(result, None if as_json else _tables(result, run), as_json)
     if ruined := result.get("nonfinite_weights"):
         raise UserError(
             f"the model in {result['output_dir']} is ruined: {len(ruined)} tensors hold numbers that are not "

@@ -120,9 +120,15 @@ def stream(text: str) -> None:
     target.flush()
 
 
+def speaks() -> bool:
+    """Whether this process tells what happens: of several that `torchrun` starts the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
     """Print one note to stderr."""
-    err_console().print(Text(line(text)))
+    if speaks():
+        err_console().print(Text(line(text)))
 
 
 def warning(text: str) -> None:

@@ -16,7 +16,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": True},
     "clipping": {"clip": "global", "max_grad_norm": 1.0},
     "fp16 with loss scaling": {"fp16": True},
-    "FSDP": {"fsdp": "full_shard"},
+    "FSDP2": {"fsdp": True},
+    "low-rank exchange of copies": {"gradient_sync": "low_rank", "clip": "none"},
 }
 
 

@@ -172,6 +172,7 @@ class RunConfig:
     gradient_release: bool = _knob(
         False, "Memory", "step each tensor inside the backward pass and free its gradient"
     )
+    fsdp: bool = _knob(False, "Memory", "spread weights over the processes of torchrun (FSDP2)")
 
     steps: int | None = _knob(None, "Run", "optimizer steps; one epoch when neither is given", least=1)
     epochs: float | None = _knob(None, "Run", "passes over the data, instead of steps", above=0, below=1e6)

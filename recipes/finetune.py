@@ -45,7 +45,8 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
         KeyboardInterrupt: Ctrl-C; during training its checkpoint is saved first.
     """
     from lowmem.models.quiet import quiet, threads
-    from lowmem.training.folder.output import begin, check_model_stays, claim
+    from lowmem.training.folder.output import begin, check_model_stays
+    from lowmem.training.ranks.processes import claimed
     from lowmem.training.zeroth.usual import settled
 
     console = progress or Console()
@@ -53,15 +54,17 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
     with quiet(), threads(config.threads), _closing(console):
         args = arguments(config)
         config = settled(config)
+        console = console if args.should_save else Console()  # of several processes the first one speaks
         check_model_stays(folder, config.model, config.overwrite)
-        with claim(folder, resume=config.resume, overwrite=config.overwrite) as (start, notes):
+        with claimed(args, resume=config.resume, overwrite=config.overwrite) as (start, notes):
             for note in notes:
                 console.say(note)
             trainer = prepare(config, args, console)
             trainer.resume_path(str(start) if start else None)  # refuses another run's before it is touched
             before = _measure(trainer, config, console, "before")
             resolved = dataclasses.replace(config, output_dir=str(folder), resume=False, overwrite=False)
-            begin(folder, dump(resolved), overwrite=config.overwrite)
+            if args.should_save:
+                begin(folder, dump(resolved), overwrite=config.overwrite)
             measured = _train(config, trainer, start, console)
             after = _measure(trainer, config, console, "after")
             result = _result(config, trainer, measured, before, after, start)
@@ -119,6 +122,8 @@ def arguments(config: RunConfig) -> Any:
         "fp16": config.autocast == "float16",
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
+        "fsdp": config.fsdp or None,
+        "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"} if config.fsdp else None,
         "report_to": config.report_to,
         "disable_tqdm": True,
     }
@@ -232,11 +237,14 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
     if config.eval_steps:
         trainer.add_callback(HeldOut(trainer, config.eval_steps, config.early_stopping, config.keep_best))
     profiler = Profiler(of_run(config), config.model, _run(config), folder=config.output_path)
+    measured = config.report and trainer.args.world_size == 1
+    if config.report and not measured:
+        console.say("several processes: memory is not measured, `lowmem plan` says what one holds")
     console.start("train", config.steps)
     began = time.perf_counter()
     try:
         with ExitStack() as stack:
-            if config.report:
+            if measured:
                 stack.enter_context(profiler.on(trainer))
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     except KeyboardInterrupt as stopped:
@@ -251,7 +259,7 @@ def _train(config: RunConfig, trainer: Any, start: Path | None, console: Console
     return {
         "seconds": seconds,
         "peak": peak,
-        "profile": _profile(profiler, console) if config.report else None,
+        "profile": _profile(profiler, console) if measured else None,
     }
 
 
@@ -290,8 +298,10 @@ def _result(
     from lowmem.training.folder.saving import nonfinite_weights
 
     answered = zip(config.prompt, before["answers"], after["answers"], strict=True)
+    ranks = trainer.args.world_size if trainer.is_fsdp_enabled else 1
     adamw = {
-        dtype: model_state_bytes(create("adamw", states=dtype), trainer.model) for dtype in ("fp32", "bf16")
+        dtype: model_state_bytes(create("adamw", states=dtype), trainer.model, ranks=ranks)
+        for dtype in ("fp32", "bf16")
     }
     return {
         "model": config.model,
@@ -305,7 +315,7 @@ def _result(
         "resumed_from": start.name if start else None,
         "seconds": measured["seconds"],
         "state_bytes": trainer.lowmem_optimizer.state_bytes(),
-        "nonfinite_elements": trainer.lowmem_optimizer.nonfinite(),
+        "nonfinite_elements": trainer.nonfinite(),
         "nonfinite_weights": nonfinite_weights(trainer.model),
         "adamw_state_bytes": adamw,
         "peak_bytes": measured["peak"],
@@ -325,6 +335,9 @@ def _write(
     from lowmem.training.plot import DARK, loss_curve
 
     console.start("write")
+    if not trainer.args.should_save:
+        trainer.save_model()  # its rows, which the first process writes
+        return
     folder = config.output_path
     profile = profile or earlier_report(folder, result["steps"])  # a finished run has no step left to measure
     of_results = {key: result[key] for key in ("strategy", "steps", "nonfinite_weights")}

@@ -116,7 +116,6 @@ class LowMemOptimizer(Informed):
     def _derive(self) -> None:
         """Forget what was derived from groups and state."""
         self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
-        self._roster: Roster | None = None
         self._seats: dict[Tensor, Seat] = {}
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
         self._lookup = Lookup()
@@ -125,7 +124,12 @@ class LowMemOptimizer(Informed):
         self._looks: list[Look] = []
         self._switched = -1
         self._at = threading.local()  # hooks of several devices run in threads of their own
-        arrange_(self.roster, self.strategy.rules)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Put aside what rests now, and hold no tensor for it: an engine that shards replaces them."""
+        arrange_(Roster(self.param_groups, self.strategy), self.strategy.rules)
+        self._roster: Roster | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"strategy": self.strategy, "released": False, "_model": None}
@@ -160,9 +164,8 @@ class LowMemOptimizer(Informed):
                 param_group.clear()
                 param_group.update(before)
                 raise
-        self._roster = None
         if hasattr(self, "chunks"):  # torch adds the first ones while the optimizer is made
-            arrange_(self.roster, self.strategy.rules)
+            self._arrange()
 
     @property
     def model(self) -> nn.Module | None:

@@ -97,9 +97,8 @@ class Release:
         if self.optimizer.resting(p):
             p.grad = None
             return
-        rule = self.optimizer.strategy.rules[self.optimizer.rule_name(p)]
-        if (not self.sync or p in self._low) and self._projecting(p, rule):
-            self._accumulate(p, p.grad, rule)
+        if (not self.sync or p in self._low) and projecting(self.optimizer, p):
+            self._accumulate(p, p.grad, self.optimizer.strategy.rules[self.optimizer.rule_name(p)])
             p.grad = None
         if not self.sync:
             return
@@ -107,15 +106,6 @@ class Release:
         if gradient is not None:
             self.optimizer.step_param(p, gradient)
             p.grad = None
-
-    def _projecting(self, p: nn.Parameter, rule: AnyRule) -> bool:
-        """Whether the projected gradient of a tensor suffices in this window."""
-        watched = self.optimizer.strategy.schedule.observes
-        if self._shard is not None or watched or not rule.keeps_sum or not self.optimizer.state.get(p):
-            return False  # of sharded gradients little is held
-        # of a stack, some matrices may be refreshed and others not
-        whole = len(self.optimizer.ready(p)[0].parts) == 1
-        return whole and not (rule.period and self.optimizer.hyper(p).due(rule.period))
 
     def _accumulate(self, p: nn.Parameter, g: Tensor, rule: AnyRule) -> None:
         state = self.optimizer.ready(p)[0].parts[0].state
@@ -164,6 +154,16 @@ class Release:
     def _on_save(self, *_: Any) -> None:
         if self._previous:
             self.optimizer.param_groups[0]["previous_norm"] = self.grad_norm()
+
+
+def projecting(optimizer: LowMemOptimizer, p: nn.Parameter) -> bool:
+    """Whether the projected gradient of a tensor suffices for its next step."""
+    rule, watched = optimizer.strategy.rules[optimizer.rule_name(p)], optimizer.strategy.schedule.observes
+    if optimizer.place(p).shard is not None or watched or not rule.keeps_sum or not optimizer.state.get(p):
+        return False  # of sharded gradients little is held
+    # of a stack, some matrices may be refreshed and others not
+    whole = len(optimizer.ready(p)[0].parts) == 1
+    return whole and not (rule.period and optimizer.hyper(p).due(rule.period))
 
 
 def release(

@@ -199,6 +199,14 @@ def local(x: Tensor) -> Tensor:
     return own
 
 
+def gathered(x: Tensor) -> Tensor:
+    """All of a tensor, on every rank; one that is not spread as it is."""
+    if not hasattr(x, "device_mesh"):
+        return x
+    whole: Tensor = cast("Any", x).full_tensor()
+    return whole
+
+
 _KNOWN: Any = WeakIdKeyDictionary()
 """The rows of parameters that were asked for before: finding them takes as long as a small kernel."""
 

@@ -25,10 +25,13 @@ from transformers import TrainingArguments
 
 from lowmem.errors import ConfigError, UserError, nearest
 from lowmem.optim.tensors.checks import idle
+from lowmem.training.ranks.low_rank_sync import of_exchange
+from lowmem.training.ranks.sharding import of_arguments
 
 if TYPE_CHECKING:
     from lowmem.optim.strategy import Strategy
 
+SYNC = ("whole", "low_rank")
 CLIP = ("auto", "none", "global", "tensor", "previous")
 COMPILE = ("auto", "on", "off")
 
@@ -60,6 +63,14 @@ class LowMemFields:
         metadata={"help": "Compile the optimizer step; auto: where it pays.", "choices": list(COMPILE)},
     )
 
+    gradient_sync: str = field(
+        default="whole",
+        metadata={
+            "help": "What copies of a model on several processes exchange: whole gradients, or, where a "
+            "subspace method needs no more, their projections (low_rank).",
+            "choices": list(SYNC),
+        },
+    )
     nonfinite_limit: int = field(
         default=5,
         metadata={"help": "End when the loss is not finite for so many steps in a row; 0: never."},
@@ -147,7 +158,7 @@ def check(args: Any) -> list[str]:
     """
     problems = [
         f"{name}: {getattr(args, name)!r} is not allowed; {nearest(str(getattr(args, name)), allowed)}"
-        for name, allowed in (("clip", CLIP), ("compile", COMPILE))
+        for name, allowed in (("clip", CLIP), ("compile", COMPILE), ("gradient_sync", SYNC))
         if getattr(args, name) not in allowed
     ]
     if args.nonfinite_limit < 0:
@@ -159,6 +170,8 @@ def check(args: Any) -> list[str]:
         return [f"optim: {error}", *problems]
     betas = (args.adam_beta1, args.adam_beta2)
     problems += idle(args.optim, strategy.rules.values(), betas=betas, eps=args.adam_epsilon)
+    if args.gradient_sync == "low_rank":
+        problems += of_exchange(args, strategy, clips=_clips(args))
     return problems + (_released(args, strategy) if strategy.source.needs_autograd else _gradient_free(args))
 
 
@@ -171,13 +184,7 @@ def _engines(args: Any) -> list[str]:
     rules = [
         (
             args.deepspeed,
-            "deepspeed: it flattens parameters, a strategy needs their shapes; shard with fully_shard "
-            "instead, in a loop of your own",
-        ),
-        (
-            args.fsdp,
-            "fsdp: the Trainer does not shard yet; leave it out and train with plain DDP, or shard the model "
-            "with torch.distributed.fsdp.fully_shard in a loop of your own",
+            "deepspeed: it flattens parameters, a strategy needs their shapes; shard with fsdp=True instead",
         ),
         (
             args.optim_target_modules,
@@ -188,7 +195,7 @@ def _engines(args: Any) -> list[str]:
             "hub_strategy: a checkpoint is renamed when it is whole, an upload of it would break; use 'end'",
         ),
     ]
-    return [text for broken, text in rules if broken]
+    return [text for broken, text in rules if broken] + of_arguments(args)
 
 
 def _released(args: Any, strategy: Strategy) -> list[str]:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lowmem.console import Console
 from lowmem.models.loss import IGNORE
+from lowmem.training.ranks.processes import own_batches, summed
 
 _SHOWN = {  # what TRL's evaluations call it -> here
     "eval_loss": "loss",
@@ -56,14 +57,18 @@ def held_out_loss(trainer: Any, console: Console | None = None) -> float:
     """Mean loss per label token over a trainer's evaluation rows, without dropout.
 
     Args:
-        trainer: one whose `compute_loss` divides by `num_items_in_batch`.
+        trainer: one whose `compute_loss` divides by `num_items_in_batch`; its processes share the rows.
         console: told after each batch.
     """
-    total, items = 0.0, 0
-    for inputs in evaluation_batches(trainer, console):
+    whole, tokens, scaled = 0.0, 0, 1
+    if trainer.args.average_tokens_across_devices:
+        scaled = trainer.args.world_size
+    for inputs, counts in _batches(trainer, console):
         with trainer.compute_loss_context_manager():
-            total += float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=1))
-        items += int((inputs["labels"][..., 1:] != IGNORE).sum())
+            loss = float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=1)) / scaled
+        whole += loss if counts else 0.0
+        tokens += int((inputs["labels"][..., 1:] != IGNORE).sum()) if counts else 0
+    total, items = summed(trainer, whole, tokens)
     return total / max(items, 1)
 
 
@@ -73,15 +78,23 @@ def evaluation_batches(trainer: Any, console: Console | None = None) -> Iterator
     Args:
         trainer: with evaluation rows; console: told after each batch.
     """
+    for inputs, _ in _batches(trainer, console):
+        yield inputs
+
+
+def _batches(trainer: Any, console: Console | None) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Those of this process, and whether they count."""
+    trainer.shard()
     model, was = trainer.model, trainer.model.training
     model.eval()
     try:
-        for count, batch in enumerate(trainer.get_eval_dataloader(), start=1):
+        for count, (batch, counts) in enumerate(own_batches(trainer), start=1):
             with torch.no_grad():
-                yield trainer._prepare_inputs(batch)
+                yield trainer._prepare_inputs(batch), counts
             if console is not None:
                 console.advance(count, {})
     finally:
+        trainer.reshard()
         model.train(was)
         getattr(trainer, "_metrics", {"eval": {}})["eval"].clear()
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ from lowmem.errors import ConfigError
 from lowmem.models.scoring import with_score
 from lowmem.training import scored
 from lowmem.training.arguments import TRL, build_strategy
+from lowmem.training.ranks.sharding import ALONE
 from lowmem.training.trainer import LowMemMixin, LowMemSFTTrainer
 
 OTHERS = tuple(task for task in TRL if task != "sft")
@@ -105,6 +107,8 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
         problems.append(no_gradient(config.optim) if source.needs_autograd else unknown(config.objective))
     if config.autocast == "float16" and not cuda:
         problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
+    if config.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        problems.append(ALONE)
     if found := [problem for problem in problems if problem]:
         raise ConfigError(found)
 

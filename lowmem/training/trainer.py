@@ -27,28 +27,32 @@ from lowmem.models.attention import applies, attend_by_example
 from lowmem.models.int8.convert import late
 from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.shards import gathered
 from lowmem.optim.tensors import resting
 from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.curvature import tell_curvature
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
+from lowmem.training.ranks.sharding import Sharded, of_run, refuse_alone, refuse_masters
 from lowmem.training.zeroth.scales import admitted
 from lowmem.training.zeroth.steps import ZerothOrder
 
 if TYPE_CHECKING:
     from lowmem.optim.release import Release
+    from lowmem.training.ranks.low_rank_sync import LowRankSync
 
 __all__ = ["LowMemMixin", "LowMemSFTTrainer", "LowMemTrainer", "hf_optimizer"]  # noqa: F822 (made on first use)
 
 
-class LowMemMixin(ZerothOrder, WholeCheckpoints):
+class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
     """What a Hugging Face trainer needs to run any strategy; mix in before the trainer."""
 
     optimizer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         refuse_foreign(kwargs)
+        refuse_alone(kwargs.get("args", args[1] if len(args) > 1 else None))
         with admitted(*args, **kwargs):
             super().__init__(*args, **kwargs)
         if not isinstance(self.args, LowMemFields):
@@ -57,6 +61,7 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
         self._strategy = self.args.strategy()
         self._clip = self.args.clip_policy
         self._release: Release | None = None
+        self._sync: LowRankSync | None = None
         self._told_state = False
         self._projected_norm: float | None = None
         self._steps: int | None = None
@@ -74,9 +79,12 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
         """Make the strategy's optimizer with the arguments' lr, betas, eps, weight decay and decay groups."""
         if self.optimizer is None:
             args = self.args
-            refuse_half(self.model if model is None else model, args.fp16)
+            owner = self.model if model is None else model
+            refuse_half(owner, args.fp16)
+            if self.is_fsdp_enabled:
+                refuse_masters(owner, self.accelerator)
             self.optimizer = make_optimizer(
-                self.model if model is None else model,
+                owner,
                 self._strategy,
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),
@@ -126,13 +134,13 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
             norm = self._release.grad_norm()
             self._projected_norm = norm if self._release.projected else None
             return None if self._release.projected else norm
-        if not self._strategy.source.needs_autograd:
+        if not self._strategy.source.needs_autograd or self._sync is not None:
             return None
         if grad_norm is None:
             # the stock way clips by infinity, and so multiplies every gradient by NaN where one is not finite
             self.accelerator.unscale_gradients()
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            return torch.nn.utils.get_total_norm(gradients)
+            return gathered(torch.nn.utils.get_total_norm(gradients))
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -143,7 +151,9 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
                 logs["optimizer_state_bytes"] = self.lowmem_optimizer.state_bytes()
             if self._projected_norm is not None:
                 logs["projected_grad_norm"] = self._projected_norm
-            if skipped := self.lowmem_optimizer.nonfinite():
+            if self._sync is not None:
+                logs["gradient_bytes_sent"] = self._sync.last
+            if skipped := self.nonfinite():
                 logs["nonfinite_elements"] = skipped
         super().log(logs, start_time)  # type: ignore[misc]
 
@@ -185,12 +195,16 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints):
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Attach the hooks of gradient release once model and optimizer are what they will be."""
         self._steps = max_steps
-        with self._without_wrapper():
+        with self._without_wrapper(), self._spreading():
             result = super()._prepare_for_training(max_steps, *args, **kwargs)  # type: ignore[misc]
         if said := late(self.model, self._strategy, self.args.learning_rate, max_steps):
             self.tell(said)
         self._begin_log()
         resting.arrange_(self.lowmem_optimizer.roster, self._strategy.rules)
+        if self.args.gradient_sync == "low_rank" and self._sync is None:
+            from lowmem.training.ranks.low_rank_sync import low_rank_sync
+
+            self._sync = low_rank_sync(self.model_wrapped, self.lowmem_optimizer)
         if self.args.gradient_release:
             from lowmem.optim.release import release
 
@@ -300,18 +314,17 @@ def _engine_problems(trainer: Any) -> list[str]:
     """What only the trainer knows of the devices it runs on."""
     name, args = trainer._strategy.name, trainer.args
     by_values = not trainer._strategy.source.needs_autograd  # several processes exchange losses
-    alone = (
-        args.gradient_release
-        or bool(trainer._strategy.asks)
-        or trainer._strategy.turns
-        or (by_values and args.n_gpu > 1)
-    )
+    copied = not trainer.is_fsdp_enabled and (args.gradient_release or trainer._strategy.turns)
+    alone = copied or bool(trainer._strategy.asks) or (by_values and args.n_gpu > 1)
     what = "gradient_release" if args.gradient_release else name
     rules = [
-        (trainer.is_deepspeed_enabled, f"deepspeed: it flattens parameters, {name} needs their shapes"),
         (
-            trainer.is_fsdp_enabled,
-            "fsdp: the Trainer does not shard yet; train with plain DDP, or call fully_shard in a loop",
+            trainer.is_deepspeed_enabled,
+            f"deepspeed: it flattens parameters, {name} needs their shapes; shard with fsdp=True instead",
+        ),
+        (
+            args.gradient_sync == "low_rank" and args.world_size < 2,
+            "gradient_sync: there is one process, which exchanges nothing; leave it out, or start several",
         ),
         (
             alone and (args.world_size > 1 or args.n_gpu > 1),
@@ -319,4 +332,4 @@ def _engine_problems(trainer: Any) -> list[str]:
             "start one process and make one GPU visible with CUDA_VISIBLE_DEVICES",
         ),
     ]
-    return [text for broken, text in rules if broken]
+    return [text for broken, text in rules if broken] + of_run(trainer)

@@ -238,3 +238,16 @@ def test_durations(value: Any, text: str) -> None:
 def test_a_document_takes_plain_values_only() -> None:
     with pytest.raises(TypeError, match="object does not belong in a JSON document"):
         render.plain({"a": object()})
+
+
+def test_one_of_several_processes_leaves_without_the_interpreters_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Threads of a process group would abort it; what is registered for the end still runs."""
+    app = importlib.import_module("lowmem.cli.app")
+    seen: list[Any] = []
+    monkeypatch.setattr(app, "_joined", True)
+    monkeypatch.setattr(app.atexit, "_run_exitfuncs", lambda: seen.append("registered"))
+    monkeypatch.setattr(app.os, "_exit", seen.append)
+    app._leave(3)
+    assert seen == ["registered", 3]

@@ -61,6 +61,7 @@ OTHER: dict[str, Any] = {
     "activation_offload": True,
     "few_bit": 3,
     "gradient_release": True,
+    "fsdp": True,
     "steps": 9,
     "epochs": 0.5,
     "batch_size": 3,
@@ -86,6 +87,7 @@ OTHER: dict[str, Any] = {
 }
 APART = (
     ("epochs", "overwrite", "objective", "activation_offload", "few_bit"),
+    ("epochs", "fsdp"),
     ("epochs", "weights", "int8_embeddings", "keep_int8"),
 )
 """Left out of the first part, and each beside little else."""

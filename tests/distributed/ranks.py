@@ -1,56 +1,56 @@
-"""Several processes that do one task together."""
+"""Several processes that do one task together, forked from one that has imported what they need."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 300
-"""Seconds for one start."""
 
 
 def together(task: str, ranks: int, given: Path) -> list[str]:
-    """What all ranks found wrong with a task of `worker`.
+    """What all ranks found wrong with a task of `worker` or `forker`.
 
     Args:
         task: its name; ranks: processes; given: the folder that it reads.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        started = [_start(task, rank, ranks, given, folder, environment) for rank in range(ranks)]
-        try:
-            _wait(started)
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-        logs = "\n".join((folder / f"log{rank}").read_text()[-2000:] for rank in range(ranks))
-        assert all(process.returncode == 0 for process in started), logs
+        assert not any(ended(task, ranks, given, folder)), logs(folder)
         found = [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(ranks)]
     return [f"rank {rank}: {line}" for rank, lines in enumerate(found) for line in lines]
 
 
-def _start(
-    task: str, rank: int, ranks: int, given: Path, folder: Path, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.distributed.worker", task, str(rank), str(ranks)]
-    with (folder / f"log{rank}").open("wb") as log:
-        return subprocess.Popen(
-            [*command, str(given), str(folder)], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
+def ended(task: str, ranks: int, given: Path, folder: Path) -> list[int]:
+    """How each rank ended, as `os.waitstatus_to_exitcode` says it; where one fails the others are killed."""
+    forker = _forker()
+    assert forker.stdin is not None
+    assert forker.stdout is not None
+    forker.stdin.write(json.dumps([task, ranks, str(given), str(folder)]) + "\n")
+    forker.stdin.flush()
+    codes: list[int] = json.loads(forker.stdout.readline())
+    return codes
 
 
-def _wait(started: list[subprocess.Popen[bytes]]) -> None:
-    """Until all are done, or one has failed."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end and any(process.poll() is None for process in started):
-        if any(process.poll() not in (None, 0) for process in started):
-            return
-        time.sleep(0.2)
+def logs(folder: Path) -> str:
+    """The last lines that each rank printed."""
+    return "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in sorted(folder.glob("log*")))
+
+
+@functools.cache
+def _forker() -> subprocess.Popen[str]:
+    """The process that forks; it ends with this one, whose end of the pipe is closed then."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "trainer")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.forker"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )

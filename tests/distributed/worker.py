@@ -1,10 +1,8 @@
-"""One of several processes: python -m tests.distributed.worker TASK RANK RANKS GIVEN FOLDER."""
+"""Steps of ranks that hold the rows of weights, against one device; and their tasks by name."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -105,20 +103,3 @@ TASKS: dict[str, Task] = {
     "save": resharding.save_all,
     "load": resharding.load_all,
 }
-
-
-def main(task: str, rank: int, ranks: int, given: Path, folder: Path) -> None:
-    """Do a task on what is given, and leave what was found wrong in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    try:
-        found = TASKS[task](given, init_device_mesh("cpu", (ranks,)))
-        (folder / f"found{rank}.json").write_text(json.dumps(found))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))
-    os._exit(0)  # threads of gloo that ask for the interpreter while it ends abort the process

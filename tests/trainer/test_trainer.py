@@ -9,7 +9,7 @@ from tiny_models import tiny
 from tiny_runs import Rows, assert_equal, keep_only, logged, stock, trainer, weights
 
 from lowmem import create, hf_optimizer
-from lowmem.errors import CheckpointError, UserError
+from lowmem.errors import CheckpointError, ConfigError, UserError
 from lowmem.memory.count import model_state_bytes
 from lowmem.strategies import parse_options
 from lowmem.training.arguments import LowMemArguments
@@ -386,13 +386,23 @@ def test_hf_optimizer_refuses_what_a_stock_trainer_cannot_do():
         hf_optimizer("mezo", lr=1e-6)
 
 
-def test_engines_that_only_the_run_knows_of_are_refused():
-    args = SimpleNamespace(gradient_release=False, world_size=2, n_gpu=1)
+def test_engines_that_only_the_run_knows_of_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"fsdp: there is one process.*torchrun"):
+        trainer(tmp_path, fsdp=True)
+    args = SimpleNamespace(gradient_release=False, gradient_sync="whole", fsdp=True, world_size=2, n_gpu=1)
+    state = SimpleNamespace(distributed_type="MULTI_CPU", fsdp_plugin=SimpleNamespace(fsdp_version=1))
     run = SimpleNamespace(
-        _strategy=create("mezo"), args=args, is_deepspeed_enabled=True, is_fsdp_enabled=True
+        _strategy=create("mezo"),
+        args=args,
+        accelerator=SimpleNamespace(state=state),
+        is_deepspeed_enabled=True,
+        is_fsdp_enabled=True,
     )
-    assert [problem.split(":")[0] for problem in _engine_problems(run)] == ["deepspeed", "fsdp"]
+    assert [problem.split(":")[0] for problem in _engine_problems(run)] == ["deepspeed", "fsdp_version"]
     run.is_deepspeed_enabled = run.is_fsdp_enabled = False
+    (ignored,) = _engine_problems(run)  # accelerate shards nothing between processes on CPUs
+    assert ignored.startswith("fsdp: accelerate shards between cards only, here it made MULTI_CPU of 2,")
+    args.fsdp = False
     assert _engine_problems(run) == []  # several processes exchange their losses
     args.world_size, args.n_gpu = 1, 2  # one process that would spread a batch over its devices
     assert [problem.split(";")[0] for problem in _engine_problems(run)] == [

@@ -24,7 +24,6 @@ from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import trains
 from lowmem.optim.tensors.outside import Outside
-from lowmem.optim.tensors.resting import arrange_
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
 from lowmem.optim.terms.state import State
@@ -156,6 +155,10 @@ class Resumable(torch.optim.Optimizer):
         """Told by the optimizer itself."""
         raise NotImplementedError
 
+    def _arrange(self) -> None:
+        """Put aside what rests now."""
+        raise NotImplementedError
+
     def resting(self, p: Tensor) -> bool:
         """Whether a parameter takes no part in the next step."""
         return self.strategy.rules[self.roster.rule_at(p, self.roster[p].group["step"])].idle
@@ -172,7 +175,7 @@ class Resumable(torch.optim.Optimizer):
         """
         with NEUTRAL.entered(), Loading(self.strategy).around(self):
             super().load_state_dict(dict(state_dict))
-        arrange_(self.roster, self.strategy.rules)
+        self._arrange()
 
 
 def laid_out(value: Tensor, like: Tensor, device: torch.device) -> Tensor:

@@ -21,11 +21,13 @@ from typing import Any
 
 from lowmem.errors import CheckpointError
 from lowmem.models.sealed import about, added, broken, discard, files, ours
+from lowmem.training.folder.forms import form_of
 from lowmem.training.folder.lock import BusyError, held
 from lowmem.training.folder.staging import fresh, recover
 
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
-"""Without these a resumed run would be another run; several processes write rng_state_0.pth and so on."""
+"""Without these a resumed run would be another run; several processes write rng_state_0.pth and so on,
+and those of a sharded model an optimizer of another form."""
 
 
 def damage(folder: Path) -> str | None:
@@ -35,8 +37,9 @@ def damage(folder: Path) -> str | None:
     if more := added(folder):
         return f"{more[0]} was added to it"
     listing = files(folder)
-    single = {"rng_state.pth"} if "rng_state_0.pth" in listing else set()
-    absent = [name for name in REQUIRED if name not in {*listing, *single}]
+    others = {"rng_state.pth"} if "rng_state_0.pth" in listing else set()
+    others |= {"optimizer.pt"} if form_of(listing) else set()
+    absent = [name for name in REQUIRED if name not in {*listing, *others}]
     return f"it was saved without {', '.join(absent)}" if absent else None
 
 

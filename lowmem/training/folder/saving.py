@@ -24,6 +24,7 @@ from lowmem.models.int8 import files as int8
 from lowmem.models.int8.convert import weights
 from lowmem.optim.evaluated import evaluated
 from lowmem.optim.int8.tensor import Int8Weight
+from lowmem.optim.shards import local, shard_of
 from lowmem.optim.tensors.marks import trains
 from lowmem.training.callbacks import Divergence
 from lowmem.training.folder import checkpoint, settings
@@ -66,7 +67,8 @@ class WholeCheckpoints:
         """What a checkpoint of this run belongs to: strategy, options, what is trained, and how."""
         config = self._strategy.to_config()
         named = self._strategy.source.trained(self.model)
-        shapes = {n: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
+        names = {n: n.replace("_checkpoint_wrapped_module.", "") for n, _ in named}
+        shapes = {names[n]: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}" for n, p in named}
         return {
             "strategy": config["name"] or config["parts"],
             "options": config["options"],
@@ -132,7 +134,7 @@ class WholeCheckpoints:
         """Save the model; an adapter names its base by what others can load it by."""
         with int8.writing(self.model, keep=self._codes):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
-        if self.base is not None:
+        if self.base is not None and self.args.should_save:
             name_base(Path(output_dir or self.args.output_dir), self.base)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -222,7 +224,7 @@ class WholeCheckpoints:
         """Point the Trainer at the staging folder; a failed save leaves nothing and says why."""
         self._staging = staging(run_dir)
         self._clear()
-        self.accelerator.wait_for_everyone()
+        self._meet(self._staging)
         try:
             yield self._staging / target.name
         except Exception as error:
@@ -232,6 +234,20 @@ class WholeCheckpoints:
         finally:
             self._clear()
             self._staging = None
+
+    def _meet(self, folder: Path) -> None:
+        """Wait for the other processes, if there are any, and see that all write to one folder."""
+        if self.args.world_size == 1:
+            return
+        if self.args.should_save:
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        blind = torch.tensor(0.0 if folder.is_dir() else 1.0, device=self.args.device)
+        if self.accelerator.reduce(blind, "sum"):
+            raise UserError(
+                f"output_dir: {folder.parent} is not one folder for all {self.args.world_size} processes: "
+                "a checkpoint is written by all of them; name one on a file system that they share"
+            )
 
     def _clear(self) -> None:
         if self._staging and self.args.should_save:
@@ -258,11 +274,18 @@ class WholeCheckpoints:
 
 
 def nonfinite_weights(model: nn.Module) -> list[str]:
-    """Names of the trainable tensors that hold a number that is not finite."""
+    """Names of the trainable tensors that hold a number that is not finite, here or on another rank."""
     named = [(n, p) for n, p in model.named_parameters() if trains(p) and p.numel()]
-    seen = [p.scale if isinstance(p, Int8Weight) else p.detach() for _, p in named]  # codes always are
-    bounds = [torch.stack(torch.aminmax(x)).isfinite().all() for x in seen]  # NaN wins over both
-    return [name for (name, _), finite in zip(named, bounds, strict=True) if not finite]
+    seen = [p.scale if isinstance(p, Int8Weight) else local(p.detach()) for _, p in named]  # codes always are
+    ruined = [float(own.numel() > 0 and not _finite(own)) for own in seen]
+    shard = next((found for _, p in named if (found := shard_of(p))), None)
+    if shard is not None:
+        ruined = shard.total(torch.tensor(ruined, device=named[0][1].device)).tolist()
+    return [name for (name, _), count in zip(named, ruined, strict=True) if count]
+
+
+def _finite(x: torch.Tensor) -> bool:
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())  # NaN wins over both
 
 
 def _no_room(target: Path, error: BaseException) -> str:

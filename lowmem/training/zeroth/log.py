@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError, first_line
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.shards import gathered
 from lowmem.optim.strategy import Strategy
 from lowmem.sources.slopes import Along, Slope
 
@@ -192,7 +193,8 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            whole = gathered(tensor.detach()).contiguous().cpu()
+            digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

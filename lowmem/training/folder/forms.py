@@ -1,0 +1,141 @@
+"""The forms in which a checkpoint holds weights and optimizer, and how a run reads another's.
+
+    plain     model.safetensors, optimizer.pt              one process, or copies of the model
+    full      pytorch_model_fsdp.bin, optimizer.bin        sharded over ranks, gathered on the first
+    sharded   pytorch_model_fsdp_0/, optimizer_0/          sharded over ranks, each wrote its rows
+
+A run that is sharded writes one of the last two, and the stock Trainer reads only the form that it
+would write. Tensors of all three have the same names and bits, so any run reads any of them:
+those of a folder are put into tensors placed as the run's are, by torch.distributed.checkpoint.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem.errors import CheckpointError
+from lowmem.optim.optimizer import LowMemOptimizer
+
+OPTIMIZERS = {"plain": "optimizer.pt", "full": "optimizer.bin", "sharded": "optimizer_0/.metadata"}
+"""The file of the optimizer by which a form is known."""
+WEIGHTS = {"full": "pytorch_model_fsdp.bin", "sharded": "pytorch_model_fsdp_0"}
+
+
+def form_of(listing: Collection[str]) -> str | None:
+    """The form of a checkpoint with such files; None where it has no optimizer.
+
+    >>> form_of(["model.safetensors", "optimizer.pt"]), form_of(["optimizer_0/.metadata"]), form_of([])
+    ('plain', 'sharded', None)
+    """
+    return next((form for form, name in OPTIMIZERS.items() if name in listing), None)
+
+
+def form_in(folder: Path) -> str | None:
+    """The form of the checkpoint in a folder."""
+    return form_of([name for name in OPTIMIZERS.values() if (folder / name).is_file()])
+
+
+def load_weights_(folder: Path, form: str, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model, whole or sharded; on all ranks together.
+
+    Raises:
+        CheckpointError: tensors of the model are missing in it.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    if form == "sharded":
+        state = {"model": get_model_state_dict(model)}
+        _read(state, folder / WEIGHTS[form])
+        set_model_state_dict(model, state["model"])
+        return
+    held = (_safetensors(folder) if form == "plain" else _pickled(folder / WEIGHTS[form])) if _first() else {}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    options = _whole(strict=False)
+    missing = set(set_model_state_dict(model, held, options=options).missing_keys) - tied
+    if missing and _first():
+        raise CheckpointError(f"{folder} lacks weights of this model, such as {min(missing)}")
+
+
+def load_optimizer_(folder: Path, form: str, model: nn.Module, optimizer: LowMemOptimizer) -> None:
+    """Put a checkpoint's optimizer state into an optimizer over a model, whole or sharded."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    if form == "sharded":
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        _read(state, folder / Path(OPTIMIZERS[form]).parent)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        return
+    held = _pickled(folder / OPTIMIZERS[form]) if _first() else {}
+    if form == "plain" and held:
+        held = by_name(held)
+    set_optimizer_state_dict(model, optimizer, held, options=_whole())
+
+
+def by_name(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with the names of tensors for their numbers, as ranks exchange it.
+
+    >>> group = {"params": [0], "param_names": ["weight"], "lr": 0.1}
+    >>> by_name({"state": {0: {"age": 1}}, "param_groups": [group]})["state"]
+    {'weight': {'age': 1}}
+    """
+    groups = state["param_groups"]
+    names = {i: name for g in groups for i, name in zip(g["params"], g["param_names"], strict=True)}
+    return {
+        "state": {names[i]: _rows(held) for i, held in state["state"].items()},
+        "param_groups": [{**group, "params": [names[i] for i in group["params"]]} for group in groups],
+    }
+
+
+def _rows(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors row by row in memory: a broadcast sends it as it lies, and others read rows."""
+    return {key: x.contiguous() if isinstance(x, torch.Tensor) else x for key, x in held.items()}
+
+
+def _whole(*, strict: bool = True) -> Any:
+    """Tensors are whole on the first rank, which sends the others theirs."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    several = _ranks() > 1
+    return StateDictOptions(
+        full_state_dict=True, cpu_offload=several, broadcast_from_rank0=several, strict=strict
+    )
+
+
+def _read(state: dict[str, Any], folder: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with warnings.catch_warnings():  # torch says of one process what was asked for
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load(state, checkpoint_id=folder, no_dist=_ranks() == 1)
+
+
+def _safetensors(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def _pickled(path: Path) -> dict[str, Any]:
+    read: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return read
+
+
+def _ranks() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _first() -> bool:
+    import torch.distributed as dist
+
+    return _ranks() == 1 or dist.get_rank() == 0

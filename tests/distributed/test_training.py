@@ -1,0 +1,87 @@
+"""The Trainer and `lowmem finetune` on two ranks with FSDP2 do what one process does, and lose nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_folder import make_model, make_rows
+from typer.testing import CliRunner
+
+import lowmem.cli as cli
+from lowmem.training.folder import checkpoint
+from tests.distributed import training
+from tests.distributed.ranks import ended, logs, together
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process, and what two ranks left beside them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in training.RUNS:
+        run = training.make(name, folder / ("one" if name == "galore" else f"one-{name}"))
+        run.train()
+        told = training.told(run) | {"state_bytes": run.lowmem_optimizer.state_bytes()}
+        torch.save(told, folder / f"{name}.pt")
+    return folder
+
+
+def test_sharded_runs_are_those_of_one_process_and_resume_exactly(runs: Path) -> None:
+    assert together("train", 2, runs) == []
+    for kind in (training.SHARDED, training.FULL):
+        left = runs / f"whole-{kind}" / f"checkpoint-{training.STEPS}"
+        assert checkpoint.damage(left) is None
+    files = training.settled(runs)
+    assert "optimizer_0/.metadata" in files[training.SHARDED]
+    assert "model.safetensors" in files[training.FULL]
+    for kind in (training.SHARDED, training.FULL):  # one process reads both
+        folder = runs / f"half-{kind}"
+        for path in folder.glob(f"checkpoint-{training.STEPS}"):
+            checkpoint.remove(path)
+        run = training.make("galore", folder)
+        run.train(resume_from_checkpoint=True)
+        one = torch.load(runs / "galore.pt")
+        assert training.unlike(one, training.told(run)) == []
+
+
+def flags(given: Path, output: str, *more: str) -> list[str]:
+    """Of a short job on a tiny model."""
+    places = ["--model", str(given / "model"), "--data", str(given / "rows.jsonl")]
+    method = ["--optim", "galore", "--optim-args", "rank=4,update_proj_gap=2,proj_type=right", "--lr", "1e-2"]
+    short = ["--steps", "4", "--save-steps", "2", "--seq-len", "64", "--no-packing", "--dtype", "float32"]
+    return [*places, *method, *short, "--no-report", "--output-dir", str(given / output), *more]
+
+
+def order(given: Path, output: str, *more: str, dies: int = 0) -> Path:
+    """Leave the command line for two ranks, of which one dies after a step."""
+    told = {"flags": [*flags(given, output, "--fsdp", *more)], "dies": dies}
+    (given / "order.json").write_text(json.dumps(told))
+    return given
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "memory_report.json").read_text())["result"]
+    return found
+
+
+def test_a_job_on_two_ranks_ends_as_one_process_and_survives_the_death_of_a_rank(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    make_rows(tmp_path / "rows.jsonl")
+    assert together("finetune", 2, order(tmp_path, "whole")) == []
+    (tmp_path / "told").mkdir()
+    codes = ended("finetune", 2, order(tmp_path, "cut", dies=3), tmp_path / "told")
+    assert codes == [-9, -9], logs(tmp_path / "told")
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    assert together("finetune", 2, order(tmp_path, "cut", "--resume")) == []
+    assert result(tmp_path / "cut")["resumed_from"] == "checkpoint-2"
+    bits = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert bits[0] == bits[1]
+    done = CliRunner().invoke(cli.app, ["finetune", *flags(tmp_path, "one", "--batch-size", "2")])
+    assert done.exit_code == 0, done.output
+    one, two = (result(tmp_path / name)["loss"] for name in ("one", "whole"))
+    assert one["after"] < 0.98 * one["before"]
+    for when in ("before", "after"):
+        assert two[when] == pytest.approx(one[when], rel=1e-4)
