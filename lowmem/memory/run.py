@@ -128,9 +128,11 @@ class Run:
     @property
     def forwards(self) -> Run:
         """The run of a strategy without gradients: nothing is kept for a backward pass, or let go in it."""
+        both = gpus.library(self.compute_capability)  # what was measured or asked for stays
+        one = both // gpus.HANDLES if self.workspace in (None, both) else self.workspace
         return replace(
             self, gradient_checkpointing=False, activation_offload=False, few_bit=None,
-            gradient_release=False, accumulation=1,
+            gradient_release=False, accumulation=1, workspace=one,
         )  # fmt: skip
 
     @property

@@ -207,10 +207,14 @@ def _measured(name: str, values: Mapping[str, int]) -> Budget:
     return Budget(values["usable"], (context, context), values["workspace"], capability, name, (note,), True)
 
 
+HANDLES = 2
+"""Of cuBLAS in a run that trains, each with a workspace: the backward pass has a thread of its own."""
+
+
 def library(capability: float | None) -> int:
     """Bytes that cuBLAS takes inside the allocator of a card with this compute capability; None: unknown."""
     table = _table()["assumptions"]["workspace"]
-    return int(table["from-9.0" if (capability or 0.0) >= 9 else "before-9.0"] * MIB)
+    return HANDLES * int(table["from-9.0" if (capability or 0.0) >= 9 else "before-9.0"] * MIB)
 
 
 def _context(capability: float | None) -> tuple[int, int]:
