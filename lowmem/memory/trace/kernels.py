@@ -43,13 +43,15 @@ def attention_of(capability: float | None) -> Callable[..., Tensor]:
     """What `scaled_dot_product_attention` runs on a CUDA card: flash, memory-efficient or math.
 
     Flash attention needs sm_80; the memory-efficient kernel takes as many key as query heads, and bf16 from
-    sm_80 on. Everything else is math: the scores exist, in fp32.
+    sm_80 on. Everything else is math: the scores exist, in fp32. So is what is asked for by its parts, as
+    where weights carry tangents.
 
     Args:
         capability: compute capability of the card; None for 8.0 or more.
     """
     recent = capability is None or capability >= AMPERE
     half = (torch.float16, torch.bfloat16) if recent else (torch.float16,)
+    allowed: Any = torch.backends.cuda
 
     def attention(
         query: Tensor,
@@ -62,12 +64,13 @@ def attention_of(capability: float | None) -> Callable[..., Tensor]:
         enable_gqa: bool = False,
     ) -> Tensor:
         plain = attn_mask is None and query.ndim == 4 and query.shape[-1] == value.shape[-1] <= 256
-        if recent and plain and query.dtype in half:
+        if recent and plain and query.dtype in half and allowed.flash_sdp_enabled():
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             found: Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
             return found
         paired = query.ndim == 4 and key.shape[1] == query.shape[1]
-        if paired and query.dtype in (torch.float32, *half):
+        fused = paired and allowed.mem_efficient_sdp_enabled()
+        if fused and query.dtype in (torch.float32, *half):
             return _efficient(query, key, value, attn_mask, dropout_p, is_causal, scale)
         math = torch.ops.aten._scaled_dot_product_attention_math
         mask = None if attn_mask is None else _additive(attn_mask, query.dtype)
