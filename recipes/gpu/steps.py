@@ -65,6 +65,14 @@ def by_gradient(words: str) -> list[str]:
     return [*FIRST, *sorted(others.values())]
 
 
+def told_more() -> list[str]:
+    """Methods with gradients that ask for a loss or a probe beside them."""
+    import lowmem
+
+    made = {name: lowmem.create(name) for name in lowmem.available()}
+    return [name for name, one in made.items() if one.source.needs_autograd and one.asks]
+
+
 def _told_nothing_else(strategy: Any) -> bool:
     return bool(strategy.source.needs_autograd) and not strategy.asks
 
@@ -89,9 +97,11 @@ def steps(part: Part) -> None:
     bandwidth = copy_bandwidth(device, small)
     part.found["copy_bytes_per_second"] = bandwidth
     names = by_gradient(part.args.methods)
-    for name in by_gradient("all"):
-        if name not in names:
-            part.skip(f"lowmem {name}", "not asked for: see --methods")
+    everything = by_gradient("all")
+    for name in (name for name in everything if name not in names):
+        part.skip(f"lowmem {name}", "not asked for: see --methods")
+    for name in told_more():
+        part.skip(f"lowmem {name}", "asks for more than gradients")
     for shape, dtype in (("weights", "bfloat16"), ("adapters", "float32"), ("weights", "float32")):
         model = model_of(llama("small" if small else "1.1B"), device, dtype)
         if shape == "adapters":

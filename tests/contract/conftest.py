@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "changed: every option changed as well")
     config.addinivalue_line("markers", "kinds: it is the frame that is asked; methods of one make are one")
     config.addinivalue_line(
-        "markers", "costly: a run for each case; what others of its kind stand for is thorough"
+        "markers",
+        "costly(width): a run for each case; outside the width, by default kinds, thorough",
     )
     config.addinivalue_line("markers", "both: methods as they come in fp32 and bf16, not in turns")
 
@@ -46,23 +46,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     both = metafunc.definition.get_closest_marker("both") is not None
     pairs = [(case, dtype) for case in found for dtype in dtypes_of(case, both)]
-    costly = metafunc.definition.get_closest_marker("costly") is not None
+    costly = metafunc.definition.get_closest_marker("costly")
+    stand = frozenset(cases.choose(*costly.args or ("kinds",))) if costly else frozenset(found)
     told = [
         pytest.param(
             case,
             dtype,
             id=f"{case}-{str(dtype).removeprefix('torch.')}",
-            marks=[pytest.mark.thorough] if costly and case not in stand_for_others() else [],
+            marks=[] if case in stand else [pytest.mark.thorough],
         )
         for case, dtype in pairs
     ]
     metafunc.parametrize(("case", "dtype"), told)
-
-
-@functools.cache
-def stand_for_others() -> frozenset[cases.Case]:
-    """A method of each make, and every part once."""
-    return frozenset(cases.kinds())
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,7 @@ def test_planned_bytes_are_held_bytes(case: Case, dtype: torch.dtype) -> None:
         assert planned == held(optimizer), shape
 
 
+@pytest.mark.costly("each")
 @pytest.mark.changed
 def test_planned_bytes_of_a_model_are_held_bytes(case: Case, dtype: torch.dtype) -> None:
     whole = runs.record(case, dtype)
@@ -61,6 +62,7 @@ def test_planned_bytes_of_a_model_are_held_bytes(case: Case, dtype: torch.dtype)
     assert at_the_end >= whole.bytes_held  # the rest are constants that all tensors share
 
 
+@pytest.mark.costly("each")
 @pytest.mark.changed
 def test_keys_shapes_and_dtypes_never_change(case: Case, dtype: torch.dtype) -> None:
     whole = runs.record(case, dtype)

@@ -44,7 +44,9 @@ def check_bad_elements(case: Case, dtype: torch.dtype, at: int) -> None:
         runs.feed(optimizer, model, 200 + step)
     assert all_finite(optimizer, model)
     assert optimizer.nonfinite() == counted
-    assert all(torch.equal(p.detach(), before[n]) != (n in active) for n, p in model.named_parameters())
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p.detach(), before[n])}
+    # a rule that finds its own rate begins below what bf16 resolves
+    assert moved <= active if dtype == torch.bfloat16 and case.create().waits else moved == active
 
 
 def test_a_gradient_of_nothing_but_nan_stops_every_tensor(case: Case, dtype: torch.dtype) -> None:

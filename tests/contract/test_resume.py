@@ -26,6 +26,7 @@ def places(case: Case) -> tuple[int, ...]:
 
 
 @pytest.mark.both
+@pytest.mark.costly("each")
 @pytest.mark.changed
 def test_resume_through_a_file_is_exact(case: Case, dtype: torch.dtype) -> None:
     whole = runs.record(case, dtype)
@@ -116,7 +117,6 @@ def test_a_checkpoint_holds_plain_values_alone(case: Case, dtype: torch.dtype) -
     assert all(type(leaf) in plain or isinstance(leaf, torch.Tensor) for leaf in leaves(held))
 
 
-@pytest.mark.changed
 def test_loading_keeps_the_dtype_of_every_tensor(case: Case) -> None:
     """torch's own load would cast codes, indices and scales to the weight's bf16."""
     whole = runs.record(case, torch.bfloat16)

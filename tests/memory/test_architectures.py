@@ -92,8 +92,13 @@ def test_planned_or_refused_in_one_line(kind):
     answer(kind)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(set(NAMES) - CI - PLANNED))
+OTHERS = sorted(set(NAMES) - CI - PLANNED)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if i % 3 == 0 else pytest.param(kind, marks=pytest.mark.thorough) for i, kind in enumerate(OTHERS)],
+)
 def test_all_the_others_too(kind):
     answer(kind)
 

@@ -58,6 +58,8 @@ class Loop:
     def step(self) -> None:
         if isinstance(self.optimizer, LowMemOptimizer):
             self.optimizer.backward(self.loss, self.model)
+            if self.optimizer.probe_due:
+                self.optimizer.probe(self.model(input_ids=self.batch).logits)
         else:
             self.loss().backward()
         self.optimizer.step()

@@ -227,7 +227,7 @@ def test_noise_fills_no_picture(values: tuple[float, float], zero: bool, least: 
 def test_one_step_names_the_optimizer_step_however_short_it_is() -> None:
     names = ("forward", "loss backward", "layers backward", "clip", "optimizer step")
     ends = (0, 400, 420, 800, 995, 999)
-    phases = [{"name": n, "start": a, "stop": b} for n, a, b in zip(names, ends, ends[1:], strict=True)]
+    phases = [{"name": n, "start": a, "stop": b} for n, a, b in zip(names, ends[:-1], ends[1:], strict=True)]
     line = {"bytes": {"weights": [5] * 1000}, "phases": phases}
     for width, picture in drawn(timeline.picture(line)):
         assert "optimizer step" in [words for *_, words in boxes(picture)], width

@@ -40,7 +40,7 @@ NOISY = coded(Momentum(0.9), "bf16")
 class Whole(Chunks):
     """Cuts nothing: a chunk has as many rows as its tensor."""
 
-    def spans(self, rule: Any, count: int, device: Any, most: int = 0) -> Any:
+    def spans(self, rule: Any, count: int, device: Any, most: int = 0, **_: Any) -> Any:
         return ((0, count, count),)
 
 

@@ -643,7 +643,8 @@ def differentiated(params: list[nn.Parameter]) -> Tensor:
         for p in params:
             p.grad = None
         loss.backward()
-    return loss.detach()
+        return loss.detach()
+    return loss  # with the tangent that it may have
 
 
 # Checkpoints

@@ -81,6 +81,8 @@ def test_a_rule_reads_what_it_says(name: str) -> None:
         for _ in range(3):
             loss = optimizer.backward(lambda: model(x).square().mean(), model)
             loss.backward() if loss.requires_grad else None
+            if optimizer.probe_due:
+                optimizer.probe(model(x))
             optimizer.step()
             optimizer.zero_grad()
         return [p.detach() for p in model.parameters()]

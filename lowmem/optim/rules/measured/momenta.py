@@ -62,6 +62,11 @@ class TAM(Measured):
     gamma: float = 0.9
     turns: ClassVar[bool] = True
 
+    @property
+    def uses(self) -> frozenset[str]:
+        """Those of its moments, and eps for the rate."""
+        return self.held.uses | {"eps"}
+
     @classmethod
     def of(cls, states: str, *, adaptive: bool = False, gamma: float = 0.9) -> TAM:
         """TAM, or AdaTAM, with its moments held as `states` says.
