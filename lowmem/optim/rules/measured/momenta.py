@@ -65,7 +65,7 @@ class TAM(Measured):
     @property
     def uses(self) -> frozenset[str]:
         """Those of its moments, and eps for the rate."""
-        return self.held.uses | {"eps"}
+        return frozenset(self.held.uses) | {"eps"}
 
     @classmethod
     def of(cls, states: str, *, adaptive: bool = False, gamma: float = 0.9) -> TAM:
