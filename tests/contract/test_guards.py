@@ -18,6 +18,7 @@ def _by_backward(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.both
+@pytest.mark.costly("each")
 @pytest.mark.changed
 def test_bad_elements_keep_their_weight_and_are_counted(case: Case, dtype: torch.dtype) -> None:
     for at in (0, 2):

@@ -38,7 +38,7 @@ def test_the_global_generator_does_not_matter_and_is_not_touched(case: Case, dty
     assert runs.same(zoo.weights(model), runs.record(case, dtype).weights)
 
 
-@pytest.mark.plain
+@pytest.mark.kinds
 def test_the_seed_matters_where_something_is_random(case: Case) -> None:
     again, other = (runs.run(case, torch.bfloat16, seed=seed)[1] for seed in (0, 1))
     assert runs.same(zoo.weights(again), runs.record(case, torch.bfloat16).weights)

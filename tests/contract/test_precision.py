@@ -30,6 +30,7 @@ def stepped(case: Case, model: nn.Module, scale: float, **hyper: Any) -> Any:
     return optimizer
 
 
+@pytest.mark.kinds
 @pytest.mark.parametrize(("eps", "scale"), [(0.0, 1.0), (0.0, 1e-22), (1e-40, 1e-22)])
 def test_no_eps_is_too_small(case: Case, eps: float, scale: float) -> None:
     """Zero beside zero is no step, and gradients without an fp32 square are no leap."""
