@@ -73,7 +73,8 @@ def test_a_job_on_two_ranks_ends_as_one_process_and_survives_the_death_of_a_rank
     assert together("finetune", 2, order(tmp_path, "whole")) == []
     (tmp_path / "told").mkdir()
     codes = ended("finetune", 2, order(tmp_path, "cut", dies=3), tmp_path / "told")
-    assert codes == [-9, -9], logs(tmp_path / "told")
+    assert -9 in codes, logs(tmp_path / "told")
+    assert all(codes)  # the other one is killed, or notices first
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     assert together("finetune", 2, order(tmp_path, "cut", "--resume")) == []
     assert result(tmp_path / "cut")["resumed_from"] == "checkpoint-2"

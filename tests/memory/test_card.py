@@ -93,9 +93,9 @@ def test_softmax_backward_of_eager_attention_takes_a_matrix_more_on_cuda(dtype, 
 
 def test_cublas_is_among_the_allocated_bytes():
     found = plan(FAMILIES["llama"](), "adamw", batch_size=2, seq_len=48, advise=False).plans[0]
-    assert found.at_peak["workspace"] >= 8_519_680
+    assert found.at_peak["workspace"] >= 2 * 8_519_680
     hopper = plan(FAMILIES["llama"](), "adamw", batch_size=2, seq_len=48, advise=False, gpu="h100-80gb")
-    assert hopper.plans[0].peak["allocated"] - found.peak["allocated"] == 32 * MIB - 8_519_680
+    assert hopper.plans[0].peak["allocated"] - found.peak["allocated"] == 2 * (32 * MIB - 8_519_680)
     on_cpu = plan(FAMILIES["llama"](), "adamw", batch_size=2, seq_len=48, advise=False, device="cpu")
     assert on_cpu.plans[0].peak["allocated"] < 8_519_680
 
