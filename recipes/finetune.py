@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from lowmem.console import Console
 from lowmem.errors import UserError
 
 if TYPE_CHECKING:
-    from lowmem.data.load import Data
+    pass
 
 
 MEASURED = ("held_out", "general", "benchmarks")
@@ -138,6 +138,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     from lowmem.models.peft_methods import adapter_config, attaching
     from lowmem.training import tasks
     from lowmem.training.callbacks import Peak, Report, replace_printers
+    from lowmem.training.folder.settings import origin
 
     console.start("load")
     given: dict[str, Any] = {"data_format": config.data_format, "columns": config.column_names}
@@ -152,45 +153,16 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     rest = {"peft_config": adapter_config(config), "callbacks": [Report(console), Peak()]}
     with attaching():
         if config.task == "sft" and not config.objective:
-            trainer = _supervised(args, model, parts, tokenizer, console, **rest)
+            trainer = tasks.supervised(args, model, parts, tokenizer, console, **rest)
         else:
             trainer = tasks.make(config, args, model, parts, tokenizer, console, **rest)
     replace_printers(trainer)
-    trainer.tell, trainer.origin = console.say, _origin(config)
+    trainer.tell, trainer.origin = console.say, origin(config)
     trainer.base, trainer.keep_int8 = published_name(config.model), config.keep_int8
     if config.schedule == "wsd":
         args.lr_scheduler_kwargs = {"num_decay_steps": config.decay or max(1, trainer.planned_steps() // 10)}
     console.finish()
     return trainer
-
-
-def _supervised(
-    args: Any, model: Any, parts: Sequence[Data], tokenizer: Any, console: Console, **rest: Any
-) -> Any:
-    """The trainer that learns answers."""
-    from lowmem.data.fitting import fitting
-    from lowmem.training.trainer import LowMemSFTTrainer
-
-    train, held_out = (fitting(part, tokenizer, args.max_length, console) for part in parts)
-    example = train.shown(tokenizer)
-    console.say(f"one example, the loss counts what is in [[ ]]: {example}")
-    args.packing_strategy = train.data.packing_strategy
-    rows = {"train_dataset": train.dataset(), "eval_dataset": held_out.dataset()}
-    trainer = LowMemSFTTrainer(model, args, processing_class=tokenizer, **rows, **rest)
-    trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
-    trainer.example = dataclasses.asdict(example)
-    return trainer
-
-
-def _origin(config: RunConfig) -> dict[str, Any]:
-    """What decides which rows a checkpoint has seen, and over which frozen weights."""
-    from lowmem.training.folder.settings import place
-
-    places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
-    rows = ("task", "beta", "objective", "max_completion", "columns", "data_format", "eval_rows")
-    weights = ("quantize", "few_bit", "lora_alpha", "lora_dropout", "adapter", "adapter_args", "neftune")
-    coded = {"weights": config.weights, "int8_embeddings": config.int8_embeddings} if config.weights else {}
-    return places | {name: getattr(config, name) for name in (*rows, *weights)} | coded
 
 
 def _model(config: RunConfig) -> tuple[Any, Any]:

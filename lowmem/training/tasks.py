@@ -23,7 +23,7 @@ from unittest.mock import patch
 from lowmem import outside
 from lowmem.config import RunConfig
 from lowmem.console import Console
-from lowmem.data.fitting import asked_within
+from lowmem.data.fitting import asked_within, fitting
 from lowmem.data.load import Data
 from lowmem.errors import ConfigError
 from lowmem.models.scoring import with_score
@@ -135,6 +135,21 @@ def options(config: RunConfig) -> dict[str, Any]:
     if config.task in REFERRING:
         found["precompute_ref_log_probs"] = True
     return found
+
+
+def supervised(
+    args: Any, model: Any, parts: Sequence[Data], tokenizer: Any, console: Console, **rest: Any
+) -> Any:
+    """The trainer that learns answers."""
+    train, held_out = (fitting(part, tokenizer, args.max_length, console) for part in parts)
+    example = train.shown(tokenizer)
+    console.say(f"one example, the loss counts what is in [[ ]]: {example}")
+    args.packing_strategy = train.data.packing_strategy
+    rows = {"train_dataset": train.dataset(), "eval_dataset": held_out.dataset()}
+    trainer = LowMemSFTTrainer(model, args, processing_class=tokenizer, **rows, **rest)
+    trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
+    trainer.example = dataclasses.asdict(example)
+    return trainer
 
 
 def make(

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from lowmem.config import RunConfig
 from lowmem.errors import CheckpointError
 
 HYPER = ("betas", "eps", "weight_decay")
@@ -140,3 +141,12 @@ class Own:
         scheduler._last_lr = [lr * factor for lr, factor in zip(self.lrs, factors, strict=True)]
         for group, first, lr in zip(optimizer.param_groups, self.lrs, scheduler._last_lr, strict=True):
             group.update(initial_lr=first, lr=lr)
+
+
+def origin(config: RunConfig) -> dict[str, Any]:
+    """What decides which rows a checkpoint has seen, and over which frozen weights."""
+    places = {name: place(getattr(config, name)) for name in ("model", "data", "eval_data")}
+    rows = ("task", "beta", "objective", "max_completion", "columns", "data_format", "eval_rows")
+    weights = ("quantize", "few_bit", "lora_alpha", "lora_dropout", "adapter", "adapter_args", "neftune")
+    coded = {"weights": config.weights, "int8_embeddings": config.int8_embeddings} if config.weights else {}
+    return places | {name: getattr(config, name) for name in (*rows, *weights)} | coded
