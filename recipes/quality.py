@@ -44,12 +44,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scratch": {"seq_len": 256, "batch_size": 2, "steps": 120, "warmup": 10, "eval_rows": 1000},
 }  # fmt: skip
 """The steps are few, so that a row takes minutes of one core; `--steps` takes more."""
-METHODS: dict[str, dict[str, Any]] = {
-    "adamw": {"demo": (1e-4,), "scratch": (2e-3,)},
-    "galore": {"demo": (5e-4,), "scratch": (5e-3,)},
-    "q_galore": {"demo": (5e-4,), "scratch": (5e-3,)},
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method as it is compared.
+
+    Args:
+        optim, options: as `lowmem finetune` takes them.
+        demo, scratch: the learning rates among which the validation split chooses.
+    """
+
+    optim: str
+    demo: tuple[float, ...]
+    scratch: tuple[float, ...]
+    options: str = ""
+
+
+METHODS = {
+    "adamw": Row("adamw", (1e-4,), (2e-3,)),
+    "galore": Row("galore", (5e-4,), (5e-3,)),
+    "galore_roles": Row("galore", (5e-4,), (5e-3,), "states=int8,embedding=adafactor"),
+    "q_galore": Row("q_galore", (5e-4,), (5e-3,)),
+    "q_galore_roles": Row("q_galore", (5e-4,), (5e-3,), "embedding=adafactor"),
 }
-"""Of each method the learning rates among which the validation split chooses."""
 VARIANTS: dict[str, dict[str, str]] = {
     "bf16": {},
     "int8": {"weights": "int8"},
@@ -89,13 +107,11 @@ class Quality:
     Args:
         folder: of the results; an earlier one is continued.
         steps: of every run, instead of the setting's; jobs: runs at a time.
-        changes: other settings of all runs.
     """
 
     folder: Path
     steps: int | None = None
     jobs: int = 1
-    changes: Mapping[str, Any] | None = None
 
     def measure(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         """The results of runs, those that are there already among them."""
@@ -115,17 +131,19 @@ class Quality:
     def config(self, case: Case) -> RunConfig:
         """The run as `lowmem finetune` takes it."""
         held = dict(VARIANTS[case.variant])
-        writer = held.pop("writer", "")
+        writer, row = held.pop("writer", ""), METHODS[case.method]
+        options = [text for text in (row.options, f"writer={writer}" if writer else "") if text]
         values = {
-            **SHARED, **SETTINGS[case.setting], **held, **_places(case, self.folder), **(self.changes or {}),
-            "optim": case.method, "optim_args": f"writer={writer}" if writer else "",
+            **SHARED, **SETTINGS[case.setting], **held, **_places(case, self.folder),
+            "optim": row.optim, "optim_args": ",".join(options),
             "lr": case.lr, "seed": case.seed, "output_dir": str(self.folder / "runs" / case.name),
         }  # fmt: skip
         return build({**values, "steps": self.steps} if self.steps else values)
 
     def rate(self, setting: str, method: str) -> float:
         """The learning rate with the least validation loss, of bf16 weights and seed 0."""
-        asked = [Case(setting, method, "bf16", lr, 0, "validation") for lr in METHODS[method][setting]]
+        rates: tuple[float, ...] = getattr(METHODS[method], setting)
+        asked = [Case(setting, method, "bf16", lr, 0, "validation") for lr in rates]
         if len(asked) == 1:
             return asked[0].lr
         found = self.measure(asked)

@@ -39,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return subprocess.CompletedProcess(command, 0, stdout=json.dumps(found))
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setitem(recipe.METHODS, "adamw", {"demo": RATES, "scratch": RATES})
+    monkeypatch.setitem(recipe.METHODS, "adamw", recipe.Row("adamw", RATES, RATES))
     return seen
 
 
