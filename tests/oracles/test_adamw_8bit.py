@@ -1,6 +1,6 @@
-"""8-bit states: torchao's eager code is the truth, bit for bit where its format applies.
+"""8-bit and 4-bit states: torchao's eager code is the truth, bit for bit where its format applies.
 
-It does not where torchao makes a second moment zero that is not: see reference_int8.
+With 8 bits it does not where torchao makes a second moment zero that is not: see reference_int8.
 """
 
 from __future__ import annotations
@@ -59,6 +59,30 @@ def test_codes_scales_and_weights_are_torchaos(torchao_record: dict[str, Any]) -
         half = record["start"].dtype == torch.bfloat16  # a value between two bf16 numbers may fall either way
         for w, truth, kept in zip(ours, record["weights"], followed, strict=True):
             truth = torch.where(reference.lost, kept, truth)
+            off = (w.float() - truth.float()).abs()
+            assert int((off > slack).sum()) <= (w.numel() // 100 if half else 0)
+            assert off.max() <= (2.0**-8 * truth.abs().max() if half else slack)
+
+
+def test_4bit_codes_scales_and_weights_are_torchaos(torchao_record: dict[str, Any]) -> None:
+    """Blocks of 128, two codes a byte; weights but for its own fp32 bias correction."""
+    hyper = torchao_record["hyper"]
+    for label, record in torchao_record["runs_4bit"].items():
+        held: dict[str, torch.Tensor] = {}
+        ours = drive.follow(
+            "adamw_4bit",
+            record["start"],
+            record["gradients"],
+            watch=lambda o, p: held.update(moments(o, p)),  # noqa: B023
+            hyper=hyper,
+            writer="nearest",
+        )
+        for key, name in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+            for part in ("codes", "scale"):
+                assert torch.equal(held[f"{name}.{part}"].view(-1), record[f"{key}.{part}"].view(-1)), label
+        half = record["start"].dtype == torch.bfloat16  # a value between two bf16 numbers may fall either way
+        slack = len(ours) * hyper["lr"] * FP32_CORRECTION
+        for w, truth in zip(ours, record["weights"], strict=True):
             off = (w.float() - truth.float()).abs()
             assert int((off > slack).sum()) <= (w.numel() // 100 if half else 0)
             assert off.max() <= (2.0**-8 * truth.abs().max() if half else slack)
