@@ -128,7 +128,7 @@ STATED: dict[str, str] = {
 
 
 def test_each_has_its_test() -> None:
-    text = "\n".join(path.read_text() for path in TESTS.glob("*/test_*.py"))
+    text = "\n".join(path.read_text() for path in TESTS.rglob("test_*.py"))
     missing = {name for name in STATED.values() if not re.search(rf"^def {name}\(", text, re.MULTILINE)}
     assert not missing
 
