@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import LlamaConfig
 
 from lowmem.errors import UserError
 from lowmem.memory.run import Run
 from lowmem.memory.trace.replica import phase_hooks, trace
 from lowmem.memory.trace.tracker import Tracker
 from lowmem.models.attention import attend_by_example
+from lowmem.sources.directions import Pen
+from lowmem.strategies import create
 from tests.memory.families import FAMILIES, batch, loss, model
 
 RUN = Run(batch_size=2, seq_len=48, dtype="float32", device="cpu", max_grad_norm=0.0)
@@ -234,3 +237,14 @@ def test_a_claim_holds_from_birth():
         x = torch.empty(8)
         tracker.claim(x, "gradients")
     assert tracker.moments()["backward"].bytes["gradients"] == 32
+
+
+def test_a_large_tangent_is_drawn_at_once(monkeypatch):
+    monkeypatch.setattr(Pen, "fill", lambda *args: pytest.fail("drawn piece by piece"))
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=1 << 15, num_hidden_layers=1, num_attention_heads=2
+    )
+    run = Run(seq_len=16, compile="on")
+    found = trace(config, run, create("forward_gradient"))
+    weights = found.moments["forward"].bytes["weights"]
+    assert sum(found.moments["forward"].bytes.values()) - weights >= 0.99 * weights  # a tangent for each
