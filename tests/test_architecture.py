@@ -73,7 +73,7 @@ FLOORS = {
         {"units", "document"},
         {"charts"},
         {"page"},
-        {"plan", "gpu"},
+        {"plan", "gpu", "quality"},
         {"profile", "compare"},
         {"run"},
         {"pages"},
