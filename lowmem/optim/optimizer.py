@@ -12,7 +12,6 @@ cleared, moved, added to. What is derived from them (`seats`) is found anew when
 
 from __future__ import annotations
 
-import json
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -91,7 +90,7 @@ class LowMemOptimizer(Informed):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "compile": compile}
         with as_ours():
             check_hyper(numbers)
-        self.strategy, self.released = strategy, False
+        self.strategy, self.asked, self.released = strategy, strategy, False
         self._model = weakref.ref(model) if model is not None else None
         defaults = {
             **numbers,
@@ -104,7 +103,7 @@ class LowMemOptimizer(Informed):
             "previous_norm": -1.0,
             "decided": "",
             "seed": seed,
-            "strategy": json.dumps(strategy.to_config(), sort_keys=True),
+            "strategy": strategy.text,
         }
         with as_ours():
             super().__init__(params, defaults)
@@ -132,7 +131,7 @@ class LowMemOptimizer(Informed):
         self._roster: Roster | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"strategy": self.strategy, "released": False, "_model": None}
+        own = {"strategy": self.strategy, "asked": self.asked, "released": False, "_model": None}
         return {**super().__getstate__(), **own, "_resting": [p for p in self.roster.places if rests(p)]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,7 +188,7 @@ class LowMemOptimizer(Informed):
     def roster(self) -> Roster:
         """All parameters, as the groups are now."""
         if self._roster is None:
-            self._roster = Roster(self.param_groups, self.strategy)
+            self._roster = Roster(self.param_groups, self._decided())
         return self._roster
 
     def place(self, p: Tensor) -> Place:

@@ -13,8 +13,11 @@ from typer.testing import CliRunner
 
 import lowmem.cli as cli
 from lowmem.training.folder import checkpoint
-from tests.distributed import training
+from tests.distributed import onward, training
 from tests.distributed.ranks import ended, logs, together
+
+TASK = {2: "write", 3: "read", 4: "read"}
+EACH = {ranks: list(range(len(onward.RUNS))) for ranks in (2, 1, 3, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,25 @@ def test_sharded_runs_are_those_of_one_process_and_resume_exactly(runs: Path) ->
         run.train(resume_from_checkpoint=True)
         one = torch.load(runs / "galore.pt")
         assert training.unlike(one, training.told(run)) == []
+
+
+@pytest.mark.parametrize(
+    "runs", [{2: [0, 1], 1: [0, 1], 3: [0, 1], 4: [1]}, pytest.param(EACH, marks=pytest.mark.thorough)]
+)
+def test_runs_of_two_ranks_go_on_with_another_number(runs: dict[int, list[int]], tmp_path: Path) -> None:
+    wrong = {}
+    for ranks, chosen in runs.items():
+        (tmp_path / "runs.json").write_text(json.dumps(chosen))
+        wrong[ranks] = onward.read_by(tmp_path, 1) if ranks == 1 else together(TASK[ranks], ranks, tmp_path)
+    assert not any(wrong.values()), wrong
+    assert torch.load(tmp_path / f"galore-{onward.FULL}.pt")["side"] == "right"  # auto, where rows are spread
+
+
+@pytest.mark.thorough
+def test_a_run_of_one_process_goes_on_with_ranks_and_keeps_its_side(tmp_path: Path) -> None:
+    onward.write_alone(tmp_path)
+    assert torch.load(tmp_path / f"galore-{onward.SHARDED}.pt")["side"] == "std"
+    assert together("read", 3, tmp_path) == []
 
 
 def flags(given: Path, output: str, *more: str) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lowmem.errors import CheckpointError, ConfigError, UserError
+from lowmem.models import sealed
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import shard_of
 from lowmem.optim.tensors.marks import mark_, trains
@@ -253,6 +254,10 @@ class Sharded:
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         """Load them, whatever the form in which they were saved."""
         form = folder and forms.form_in(Path(folder))
+        if folder and form:
+            self.lowmem_optimizer.adopt(sealed.about(Path(folder)).get("optimizer", ""))
+            if self.args.world_size > 1 or form != "plain":
+                forms.refuse_misfit(Path(folder), form, self.lowmem_optimizer)
         if not folder or not form or form == self._form():
             super()._load_optimizer_and_scheduler(folder)  # type: ignore[misc]
             return
