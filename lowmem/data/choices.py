@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.console import Console
 from lowmem.data.examples import Tokens, common, tokenized
+from lowmem.data.fitting import kept_of
 from lowmem.data.load import Data
 from lowmem.errors import UserError
 
@@ -69,14 +70,7 @@ def choices(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, consol
         if max(len(side.ids) for side in sides) <= seq_len:
             kept.append(i)
             found.append(sides)
-    lost, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
-    if not kept:
-        raise UserError(f"{of}: none of the {lost} rows fits in seq_len {seq_len}: raise seq_len")
-    if lost:
-        console.say(
-            f"{of}: {lost} of {len(data.rows)} rows exceed seq_len {seq_len} and are left out: raise seq_len"
-        )
-    return Choices(data.only(kept, too_long=lost), tuple(found))
+    return Choices(kept_of(data, kept, f"exceed seq_len {seq_len}", console), tuple(found))
 
 
 def _side(row: Mapping[str, Any], candidate: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:

@@ -6,7 +6,7 @@ packing gives them room in which nothing is learned. Here they are counted and s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,8 @@ def fitting(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, consol
             beyond += sum(len(e.spans) - e.answers(seq_len) for e in found)
             names |= dict.fromkeys(name for e in fit for name in e.left_out)
     ignored = dict.fromkeys([*data.ignored, *names])
-    rows = data.only(kept, too_long=len(data.rows) - len(kept), ignored=tuple(ignored))
+    why = f"have no answer left within seq_len {seq_len}"
+    rows = kept_of(data, kept, why, console, ignored=tuple(ignored))
     fitted = Fitted(rows, tuple(examples), answers, beyond, apart)
     _say(data, fitted, tuple(names), seq_len, console)
     return fitted
@@ -100,14 +101,26 @@ def asked_within(data: Data, tokenizer: PreTrainedTokenizerBase, seq_len: int, c
         UserError: no row is left.
     """
     kept = [i for i, row in enumerate(data.rows) if _asked(row["prompt"], tokenizer) < seq_len]
-    count, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
+    return kept_of(data, kept, f"have a prompt that fills seq_len {seq_len}", console)
+
+
+def kept_of(data: Data, kept: Sequence[int], why: str, console: Console, **changes: Any) -> Data:
+    """The rows that fit into an example; how many do not is told.
+
+    Args:
+        data: rows as loaded; kept: places of those that fit.
+        why: what the others do, as in "exceed seq_len 128".
+        console: told how many are left out; changes: as for `Data.only`.
+
+    Raises:
+        UserError: none fits.
+    """
+    lost, of = len(data.rows) - len(kept), f"{data.name} ({data.split})"
     if not kept:
-        raise UserError(f"{of}: all {count} prompts fill seq_len {seq_len}: raise seq_len")
-    if count:
-        console.say(
-            f"{of}: {count} of {len(data.rows)} prompts fill seq_len {seq_len}, left out: raise seq_len"
-        )
-    return data.only(kept, too_long=count)
+        raise UserError(f"{of}: all {lost} rows {why}: raise seq_len")
+    if lost:
+        console.say(f"{of}: {lost} of {len(data.rows)} rows {why} and are left out: raise seq_len")
+    return data.only(kept, too_long=lost, **changes)
 
 
 def _asked(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -149,19 +162,8 @@ def _pieces(value: Any) -> Iterator[str]:
 
 
 def _say(data: Data, fitted: Fitted, names: tuple[str, ...], seq_len: int, console: Console) -> None:
-    """Tell what is left out.
-
-    Raises:
-        UserError: everything is.
-    """
-    of, count = f"{data.name} ({data.split})", fitted.data.too_long
-    if not fitted.examples:
-        raise UserError(
-            f"{of}: none of the {count} rows has an answer left within seq_len {seq_len}: raise seq_len"
-        )
-    if count:
-        rows = f"{count} of {len(data.rows)} rows have"
-        console.say(f"{of}: {rows} no answer left within seq_len {seq_len} and are left out: raise seq_len")
+    """Tell what of the rows is left out."""
+    of = f"{data.name} ({data.split})"
     if fitted.beyond:
         console.say(
             f"{of}: {fitted.beyond} answers lie beyond seq_len {seq_len} and are left out: raise seq_len"

@@ -89,7 +89,7 @@ def test_rows_that_fit_are_all_trained_on(config):
 @pytest.mark.parametrize("which", ["data", "eval_data"])
 def test_nothing_left_is_an_error_before_anything_is_written(config, tmp_path, which):
     file = write(tmp_path / "long.jsonl", [question(200 + i, True) for i in range(5)])
-    with pytest.raises(UserError, match=r"none of the 5 rows .* within seq_len 128: raise seq_len") as caught:
+    with pytest.raises(UserError, match=r"all 5 rows .* within seq_len 128: raise seq_len") as caught:
         recipe.finetune(RunConfig(**{**vars(config), which: file}))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from lowmem.optim.subspace import Subspace
 from lowmem.optim.terms.changes import Unrelated
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import made
-from tests.oracles.reference_adafactor import Adafactor as Reference
+from tests.oracles.factored.reference_adafactor import Adafactor as Reference
 
 STATES = ["fp32", "bf16", "int8", "int4", "companded8"]
 

@@ -25,7 +25,7 @@ def torchao_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
     out = tmp_path_factory.mktemp("torchao") / "record.pt"
-    runner = Path(__file__).with_name("torchao_runner.py")
+    runner = Path(__file__).parent / "dense" / "torchao_runner.py"
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, str(runner), str(out)], env=environment, capture_output=True, text=True, check=False

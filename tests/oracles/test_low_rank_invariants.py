@@ -27,7 +27,7 @@ from lowmem.optim.subspace import Subspace
 from lowmem.optim.terms.changes import Rotation
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import made
-from tests.oracles.test_subspaces import LR, normal, optimizer_of, steps
+from tests.oracles.low_rank.test_subspaces import LR, normal, optimizer_of, steps
 
 ADAM, RANK, GAP = coded(Adam()), 3, 3
 FULL_RANK = ("fira", "subtrack", "apollo", "apollo_mini", "grass_walk", "grass_jump", "subspace_momentum")

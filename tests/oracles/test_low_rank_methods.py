@@ -16,8 +16,8 @@ from lowmem.optim.projectors.random import Drawn, Switch
 from lowmem.optim.residuals.rest import ScaledRest
 from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.subspace import Subspace
-from tests.oracles import reference_subspaces as reference
-from tests.oracles.test_subspaces import BETAS, EPS, LR, normal, optimizer_of, steps
+from tests.oracles.low_rank import reference_subspaces as reference
+from tests.oracles.low_rank.test_subspaces import BETAS, EPS, LR, normal, optimizer_of, steps
 
 FRAME, ADAM, REST = Frame(128), coded(Adam()), ScaledRest()
 NAMED: dict[str, AnyRule] = {

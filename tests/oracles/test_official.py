@@ -6,6 +6,7 @@ not installed is skipped.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -161,6 +162,23 @@ EQUAL: dict[str, Pair] = {
 @pytest.mark.parametrize("name", sorted(EQUAL))
 def test_steps_are_those_of_the_package(name: str) -> None:
     assert max(apart(EQUAL[name])) <= EQUAL[name].close
+
+
+def test_ada_muon_is_the_package_with_products_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own are of bf16: 0.05 lr apart from the second step on, as each element is divided by its size."""
+    module_of("pytorch_optimizer")
+    muon = module_of("pytorch_optimizer.optimizer.muon.adamuon")
+    made = functools.partial(muon.zero_power_via_newton_schulz_5, dtype=torch.float32)
+    monkeypatch.setattr(muon, "zero_power_via_newton_schulz_5", made)
+    told = {"lr": LR, "betas": (0.95, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    pair = Pair(
+        "pytorch_optimizer",
+        lambda of, p: of.AdaMuon([{"params": p, "use_muon": True}], **told),
+        "ada_muon",
+        {"sign": False, "nesterov": False},
+        {**ADAM, **DECAY},
+    )
+    assert max(apart(pair)) <= pair.close
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.models.attention import Attention, by_example, sdpa
-from lowmem.sources.directions import Perturbation
+from lowmem.sources.directions import Pen, Perturbation, pieces
 
 EXAMPLES = "lowmem_examples"
 _SOFTMAX = torch.nn.functional.softmax
@@ -143,12 +143,16 @@ def _softmax(
 
 @contextmanager
 def fused_noise() -> Iterator[None]:
-    """Displaced copies of zeroth-order sources are written by one compiled kernel, without scratch."""
+    """Directions, and copies displaced along them, are written by one compiled kernel, without scratch."""
 
     def displaced(self: Perturbation, parameter: str, w: Tensor, distance: float, start: int = 0) -> Tensor:
         return torch.empty_like(w)
 
-    with patch.object(Perturbation, "displaced", displaced):
+    def draw(self: Pen, start: int, stop: int) -> Tensor:
+        cells = pieces(start, stop, self.device, fixed=self.compile)
+        return torch.empty(sum(size for _, size in cells), device=self.device)[: stop - start]
+
+    with patch.object(Perturbation, "displaced", displaced), patch.object(Pen, "draw", draw):
         yield
 
 

@@ -270,18 +270,24 @@ class Companded:
         blocks = _blocks(value, self.grain)
         scale = blocks.abs().amax(-1).clamp(max=BF16_MAX).to(torch.bfloat16)
         # a block of zeros has scale 0: its codes are 0 / tiny, not 0 / 0
-        held = scale.float().clamp(min=4.0 * TINY).unsqueeze(-1) * 0.5
+        held = _once(scale.float().clamp(min=4.0 * TINY) * 0.5).unsqueeze(-1)
         half = blocks * 0.5  # the sum of two halves is finite
-        codes = (half / (half.abs() + held) * 254.0).round()
+        codes = (half / (half.abs() + held) * 254.0).round().to(torch.int32)
         return {"codes": codes.to(torch.int8).flatten(-2), "scale": scale}
 
     @staticmethod
     def _encode_root(blocks: Tensor) -> State:
         scale = blocks.amax(-1).clamp(LEAST_ROOT, LARGEST_ROOT).to(torch.bfloat16)
         # the scale may be rounded down: the largest root is then more than 255 of them
-        codes = (blocks * (255.0 / scale.float().unsqueeze(-1))).round().clamp(1.0, 255.0)
-        codes = torch.where(blocks > 0.0, codes, 0.0)
+        codes = (blocks * _once(255.0 / scale.float()).unsqueeze(-1)).round().to(torch.int32)
+        least = blocks.view(torch.int32).clamp(max=1)  # of a number that is not negative: 0 for zero alone
+        codes = torch.maximum(codes, least).clamp(max=255)
         return {"codes": codes.to(torch.uint8).flatten(-2), "scale": scale}
+
+
+def _once(x: Tensor) -> Tensor:
+    """What a compiler computes once and keeps, instead of again for every element of a block."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _blocks(x: Tensor, grain: int) -> Tensor:

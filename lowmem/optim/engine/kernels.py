@@ -65,8 +65,8 @@ def body(
         if counts:
             state["age"].add_(ok.to(torch.int32))
             scalars = scalars.index_select(0, state["age"].view(1))[0]
-        # one comparison for NaN, Inf and a step that is not ok
-        finite = gradient.abs() <= torch.where(ok, LARGEST, -1.0)
+        # one comparison for NaN, Inf and a step that is not ok: with LARGEST or -1, without a branch
+        finite = gradient.abs() <= ok.float() * LARGEST - 1.0
         gradient = torch.where(finite, gradient.clamp(-ROOT, ROOT) if rule else gradient, 0.0)
         position = start if start is None else row + start + column
         seen = (writer.read(w, extra) if writer else w.float()) if rule and rule.reads_weight else None

@@ -1,0 +1,193 @@
+"""The policy of a card, named on a CPU: the same bits as the CPU's own, in few launches and one upload."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowmem
+from lowmem.memory.count import workspace_bytes
+from lowmem.memory.footprint import _compiled, footprint
+from lowmem.memory.run import Run
+from lowmem.memory.trace.replica import Parameter
+from lowmem.optim.engine import chunks, cutting, passes
+from lowmem.optim.engine.cutting import policy
+
+VECTORS = {"bias": (77,), "norm.weight": (512,), "one": (1,), "long": (5003,)}
+SHAPES: dict[str, tuple[int, ...]] = {"odd.weight": (1030, 1030), "wide.weight": (96, 512), **VECTORS}
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
+    ("adamw", {}, FP32),
+    ("adamw", {"states": "int8", "modifiers": "cautious"}, BF16),
+    ("adamw", {"writer": "kahan"}, BF16),
+    ("galore", {"rank": 8, "update_proj_gap": 2}, FP32),
+    ("galore", {"rank": 8, "update_proj_gap": 2, "states": "int8"}, BF16),
+    ("galore", {"rank": 8, "update_proj_gap": 2, "projector": "dct", "on_refresh": "rotate"}, BF16),
+    ("fira", {"rank": 8, "update_proj_gap": 2}, BF16),
+    ("adafactor", {"beta1": 0.9}, BF16),
+    ("microadam", {}, BF16),
+]
+
+COMPILED: list[tuple[str, dict[str, Any], torch.dtype]] = [
+    ("adamw", {"states": "int8"}, BF16),
+    ("galore", {"rank": 8, "update_proj_gap": 2}, BF16),
+]
+
+
+def draw(shape: tuple[int, ...], *seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(hash(seed) % 2**31))
+
+
+def start(
+    name: str, options: dict[str, Any], dtype: torch.dtype, **more: Any
+) -> tuple[Any, list[nn.Parameter]]:
+    params = [nn.Parameter(draw(shape, 1, i).to(dtype)) for i, shape in enumerate(SHAPES.values())]
+    named = list(zip(SHAPES, params, strict=True))
+    groups = [
+        {"params": [(n, p) for n, p in named if p.dim() == dim], "role": role, "weight_decay": 0.1 * dim}
+        for dim, role in ((2, "matrix"), (1, "vector"))
+    ]
+    return lowmem.LowMemOptimizer(groups, lowmem.create(name, **options), lr=1e-2, **more), params
+
+
+def advance(optimizer: Any, params: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        for i, p in enumerate(params):
+            p.grad = draw(tuple(p.shape), 2 + step, i).to(p.dtype)
+            if step == 1 and i in (1, 2):
+                p.grad.view(-1)[5] = float("nan")
+        optimizer.step()
+
+
+def left(optimizer: Any, params: list[nn.Parameter]) -> list[Tensor]:
+    held = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
+    return [*(p.detach() for p in params), *held, torch.tensor(optimizer.nonfinite())]
+
+
+def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("name", "options", "dtype"), CASES, ids=str)
+def test_eager_steps_are_the_same_bits_and_resume_across(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Three steps by one policy; by the other; and by one, saved and loaded, then by the other."""
+    whole, params = start(name, options, dtype)
+    advance(whole, params, range(3))
+    with policy("cuda"):
+        other, moved = start(name, options, dtype)
+        advance(other, moved, range(2))
+        file = io.BytesIO()
+        torch.save(other.state_dict(), file)
+        file.seek(0)
+        third, copied = start(name, options, dtype)
+        for p, q in zip(copied, moved, strict=True):
+            p.data.copy_(q)
+        advance(other, moved, range(2, 3))
+    assert_same(left(whole, params), left(other, moved))
+    if name == "galore":
+        assert any(key[-3] for key in other.chunks._kernels)  # small ones stepped together
+    third.load_state_dict(torch.load(file))
+    advance(third, copied, range(2, 3))
+    assert_same(left(whole, params)[:-1], left(third, copied)[:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
+@pytest.mark.parametrize(("name", "options", "dtype"), COMPILED, ids=str)
+def test_compiled_steps_are_the_same_bits(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    one, params = start(name, options, dtype, compile="on")
+    advance(one, params, range(3))
+    with policy("cuda"):
+        other, moved = start(name, options, dtype, compile="on")
+        advance(other, moved, range(3))
+    assert_same(left(one, params), left(other, moved))
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "galore", "fira", "dct", "online_subspace", "adafactor"])
+def test_a_card_is_planned_by_its_own_pieces_inside_the_bound(name: str) -> None:
+    """Compiled or not; what a refresh takes beside it is that of a basis."""
+    strategy, shape = lowmem.create(name), (4096, 11008)
+    bound = strategy.rules["matrix"].scratch(shape)
+    eager = [workspace_bytes(strategy, shape, BF16, "matrix", False, device) for device in ("cpu", "cuda")]
+    assert max(eager) <= bound
+    planned = {
+        device: _compiled(strategy, shape, BF16, "matrix", device, False).peak for device in ("cpu", "cuda")
+    }
+    assert planned["cuda"] <= bound + 12 * 4096 * 128
+    if name == "galore":  # the half of a product, where the CPU makes a chunk of it
+        assert planned["cuda"] - planned["cpu"] > 32 << 20
+
+
+def test_tensors_that_step_together_are_planned_together() -> None:
+    """A card holds copies of what it steps at once; a CPU steps one after the other."""
+    small = [Parameter(f"norm{i}", (4096,), FP32, "vector") for i in range(300)]
+    strategy = lowmem.create("adamw")
+    run = Run(compile="on")
+    card, cpu = (footprint(strategy, small, replace(run, device=d)) for d in ("cuda", "cpu"))
+    copies = 300 * 4096 * 4 * 4  # weights, gradients and two moments
+    assert cpu.together == 0
+    assert copies <= card.together == card.worst <= 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adafactor", {"scale_parameter": True}),
+        ("came", {}),
+        ("adam_mini", {}),
+        ("fira", {"rank": 8, "update_proj_gap": 2}),
+        ("apollo", {"rank": 8, "update_proj_gap": 2}),
+        ("frugal", {"rank": 8, "update_proj_gap": 2, "projector": "power"}),
+    ],
+    ids=str,
+)
+def test_passes_at_once_are_those_by_blocks(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a card's kernels compute, uncompiled: sums of all rows at once differ from those of blocks in the
+    last bits alone, products are made in pieces, and a gradient that is not finite is refused alike."""
+    blocks, params = start(name, options, FP32)
+    advance(blocks, params, range(3))
+    calls: list[int] = []
+
+    def as_it_is(step: Any) -> Any:
+        return lambda *tensors: (calls.append(1), step(*tensors))[1]
+
+    monkeypatch.setattr(passes, "compiled", as_it_is)
+    monkeypatch.setattr(chunks, "compiled", lambda step: step)
+    monkeypatch.setitem(cutting.POLICIES, "cuda", replace(cutting.POLICIES["cuda"], made=1 << 20))
+    with policy("cuda"):
+        whole, moved = start(name, options, FP32, compile="on")
+        advance(whole, moved, range(3))
+    assert calls
+    for a, b in zip(left(blocks, params), left(whole, moved), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
+@pytest.mark.parametrize("name", ["adafactor", pytest.param("fira", marks=pytest.mark.thorough)])
+def test_passes_compile_to_what_they_say(name: str) -> None:
+    rank = {} if name == "adafactor" else {"rank": 8, "update_proj_gap": 2}
+    blocks, params = start(name, rank, FP32)
+    advance(blocks, params, range(3))
+    with policy("cuda"):
+        whole, moved = start(name, rank, FP32, compile="on")
+        advance(whole, moved, range(3))
+    kernels = whole.chunks.passes._kernels.values()
+    assert kernels
+    assert all(kernel._order for kernel in kernels)  # and are called directly
+    for a, b in zip(left(blocks, params), left(whole, moved), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
