@@ -79,8 +79,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines += [
         f"Made by `{COMMAND}`, then `--page docs/quality.md --of configs/measured/quality.json`.",
         "All runs of a table see the same rows and steps. The learning rate is the recipe's; of several, the "
-        "one of the least loss on the validation split, with bf16 weights and seed 0: see below a table. Where "
-        "several runs share the cores, as here, seconds say little; `lowmem.recipes.benchmark` measures steps.",
+        "one of the least loss on the validation split, with bf16 weights and seed 0: see below a table.",
+        "Runs share the cores with whatever else goes on, so seconds say little: `lowmem.recipes.benchmark` "
+        "measures steps.",
         "",
     ]
     for setting in dict.fromkeys(run["setting"] for run in runs):
