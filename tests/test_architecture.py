@@ -46,6 +46,7 @@ FLOORS = {
         },
         {"int8"},
         {"blocks"},
+        {"formulas"},
         {"terms.hyper", "terms.changes"},
         {"terms.split", "terms.asks", "projectors.bases", "int8.writer"},
         {"contract"},

@@ -213,7 +213,7 @@ class LowMemOptimizer(Informed):
         place = self.place(p)
         weight = weight or seen(part.of(p.detach()) if part else p.detach())
         name, overall = (part or place).name, self._overall
-        return hyper(place, name, weight, self.chunks.advance_, self._lookup, first, shard, overall)
+        return hyper(place, name, weight, self.chunks, self._lookup, first, shard, overall)
 
     def constants(self, p: Tensor) -> State:
         """The constants of a parameter's rule, each held once for a device."""
