@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model": "smollm2-135m", "seq_len": 256, "batch_size": 1, "steps": 16, "warmup": 2,
         "eval_rows": 40,
     },
-    "scratch": {"seq_len": 256, "batch_size": 2, "steps": 120, "warmup": 10, "eval_rows": 1000},
+    "scratch": {"seq_len": 256, "batch_size": 2, "steps": 60, "warmup": 5, "eval_rows": 1000},
 }  # fmt: skip
 """The steps are few, so that a row takes minutes of one core; `--steps` takes more."""
 
