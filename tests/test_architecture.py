@@ -74,7 +74,7 @@ FLOORS = {
         {"units", "document"},
         {"charts"},
         {"page"},
-        {"plan", "gpu"},
+        {"plan", "gpu", "quality"},
         {"profile", "compare"},
         {"run"},
         {"pages"},
