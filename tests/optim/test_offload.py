@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.errors import UserError
-from lowmem.optim.offload import Away, Pairs, away
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.release import release
+from lowmem.optim.tensors.offload import Away, Pairs, away
 
 SHAPES = {"0.weight": (48, 64), "1.weight": (64, 32), "2.weight": (16, 300), "norm": (64,)}
 CASES: list[tuple[str, dict[str, Any]]] = [
