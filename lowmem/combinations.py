@@ -140,6 +140,10 @@ def _of_sharding(v: Mapping[str, Any]) -> list[str]:
             f"fsdp: for task sft; train {v['task']} on one device",
         ),
         (
+            v["fsdp"] and v["offload_state"],
+            "offload_state: rows that fsdp spreads keep their state on their card; leave one of them out",
+        ),
+        (
             v["fsdp"] and (v["quantize"] or v["weights"] or v["few_bit"]),
             "fsdp: quantised weights and few_bit are for one device; leave one out",
         ),

@@ -59,7 +59,7 @@ FLOORS = {
         {"subspace"},
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
         {"strategy", "tensors.heads"},
-        {"tensors.seats", "offload"},
+        {"tensors.seats", "tensors.offload"},
         {"tensors.resting"},
         {"tensors.groups"},
         {"tensors.steps", "tensors.outside"},

@@ -26,13 +26,13 @@ from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.blocks import held as seen
 from lowmem.optim.engine.chunks import Chunks
 from lowmem.optim.engine.settings import NEUTRAL, Settings, under
-from lowmem.optim.offload import Home
 from lowmem.optim.shards import Shard
 from lowmem.optim.source import Named, check_asked
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_gradients, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
 from lowmem.optim.tensors.marks import mark_, rests, trains
+from lowmem.optim.tensors.offload import Home
 from lowmem.optim.tensors.resting import Look, arrange_, observe_, together_, turn_
 from lowmem.optim.tensors.seats import Piece, Place, Roster, Seat, seat
 from lowmem.optim.tensors.steps import Step, agreed, begin, hyper

@@ -29,6 +29,7 @@ from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import gathered
 from lowmem.optim.tensors import resting
+from lowmem.optim.tensors.offload import NO_CUDA, SPREAD
 from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.curvature import tell_curvature
@@ -93,6 +94,7 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
                 seed=args.seed,
                 compile=args.compile,
                 steps=self._steps,
+                offload_state=args.offload_state,
             )
         return cast(torch.optim.Optimizer, self.optimizer)
 
@@ -318,6 +320,8 @@ def _engine_problems(trainer: Any) -> list[str]:
     alone = copied or bool(trainer._strategy.asks) or (by_values and args.n_gpu > 1)
     what = "gradient_release" if args.gradient_release else name
     rules = [
+        (args.offload_state and args.device.type != "cuda", NO_CUDA),
+        (args.offload_state and trainer.is_fsdp_enabled, SPREAD),
         (
             trainer.is_deepspeed_enabled,
             f"deepspeed: it flattens parameters, {name} needs their shapes; shard with fsdp=True instead",

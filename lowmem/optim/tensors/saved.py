@@ -20,11 +20,11 @@ from torch import Tensor
 
 from lowmem.errors import CheckpointError
 from lowmem.optim.engine.settings import NEUTRAL
-from lowmem.optim.offload import Home
 from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.shards import shard_of
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import trains
+from lowmem.optim.tensors.offload import Home
 from lowmem.optim.tensors.outside import Outside
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
