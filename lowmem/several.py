@@ -57,6 +57,10 @@ def of_settings(v: Mapping[str, Any]) -> list[str]:
             "fsdp: quantised weights and few_bit are for one device; leave one out",
         ),
         (
+            v["offload_state"],
+            "offload_state: rows that fsdp spreads keep their state on their card; leave one of them out",
+        ),
+        (
             v["task"] in REFERRING and adapts,
             f"fsdp: task {v['task']} computes its reference before the weights under adapters are sharded; "
             "train all weights, or leave fsdp out",
