@@ -18,6 +18,7 @@ Copy it (`lowmem cp quality my.py`) and change the settings.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,26 +49,47 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A method as it is compared.
-
-    Args:
-        optim, options: as `lowmem finetune` takes them.
-        demo, scratch: the learning rates among which the validation split chooses.
-    """
+    """A method as it is compared: as `lowmem finetune` takes it, and the rates among which it is chosen."""
 
     optim: str
-    demo: tuple[float, ...]
-    scratch: tuple[float, ...]
+    rates: tuple[float, ...]
     options: str = ""
+    others: tuple[tuple[str, Any], ...] = ()
 
 
+PURPOSES = {"demo": "fine-tuning", "scratch": "pre-training"}
+USUAL = {"demo": 1e-4, "scratch": 1e-3}
+"""The rate of a method that recommends none."""
+FACTORS = (1.0, 3.0, 10.0)
+"""Of a recommended rate, which is mostly for models of 7B: these are small and take more."""
 METHODS = {
-    "adamw": Row("adamw", (1e-4,), (2e-3,)),
-    "galore": Row("galore", (5e-4,), (5e-3,)),
-    "galore_roles": Row("galore", (5e-4,), (5e-3,), "states=int8,embedding=adafactor"),
-    "q_galore": Row("q_galore", (5e-4,), (5e-3,)),
-    "q_galore_roles": Row("q_galore", (5e-4,), (5e-3,), "embedding=adafactor"),
+    "adamw": {"demo": Row("adamw", (1e-4,)), "scratch": Row("adamw", (2e-3,))},
+    "galore": {"demo": Row("galore", (5e-4,)), "scratch": Row("galore", (5e-3,))},
+    "galore_roles": {"demo": Row("galore", (5e-4,), "states=int8,embedding=adafactor")},
+    "q_galore": {"demo": Row("q_galore", (5e-4,)), "scratch": Row("q_galore", (5e-3,))},
+    "q_galore_roles": {"demo": Row("q_galore", (5e-4,), "embedding=adafactor")},
 }
+"""Settings of this recipe; any other method has those that its record recommends."""
+
+
+def row(setting: str, method: str) -> Row:
+    """A method as it is compared in a setting.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    from lowmem.strategies.registry import entry
+
+    if found := METHODS.get(method, {}).get(setting):
+        return found
+    advice = [advice for advice in entry(method).recommended if advice.purpose == PURPOSES[setting]]
+    values = dict(advice[0].values) if advice else {}
+    lr = values.pop("lr", USUAL[setting])
+    others = tuple((name, values.pop(name)) for name in ("betas", "eps", "weight_decay") if name in values)
+    options = ",".join(f"{key}={str(value).lower()}" for key, value in values.items())
+    return Row(method, tuple(float(f"{lr * factor:.3g}") for factor in FACTORS), options, others)
+
+
 VARIANTS: dict[str, dict[str, str]] = {
     "bf16": {},
     "int8": {"weights": "int8"},
@@ -122,7 +144,8 @@ class Quality:
 
     def _one(self, case: Case, config: RunConfig) -> dict[str, Any]:
         about = {"setting": case.setting, "method": case.method, "variant": case.variant, "split": case.split}
-        of = {**about, "lr": case.lr, "seed": case.seed, "options": config.optim_args}
+        made = row(case.setting, case.method)
+        of = {**about, "optim": made.optim, "options": made.options, "lr": case.lr, "seed": case.seed}
         found: dict[str, Any] = once(
             config, self.folder / "runs", lambda result, _: {**of, **_kept(result)}, tidy=True
         )
@@ -131,18 +154,18 @@ class Quality:
     def config(self, case: Case) -> RunConfig:
         """The run as `lowmem finetune` takes it."""
         held = dict(VARIANTS[case.variant])
-        writer, row = held.pop("writer", ""), METHODS[case.method]
-        options = [text for text in (row.options, f"writer={writer}" if writer else "") if text]
+        writer, of = held.pop("writer", ""), row(case.setting, case.method)
+        options = [text for text in (of.options, f"writer={writer}" if writer else "") if text]
         values = {
             **SHARED, **SETTINGS[case.setting], **held, **_places(case, self.folder),
-            "optim": row.optim, "optim_args": ",".join(options),
+            **dict(of.others), "optim": of.optim, "optim_args": ",".join(options),
             "lr": case.lr, "seed": case.seed, "output_dir": str(self.folder / "runs" / case.name),
         }  # fmt: skip
         return build({**values, "steps": self.steps} if self.steps else values)
 
     def rate(self, setting: str, method: str) -> float:
         """The learning rate with the least validation loss, of bf16 weights and seed 0."""
-        rates: tuple[float, ...] = getattr(METHODS[method], setting)
+        rates = row(setting, method).rates
         asked = [Case(setting, method, "bf16", lr, 0, "validation") for lr in rates]
         if len(asked) == 1:
             return asked[0].lr
@@ -196,7 +219,7 @@ def quality(
     folder: Path,
     *,
     settings: Sequence[str] = ("demo",),
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = ("adamw", "galore", "q_galore"),
     variants: Sequence[str] = ("bf16",),
     seeds: Sequence[int] = (0,),
     steps: int | None = None,
@@ -205,7 +228,8 @@ def quality(
     """Choose rates, run what is left to run, and put the table together.
 
     Args:
-        folder: of the results; settings, methods, variants: names of what stands above.
+        folder: of the results; settings, variants: names of what stands above.
+        methods: those above, or any of `lowmem strategies` with what its record recommends.
         seeds: each runs once with each; steps and jobs: as in `Quality`.
 
     Returns:
@@ -214,9 +238,11 @@ def quality(
     Raises:
         UserError: a name that there is not, or a run that fails.
     """
-    for given, known in ((settings, SETTINGS), (methods, METHODS), (variants, VARIANTS)):
+    for given, known in ((settings, SETTINGS), (variants, VARIANTS)):
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"there is no {unknown[0]!r}; choose from {', '.join(known)}")
+    for setting, method in itertools.product(settings, methods):
+        row(setting, method)  # an unknown name is told before the first run
     asked = Quality(folder, steps, jobs)
     rates = {(s, m): asked.rate(s, m) for s in settings for m in methods}
     asked.measure([Case(s, m, v, rates[s, m], seed) for seed in seeds for s, m in rates for v in variants])
@@ -236,7 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output-dir", type=Path, help="folder of the results")
     parser.add_argument("--settings", default="demo", help=f"of {', '.join(SETTINGS)}, with commas")
-    parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
+    parser.add_argument("--methods", default="adamw,galore,q_galore", help="names, with commas")
     parser.add_argument("--variants", default="bf16", help=f"of {', '.join(VARIANTS)}, with commas")
     parser.add_argument("--seeds", default="0", help="numbers, with commas")
     parser.add_argument("--steps", type=int, help="of every run, instead of the setting's")

@@ -39,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return subprocess.CompletedProcess(command, 0, stdout=json.dumps(found))
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setitem(recipe.METHODS, "adamw", recipe.Row("adamw", RATES, RATES))
+    monkeypatch.setitem(recipe.METHODS, "adamw", {"demo": recipe.Row("adamw", RATES)})
     return seen
 
 
@@ -76,8 +76,17 @@ def test_a_page_names_what_its_figures_belong_to(calls: list[Any], tmp_path: Pat
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no 'adamm'; choose from adamw"):
+    with pytest.raises(UserError, match="unknown strategy 'adamm'"):
         recipe.quality(tmp_path, methods=["adamm"])
+
+
+def test_a_method_without_settings_here_has_what_its_record_recommends(tmp_path: Path) -> None:
+    made = recipe.row("scratch", "mars")
+    assert made.rates == (6e-3, 1.8e-2, 6e-2)
+    assert dict(made.others) == {"betas": (0.95, 0.99), "weight_decay": 1e-2}
+    assert recipe.row("demo", "mars").rates[0] == recipe.USUAL["demo"]  # nothing is recommended there
+    config = recipe.Quality(tmp_path).config(recipe.Case("demo", "fish_mask", "bf16", 1e-4, 0))
+    assert config.optim_args == "rank=0.005"
 
 
 def test_no_paragraph_of_the_text_is_on_two_sides(tmp_path: Path) -> None:
