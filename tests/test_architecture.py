@@ -60,7 +60,7 @@ FLOORS = {
         {"subspace"},
         {"source", "schedules", "tensors.roles", "tensors.stacks"},
         {"strategy", "tensors.heads"},
-        {"tensors.seats"},
+        {"tensors.seats", "tensors.offload"},
         {"tensors.resting"},
         {"tensors.groups"},
         {"tensors.steps", "tensors.outside"},
