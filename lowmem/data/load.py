@@ -30,7 +30,7 @@ from lowmem.data.files.source import Place
 from lowmem.data.rows import preferences
 from lowmem.data.rows.columns import Columns, understood
 from lowmem.data.rows.fields import Fields, RowError
-from lowmem.data.rows.formats import Format, Row, detect_format, formats, named
+from lowmem.data.rows.formats import BETTER, WORSE, Format, Row, detect_format, formats, named
 from lowmem.errors import UserError, nearest
 
 __all__ = [
@@ -151,7 +151,10 @@ def load_data(
     places: list[Place] = []
     skipped, ignored = 0, dict[str, None]()
     names = dict[str, str]()
-    for place, raw in islice(load_rows(name_or_path, split), limit):
+    passed = _passed_over(columns or {}) if task == "sft" else frozenset()
+    for place, whole in islice(load_rows(name_or_path, split), limit):
+        raw = {key: value for key, value in whole.items() if key not in passed}
+        ignored |= dict.fromkeys(key for key in whole if key in passed)
         found = _columns(_renamed(raw, columns or {}, place), place, chosen, task)
         chosen = chosen or _detect(task, found.row, str(place))
         converted, unread = _convert(chosen, found, place)
@@ -264,6 +267,11 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], place: Place) -
         )
     back = {old: new for new, old in columns.items()}
     return {back.get(key, key): value for key, value in row.items() if key in back or key not in columns}
+
+
+def _passed_over(columns: Mapping[str, str]) -> frozenset[str]:
+    """Worse answers, where the caller says that the better one is the answer."""
+    return frozenset(WORSE) - set(columns.values()) if set(BETTER) & set(columns.values()) else frozenset()
 
 
 def _columns(raw: Mapping[str, Any], place: Place, chosen: Format | None, task: str = "sft") -> Columns:

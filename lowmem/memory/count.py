@@ -100,6 +100,7 @@ def fresh_state(
         coded: the weight is held as int8 codes.
     """
     device = torch.device("meta")
+    strategy = strategy.sided(shard is not None)
     if shard is not None:
         return fresh(strategy, rule_name, role, shard, dtype, device)
     return strategy.init(rule_name, like(shape, dtype, device, coded), role)
@@ -142,7 +143,7 @@ def model_state_bytes(
         decided: of the optimizer's groups, for schedules that go by gradients.
         ranks, rank: as for `state_bytes`.
     """
-    found = roles.find(model)
+    strategy, found = strategy.sided(ranks > 1), roles.find(model)
     trained = {name: p for name, p in model.named_parameters() if trains(p)}
     shards = {name: _shard(tuple(p.shape), ranks, rank) for name, p in trained.items()}
     ordinary = {

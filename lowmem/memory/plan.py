@@ -181,6 +181,7 @@ def plan(
         raise UserError(f"gradient_release: {made[0].name or 'the strategy'} {made[0].waits}; leave it out")
     limit = limit_of(gpu, budget, run.compute_capability)
     asked, run = run, gather.on_card(run, limit) if limit is not None else run
+    made = [one.sided(run.sharded) for one in made]
     rows = [row(config, run, one, limit, advise=advise) for one in made]
     order = sorted(range(len(rows)), key=lambda i: (WORDS.index(rows[i].verdict), rows[i].peak["allocated"]))
     info = _info(name, config, run, made[0])

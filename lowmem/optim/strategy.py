@@ -14,6 +14,7 @@ for tensors that a schedule has put aside.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -120,6 +121,24 @@ class Strategy:
             return {"name": self.name, "options": dict(self.options)}
         return {"name": "", "options": {}, "parts": text_of(self)}
 
+    @property
+    def text(self) -> str:
+        """What checkpoints record."""
+        return json.dumps(self.to_config(), sort_keys=True)
+
+    def sided(self, spread: bool) -> Strategy:
+        """The strategy with `proj_type=auto` decided, in rules and options; itself where nothing is open.
+
+        Args:
+            spread: whether rows of weights lie on several ranks.
+        """
+        rules = {name: sided(rule, spread) for name, rule in self.rules.items()}
+        if all(rule is self.rules[name] for name, rule in rules.items()):
+            return self
+        side = "right" if spread else "std"
+        open_ = {key for key, value in self.options.items() if key.endswith("proj_type") and value == "auto"}
+        return replace(self, rules=rules).called(self.name, {**self.options, **dict.fromkeys(open_, side)})
+
     def rule_name(self, role: str, shape: Sequence[int], shard: Shard | None = None) -> str:
         """The name of the rule that a tensor of this role and shape follows.
 
@@ -188,6 +207,17 @@ class Strategy:
 def _restored(rules: Any, source: Any, writer: Any, schedule: Any, config: Mapping[str, Any]) -> Strategy:
     made = Strategy(rules, source, writer, schedule)
     return made.called(config["name"], config["options"])
+
+
+def sided(part: Any, spread: bool) -> Any:
+    """A frozen part with every basis in it `sided`; itself where nothing is open."""
+    if hasattr(part, "sided"):
+        return part.sided(spread)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    own = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
+    new = {name: sided(value, spread) for name, value in own.items()}
+    return replace(part, **new) if any(new[name] is not own[name] for name in own) else part
 
 
 def text_of(value: Any) -> str:

@@ -67,7 +67,8 @@ Gap = Annotated[int, Limits(least=1, small=4, gap=True), "Steps until the subspa
 Rank = Annotated[Size, "Directions of the subspace, or their share of the side; clipped to the short side."]
 
 Side = Annotated[
-    Literal["std", "reverse_std", "left", "right"], "Side that is projected; std is the short one."
+    Literal["std", "reverse_std", "left", "right", "auto"],
+    "Side that is projected; std is the short one, auto the one that ranks do not share.",
 ]
 
 States = Literal["fp32", "bf16", "int8", "int4", "companded8"]

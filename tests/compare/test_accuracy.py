@@ -54,7 +54,7 @@ def test_what_is_done_is_kept_and_told_with_its_error(
         found = {"steps": 20, "seconds": 1.0, "state_bytes": 0, "held_out": sides, "peak_bytes": 4096}
         return subprocess.CompletedProcess(command, 0, stdout=json.dumps(found))
 
-    monkeypatch.setattr(recipe.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     options = {"runs": ["mezo"], "seeds": [0, 1], "share": 0.01}
     found = recipe.accuracy(reviews, tmp_path / "out", **options)
     again = recipe.accuracy(reviews, tmp_path / "out", **options)
@@ -69,7 +69,9 @@ def test_what_is_done_is_kept_and_told_with_its_error(
         recipe.accuracy(reviews, tmp_path / "out", runs=["mzo"])
 
 
-def test_a_rate_that_is_not_given_falls_with_the_models_size() -> None:
+def test_a_rate_that_is_not_given_falls_with_the_models_size(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
     from lowmem.config import RunConfig
 
     def rate(model: str, optim: str, **more: Any) -> float:
@@ -79,4 +81,10 @@ def test_a_rate_that_is_not_given_falls_with_the_models_size() -> None:
     assert 1e-7 < rate("llama-2-7b", "mezo") < 1e-6  # the paper's grid for models of its size
     assert rate("llama-2-7b", "adamw") == rate("llama-2-7b", "mezo", lora_rank=8) == 1e-4
     assert rate("llama-2-7b", "qzo", quantize="nf4") == rate("smollm2-135m", "qzo", quantize="nf4")
+    LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=64).save_pretrained(
+        tmp_path
+    )
+    tiny = str(tmp_path)
+    assert rate(tiny, "mezo") == 1e-4  # 4000 / weights would be 0.05: the loss of the first run was 1e7
+    assert rate(tiny, "fzoo") == 1e-3
     assert rate("llama-2-7b", "fzoo") == rate("llama-2-7b", "mezo", optim_args="rule=adam")

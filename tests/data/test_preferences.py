@@ -114,6 +114,16 @@ def test_other_rows_are_refused_with_their_place(
     assert "rows.jsonl" in str(caught.value)
 
 
+def test_the_better_answer_is_the_answer_where_the_caller_says_so(tmp_path: Path) -> None:
+    """A set of preferences serves supervised fine-tuning; what is passed over is named."""
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    with pytest.raises(UserError, match="--columns completion=chosen"):
+        loaded(tmp_path, "sft", row)
+    data = loaded(tmp_path, "sft", row, columns={"completion": "chosen"})
+    assert data.ignored == ("rejected",)
+    assert data.rows == ({"prompt": "p", "completion": "c"},)
+
+
 def test_columns_are_named_by_the_caller(tmp_path: Path) -> None:
     row = {"frage": "2 + 2?", "gut": "4", "schlecht": "5", "prompt": "old"}
     named = {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}

@@ -30,13 +30,17 @@ EXCHANGES: dict[str, tuple[dict[str, Any], int]] = {
 def held(mesh: Any) -> list[str]:
     """Methods of which a rank holds other bytes than were planned."""
     model, found = sharded(torch.float32, mesh), []
-    for name in on_any_model():
-        optimizer = lowmem.optimizer(model, name)
+    auto = {"proj_type": "auto"}
+    where = {"ranks": mesh.size(), "rank": mesh.get_rank()}
+    for name, options in [*((name, {}) for name in on_any_model()), ("galore", auto)]:
+        optimizer = lowmem.optimizer(model, name, **options)
         optimizer.init_state()
-        where = {"ranks": mesh.size(), "rank": mesh.get_rank()}
-        planned, own = model_state_bytes(lowmem.create(name), Zoo(), **where), optimizer.state_bytes()
-        if planned != own:
-            found.append(f"{name} holds {own} bytes of state, {planned} were planned")
+        planned = model_state_bytes(lowmem.create(name, **options), Zoo(), **where)
+        if planned != (own := optimizer.state_bytes()):
+            found.append(f"{name} {options} holds {own} bytes of state, {planned} were planned")
+    right = lowmem.create("galore", proj_type="right")
+    if (found_side := optimizer.strategy) != right or planned != model_state_bytes(right, Zoo(), **where):
+        found.append(f"auto became {found_side}, not {right}")
     return found
 
 

@@ -25,6 +25,8 @@ TRAINED = {
     "train": "tests.distributed.training:train_all",
     "finetune": "tests.distributed.finetuning:finetune",
     "copies": "tests.distributed.copies:train_copies",
+    "write": "tests.distributed.onward:write",
+    "read": "tests.distributed.onward:read",
 }
 STEPPED = "tests.distributed.worker"
 """Where the others are."""

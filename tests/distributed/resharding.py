@@ -67,12 +67,12 @@ def save_all(folder: Path, mesh: Any) -> list[str]:
         optimizer = _walk(case, model)
         states = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
         dcp.save(states, checkpoint_id=folder / str(case))
-        told = _told(model, optimizer)
+        held = told(model, optimizer)
         full = deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))
         _steps(model, optimizer, steps.STEPS, steps.STEPS + MORE)
         after = {name: _whole(p) for name, p in model.named_parameters()}
         if dist.get_rank() == 0:
-            torch.save((told, full, after), folder / f"{case}.pt")
+            torch.save((held, full, after), folder / f"{case}.pt")
     return []
 
 
@@ -99,7 +99,7 @@ def load_all(folder: Path, mesh: Any) -> list[str]:
 def _load(case: cases.Case, kind: str, folder: Path, mesh: Any) -> list[str]:
     model = sharded(_dtype(case), mesh) if mesh.size() > 1 else Zoo().to(_dtype(case))
     optimizer = case.optimizer(model, lr=0.5)  # the checkpoint knows better
-    told, full, after = torch.load(folder / f"{case}.pt")
+    held, full, after = torch.load(folder / f"{case}.pt")
     states = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
     dcp.load(states, checkpoint_id=folder / str(case))
     set_model_state_dict(model, states["model"])
@@ -108,17 +108,17 @@ def _load(case: cases.Case, kind: str, folder: Path, mesh: Any) -> list[str]:
     else:
         given = full if dist.get_rank() == 0 else {}
         set_optimizer_state_dict(model, optimizer, given, options=FULL)
-    found = [f"{key} is not what was saved" for key in _differing(told, _told(model, optimizer))]
+    found = [f"{key} is not what was saved" for key in differing(held, told(model, optimizer))]
     _steps(model, optimizer, steps.STEPS, steps.STEPS + MORE)
     for name, p in model.named_parameters():
-        moved = float((after[name].float() - told[name].float()).norm())
+        moved = float((after[name].float() - held[name].float()).norm())
         apart = float((_whole(p).float() - after[name].float()).norm())
         if not apart <= WITHIN * moved:
             found.append(f"{name}: {apart / moved:.1e} of the way apart after {MORE} steps")
     return found
 
 
-def _differing(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differing(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     missing = sorted(saved.keys() ^ now.keys())
     return missing + [key for key in saved.keys() & now.keys() if not _equal(saved[key], now[key])]
 
@@ -133,7 +133,7 @@ def _dtype(case: cases.Case) -> torch.dtype:
     return torch.bfloat16 if dict(case.options).get("writer") == "kahan" else torch.float32
 
 
-def _told(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+def told(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
     """Weights and states, all rows."""
     names, found = [name for name, _ in model.named_parameters()], {}
     for name, p in model.named_parameters():

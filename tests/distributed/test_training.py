@@ -13,8 +13,11 @@ from typer.testing import CliRunner
 
 import lowmem.cli as cli
 from lowmem.training.folder import checkpoint
-from tests.distributed import training
+from tests.distributed import onward, training
 from tests.distributed.ranks import ended, logs, together
+
+TASK = {2: "write", 3: "read", 4: "read"}
+EACH = {ranks: list(range(len(onward.RUNS))) for ranks in (2, 1, 3, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,25 @@ def test_sharded_runs_are_those_of_one_process_and_resume_exactly(runs: Path) ->
         assert training.unlike(one, training.told(run)) == []
 
 
+@pytest.mark.parametrize(
+    "runs", [{2: [0, 1], 1: [0, 1], 3: [0, 1], 4: [1]}, pytest.param(EACH, marks=pytest.mark.thorough)]
+)
+def test_runs_of_two_ranks_go_on_with_another_number(runs: dict[int, list[int]], tmp_path: Path) -> None:
+    wrong = {}
+    for ranks, chosen in runs.items():
+        (tmp_path / "runs.json").write_text(json.dumps(chosen))
+        wrong[ranks] = onward.read_by(tmp_path, 1) if ranks == 1 else together(TASK[ranks], ranks, tmp_path)
+    assert not any(wrong.values()), wrong
+    assert torch.load(tmp_path / f"galore-{onward.FULL}.pt")["side"] == "right"  # auto, where rows are spread
+
+
+@pytest.mark.thorough
+def test_a_run_of_one_process_goes_on_with_ranks_and_keeps_its_side(tmp_path: Path) -> None:
+    onward.write_alone(tmp_path)
+    assert torch.load(tmp_path / f"galore-{onward.SHARDED}.pt")["side"] == "std"
+    assert together("read", 3, tmp_path) == []
+
+
 def flags(given: Path, output: str, *more: str) -> list[str]:
     """Of a short job on a tiny model."""
     places = ["--model", str(given / "model"), "--data", str(given / "rows.jsonl")]
@@ -65,6 +87,26 @@ def order(given: Path, output: str, *more: str, dies: int = 0) -> Path:
 def result(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "memory_report.json").read_text())["result"]
     return found
+
+
+RARER = [pytest.param(task, marks=pytest.mark.thorough) for task in ("orpo", "reward", "classify", "kto")]
+
+
+@pytest.mark.parametrize("task", ["dpo", *RARER])
+def test_other_tasks_on_two_ranks_end_as_one_process(task: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    pair = [{"chosen": f" it is {i}", "rejected": " no no"} for i in range(24)]
+    choice = [{"candidates": [" yes", " no"], "label": i % 2} for i in range(24)]
+    rows = [{"prompt": f"What is {i}?", **(choice if task == "classify" else pair)[i]} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["--task", task, "--eval-rows", "4"]
+    assert together("finetune", 2, order(tmp_path, "two", *own, "--batch-size", "2")) == []
+    done = CliRunner().invoke(cli.app, ["finetune", *flags(tmp_path, "one", *own, "--batch-size", "4")])
+    assert done.exit_code == 0, done.output
+    one, two = (result(tmp_path / name)["held_out"] for name in ("one", "two"))
+    assert one["after"]["loss"] < 0.98 * one["before"]["loss"]
+    # what kto compares rows with is the mean of a batch, and each rank has its own
+    assert two["after"] == pytest.approx(one["after"], rel=1e-1 if task == "kto" else 1e-3)
 
 
 def test_a_job_on_two_ranks_ends_as_one_process_and_survives_the_death_of_a_rank(tmp_path: Path) -> None:

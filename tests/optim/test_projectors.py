@@ -242,3 +242,26 @@ def test_a_rank_above_the_short_side_trains_whichever_side_is_spanned(projector:
     optimizer.step()
     assert torch.isfinite(model.weight).all()
     assert not torch.equal(model.weight, before)
+
+
+def test_a_side_that_was_chosen_is_stored_and_kept() -> None:
+    """Where rows lie on ranks auto is right, here it is std; a checkpoint goes on with what it was."""
+
+    def stepped(proj_type: str, saved: dict[str, Any] | None = None) -> lowmem.LowMemOptimizer:
+        weight = nn.Parameter(normal(8, 24))
+        optimizer = lowmem.optimizer([weight], "galore", rank=4, proj_type=proj_type)
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        weight.grad = normal(8, 24, seed=1)
+        optimizer.step()
+        return optimizer
+
+    for side in ("std", "right"):
+        given = stepped(side)
+        saved = given.state_dict()
+        one, auto = (stepped(proj_type, saved) for proj_type in (side, "auto"))
+        held, other = (next(iter(optimizer.state.values())) for optimizer in (one, auto))
+        assert auto.strategy == given.strategy
+        assert torch.equal(*(optimizer.param_groups[0]["params"][0] for optimizer in (one, auto)))
+        assert all(torch.equal(held[key], other[key]) for key in held)
+    assert stepped("auto").strategy == stepped("std").strategy

@@ -200,9 +200,10 @@ def _refuse_preferences(row: Mapping[str, Any]) -> None:
     worse = next((key for key in WORSE if row.get(key) not in EMPTY), None)
     if worse is not None:
         better = next((key for key in BETTER if row.get(key) not in EMPTY), None)
+        named = f", or say --columns completion={better}" if better and "prompt" in row else ""
         raise RowError(
             f"holds preferences ({', '.join(filter(None, (better, worse)))}); supervised fine-tuning learns "
-            f"answers: train them with --task dpo, or {_kept(row, better)} and take `{worse}` out"
+            f"answers: train them with --task dpo, or {_kept(row, better)} and take `{worse}` out{named}"
         )
     answered = any(f.fits(row) for f in _FORMATS if f.name != "text")
     judged = next((key for key in LABELS if answered and row.get(key) in VERDICTS), None)

@@ -4,12 +4,14 @@
     right:  P is (n, r), R = G P is (m, r), lifted R P'
 
 `std` spans the short side, as GaLore does, so that R is r by long. The side is
-resolved from the full shape; rank is clipped to the short one.
+resolved from the full shape; rank is clipped to the short one. `auto` is right where
+rows are spread over ranks, so that R is spread as they are, and std elsewhere: an
+optimizer decides once for all its tensors (`Strategy.sided`), and a checkpoint keeps it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from lowmem.optim.shards import resized, shard_in, total, whole
 from lowmem.optim.terms.changes import Change, Rotation, Unrelated
 from lowmem.optim.terms.state import State
 
-PROJ_TYPES = ("std", "reverse_std", "left", "right")
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "auto")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Frame:
     Args:
         rank: columns of the basis, from 1 on, or their share of the side, below 1; clipped to the short
             side, which no gradient's rank exceeds.
-        proj_type: std (short side), reverse_std (long side), left or right.
+        proj_type: std (short side), reverse_std (long side), left, right or auto.
     """
 
     rank: float
@@ -44,9 +46,16 @@ class Frame:
     def left(self, shape: tuple[int, int]) -> bool:
         """Whether the basis spans the rows' index (m); square weights are projected on the right."""
         m, n = whole(shape)
-        if self.proj_type in ("left", "right"):
-            return self.proj_type == "left"
-        return (m < n) == (self.proj_type == "std")
+        side = self.sided(shard_in(shape) is not None).proj_type
+        return side == "left" if side in ("left", "right") else (m < n) == (side == "std")
+
+    def sided(self, spread: bool) -> Frame:
+        """The frame with `auto` decided.
+
+        >>> Frame(4, "auto").sided(spread=True).proj_type, Frame(4, "left").sided(spread=True).proj_type
+        ('right', 'left')
+        """
+        return self if self.proj_type != "auto" else replace(self, proj_type="right" if spread else "std")
 
     def size(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(s, r) of the basis."""

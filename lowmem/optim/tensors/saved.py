@@ -21,8 +21,10 @@ from torch import Tensor
 from lowmem.errors import CheckpointError
 from lowmem.optim.engine.settings import NEUTRAL
 from lowmem.optim.schedules.schedule import Always
+from lowmem.optim.shards import shard_of
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import trains
+from lowmem.optim.tensors.offload import Home
 from lowmem.optim.tensors.outside import Outside
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
@@ -50,12 +52,15 @@ class Loading:
     """One call of `load_state_dict`: two hooks around torch's.
 
     Args:
-        strategy: of the optimizer that loads.
+        asked: the strategy that the optimizer was given; home: where its state lives.
+
+    Attributes:
+        strategy: the one that was saved, which has decided what that leaves open.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy = strategy
-        self.outside = Outside(strategy)
+    def __init__(self, asked: Strategy, home: Home) -> None:
+        self.asked = self.strategy = asked
+        self.home = home
         self.found: dict[Tensor, State] = {}
 
     @contextmanager
@@ -78,7 +83,8 @@ class Loading:
             CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
         own = optimizer.param_groups
-        check_groups(saved, own)
+        self.strategy = check_groups(saved, own, self.asked)
+        self.outside = Outside(self.strategy)
         groups = self._named(saved["param_groups"], own)
         roster = Roster(groups, self.strategy)
         indices = [i for group in saved["param_groups"] for i in group["params"]]
@@ -100,6 +106,8 @@ class Loading:
 
     def store(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the copies in their places."""
+        for p, state in self.found.items():
+            self.home.hold_(p, state)
         optimizer.state.update(self.found)
 
     def _named(self, saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
@@ -142,13 +150,40 @@ class Loading:
         needed = place.fresh(self.strategy, rule_name, p, "meta")
         given = self.outside.back(place, rule_name, p, given, needed)
         check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
-        return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
+        return {key: laid_out(given[key], like, self.home.device(p, key)) for key, like in needed.items()}
 
 
 class Resumable(torch.optim.Optimizer):
     """An optimizer that is saved and loaded exactly; `roster`: all parameters, as they are now."""
 
     strategy: Strategy
+    asked: Strategy
+    home: Home
+    _adopted = False
+
+    def _decided(self) -> Strategy:
+        """The strategy; as long as nothing is held, what it leaves open goes by how the weights lie."""
+        is_open = self.asked.sided(spread=False) is not self.asked
+        if is_open and not self._adopted and not any(self.state.values()):
+            params = [p for group in self.param_groups for p in group["params"]]
+            self._decide(self.asked.sided(any(shard_of(p) for p in params)))
+        return self.strategy
+
+    def _decide(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        for group in self.param_groups:
+            group["strategy"] = strategy.text
+
+    def adopt(self, text: str) -> None:
+        """Decide as a checkpoint has, before its state is read into the tensors of an optimizer.
+
+        Args:
+            text: `Strategy.text` of the optimizer that was saved; of another strategy, it changes nothing.
+        """
+        if text in (known := decisions(self.asked)):
+            self._adopted = True
+            self._decide(known[text])
+            self._arrange()
 
     @property
     def roster(self) -> Roster:
@@ -165,6 +200,7 @@ class Resumable(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
+        self.home.settle()
         return saved(self, super().state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -173,8 +209,11 @@ class Resumable(torch.optim.Optimizer):
         Raises:
             CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
-        with NEUTRAL.entered(), Loading(self.strategy).around(self):
+        self.home.settle()
+        loading = Loading(self.asked, self.home)
+        with NEUTRAL.entered(), loading.around(self):
             super().load_state_dict(dict(state_dict))
+        self.strategy = loading.strategy
         self._arrange()
 
 
@@ -199,18 +238,25 @@ def tell(saved: Sequence[Group], own: Sequence[Group]) -> None:
         )
 
 
-def check_groups(saved: Mapping[str, Any], groups: Sequence[Group]) -> None:
-    """Refuse a state dict that belongs to another optimizer.
+def decisions(asked: Strategy) -> dict[str, Strategy]:
+    """What checkpoints may say of a strategy that leaves something open, and the strategy it becomes."""
+    found = (asked, *(asked.sided(spread) for spread in (False, True)))
+    return {strategy.text: strategy for strategy in found}
+
+
+def check_groups(saved: Mapping[str, Any], groups: Sequence[Group], asked: Strategy) -> Strategy:
+    """The strategy that a state dict was saved by; refuse one that belongs to another optimizer.
 
     Args:
-        saved: the state dict; groups: those of the optimizer that is to load it.
+        saved: the state dict; groups: those of the optimizer that is to load it; asked: its strategy.
 
     Raises:
         CheckpointError: saved by another strategy, for other parameters, or with keys of another type.
     """
-    mine = groups[0]["strategy"] if groups else ""
-    theirs = next((g.get("strategy") for g in saved["param_groups"] if g.get("strategy") != mine), mine)
-    if theirs != mine:
+    may, mine = decisions(asked), groups[0]["strategy"] if groups else asked.text
+    texts = [g.get("strategy") for g in saved["param_groups"]] or [mine]
+    theirs = next((text for text in texts if text not in may or text != texts[0]), texts[0])
+    if theirs not in may or theirs != texts[0]:
         raise CheckpointError(
             f"optimizer state was saved by {theirs or 'another optimizer'}, this run is {mine}: "
             f"resume with the strategy and options it was saved with"
@@ -228,6 +274,7 @@ def check_groups(saved: Mapping[str, Any], groups: Sequence[Group]) -> None:
             f"{sorted(known, key=str)[:3]}...: a store that turns numbers into text does this; save what "
             f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives"
         )
+    return may[theirs]
 
 
 def lost(steps: int, what: str) -> CheckpointError:

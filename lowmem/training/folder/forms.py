@@ -12,7 +12,8 @@ those of a folder are put into tensors placed as the run's are, by torch.distrib
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from lowmem.errors import CheckpointError
 from lowmem.optim.optimizer import LowMemOptimizer
+from lowmem.optim.shards import Shard
 
 OPTIMIZERS = {"plain": "optimizer.pt", "full": "optimizer.bin", "sharded": "optimizer_0/.metadata"}
 """The file of the optimizer by which a form is known."""
@@ -77,8 +79,67 @@ def load_optimizer_(folder: Path, form: str, model: nn.Module, optimizer: LowMem
     set_optimizer_state_dict(model, optimizer, held, options=_whole())
 
 
-def by_name(state: Mapping[str, Any]) -> dict[str, Any]:
+def refuse_misfit(folder: Path, form: str, optimizer: LowMemOptimizer) -> None:
+    """Refuse optimizer state that this number of ranks holds otherwise, before torch reads it key by key.
+
+    Raises:
+        CheckpointError: names a tensor, what was saved and is held of it, and numbers of ranks that fit.
+    """
+    if optimizer.strategy.turns:  # what is held goes by the step
+        return
+    names = [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in optimizer.named_parameters()]
+    saved, ranks = _saved_keys(folder, form, [name for name, _ in names]), _ranks()
+    found = _misfit(optimizer, names, saved, ranks)
+    if found is None:
+        return
+    name, p = found
+    fit = [str(n) for n in range(1, 17) if _misfit(optimizer, names, saved, n) is None]
+    kept, held = (", ".join(sorted(keys)) for keys in (saved[name], _keys(optimizer, p, ranks)))
+    raise CheckpointError(
+        f"cannot resume from {folder} on {ranks} ranks: it holds {kept} of {name} {tuple(p.shape)}, here it "
+        f"is {held}, for a tensor is held in blocks only where the rows of every rank start on one; resume "
+        + (f"on {' or '.join(fit)} ranks" if fit else "on as many ranks as wrote it")
+    )
+
+
+def _misfit(
+    optimizer: LowMemOptimizer,
+    names: Sequence[tuple[str, nn.Parameter]],
+    saved: Mapping[str, set[str]],
+    ranks: int,
+) -> tuple[str, nn.Parameter] | None:
+    """The first tensor of which so many ranks hold other keys than were saved."""
+    held = ((name, p) for name, p in names if saved[name])
+    return next(((name, p) for name, p in held if saved[name] != _keys(optimizer, p, ranks)), None)
+
+
+def _keys(optimizer: LowMemOptimizer, p: nn.Parameter, ranks: int) -> set[str]:
+    """What the first of so many ranks holds of a tensor."""
+    place, strategy = optimizer.place(p), optimizer.strategy
+    shard = Shard.of(p.shape, ranks, 0) if ranks > 1 and p.dim() else None
+    rule = strategy.rule_name(place.role, p.shape, shard)
+    return set(replace(place, shard=shard).fresh(strategy, rule, p, "meta"))
+
+
+def _saved_keys(folder: Path, form: str, names: Sequence[str]) -> dict[str, set[str]]:
+    """What a checkpoint holds of each tensor; of the values nothing is read."""
+    path = folder / OPTIMIZERS[form]
+    if form != "sharded":
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = (by_name(held, copied=False) if form == "plain" else held)["state"]
+        return {name: set(state.get(name, ())) for name in names}
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    listed = FileSystemReader(path.parent).read_metadata().state_dict_metadata
+    starts = {name: f"optimizer.state.{name}." for name in names}
+    return {name: {key.removeprefix(s) for key in listed if key.startswith(s)} for name, s in starts.items()}
+
+
+def by_name(state: Mapping[str, Any], *, copied: bool = True) -> dict[str, Any]:
     """An optimizer's state dict with the names of tensors for their numbers, as ranks exchange it.
+
+    Args:
+        state: as `state_dict` gives it; copied: into tensors that lie row by row, where they do not.
 
     >>> group = {"params": [0], "param_names": ["weight"], "lr": 0.1}
     >>> by_name({"state": {0: {"age": 1}}, "param_groups": [group]})["state"]
@@ -87,7 +148,7 @@ def by_name(state: Mapping[str, Any]) -> dict[str, Any]:
     groups = state["param_groups"]
     names = {i: name for g in groups for i, name in zip(g["params"], g["param_names"], strict=True)}
     return {
-        "state": {names[i]: _rows(held) for i, held in state["state"].items()},
+        "state": {names[i]: _rows(held) if copied else held for i, held in state["state"].items()},
         "param_groups": [{**group, "params": [names[i] for i in group["params"]]} for group in groups],
     }
 

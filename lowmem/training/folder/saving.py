@@ -187,7 +187,7 @@ class WholeCheckpoints:
             self._name_best(staged, target)
             if self.args.should_save:
                 self.save_log(staged)
-                sealed.seal(staged, self.about())
+                sealed.seal(staged, {**self.about(), "optimizer": self.lowmem_optimizer.strategy.text})
                 publish(staged, target)
                 best = self.state.best_model_checkpoint
                 spared = [target, *([Path(best)] if best else [])]

@@ -8,6 +8,7 @@ weights (1e-5 to 1e-7, arXiv 2305.17333), and what 135 million take, lies about
     lr = 5 / sqrt(d)              where the slope's size is divided out, so that lr itself is a length
     lr = 1e-4                     for adapters, whatever their size
 
+never more than 1e-4 and 1e-3: models of a million weights take no rate a thousand times that of a billion;
 and for scales of 4-bit weights, which are stepped in proportion to themselves, it does not depend on d.
 """
 
@@ -22,7 +23,7 @@ from lowmem.training.arguments import build_strategy
 
 FIRST_ORDER = ADAPTERS = 1e-4
 SCALES = 2e-3
-SLOPE, LENGTH = 4000.0, 5.0
+SLOPE, LENGTH, LONGEST = 4000.0, 5.0, 1e-3
 PAPERS = (20_000, 16)
 """Steps, and rows of each, of most of what the papers report."""
 
@@ -52,7 +53,9 @@ def usual_rate(config: RunConfig) -> float:
 
     entry = resolve(config.model)
     weights = entry.parameters or parameter_count(skeleton(entry))
-    return float(f"{LENGTH / weights**0.5 if steps_a_length(strategy) else SLOPE / weights:.1e}")
+    if steps_a_length(strategy):
+        return float(f"{min(LENGTH / weights**0.5, LONGEST):.1e}")
+    return float(f"{min(SLOPE / weights, ADAPTERS):.1e}")
 
 
 def steps_a_length(strategy: Strategy) -> bool:
