@@ -249,8 +249,9 @@ class _Finder:
 
     def _row(self, strategy: Strategy, mode: Run, run: Run, levers: tuple[str, ...]) -> Found:
         run = gather.on_card(run, self.limit)
-        hopeless = not mode.adapts and self._hopeless(run, strategy)
-        peak, held = self._peak(strategy, run, "none" if hopeless else "large")
+        peak, held = self._peak(strategy, run, "none")
+        if peak.allocated <= self.limit.capacity:  # else no scratch is counted: it takes long, and only adds
+            peak, held = self._peak(strategy, run)
         spare = self.limit.capacity - peak.allocated
         word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
         return Found(strategy, mode, run, kind_of(strategy, run), levers, peak, held.state_bytes, word, spare)

@@ -19,9 +19,11 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import Trace, evaluation, let_go, on_rank, trace
 from lowmem.memory.trace.tracker import Moment
-from lowmem.memory.trace.windows import Parameter
+from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.models.entries import parameter_count, skeleton
 from lowmem.optim.strategy import Strategy
+from lowmem.sources import Free
+from lowmem.strategies import create
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 PER_LAYER = ("layer_types", "layers_block_type", "sliding_window_pattern_list")
@@ -67,6 +69,8 @@ def _extrapolated(key: _Key) -> Trace:
     low, high = _samples(config)
     if depth <= high or not uniform(config, low, high):
         return remembered(config, run, strategy)
+    if strategy is not None and _never_rests(config, run, strategy):
+        return extrapolated(config, run, None)
     a, b = (remembered(shallow(config, layers), run, strategy) for layers in (low, high))
     line = functools.partial(_line, depth=depth, low=low, high=high)
     moments = {name: line(a.moments[name], b.moments[name]) for name in b.moments if name in a.moments}
@@ -75,6 +79,14 @@ def _extrapolated(key: _Key) -> Trace:
     parameters = _deepen(b.parameters, depth, repeat)
     total = a.total_parameters + (b.total_parameters - a.total_parameters) * (depth - low) // (high - low)
     return Trace(moments, releases, parameters, total, depth)
+
+
+def _never_rests(config: Any, run: Run, strategy: Strategy) -> bool:
+    """Whether every tensor of a strategy with gradients has one in the step that is traced."""
+    if not strategy.source.needs_autograd:
+        return False
+    plain = replace(run, gradient_checkpointing=False, gradient_release=False, activation_offload=False)
+    return not resting(strategy, extrapolated(config, plain, None).parameters)
 
 
 def evaluated(config: Any, run: Run) -> Moment:
@@ -155,7 +167,18 @@ def _remembered(key: _Key) -> Trace:
 def remembered(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     """`trace`, once for each configuration and run."""
     norm = Run.max_grad_norm if run.max_grad_norm > 0 else 0.0  # how large it is makes no difference
-    return _remembered(_Key(config, replace(run, max_grad_norm=norm), strategy))
+    one = None if strategy is None else _alike(strategy, run)
+    return _remembered(_Key(config, replace(run, max_grad_norm=norm), one))
+
+
+def _alike(strategy: Strategy, run: Run) -> Strategy:
+    """One strategy for all that probe alike: a card writes what is displaced at once, whatever is drawn."""
+    source: Any = strategy.source
+    if strategy.turns or source.quantized or run.device != "cuda" or run.compile == "off":
+        return strategy
+    if source.needs_autograd or not hasattr(source, "structure"):
+        return strategy
+    return replace(create("mezo"), source=replace(source, structure=Free()))
 
 
 def _line(a: Moment, b: Moment, *, depth: int, low: int, high: int) -> Moment:
