@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from lowmem import several
+
 FEW_BIT = (
     "few_bit: with gradient_checkpointing activations are computed anew, not kept; leave one of them out"
 )
@@ -43,7 +45,7 @@ def problems(v: Mapping[str, Any]) -> list[str]:
     found = [text for broken, text in rules if broken]
     return (
         found
-        + _of_sharding(v)
+        + several.of_settings(v)
         + _of_autocast(v)
         + _of_task(v)
         + of_adapters(v)
@@ -130,25 +132,6 @@ def of_precision(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
 def no_gradient(optim: str) -> str:
     """What is said to a strategy that would differentiate a score."""
     return f"objective: no gradient goes through a score of answers, {optim} needs one; use mezo, fzoo or qzo"
-
-
-def _of_sharding(v: Mapping[str, Any]) -> list[str]:
-    """What sharded weights do not go with."""
-    rules = [
-        (
-            v["fsdp"] and v["task"] != "sft",
-            f"fsdp: for task sft; train {v['task']} on one device",
-        ),
-        (
-            v["fsdp"] and v["offload_state"],
-            "offload_state: rows that fsdp spreads keep their state on their card; leave one of them out",
-        ),
-        (
-            v["fsdp"] and (v["quantize"] or v["weights"] or v["few_bit"]),
-            "fsdp: quantised weights and few_bit are for one device; leave one out",
-        ),
-    ]
-    return [text for broken, text in rules if broken]
 
 
 def _of_autocast(v: Mapping[str, Any]) -> list[str]:

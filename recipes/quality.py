@@ -144,7 +144,8 @@ class Quality:
 
     def _one(self, case: Case, config: RunConfig) -> dict[str, Any]:
         about = {"setting": case.setting, "method": case.method, "variant": case.variant, "split": case.split}
-        of = {**about, "lr": case.lr, "seed": case.seed, "options": config.optim_args}
+        made = row(case.setting, case.method)
+        of = {**about, "optim": made.optim, "options": made.options, "lr": case.lr, "seed": case.seed}
         found: dict[str, Any] = once(
             config, self.folder / "runs", lambda result, _: {**of, **_kept(result)}, tidy=True
         )

@@ -31,7 +31,10 @@ def _row(some: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
     mean = statistics.fmean(losses.values())
     one = some[0]
     return {
-        **{key: one[key] for key in ("setting", "method", "variant", "lr", "steps", "state_bytes")},
+        **{
+            key: one[key]
+            for key in ("setting", "method", "variant", "lr", "steps", "state_bytes", "optim", "options")
+        },
         "seeds": sorted(losses),
         "before": one["held_out"]["before"],
         "loss": mean,
@@ -77,6 +80,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"Made by `{COMMAND}`, then `--page docs/quality.md --of configs/measured/quality.json`.",
         "All runs of a table see the same rows and steps. The learning rate is the recipe's; of several, the "
         "one of the least loss on the validation split, with bf16 weights and seed 0: see below a table.",
+        "Runs share the cores with whatever else goes on, so seconds say little: `lowmem.recipes.benchmark` "
+        "measures steps.",
         "",
     ]
     for setting in dict.fromkeys(run["setting"] for run in runs):
@@ -124,7 +129,7 @@ WEIGHTS = ("bf16", "int8", "int8 eco", "int8 nearest")
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     spread = f" +- {row['spread']:.4f}" if len(row["seeds"]) > 1 else ""
     return (
-        f"`{row['method']}`",
+        f"`{row['optim']}({row['options']})`" if row["options"] else f"`{row['optim']}`",
         row["variant"],
         f"{row['lr']:g}",
         str(len(row["seeds"])),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from lowmem import several
 from lowmem.errors import ConfigError, UserError
 from lowmem.models.attention import applies, attend_by_example
 from lowmem.models.int8.convert import late
@@ -29,7 +30,7 @@ from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import gathered
 from lowmem.optim.tensors import resting
-from lowmem.optim.tensors.offload import NO_CUDA, SPREAD
+from lowmem.optim.tensors.offload import NO_CUDA
 from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.curvature import tell_curvature
@@ -321,19 +322,15 @@ def _engine_problems(trainer: Any) -> list[str]:
     what = "gradient_release" if args.gradient_release else name
     rules = [
         (args.offload_state and args.device.type != "cuda", NO_CUDA),
-        (args.offload_state and trainer.is_fsdp_enabled, SPREAD),
-        (
-            trainer.is_deepspeed_enabled,
-            f"deepspeed: it flattens parameters, {name} needs their shapes; shard with fsdp=True instead",
-        ),
+        (args.offload_state and trainer.is_fsdp_enabled, several.STAYS),
+        (trainer.is_deepspeed_enabled, several.DEEPSPEED),
         (
             args.gradient_sync == "low_rank" and args.world_size < 2,
             "gradient_sync: there is one process, which exchanges nothing; leave it out, or start several",
         ),
         (
             alone and (args.world_size > 1 or args.n_gpu > 1),
-            f"{what}: runs on one device for now, found {max(args.world_size, args.n_gpu)}; "
-            "start one process and make one GPU visible with CUDA_VISIBLE_DEVICES",
+            several.one_device(what, max(args.world_size, args.n_gpu)),
         ),
     ]
     return [text for broken, text in rules if broken] + of_run(trainer)
