@@ -94,7 +94,7 @@ class RunConfig:
     lora_alpha: float | None = _knob(None, "Model", "scale of LoRA; twice the rank when not given", above=0)
     lora_dropout: float = _knob(0.0, "Model", "share of the adapters' inputs left out", least=0, below=1)
     lora_targets: str = _knob("all-linear", "Model", "layers that get LoRA, as in q_proj,v_proj")
-    adapter: str | None = _knob(None, "Model", "another method of PEFT by its name, such as ia3 or vera")
+    adapter: str | None = _knob(None, "Model", "another method: vectorfit, or PEFT's, such as ia3")
     adapter_args: str = _knob("", "Model", "options of PEFT's method, as in use_dora=true")
     quantize: str | None = _knob(
         None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)

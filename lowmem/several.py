@@ -104,6 +104,10 @@ def of_plan(run: Any) -> Iterator[str]:
             "weights int8: they are not sharded yet (FSDP2); leave ranks or weights out",
         ),
         (run.offload_state and run.sharded, STAYS),
+        (
+            run.sharded and (run.adapter or "").lower() == "vectorfit",
+            "adapter vectorfit: frozen singular vectors are not sharded; take shard none, or give lora_rank",
+        ),
         (run.per_node and run.ranks == 1, "per_node: there is one rank; give ranks as well"),
         (run.shard == "none" and run.ranks == 1, "shard none: there is one rank; give ranks as well"),
         (

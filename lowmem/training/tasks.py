@@ -24,7 +24,7 @@ from lowmem.config import RunConfig
 from lowmem.console import Console
 from lowmem.data.fitting import asked_within, fitting
 from lowmem.data.load import Data
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, UserError
 from lowmem.models.scoring import with_score
 from lowmem.optim.tensors.offload import NO_CUDA, stays
 from lowmem.several import REFERRING
@@ -114,6 +114,7 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     source, settings = strategy.source, dataclasses.asdict(config)
     writer = str(strategy.options.get("writer", ""))
     problems = [
+        _of_adapter(config, differentiates=source.needs_autograd),
         missing_tracker(config.report_to),
         missing_harness(config.eval),
         misfit(config.optim, source, config.quantize, config.adapts),
@@ -132,6 +133,18 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     problems += of_processes(cuda=cuda) if config.fsdp else []
     if found := [problem for problem in problems if problem]:
         raise ConfigError(found)
+
+
+def _of_adapter(config: RunConfig, *, differentiates: bool) -> str | None:
+    """What is wrong with the options of an adapter, or with the method beside it."""
+    from lowmem.models.peft_methods import adapter_config
+    from lowmem.training.freezing import NO_GRADIENT, freezes
+
+    try:
+        freezing = freezes(adapter_config(config))
+    except UserError as error:
+        return str(error)
+    return NO_GRADIENT if freezing and not differentiates else None
 
 
 def options(config: RunConfig) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.curvature import tell_curvature
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
+from lowmem.training.freezing import freezing_of
 from lowmem.training.ranks.sharding import Sharded, of_run, refuse_alone, refuse_masters
 from lowmem.training.zeroth.scales import admitted
 from lowmem.training.zeroth.steps import ZerothOrder
@@ -69,7 +70,8 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
         self._steps: int | None = None
         self._interruption = Interruption()
         self._divergence = Divergence(self.args.nonfinite_limit)
-        for callback in (self._interruption, self._divergence):
+        freezing = freezing_of(self.model, differentiates=self._strategy.source.needs_autograd)
+        for callback in (self._interruption, self._divergence, *([freezing] if freezing else [])):
             self.add_callback(callback)  # type: ignore[attr-defined]
         problems = _engine_problems(self)
         if problems:

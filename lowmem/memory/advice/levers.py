@@ -49,7 +49,7 @@ def variants(run: Run, needs_autograd: bool, releases: bool = True) -> dict[str,
             found["gradient release"] = released
         if len(found) == 2:
             found["gradient checkpointing and release"] = replace(released, gradient_checkpointing=True)
-        if run.loss != "chunked":
+        if run.loss != "chunked" and run.task == "sft":
             found["chunked loss"] = replace(run, loss="chunked", label_tokens=None)
     if run.batch_size > 1:
         found["half the batch"] = replace(run, batch_size=run.batch_size // 2)
