@@ -30,6 +30,7 @@ from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.tasks.kinds import planned_over_four_bits
 from lowmem.memory.trace.windows import resting, special
 from lowmem.models import loss
 from lowmem.optim.strategy import Strategy
@@ -158,8 +159,9 @@ class _Finder:
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
             changes += [{"lora_rank": RANK}, {"lora_rank": RANK, "quantize": "nf4"}]
-        sharded = gather.make_run(self.decided).sharded
-        changes = changes[:2] if sharded else changes
+        first = gather.make_run(self.decided)
+        sharded = first.sharded
+        changes = changes[:2] if sharded or not planned_over_four_bits(first.task) else changes
         if not asked and not sharded:
             changes.append({"weights": "int8"})
         for change in changes:
