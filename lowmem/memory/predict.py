@@ -56,6 +56,7 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_release": config.gradient_release,
         "activation_offload": config.activation_offload,
+        "offload_state": config.offload_state,
         "few_bit": config.few_bit,
         "eval_batch_size": 0,  # what is measured is one step
         "accumulation": config.accumulation,

@@ -76,6 +76,16 @@ def levers(config: Any, run: Run, held: Footprint) -> tuple[Lever, ...]:
     return tuple(sorted(found, key=lambda lever: lever.peak))
 
 
+def offloaded(held: Footprint) -> list[str]:
+    """What state in the host's memory takes there, and on the way."""
+    if not held.away:
+        return []
+    return [
+        f"Optimizer state: {format_bytes(held.away)} of pinned host memory; every step moves as much to the "
+        f"device and as much back, and the device holds {format_bytes(held.held)} of it at a time."
+    ]
+
+
 def sentences(peak: Peak, found: Sequence[Lever], run: Run) -> list[str]:
     """What binds, what comes next, what helps and what does not."""
     parts = [f"{key.replace('_', ' ')} {format_bytes(size)}" for key, size in _largest(peak.at_peak)]
