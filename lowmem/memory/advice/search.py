@@ -32,6 +32,7 @@ from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.tasks.kinds import planned_over_four_bits
 from lowmem.memory.trace.windows import resting, special
 from lowmem.models import loss
 from lowmem.optim.strategy import Strategy
@@ -164,8 +165,9 @@ class _Finder:
         asked = {"lora_rank", "adapter", "quantize", "weights"} & set(self.decided)
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
+            four_bits = not self.limit.unified and planned_over_four_bits(self.decided.get("task", "sft"))
             changes.append({"lora_rank": RANK})
-            changes += [] if self.limit.unified else [{"lora_rank": RANK, "quantize": "nf4"}]
+            changes += [{"lora_rank": RANK, "quantize": "nf4"}] if four_bits else []
         changes += [] if asked else [{"weights": "int8"}]
         for change in changes:
             try:

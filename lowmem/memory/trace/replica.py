@@ -330,12 +330,17 @@ def phase_hooks(model: nn.Module, tracker: Tracker, *, checkpointing: bool) -> I
         hidden = args[0] if args else kwargs.get("hidden_states")
         enter_when_grad(hidden, "embedding backward")
 
+    def before_backbone(module: nn.Module, args: Any) -> None:
+        if tracker.phase == "loss forward":  # a loss that takes two passes
+            tracker.enter("forward")
+
     def after_backbone(module: nn.Module, args: Any, out: Any) -> None:
         if tracker.phase == "forward":
             tracker.enter("loss forward", "logits")
 
     handles = [layer.register_forward_hook(after_layer(i)) for i, layer in enumerate(layers)]
     handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
+    handles.append(trainable.backbone(model).register_forward_pre_hook(before_backbone))
     handles.append(trainable.backbone(model).register_forward_hook(after_backbone))
     try:
         yield
