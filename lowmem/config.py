@@ -94,7 +94,7 @@ class RunConfig:
     lora_alpha: float | None = _knob(None, "Model", "scale of LoRA; twice the rank when not given", above=0)
     lora_dropout: float = _knob(0.0, "Model", "share of the adapters' inputs left out", least=0, below=1)
     lora_targets: str = _knob("all-linear", "Model", "layers that get LoRA, as in q_proj,v_proj")
-    adapter: str | None = _knob(None, "Model", "another method of PEFT by its name, such as ia3 or vera")
+    adapter: str | None = _knob(None, "Model", "another method: vectorfit, or PEFT's, such as ia3")
     adapter_args: str = _knob("", "Model", "options of PEFT's method, as in use_dora=true")
     quantize: str | None = _knob(
         None, "Model", "quantise the frozen weights under LoRA adapters", choices=("nf4",)
@@ -169,9 +169,8 @@ class RunConfig:
     few_bit: int | None = _knob(
         None, "Memory", "bits that activation functions keep for the backward pass (1 to 4)", least=1, below=5
     )
-    gradient_release: bool = _knob(
-        False, "Memory", "step each tensor inside the backward pass and free its gradient"
-    )
+    gradient_release: bool = _knob(False, "Memory", "step each tensor inside backward and free its gradient")
+    offload_state: bool = _knob(False, "Memory", "keep optimizer state in host memory between steps (GPU)")
     fsdp: bool = _knob(False, "Memory", "spread weights over the processes of torchrun (FSDP2)")
 
     steps: int | None = _knob(None, "Run", "optimizer steps; one epoch when neither is given", least=1)

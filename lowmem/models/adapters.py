@@ -186,6 +186,9 @@ def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 def _with_adapter(model: Any, folder: Path, base: str) -> Any:
     from peft import PeftModel
 
+    from lowmem.models.vectorfit import register
+
+    register()
     try:
         with quiet():
             return PeftModel.from_pretrained(model, str(folder)).eval()

@@ -3,6 +3,7 @@
     --lora-rank 16                                    LoRA on every linear layer but the head
     --lora-rank 16 --adapter-args use_dora=true       with PEFT's own options (DoRA, rsLoRA, ...)
     --adapter ia3                                     another method, its options as PEFT names them
+    --adapter vectorfit --adapter-args rank=0.5       our own, in PEFT's form: see `lowmem.models.vectorfit`
 
 Values are read as YAML would; several of one option are joined by +, as in target_modules=q_proj+v_proj.
 """
@@ -158,6 +159,9 @@ def _method(name: str) -> type[Any]:
     """The configuration class of a method."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    from lowmem.models.vectorfit import register
+
+    register()
     known = {str(kind.value).lower(): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name.lower() not in known:
         raise UserError(f"adapter: PEFT has no method {name!r}; {nearest(name.lower(), known)}")

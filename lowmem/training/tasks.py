@@ -24,8 +24,9 @@ from lowmem.config import RunConfig
 from lowmem.console import Console
 from lowmem.data.fitting import asked_within, fitting
 from lowmem.data.load import Data
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, UserError
 from lowmem.models.scoring import with_score
+from lowmem.optim.tensors.offload import NO_CUDA, stays
 from lowmem.several import REFERRING
 from lowmem.training import scored
 from lowmem.training.arguments import TRL, build_strategy
@@ -113,6 +114,7 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     source, settings = strategy.source, dataclasses.asdict(config)
     writer = str(strategy.options.get("writer", ""))
     problems = [
+        _of_adapter(config, differentiates=source.needs_autograd),
         missing_tracker(config.report_to),
         missing_harness(config.eval),
         misfit(config.optim, source, config.quantize, config.adapts),
@@ -122,6 +124,8 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     ]
     if config.activation_offload and not cuda:
         problems.append("activation_offload: there is no GPU whose memory it would spare; leave it out")
+    if config.offload_state:
+        problems.append(stays(config.optim, source.needs_autograd) or ("" if cuda else NO_CUDA))
     if config.objective:
         problems.append(no_gradient(config.optim) if source.needs_autograd else unknown(config.objective))
     if config.autocast == "float16" and not cuda:
@@ -129,6 +133,18 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     problems += of_processes(cuda=cuda) if config.fsdp else []
     if found := [problem for problem in problems if problem]:
         raise ConfigError(found)
+
+
+def _of_adapter(config: RunConfig, *, differentiates: bool) -> str | None:
+    """What is wrong with the options of an adapter, or with the method beside it."""
+    from lowmem.models.peft_methods import adapter_config
+    from lowmem.training.freezing import NO_GRADIENT, freezes
+
+    try:
+        freezing = freezes(adapter_config(config))
+    except UserError as error:
+        return str(error)
+    return NO_GRADIENT if freezing and not differentiates else None
 
 
 def options(config: RunConfig) -> dict[str, Any]:

@@ -30,11 +30,13 @@ from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import gathered
 from lowmem.optim.tensors import resting
+from lowmem.optim.tensors.offload import NO_CUDA
 from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.curvature import tell_curvature
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
+from lowmem.training.freezing import freezing_of
 from lowmem.training.ranks.sharding import Sharded, of_run, refuse_alone, refuse_masters
 from lowmem.training.zeroth.scales import admitted
 from lowmem.training.zeroth.steps import ZerothOrder
@@ -68,7 +70,8 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
         self._steps: int | None = None
         self._interruption = Interruption()
         self._divergence = Divergence(self.args.nonfinite_limit)
-        for callback in (self._interruption, self._divergence):
+        freezing = freezing_of(self.model, differentiates=self._strategy.source.needs_autograd)
+        for callback in (self._interruption, self._divergence, *([freezing] if freezing else [])):
             self.add_callback(callback)  # type: ignore[attr-defined]
         problems = _engine_problems(self)
         if problems:
@@ -94,6 +97,7 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
                 seed=args.seed,
                 compile=args.compile,
                 steps=self._steps,
+                offload_state=args.offload_state,
             )
         return cast(torch.optim.Optimizer, self.optimizer)
 
@@ -319,6 +323,8 @@ def _engine_problems(trainer: Any) -> list[str]:
     alone = copied or bool(trainer._strategy.asks) or (by_values and args.n_gpu > 1)
     what = "gradient_release" if args.gradient_release else name
     rules = [
+        (args.offload_state and args.device.type != "cuda", NO_CUDA),
+        (args.offload_state and trainer.is_fsdp_enabled, several.STAYS),
         (trainer.is_deepspeed_enabled, several.DEEPSPEED),
         (
             args.gradient_sync == "low_rank" and args.world_size < 2,

@@ -20,6 +20,7 @@ KINDS = {
     "dora": {"lora_rank": 4, "adapter_args": "use_dora=true"},
     "ia3": {"adapter": "ia3"},
     "vera": {"adapter": "vera", "adapter_args": "r=8"},
+    "vectorfit": {"adapter": "vectorfit", "adapter_args": "rank=0.5"},
 }
 
 
@@ -42,7 +43,7 @@ def test_a_plan_is_a_real_step(kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"task": "dpo"}, "reference model.*finetune --task dpo"),
+        ({"task": "answer"}, "generates.*finetune --objective accuracy"),
         ({"task": "grpo"}, "generates answers"),
         ({"task": "dop"}, "did you mean 'dpo'"),
         ({"adapter": "iaa3"}, "did you mean 'ia3'"),
@@ -51,6 +52,8 @@ def test_a_plan_is_a_real_step(kind: str) -> None:
         ({"adapter_args": "use_dora=true"}, "give lora_rank or adapter"),
         ({"lora_rank": 4, "adapter_args": "use_dra=true"}, "use_dora"),
         ({"adapter": "ia3", "quantize": "nf4"}, "planned under LoRA"),
+        ({"adapter": "vectorfit", "adapter_args": "rank=-1"}, "a share below 1, got -1"),
+        ({"adapter": "vectorfit", "ranks": 2}, "not sharded; take shard none"),
         (
             {"adapter": "loha", "adapter_args": "r=2,target_modules=q_proj+v_proj"},
             "does not run without data",

@@ -34,6 +34,7 @@ from lowmem.memory.trace import kernels, ranks, trainable
 from lowmem.memory.trace.offload import offloaded
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.ranks import AFTER, Units
+from lowmem.memory.trace.tasks import losses
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.optim.int8.tensor import is_coded
@@ -213,6 +214,8 @@ def _parameters(model: nn.Module) -> Iterator[Parameter]:
 
 
 def _batch(run: Run) -> dict[str, Tensor]:
+    if run.task != "sft":
+        return losses.batch(run)
     shape = (run.batch_size, run.seq_len)
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.long),
@@ -229,6 +232,8 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Any:
     """The model's output with its loss: what else it holds dies with it, unless the loop keeps it."""
     amp = torch.autocast("cpu", getattr(torch, run.autocast_dtype)) if run.autocast else nullcontext()
     with amp:
+        if run.task != "sft":
+            return SimpleNamespace(loss=losses.loss(model, batch, run))
         if run.loss == "labels":
             return SimpleNamespace(loss=_label_loss(model, batch, run))
         extra: dict[str, Any] = {"fused_lm_head": True}
@@ -325,12 +330,17 @@ def phase_hooks(model: nn.Module, tracker: Tracker, *, checkpointing: bool) -> I
         hidden = args[0] if args else kwargs.get("hidden_states")
         enter_when_grad(hidden, "embedding backward")
 
+    def before_backbone(module: nn.Module, args: Any) -> None:
+        if tracker.phase == "loss forward":  # a loss that takes two passes
+            tracker.enter("forward")
+
     def after_backbone(module: nn.Module, args: Any, out: Any) -> None:
         if tracker.phase == "forward":
             tracker.enter("loss forward", "logits")
 
     handles = [layer.register_forward_hook(after_layer(i)) for i, layer in enumerate(layers)]
     handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
+    handles.append(trainable.backbone(model).register_forward_pre_hook(before_backbone))
     handles.append(trainable.backbone(model).register_forward_hook(after_backbone))
     try:
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,11 +22,13 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, quantized
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.quantized import Linear4bit
+from lowmem.memory.trace.tasks import kinds
 from lowmem.models import attention
 from lowmem.models.entries import skeleton
 from lowmem.models.few_bit import keep_few_bits_
 from lowmem.models.int8.convert import quantize_weights_
 from lowmem.models.peft_methods import adapter_config, attaching
+from lowmem.models.scoring import with_score
 
 
 def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
@@ -47,13 +50,14 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
     if run.rows == "packed":
         _attend_as_packed(base, run)
     if run.loss == "chunked":
-        _chunk_loss(base)
+        _chunk_loss(base, run)
     if run.quantize is not None:
         quantized.quantize(base, double=run.double_quant and run.adapts)
         if not run.adapts:  # scales that are trained are not quantized themselves
             quantized.train_scales(base)
     if run.weights is not None:
         quantize_weights_(base, run.weights, embeddings=run.int8_embeddings)
+    base = _headed(base, run)
     if run.kbit_prepare:
         quantized.prepare_for_kbit_training(base)
     if run.few_bit:
@@ -63,26 +67,43 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
         _recompute(base)
         if run.adapts:
             base.enable_input_require_grads()
-    return model.train()
+    return _stilled(model, run).train()
 
 
 def _as_it_is(given: Given, run: Run) -> nn.Module:
     model = given.fake()
+    if run.task == "reward":
+        raise UserError("task reward makes a scoring model of a language model: plan it by the model's name")
     base = attention.base(model)
     if base.config._attn_implementation != "eager":
         base.set_attn_implementation("sdpa")
     if run.rows == "packed":
         _attend_as_packed(base, run)
     if run.loss == "chunked":
-        _chunk_loss(base)
+        _chunk_loss(base, run)
     if run.few_bit:
         keep_few_bits_(base, run.few_bit)
     if run.gradient_checkpointing and not given.options()["gradient_checkpointing"]:
         _recompute(base)
         if base is not model:
             base.enable_input_require_grads()
-    trained: nn.Module = model.train()
-    return trained
+    return _stilled(model, run).train()
+
+
+def _stilled(model: nn.Module, run: Run) -> nn.Module:
+    """The model without dropout, where the task's trainer takes it out."""
+    task = kinds.PLANNED.get(run.task)
+    for module in model.modules():
+        if task and task.stilled and isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _headed(model: Any, run: Run) -> Any:
+    """The model with the head that its task trains."""
+    if run.task != "reward":
+        return model
+    return with_score(model, SimpleNamespace(pad_token_id=0))
 
 
 def _recompute(model: Any) -> None:
@@ -90,10 +111,11 @@ def _recompute(model: Any) -> None:
     enable()
 
 
-def _chunk_loss(model: Any) -> None:
+def _chunk_loss(model: Any, run: Run) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    task = kinds.PLANNED.get(run.task)
+    add_fused_lm_head(model, outputs=task.outputs if task else ("log_probs", "entropy", "is_top1"))
 
 
 def attention_name(config: Any, run: Run) -> str | None:
@@ -129,7 +151,11 @@ def adapt(model: nn.Module, run: Run) -> nn.Module:
 
 @contextmanager
 def _conversion_on_fake_tensors() -> Iterator[None]:
-    """`Module.to` swaps tensors under a fake mode and fails now and then: rebuild parameters instead."""
+    """Modules are converted and copied without leaving their fake mode.
+
+    `Module.to` swaps tensors under one and fails now and then: parameters are rebuilt instead. A copy of a
+    module, which peft trains beside the adapters, would bring a copy of the mode along.
+    """
 
     def apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         for child in module.children() if recurse else ():
@@ -143,7 +169,8 @@ def _conversion_on_fake_tensors() -> Iterator[None]:
                 module._buffers[name] = fn(b)
         return module
 
-    with patch.object(nn.Module, "_apply", apply):
+    one_mode = patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)
+    with patch.object(nn.Module, "_apply", apply), one_mode:
         yield
 
 

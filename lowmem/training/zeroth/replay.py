@@ -74,7 +74,7 @@ def _check(log: ReplayLog, folder: Path, steps: int | None) -> None:
             "the run's strategy was composed in Python and has no name; "
             "ReplayLog.load(...).optimizer(model, strategy) takes it"
         )
-    if adapters := [name for name in log.header["parameters"] if ".lora_" in name]:
+    if adapters := [name for name in log.header["parameters"] if name.startswith("base_model.")]:
         raise UserError(
             f"the run trained adapters ({adapters[0]}), whose first values are not in the base model; "
             "in Python, ReplayLog.load(...).optimizer(model, strategy) takes the model they began in"

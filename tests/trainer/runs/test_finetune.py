@@ -253,6 +253,8 @@ def test_overwriting_the_model_that_is_trained_is_refused(config):
         ({"optim_args": "rank=0"}, "rank"),
         ({"data": "no-such-file.jsonl"}, "no-such-file.jsonl"),
         ({"model": "no-such-model"}, "no-such-model"),
+        ({"adapter": "ia3", "adapter_args": "rnk=1", "data": "none.jsonl"}, "IA3Config has no 'rnk'"),
+        ({"adapter": "vectorfit", "optim": "mezo", "optim_args": ""}, "adapter-args freeze=0"),
         ({"optim": "adamw", "optim_args": "", "gradient_release": True, "accumulation": 2}, "accumulation"),
     ],
 )
