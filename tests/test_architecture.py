@@ -86,7 +86,7 @@ FLOORS = {
         {"trace", "closed_form"},
         {"count", "gather"},
         {"footprint", "exchange"},
-        {"surface", "lengths", "advice.wording", "advice.cards", "advice.kinds"},
+        {"surface", "lengths", "advice.wording", "advice.cards", "advice.kinds", "advice.ways"},
         {"advice.levers"},
         {"plan"},
         {"pictures", "advice.solve", "advice.emit"},
