@@ -45,6 +45,7 @@ class Budget:
         notes: assumptions, as sentences.
         calibrated: measured on the card at hand.
         estimated: of another maker than the one whose kernels are planned.
+        unified: the host's memory is the same.
     """
 
     usable: int
@@ -55,6 +56,7 @@ class Budget:
     notes: tuple[str, ...] = ()
     calibrated: bool = False
     estimated: bool = False
+    unified: bool = False
 
     @property
     def outside(self) -> int:
@@ -246,7 +248,10 @@ def _estimated(name: str, row: Mapping[str, Any]) -> Budget:
         f"{name} ({row['arch']}): an estimate, by the kernels and the allocator of CUDA; "
         f"{row['usable'] / 1024:.2f} of {row['nominal'] / 1024:g} GiB usable. {OTHERS[row['arch']]}"
     )
-    return Budget(row["usable"] * MIB, (low, high), library(None), None, name, (note,), estimated=True)
+    return Budget(
+        row["usable"] * MIB, (low, high), library(None), None, name, (note,), estimated=True,
+        unified=row["arch"] == "Metal",
+    )  # fmt: skip
 
 
 def budget(text: str | int, capability: float | None = None) -> Budget:

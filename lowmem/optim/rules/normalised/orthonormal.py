@@ -24,6 +24,7 @@ from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.normalised.muon import Muon
 from lowmem.optim.rules.normalised.rows import inverse, row_squares
+from lowmem.optim.shards import Shape, whole
 from lowmem.optim.terms.fp32 import LARGEST, LEAST_EPS, TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
@@ -85,6 +86,10 @@ class AdaMuon(Rule):
         """What the bias correction multiplies the root by, and eps."""
         return (1.0 - hp.betas[1] ** t) ** -0.5, max(hp.eps, LEAST_EPS)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where Muon does, and shards start on a block of V."""
+        return self.muon.shards(shape) and shape.shard.starts_on(self.held.grain)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Muon's step is made twice: for the length of N, and while it is written."""
         made, rate = self.muon.update(g, s, hp), 1.0 - hp.betas[1]
@@ -101,7 +106,7 @@ class AdaMuon(Rule):
 
         n = Blocks(g.shape, rows, g.device)
         squares = torch.stack([row_squares(n.rows(i, j)).sum() for i, j in walk(n.ranges(), g.device)]).sum()
-        length = self.rms * inverse(hp.total(squares), g.shape[0] * g.shape[1] / hp.share)
+        length = self.rms * inverse(hp.total(squares), math.prod(whole(g.shape)))
         follow = second.following(o.map(torch.square), rate, ok)
 
         def commit() -> None:
