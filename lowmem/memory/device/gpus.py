@@ -29,6 +29,7 @@ OTHERS = {
     "Metal": "Unified memory, less what other programs hold; bitsandbytes has no 4 bits there.",
 }
 """What else is to be known of the makers whose cards are estimated."""
+_CHIP = re.compile(r"(?:apple)?m[1-9](?:pro|max|ultra)?(?:([0-9]+)g(?:i?b)?)?")
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)")
 
 
@@ -144,6 +145,8 @@ def gpu(name: str) -> Budget:
     plain = _plain(name)
     if re.fullmatch(r"[0-9]+g(i?b)?", plain):
         return _of_size(int(re.sub(r"\D", "", plain)))
+    if chip := _CHIP.fullmatch(plain):
+        plain = f"apple{chip[1] + 'gb' if chip[1] else ''}"  # its memory is what counts
     makers = ("", "rtx", "rx") if plain else ()
     plain = next((maker + plain for maker in makers if _begins(known, maker + plain)), plain)
     if plain not in known:
