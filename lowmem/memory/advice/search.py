@@ -32,7 +32,6 @@ from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.replica import Trace
-from lowmem.memory.trace.tasks.kinds import planned_over_four_bits
 from lowmem.memory.trace.windows import resting, special
 from lowmem.models import loss
 from lowmem.optim.strategy import Strategy
@@ -165,9 +164,8 @@ class _Finder:
         asked = {"lora_rank", "adapter", "quantize", "weights"} & set(self.decided)
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
-            four_bits = not self.limit.unified and planned_over_four_bits(self.decided.get("task", "sft"))
             changes.append({"lora_rank": RANK})
-            changes += [{"lora_rank": RANK, "quantize": "nf4"}] if four_bits else []
+            changes += [] if self.limit.unified else [{"lora_rank": RANK, "quantize": "nf4"}]
         changes += [] if asked else [{"weights": "int8"}]
         for change in changes:
             try:
@@ -193,7 +191,7 @@ class _Finder:
             strategy = create(name)
             if strategy.source.quantized:  # asked for by name, as it trains no weights: `gather.strategies`
                 continue
-            if (run.accumulation > 1 or run.task != "sft") and not strategy.source.needs_autograd:
+            if run.accumulation > 1 and not strategy.source.needs_autograd:
                 continue
             if not problem(run, strategy):
                 yield self._cheapest(run, strategy)
@@ -247,11 +245,8 @@ class _Finder:
         """The loss that `lowmem finetune` takes for such a batch."""
         size = loss.logits_bytes(run.tokens, self.config.vocab_size, getattr(torch, run.dtype).itemsize)
         large = size > loss.LIMIT and first_order
-        return (
-            run
-            if "loss" in self.decided or run.task != "sft"
-            else replace(run, loss="chunked" if large else "plain")
-        )
+        decided = "loss" in self.decided or run.task != "sft"
+        return run if decided else replace(run, loss="chunked" if large else "plain")
 
     def _row(self, strategy: Strategy, mode: Run, run: Run, levers: tuple[str, ...]) -> Found:
         run = gather.on_card(run, self.limit)

@@ -199,7 +199,7 @@ def _ready(config: Any, run: Run, tracker: Tracker) -> Iterator[tuple[nn.Module,
         warnings.simplefilter("ignore")
         with refusing(config, "it cannot be built without weights"):
             model = trainable.build(config, run, mode)
-        batch = _batch(run)
+        batch = losses.batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
         tracker.share(model.parameters())
         tracker.register(batch.values(), "activations")
@@ -215,21 +215,6 @@ def _parameters(model: nn.Module) -> Iterator[Parameter]:
         if p.requires_grad:
             role = roles.refined(found.get(name, "matrix"), p.shape)
             yield Parameter(name, tuple(p.shape), p.dtype, role, coded=is_coded(p))
-
-
-def _batch(run: Run) -> dict[str, Tensor]:
-    if run.task != "sft":
-        return losses.batch(run)
-    shape = (run.batch_size, run.seq_len)
-    batch = {
-        "input_ids": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.zeros(shape, dtype=torch.long),
-    }
-    if run.rows == "padded":
-        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
-    if run.rows == "packed":
-        batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
-    return batch
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Any:

@@ -86,11 +86,6 @@ NOT_PLANNED = {
 """Tasks of `lowmem finetune` that are measured and not planned, and what differs."""
 
 
-def planned_over_four_bits(task: str) -> bool:
-    """Whether adapters over 4-bit weights are planned for a task."""
-    return task not in PLANNED or PLANNED[task].four_bit
-
-
 def completed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a run with those that follow from its task.
 
@@ -127,7 +122,7 @@ def problems(run: Any) -> list[str]:
         return [f"task {run.task!r} is not allowed; {nearest(run.task, known)}"]
     rules = [
         (
-            run.quantize is not None and not planned_over_four_bits(run.task),
+            run.quantize is not None and not PLANNED[run.task].four_bit,
             f"quantize: task {run.task} over 4-bit weights is not planned, it computes more of them in fp32; "
             "leave quantize out",
         ),

@@ -45,8 +45,23 @@ def batch(run: Run) -> dict[str, Tensor]:
     Args:
         run: batch_size rows of the data, seq_len tokens each.
     """
+    if run.task == "sft":
+        return _texts(run)
     rows = PLANNED[run.task].rows * run.batch_size
     return _MADE[run.task](run, torch.zeros((rows, run.seq_len), dtype=torch.long))
+
+
+def _texts(run: Run) -> dict[str, Tensor]:
+    shape = (run.batch_size, run.seq_len)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.zeros(shape, dtype=torch.long),
+    }
+    if run.rows == "padded":
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    if run.rows == "packed":
+        batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
+    return batch
 
 
 def _pairs(run: Run, ids: Tensor) -> dict[str, Tensor]:
