@@ -86,6 +86,7 @@ FLOORS = {
         {"trace", "closed_form"},
         {"count", "gather"},
         {"footprint", "exchange"},
+        {"advice.ways"},
         {"surface", "lengths", "advice.wording", "advice.cards", "advice.kinds"},
         {"advice.levers"},
         {"plan"},
