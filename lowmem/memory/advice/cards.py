@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lowmem.memory.advice.ways import problem
 from lowmem.memory.footprint import Steps, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
@@ -45,3 +46,14 @@ def needed(
             return 0
         before = size
     return 0
+
+
+def wider(config: Any, run: Run, strategy: Strategy, capacity: int) -> int | None:
+    """The fewest cards, more than a run has, over which state and tensors would fit; 0 where no number does.
+
+    Returns:
+        None for a run that cannot be spread.
+    """
+    if run.shard != "full" or problem(replace(run, ranks=max(2, run.ranks)), strategy):
+        return None
+    return needed(config, run, strategy, capacity, above=run.ranks, steps="none")

@@ -23,7 +23,7 @@ from lowmem.errors import UserError
 from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
-from lowmem.memory.advice.cards import needed
+from lowmem.memory.advice.cards import wider
 from lowmem.memory.advice.kinds import KINDS, kind_of
 from lowmem.memory.advice.ways import LEVERS, Choice, Way, problem, refused, time, ways
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
@@ -271,7 +271,8 @@ class _Finder:
 
     def _short(self, row: Found) -> Found:
         """What a row that does not fit would need."""
-        cards, parts = self._cards(row), row.peak.at_peak
+        cards = wider(self.config, row.run, row.strategy, self.limit.capacity)
+        parts = row.peak.at_peak
         row = replace(row, ranks_needed=cards, refused=self._kept_off(row))
         more = f"{format_bytes(-row.headroom_bytes)} more"
         wide = [f"--ranks {cards}"] if cards else []
@@ -288,13 +289,6 @@ class _Finder:
         """The option by which less is held."""
         smaller = run.quantize or (run.adapts and (run.sharded or self.limit.unified))
         return "a smaller model" if smaller else "--quantize nf4" if run.adapts else f"--lora-rank {RANK}"
-
-    def _cards(self, row: Found) -> int | None:
-        """How many cards the run needs, by state and tensors; None where it cannot be spread."""
-        run = row.run
-        if run.shard != "full" or problem(replace(run, ranks=max(2, run.ranks)), row.strategy):
-            return None
-        return needed(self.config, run, row.strategy, self.limit.capacity, above=run.ranks, steps="none")
 
     def _kept_off(self, row: Found) -> dict[str, str]:
         """Levers that the run does not take, and why."""

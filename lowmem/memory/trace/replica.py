@@ -37,7 +37,7 @@ from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.ranks import AFTER, Units
 from lowmem.memory.trace.tasks import losses
 from lowmem.memory.trace.tasks.generation import generate
-from lowmem.memory.trace.tracker import Moment, Tracker
+from lowmem.memory.trace.tracker import Gradient, Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.optim.int8.tensor import is_coded
 from lowmem.optim.source import Query, Source
@@ -46,21 +46,6 @@ from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.checks import pays
 
 EVALUATION = "evaluation"
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """A gradient as it becomes whole.
-
-    Args:
-        name: of its parameter; storages: that hold it, by the tracker's index.
-        at: its place in the stream; phases: how many had begun.
-    """
-
-    name: str
-    storages: tuple[int, ...]
-    at: int
-    phases: int
 
 
 @dataclass(frozen=True)

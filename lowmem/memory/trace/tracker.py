@@ -40,6 +40,21 @@ class Moment:
         return sum(self.bytes.values())
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient as it becomes whole.
+
+    Args:
+        name: of its parameter; storages: that hold it, by the tracker's index.
+        at: its place in the stream; phases: how many had begun.
+    """
+
+    name: str
+    storages: tuple[int, ...]
+    at: int
+    phases: int
+
+
 def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages that hold a tensor: one, or those inside a wrapper subclass (quantized, sharded)."""
     if is_traceable_wrapper_subclass(tensor):
