@@ -132,8 +132,15 @@ def _usage_or_fault(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help already
         where = f"{context.command_path}: " if context is not None else ""
-        render.error(f"{where}{' '.join(message().split())} (see --help)")
+        render.error(f"{where}{_swallowed(context)}{' '.join(message().split())} (see --help)")
     return 2
+
+
+def _swallowed(context: Any) -> str:
+    """Which option took the next one as its value, as in `--solve --gpu 24GB`."""
+    given = context.params.items() if context is not None else ()
+    taken = [(name, value) for name, value in given if isinstance(value, str) and value.startswith("--")]
+    return "".join(f"--{name.replace('_', '-')} needs a value, got {value!r}; " for name, value in taken)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lowmem.config import RunConfig, default_output, from_flags, read
-from lowmem.errors import UserError
+from lowmem.errors import ConfigError, UserError
 from lowmem.values import bracketed
 
 from . import render
@@ -30,7 +30,11 @@ def command(
     """Fine-tune a language model. Without --data and --config it runs the demo."""
     given = dict(bracketed({name: value for name, value in flags.items() if value is not None})[0])
     base = _base(given, config)
-    first = from_flags(given, base)  # what needs no package is said at once
+    try:
+        first = from_flags(given, base)  # what needs no package
+    except ConfigError:
+        from_flags(given, base, problems)  # all problems at once, those that need packages among them
+        raise
     render.say(f"{first.model}, {first.optim}: checking the settings")
     run = from_flags(given, base, problems)
     run = importlib.import_module("lowmem.training.zeroth.usual").settled(run)

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from lowmem import several
+
 FEW_BIT = (
     "few_bit: with gradient_checkpointing activations are computed anew, not kept; leave one of them out"
 )
@@ -43,7 +45,7 @@ def problems(v: Mapping[str, Any]) -> list[str]:
     found = [text for broken, text in rules if broken]
     return (
         found
-        + _of_sharding(v)
+        + several.of_settings(v)
         + _of_autocast(v)
         + _of_task(v)
         + of_adapters(v)
@@ -132,21 +134,6 @@ def no_gradient(optim: str) -> str:
     return f"objective: no gradient goes through a score of answers, {optim} needs one; use mezo, fzoo or qzo"
 
 
-def _of_sharding(v: Mapping[str, Any]) -> list[str]:
-    """What sharded weights do not go with."""
-    rules = [
-        (
-            v["fsdp"] and v["task"] != "sft",
-            f"fsdp: for task sft; train {v['task']} on one device",
-        ),
-        (
-            v["fsdp"] and (v["quantize"] or v["weights"] or v["few_bit"]),
-            "fsdp: quantised weights and few_bit are for one device; leave one out",
-        ),
-    ]
-    return [text for broken, text in rules if broken]
-
-
 def _of_autocast(v: Mapping[str, Any]) -> list[str]:
     """What autocast does not go with."""
     kind, adapts = v["autocast"], v["lora_rank"] or v["adapter"]
@@ -231,10 +218,6 @@ def of_adapters(v: Mapping[str, Any]) -> list[str]:
             ours and v["quantize"],
             f"adapter vectorfit: {v['quantize']} weights are codes, and singular vectors would take several "
             "times their memory; leave quantize out, or give lora_rank",
-        ),
-        (
-            ours and v.get("fsdp"),
-            "adapter vectorfit: frozen singular vectors are not sharded; leave fsdp out, or give lora_rank",
         ),
         (lora and not v["lora_rank"], f"{', '.join(lora)}: of LoRA; give lora_rank as well"),
         (other and v["lora_rank"], f"lora_rank: of LoRA, adapter is {v['adapter']}; give one of them"),

@@ -16,21 +16,20 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import RunConfig, build, dump
+from lowmem.config import RunConfig, build
 from lowmem.errors import UserError
 from lowmem.report.units import format_bytes
+from lowmem.training.comparing.once import once
 
 LABELS = {"rotten": " terrible", "fresh": " great"}
 SHARED: dict[str, Any] = {
@@ -129,23 +128,8 @@ def _config(
 
 
 def _run(name: str, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """What a run found: kept from before, or by a child process that goes on from its newest checkpoint."""
-    work = Path(str(config.output_dir))
-    wanted = hashlib.sha256(dump(config).encode()).hexdigest()
-    file = folder / f"{work.name}.json"
-    if file.is_file() and (kept := json.loads(file.read_text(encoding="utf-8")))["settings"] == wanted:
-        return dict(kept)
-    settings = folder / f"{work.name}.yaml"
-    settings.write_text(dump(config), encoding="utf-8")
-    again = ["--resume"] if any(work.glob("checkpoint-*")) else ["--overwrite"]
-    command = [sys.executable, "-m", "lowmem", "finetune", "--config", str(settings), "--json", *again]
-    with open(folder / f"{work.name}.log", "a", encoding="utf-8") as log:
-        child = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
-    if child.returncode:
-        raise UserError(f"{name} ended with {child.returncode}: see {log.name}")
-    found = {"name": name, "seed": config.seed, "settings": wanted, **_kept(json.loads(child.stdout), work)}
-    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return found
+    """What a run found, with the name it has in the table."""
+    return {"name": name, "seed": config.seed, **once(config, folder, _kept)}
 
 
 def _kept(result: Mapping[str, Any], work: Path) -> dict[str, Any]:

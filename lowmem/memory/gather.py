@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lowmem import several
 from lowmem.combinations import FEW_BIT, of_adapters, of_weights, of_weights_and_method
 from lowmem.errors import UserError, nearest
 from lowmem.memory.device.gpus import Budget
@@ -134,7 +135,8 @@ def _check(run: Run) -> None:
     if run.few_bit and run.gradient_checkpointing:
         raise UserError(FEW_BIT)
     _check_adapters(run)
-    _check_ranks(run)
+    if problems := list(several.of_plan(run)):
+        raise UserError("; ".join(problems))
     if not run.quantize and (run.kbit_prepare or not run.double_quant):
         given = "kbit_prepare" if run.kbit_prepare else "double_quant"
         raise UserError(f"{given} is about 4-bit weights: give quantize='nf4' as well")
@@ -154,40 +156,6 @@ def _check(run: Run) -> None:
         object.__setattr__(run, "max_grad_norm", 0.0)
 
 
-def _check_ranks(run: Run) -> None:
-    """What several cards do not do."""
-    cards = run.per_node or run.ranks
-    rules = [
-        (
-            run.ranks % cards,
-            f"per_node {cards}: {run.ranks} ranks do not fill machines of {cards}; make ranks a multiple",
-        ),
-        (
-            run.weights and run.ranks > 1,
-            "weights int8: they are not sharded yet (FSDP2); leave ranks or weights out",
-        ),
-        (
-            run.sharded and (run.adapter or "").lower() == "vectorfit",
-            "adapter vectorfit: frozen singular vectors are not sharded; take shard none, or give lora_rank",
-        ),
-        (run.per_node and run.ranks == 1, "per_node: there is one rank; give ranks as well"),
-        (run.shard == "none" and run.ranks == 1, "shard none: there is one rank; give ranks as well"),
-        (
-            run.sharded and run.quantize,
-            "quantize: FSDP2 leaves 4-bit weights whole on every card; take shard none, or adapters over "
-            "bfloat16 weights",
-        ),
-        (
-            run.sharded and run.autocast and run.autocast_dtype == "float16",
-            "autocast_dtype float16: a sharded step is not skipped where a scaled gradient overflows; use "
-            "bfloat16",
-        ),
-    ]
-    problems = [text for broken, text in rules if broken]
-    if problems:
-        raise UserError("; ".join(problems))
-
-
 def unsuited(name: str, strategy: Strategy, run: Run) -> str:
     """Why a strategy and the weights or cards of a run do not go together; empty where they do."""
     weights = misfit(name, strategy.source, run.quantize, run.adapts)
@@ -202,7 +170,7 @@ def on_ranks(name: str, strategy: Strategy, run: Run) -> str:
         return strategy.source.unspread()
     if (run.gradient_release and strategy.source.needs_autograd) or strategy.turns:
         what = "gradient_release" if run.gradient_release else name
-        return f"{what}: copies of a model step on one device for now; take shard full, or one rank"
+        return several.of_copies(what)
     return ""
 
 

@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.optim.engine.cutting import sizes, walk
+from lowmem.optim.engine.cutting import walk
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.shards import Shape, matrix
 
-CAST = 8 << 20
-"""Bytes of factors that are kept cast between the rows of a product."""
 BLOCK = 1 << 20
 """Elements of a row block of which sums are added up, at most (one row at least); the same everywhere."""
 
@@ -249,32 +247,6 @@ class Slice(Blocks):
     def chunk(self, start: int, stop: int) -> Tensor:
         """Flat elements of those here."""
         return self.whole.chunk(self.offset + start, self.offset + stop)
-
-
-def product(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Blocks:
-    """A B as Blocks, (m, k) by (k, n): rows are made when they are looked at.
-
-    Args:
-        pair: A and B, fp32; dtype: precision of the product.
-    """
-    shape, device = (pair[0].shape[0], pair[1].shape[1]), pair[0].device
-    small = dtype.itemsize * (pair[0].numel() + pair[1].numel()) <= CAST
-
-    def cast(i: int, j: int) -> tuple[Tensor, Tensor]:
-        return pair[0][i:j].to(dtype), pair[1].to(dtype)
-
-    @functools.cache
-    def held() -> tuple[Tensor, Tensor]:
-        return cast(0, shape[0])
-
-    def rows(i: int, j: int) -> Tensor:
-        if small and not sizes(device).at_hand:  # a launch costs more than a little memory there
-            a, b = held()
-            return a[i:j] @ b
-        a, b = cast(i, j)
-        return a @ b
-
-    return Blocks(shape, rows, device, takes=dtype.itemsize)
 
 
 class Projected(Blocks):

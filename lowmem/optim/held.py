@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import BLOCK, Blocks
+from lowmem.optim.blocks import BLOCK, Blocks, Dense
 from lowmem.optim.codecs.blockwise import Codec
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import pad, pieces, walk
+from lowmem.optim.formulas import Formula, Held, Leaf, leaf_of
 from lowmem.optim.terms.changes import Permutation, Rotation
 from lowmem.optim.terms.hyper import ChunkHyper, Hyper
 from lowmem.optim.terms.state import Constant, Constants, State, part
@@ -34,7 +36,22 @@ def _table(codec: Codec, key: str, device: torch.device) -> Tensor:
     return codec.shared(torch.empty(0, device=device))[key]
 
 
-class HeldMoment(Blocks):
+@dataclass(frozen=True)
+class Towards:
+    """old + rate (new - old)."""
+
+    rate: float
+
+    def __call__(self, old: Tensor, new: Tensor) -> Tensor:
+        """Of row blocks."""
+        return old + self.rate * (new - old)
+
+
+def _move(new: Tensor, held: Tensor, ok: Tensor, rate: float) -> None:
+    held.copy_(torch.where(ok, held + rate * (new - held), held))
+
+
+class HeldMoment(Held):
     """A held (m, n) moment; looking decodes.
 
     Args:
@@ -77,12 +94,7 @@ class HeldMoment(Blocks):
 
     def towards(self, g: Blocks, rate: float) -> Blocks:
         """The average after g, old + rate (g - old), before it is encoded; the moment stays as it is."""
-
-        def rows(i: int, j: int) -> Tensor:
-            old = self.rows(i, j)
-            return old + rate * (g.rows(i, j) - old)
-
-        return Blocks(self.shape, rows, self.device)
+        return Formula(Towards(rate), (self, g))
 
     def following(self, g: Blocks, rate: float, ok: Tensor) -> Callable[[], None]:
         """What stores the average after g, where ok (0-D bool): the commit of a `Direction`."""
@@ -90,7 +102,25 @@ class HeldMoment(Blocks):
         def moved(old: Tensor, start: int, stop: int) -> Tensor:
             return old + rate * (g.chunk(start, stop).float() - old)
 
-        return lambda: self.move_(moved, ok)
+        def commit() -> None:
+            if self._plain is None:
+                self.move_(moved, ok)
+            else:
+                self.hp.sweep(_move, g, (self._plain,), (ok,), (rate,))
+
+        return commit
+
+    @property
+    def _plain(self) -> Tensor | None:
+        """What is held, where that is the moment itself, in fp32."""
+        held = self.state.get("")
+        plain = held is not None and held.dtype == torch.float32 and held.is_contiguous()
+        return held.view(self.shape) if plain and held is not None else None
+
+    def leaf(self) -> Leaf | None:
+        """What is held, as it is."""
+        plain = self._plain
+        return None if plain is None else leaf_of(Dense(plain))
 
     def permute_(self, index: Tensor, axis: int, ok: Tensor) -> None:
         """Let each row or column be the one that was at its index, or zero where that is -1.

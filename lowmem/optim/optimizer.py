@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import check_gradient, check_gradients, check_hyper, compiles
 from lowmem.optim.tensors.groups import completed
 from lowmem.optim.tensors.marks import mark_, rests, trains
+from lowmem.optim.tensors.offload import Home
 from lowmem.optim.tensors.resting import Look, arrange_, observe_, together_, turn_
 from lowmem.optim.tensors.seats import Piece, Place, Roster, Seat, seat
 from lowmem.optim.tensors.steps import Step, agreed, begin, hyper
@@ -59,6 +60,7 @@ class LowMemOptimizer(Informed):
             the choice depends on the model and `steps` and is kept in the checkpoint.
         steps: of the run, where that is known; a few do not pay for compiling.
         model: owner of the parameters, to find names and roles in and to probe; it is not kept alive.
+        home: where state lives between steps; with its parameter, if None.
 
     Raises:
         UserError: a number outside its range, or a writer that the weights cannot take.
@@ -74,23 +76,15 @@ class LowMemOptimizer(Informed):
     """
 
     def __init__(
-        self,
-        params: Params,
-        strategy: Strategy,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        compile: str = "auto",
-        steps: int | None = None,
-        model: nn.Module | None = None,
-    ) -> None:
+        self, params: Params, strategy: Strategy, *, lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+        seed: int = 0, compile: str = "auto", steps: int | None = None, model: nn.Module | None = None,
+        home: Home | None = None,
+    ) -> None:  # fmt: skip
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "compile": compile}
         with as_ours():
             check_hyper(numbers)
-        self.strategy, self.asked, self.released = strategy, strategy, False
+        self.strategy, self.asked, self.released, self.home = strategy, strategy, False, home or Home()
         self._model = weakref.ref(model) if model is not None else None
         defaults = {
             **numbers,
@@ -115,7 +109,8 @@ class LowMemOptimizer(Informed):
     def _derive(self) -> None:
         """Forget what was derived from groups and state."""
         self.chunks = Chunks(bool(self.param_groups[0]["compile"]))
-        self._seats: dict[Tensor, Seat] = {}
+        self._seats: dict[Hashable, Seat] = {}
+        self.home.grown = self._seats.clear
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
         self._lookup = Lookup()
         self._evidence: list[Any] = []
@@ -132,6 +127,7 @@ class LowMemOptimizer(Informed):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"strategy": self.strategy, "asked": self.asked, "released": False, "_model": None}
+        own["home"] = self.home.again()
         return {**super().__getstate__(), **own, "_resting": [p for p in self.roster.places if rests(p)]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -213,7 +209,7 @@ class LowMemOptimizer(Informed):
         place = self.place(p)
         weight = weight or seen(part.of(p.detach()) if part else p.detach())
         name, overall = (part or place).name, self._overall
-        return hyper(place, name, weight, self.chunks.advance_, self._lookup, first, shard, overall)
+        return hyper(place, name, weight, self.chunks, self._lookup, first, shard, overall)
 
     def constants(self, p: Tensor) -> State:
         """The constants of a parameter's rule, each held once for a device."""
@@ -224,13 +220,16 @@ class LowMemOptimizer(Informed):
         """What a parameter's step needs, and whether its state is new."""
         self._switch(self.place(p).group["step"])
         rule_name = self.rule_name(p)
-        held, known = cast("dict[str, Tensor]", self.state[p]), self._seats.get(p)
-        if known and known.fits(rule_name, held):
-            return known, False
+        held = cast("dict[str, Tensor]", self.state[p])
         if fresh := not held:
-            held.update(self.place(p).fresh(self.strategy, rule_name, p))
-        self._seats[p] = seat(self.strategy, self.place(p), rule_name, p, held, self.constants(p))
-        return self._seats[p], fresh
+            held.update(self.place(p).fresh(self.strategy, rule_name, p, self.home.maker(p)))
+            self.home.hold_(p, held)
+        name, here = self.home.here(p, held, self.state)
+        known = self._seats.get(name)
+        if known is None or not known.fits(rule_name, here):
+            known = seat(self.strategy, self.place(p), rule_name, p, here, self.constants(p))
+            self._seats[name] = known
+        return known, fresh
 
     def _switch(self, step: int) -> None:
         """Drop what is held for the step before, all at once, where roles may change at this one."""
@@ -277,6 +276,7 @@ class LowMemOptimizer(Informed):
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
     def _begin(self, p: nn.Parameter, g: Blocks) -> Step:
+        self.home.refuse_spread()
         seat, fresh = self.ready(p)
         step = begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
         self._looks += observe_(self.strategy.schedule, seat, step.g)

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, chained, matrix_shape, product
+from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, chained, matrix_shape
 from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, is_pointwise
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.engine.finite import all_finite, unsound
+from lowmem.optim.formulas import Formula, Product, minus
 from lowmem.optim.residuals.rest import Drop
 from lowmem.optim.shards import Shape, shard_in
 from lowmem.optim.terms.changes import Unrelated
@@ -119,9 +120,8 @@ class Subspace(Rule):
             return "a residual that takes what moments lose needs moments that follow; take on_refresh=rotate"
         asked = {name for name in (self.projector.reads, self.residual.takes) if name}
         lacking = sorted(asked - self.inner.init(torch.empty(1, 1, device="meta")).keys()) if asked else []
-        if not lacking:
-            return ""
-        return f"the rule must hold {' and '.join(lacking)} as it is; take rule=adam with states=fp32 or bf16"
+        sentence = "the rule must hold {} as it is; take rule=adam with states=fp32 or bf16"
+        return sentence.format(" and ".join(lacking)) if lacking else ""
 
     @property
     def uses(self) -> frozenset[str]:
@@ -213,7 +213,8 @@ class Subspace(Rule):
         inner = dict(self.inner.constants(low))
         if self._carries_ages():
             stride = low[1] if self.projector.axis(matrix) == 0 else 1
-            inner["stride"] = Constant(f"stride{stride}", functools.partial(_number, stride))
+            make = functools.partial(torch.full, (), stride, dtype=torch.int32)
+            inner["stride"] = Constant(f"stride{stride}", lambda device: make(device=device))
         return _of_parts(self.projector.constants(matrix), inner, self.residual.constants(matrix))
 
     def check_rebase(self, kind: str) -> None:
@@ -244,8 +245,7 @@ class Subspace(Rule):
             low = self.projector.low_shape(g.shape)
             self.inner.rebase_(inner, change if rotates else Unrelated(change.ok), low, hp.inside(low))
         if before is not None:
-            after = self._lifted(moment, s, hp)
-            lost = Blocks(g.shape, lambda i, j: before.rows(i, j) - after.rows(i, j), g.device)
+            lost = Formula(minus, (before, self._lifted(moment, s, hp)))
             self.residual.take_(scoped(s, "residual"), lost, change.ok, hp)
 
     def _lifted(self, name: str, s: State, hp: Hyper) -> Blocks:
@@ -253,7 +253,14 @@ class Subspace(Rule):
         low = scoped(s, "inner")[name].clone()
         basis = {key: x.clone() for key, x in self.projector.opened(scoped(s, "projector"), hp).items()}
         exact = replace(hp, weight=Blocks(hp.weight.shape, None, hp.weight.device))
-        return Blocks(exact.weight.shape, lambda i, j: self.projector.up(basis, low, i, j, exact), low.device)
+        return self._lift(basis, low, exact.weight.shape, exact)
+
+    def _lift(self, basis: State, low: Tensor, shape: tuple[int, int], hp: Hyper) -> Blocks:
+        """up(low), a product where it is one."""
+        pair, up = self.projector.pair(basis, low, shape), self.projector.up
+        if pair is not None:
+            return Product(pair, hp.weight.dtype)
+        return Blocks(shape, lambda i, j: up(basis, low, i, j, hp), low.device)
 
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """down(G) for accumulation over micro-batches; fp32."""
@@ -316,19 +323,16 @@ class Subspace(Rule):
     def _split(
         self, basis: State, whole: Blocks, low: Tensor, step: Tensor, inside: Inside, hp: Hyper
     ) -> Split:
-        up, shape = self.projector.up, whole.shape
-        pair = self.projector.pair(basis, step, shape)
-        lifted = Blocks(shape, lambda i, j: up(basis, step, i, j, hp), whole.device)
         return Split(
             g=whole,
-            rest=Blocks(shape, lambda i, j: whole.rows(i, j) - up(basis, low, i, j, hp), whole.device),
-            lifted=lifted if pair is None else product(pair, hp.weight.dtype),
-            pair=pair,
+            rest=Formula(minus, (whole, self._lift(basis, low, whole.shape, hp))),
+            lifted=self._lift(basis, step, whole.shape, hp),
+            pair=self.projector.pair(basis, step, whole.shape),
             low=low,
             step=step,
             sees=self.projector.dense,
             scale=self.scale * inside.scale,
-            axis=self.projector.axis(shape),
+            axis=self.projector.axis(whole.shape),
             ok=inside.ok,
             hp=hp,
         )
@@ -336,10 +340,6 @@ class Subspace(Rule):
 
 def _of_parts(projector: Mapping[str, T], inner: Mapping[str, T], residual: Mapping[str, T]) -> dict[str, T]:
     return prefixed("projector", projector) | prefixed("inner", inner) | prefixed("residual", residual)
-
-
-def _number(value: int, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.int32, device=device)
 
 
 def _refusal(check: Callable[[str], None], kind: str) -> str:

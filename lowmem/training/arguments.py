@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from lowmem import several
 from lowmem.errors import ConfigError, UserError, nearest
 from lowmem.optim.tensors.checks import idle
 from lowmem.training.ranks.low_rank_sync import of_exchange
@@ -182,10 +183,7 @@ def _clips(args: Any) -> bool:
 def _engines(args: Any) -> list[str]:
     """Engines that flatten or shard parameters, which a strategy per tensor cannot see through."""
     rules = [
-        (
-            args.deepspeed,
-            "deepspeed: it flattens parameters, a strategy needs their shapes; shard with fsdp=True instead",
-        ),
+        (args.deepspeed, several.DEEPSPEED),
         (
             args.optim_target_modules,
             "optim_target_modules: a strategy finds the matrices by itself; leave it out",

@@ -63,7 +63,7 @@ def held_out_loss(trainer: Any, console: Console | None = None) -> float:
     whole, tokens, scaled = 0.0, 0, 1
     if trainer.args.average_tokens_across_devices:
         scaled = trainer.args.world_size
-    for inputs, counts in _batches(trainer, console):
+    for inputs, counts in evaluation_batches(trainer, console):
         with trainer.compute_loss_context_manager():
             loss = float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=1)) / scaled
         whole += loss if counts else 0.0
@@ -72,18 +72,14 @@ def held_out_loss(trainer: Any, console: Console | None = None) -> float:
     return total / max(items, 1)
 
 
-def evaluation_batches(trainer: Any, console: Console | None = None) -> Iterator[dict[str, Any]]:
-    """The evaluation rows in batches; meanwhile no dropout, no graph, and nothing for TRL to log later.
+def evaluation_batches(trainer: Any, console: Console | None = None) -> Iterator[tuple[dict[str, Any], bool]]:
+    """This process's evaluation rows in batches, and whether each counts, for one may be another's.
+
+    Meanwhile there is no dropout, no graph, and nothing for TRL to log later.
 
     Args:
         trainer: with evaluation rows; console: told after each batch.
     """
-    for inputs, _ in _batches(trainer, console):
-        yield inputs
-
-
-def _batches(trainer: Any, console: Console | None) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Those of this process, and whether they count."""
     trainer.shard()
     model, was = trainer.model, trainer.model.training
     model.eval()

@@ -10,6 +10,7 @@ what the likeliest candidate is worth. A loss is a sum over rows, divided by the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lowmem.errors import UserError
 from lowmem.models.choosing import candidate_scores, choice_loss, f1, padded
 from lowmem.models.loss import IGNORE
 from lowmem.training.evaluation import evaluation_batches, greedy
+from lowmem.training.ranks.processes import joined
 from lowmem.training.trainer import LowMemSFTTrainer
 from lowmem.training.zeroth.objectives import Objective, objective, scored
 
@@ -94,16 +96,18 @@ class LowMemChoiceTrainer(Rows, LowMemSFTTrainer):  # type: ignore[misc]
 
     def judge(self, console: Console | None = None) -> dict[str, float]:
         """Loss, accuracy and macro F1 over the evaluation rows; what the objective says, if there is one."""
-        total, worth, chosen, right = 0.0, list[float](), list[Tensor](), list[Tensor]()
-        for inputs in evaluation_batches(self, console):
-            scores = self.scores(self.model, inputs)
-            total += float(choice_loss(scores, inputs["right"]))
-            chosen, right = [*chosen, scores.argmax(1).cpu()], [*right, inputs["right"].cpu()]
-            worth += self._worth(inputs["rows"], scores) if self.objective else []
-        places, truth = torch.cat(chosen), torch.cat(right)
-        found = {"loss": total / len(truth), "accuracy": float((places == truth).float().mean())}
+        found: list[tuple[float, list[int], list[int], list[float]]] = []
+        for inputs, counts in evaluation_batches(self, console):
+            scores, right = self.scores(self.model, inputs), inputs["right"]
+            worth = self._worth(inputs["rows"], scores) if self.objective else []
+            loss = float(choice_loss(scores, right))
+            found += [(loss, scores.argmax(1).tolist(), right.tolist(), worth)] if counts else []
+        losses, *lists = zip(*joined(found, self.args.world_size), strict=True)
+        places, truth, worth = (list(chain(*each)) for each in lists)
+        chosen, right = torch.tensor(places), torch.tensor(truth)
+        told = {"loss": sum(losses) / len(right), "accuracy": float((chosen == right).float().mean())}
         score = {"score": sum(worth) / len(worth)} if worth else {}
-        return {**found, "f1": f1(places, truth), **score}
+        return {**told, "f1": f1(chosen, right), **score}
 
 
 class LowMemAnswerTrainer(Rows, LowMemSFTTrainer):  # type: ignore[misc]
@@ -137,8 +141,11 @@ class LowMemAnswerTrainer(Rows, LowMemSFTTrainer):  # type: ignore[misc]
 
     def judge(self, console: Console | None = None) -> dict[str, float]:
         """The mean of what the objective says over the evaluation rows."""
-        batches = evaluation_batches(self, console)
-        worth = [x for inputs in batches for x in self.worth(inputs["rows"], self.said(self.model, inputs))]
+        found: list[float] = []
+        for inputs, counts in evaluation_batches(self, console):
+            worth = self.worth(inputs["rows"], self.said(self.model, inputs))
+            found += worth if counts else []
+        worth = joined(found, self.args.world_size)
         return {"score": sum(worth) / len(worth)}
 
 

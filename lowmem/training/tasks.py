@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,13 +26,14 @@ from lowmem.data.fitting import asked_within, fitting
 from lowmem.data.load import Data
 from lowmem.errors import ConfigError, UserError
 from lowmem.models.scoring import with_score
+from lowmem.several import REFERRING
 from lowmem.training import scored
 from lowmem.training.arguments import TRL, build_strategy
-from lowmem.training.ranks.sharding import ALONE
+from lowmem.training.ranks.processes import shared_folder
+from lowmem.training.ranks.sharding import of_processes
 from lowmem.training.trainer import LowMemMixin, LowMemSFTTrainer
 
 OTHERS = tuple(task for task in TRL if task != "sft")
-REFERRING = ("dpo", "kto")  # compare with the model as it was
 
 
 @functools.cache
@@ -59,10 +59,29 @@ def trainer_class(task: str) -> type[Any]:
         def _send_telemetry(self) -> None:
             """Tell nobody: TRL would report the run to the Hub."""
 
+    if task in REFERRING:
+        Made._precompute_ref_logps = _referred(Made)
     Made.__name__ = Made.__qualname__ = f"LowMem{name}Trainer"
     Made.__module__, Made.task = __name__, task
     Made.__doc__ = f"trl's {name}Trainer on any first-order strategy, configured by `LowMem{name}Config`."
     return Made
+
+
+def _referred(made: Any) -> Callable[..., Any]:
+    """TRL's pass over the rows by the reference, whose file is one that all processes see."""
+
+    def precompute(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
+        of_trl = super(made, self)._precompute_ref_logps
+        if self.args.world_size == 1:
+            return of_trl(dataset, name, batch_size)
+        with shared_folder(self.args) as folder:
+            with patch.object(dataset, "_get_cache_file_path", lambda of: str(folder / f"{of}.arrow")):
+                found = of_trl(dataset, name, batch_size)
+            rows = type(dataset).from_dict(found.to_dict(), features=found.features)
+            self.accelerator.wait_for_everyone()
+        return rows
+
+    return precompute
 
 
 def __getattr__(name: str) -> Any:
@@ -108,8 +127,7 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
         problems.append(no_gradient(config.optim) if source.needs_autograd else unknown(config.objective))
     if config.autocast == "float16" and not cuda:
         problems.append("autocast: float16 scales the loss on a GPU, and there is none; use bfloat16 or none")
-    if config.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        problems.append(ALONE)
+    problems += of_processes(cuda=cuda) if config.fsdp else []
     if found := [problem for problem in problems if problem]:
         raise ConfigError(found)
 
@@ -199,7 +217,12 @@ def make(
     if config.task == "reward":
         model = with_score(model, tokenizer, config.seed)
     if config.task in REFERRING:
-        console.say("computing the reference's log-probabilities once; no reference model is held")
+        held = (
+            "the reference is spread over ranks and dropped then"
+            if args.fsdp
+            else "no reference model is held"
+        )
+        console.say(f"computing the reference's log-probabilities once; {held}")
     rows = {"train_dataset": train, "eval_dataset": held_out}
     sets = {name: Dataset.from_list(list(part.rows)) for name, part in rows.items()}
     with _no_bars():

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from lowmem import several
 from lowmem.errors import ConfigError, UserError
 from lowmem.models.attention import applies, attend_by_example
 from lowmem.models.int8.convert import late
@@ -320,18 +321,14 @@ def _engine_problems(trainer: Any) -> list[str]:
     alone = copied or bool(trainer._strategy.asks) or (by_values and args.n_gpu > 1)
     what = "gradient_release" if args.gradient_release else name
     rules = [
-        (
-            trainer.is_deepspeed_enabled,
-            f"deepspeed: it flattens parameters, {name} needs their shapes; shard with fsdp=True instead",
-        ),
+        (trainer.is_deepspeed_enabled, several.DEEPSPEED),
         (
             args.gradient_sync == "low_rank" and args.world_size < 2,
             "gradient_sync: there is one process, which exchanges nothing; leave it out, or start several",
         ),
         (
             alone and (args.world_size > 1 or args.n_gpu > 1),
-            f"{what}: runs on one device for now, found {max(args.world_size, args.n_gpu)}; "
-            "start one process and make one GPU visible with CUDA_VISIBLE_DEVICES",
+            several.one_device(what, max(args.world_size, args.n_gpu)),
         ),
     ]
     return [text for broken, text in rules if broken] + of_run(trainer)

@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from .part import Part, llama, milliseconds, model_of
+from .part import SHARES, Part, llama, milliseconds, model_of
 from .steps import by_gradient, contestants
 
 
@@ -18,8 +18,10 @@ def train(part: Part) -> None:
         return
     small, device = part.args.small, part.args.device
     batch, length, count = (2, 32, 3) if small else (4, 1024, 200)
-    names = ["torch AdamW fused", "lowmem adamw_8bit", "lowmem galore", "lowmem adamw", "lowmem adafactor"]
-    for name in names[:2] if small else names:
+    names = contested(part.args.methods)
+    names = names[:2] if small else names
+    seconds = SHARES["train"] / len(names)
+    for name in names:
         if part.late:
             part.skip(name, "no time left")
             continue
@@ -28,21 +30,35 @@ def train(part: Part) -> None:
                 name=name,
                 batch_size=batch,
                 seq_len=length,
-                **trained(name, device, small, batch, length, count),
+                **trained(name, device, small, batch, length, count, seconds),
             )
 
 
-def trained(name: str, device: str, small: bool, batch: int, length: int, count: int) -> dict[str, Any]:
-    """Steps of one method on random tokens; the first quarter warms up and is not counted."""
+def contested(methods: str) -> list[str]:
+    """Who trains: torch's fused AdamW, and ours that are asked for, by default one of each family."""
+    return ["torch AdamW fused", *(f"lowmem {name}" for name in by_gradient(methods))]
+
+
+def trained(
+    name: str, device: str, small: bool, batch: int, length: int, count: int, seconds: float
+) -> dict[str, Any]:
+    """Steps of one method on random tokens, so many or as many as there is time for after the warm-up.
+
+    The first few warm up and are not counted.
+    """
     import torch
 
     model = model_of(llama("small" if small else "1.1B"), device, "bfloat16")
-    optimizer = contestants(model, by_gradient("all"))[name]()
+    ours = [name.removeprefix("lowmem ")] if name.startswith("lowmem ") else []
+    optimizer = contestants(model, ours)[name]()
     ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
     stepped: list[float] = []
-    began, warm = time.perf_counter(), max(1, count // 4)
-    for i in range(count):
-        if i == warm:
+    began, warm = time.perf_counter(), max(1, min(5, count // 10))
+    last = began + seconds
+    for done in range(count):
+        if done > warm and time.perf_counter() > last:
+            break
+        if done == warm:
             stepped.clear()
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -51,11 +67,11 @@ def trained(name: str, device: str, small: bool, batch: int, length: int, count:
         loss.backward()
         stepped.append(milliseconds(optimizer.step, device, 1))
         optimizer.zero_grad()
-    seconds = time.perf_counter() - began
+    taken = time.perf_counter() - began
     return {
-        "steps": count - warm,
-        "tokens_per_second": batch * length * (count - warm) / seconds,
-        "optimizer_percent": 100 * 1e-3 * sum(stepped) / seconds,
+        "steps": len(stepped),
+        "tokens_per_second": batch * length * len(stepped) / taken,
+        "optimizer_percent": 100 * 1e-3 * sum(stepped) / taken,
         "loss": float(loss),
     }
 

@@ -162,3 +162,15 @@ def test_lines_lose_their_middle() -> None:
     assert len(text) == render.LINE
     assert text.startswith("given ")
     assert text.endswith(" remedy")
+
+
+def test_settings_of_every_kind_are_refused_together(flags: list[str]) -> None:
+    """A rate out of range does not hide what is wrong with the method."""
+    told = runner.invoke(cli.app, ["finetune", *flags, "--lr", "-1", "--optim-args", "foo=2"]).stderr
+    assert "lr: -1 is out of range" in told
+    assert "no option 'foo'" in told
+
+
+def test_an_option_that_took_the_next_one_is_named(tiny_model: Path) -> None:
+    told = refused("plan", "--model", str(tiny_model), "--optim", "galore", "--solve", "--gpu", "24GB")
+    assert "--solve needs a value, got '--gpu'" in told

@@ -54,7 +54,7 @@ def test_what_is_done_is_kept_and_told_with_its_error(
         found = {"steps": 20, "seconds": 1.0, "state_bytes": 0, "held_out": sides, "peak_bytes": 4096}
         return subprocess.CompletedProcess(command, 0, stdout=json.dumps(found))
 
-    monkeypatch.setattr(recipe.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     options = {"runs": ["mezo"], "seeds": [0, 1], "share": 0.01}
     found = recipe.accuracy(reviews, tmp_path / "out", **options)
     again = recipe.accuracy(reviews, tmp_path / "out", **options)

@@ -7,10 +7,12 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from lowmem.training.ranks import sharding
+
 
 def let_cpus_shard() -> None:
     """From now on accelerate takes processes on CPUs for cards where FSDP is asked for."""
-    made = AcceleratorState.__init__
+    made, sharding.IGNORED = AcceleratorState.__init__, ()
 
     def make(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)

@@ -89,6 +89,26 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
+RARER = [pytest.param(task, marks=pytest.mark.thorough) for task in ("orpo", "reward", "classify", "kto")]
+
+
+@pytest.mark.parametrize("task", ["dpo", *RARER])
+def test_other_tasks_on_two_ranks_end_as_one_process(task: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    pair = [{"chosen": f" it is {i}", "rejected": " no no"} for i in range(24)]
+    choice = [{"candidates": [" yes", " no"], "label": i % 2} for i in range(24)]
+    rows = [{"prompt": f"What is {i}?", **(choice if task == "classify" else pair)[i]} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["--task", task, "--eval-rows", "4"]
+    assert together("finetune", 2, order(tmp_path, "two", *own, "--batch-size", "2")) == []
+    done = CliRunner().invoke(cli.app, ["finetune", *flags(tmp_path, "one", *own, "--batch-size", "4")])
+    assert done.exit_code == 0, done.output
+    one, two = (result(tmp_path / name)["held_out"] for name in ("one", "two"))
+    assert one["after"]["loss"] < 0.98 * one["before"]["loss"]
+    # what kto compares rows with is the mean of a batch, and each rank has its own
+    assert two["after"] == pytest.approx(one["after"], rel=1e-1 if task == "kto" else 1e-3)
+
+
 def test_a_job_on_two_ranks_ends_as_one_process_and_survives_the_death_of_a_rank(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
     make_rows(tmp_path / "rows.jsonl")

@@ -143,7 +143,9 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> 
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpointed", "autocast"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "checkpointed", "autocast", pytest.param("compiled", marks=pytest.mark.thorough)]
+)
 def test_layers_see_what_codes_stand_for(kind: str) -> None:
     model = Two()
     quantize_weights_(model)
@@ -153,7 +155,9 @@ def test_layers_see_what_codes_stand_for(kind: str) -> None:
     x = random(4, 32)
     for one in (model, dense):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
-            if kind == "checkpointed":
+            if kind == "compiled":
+                loss = torch.compile(one, backend="aot_eager")(x).square().sum()
+            elif kind == "checkpointed":
                 loss = torch.utils.checkpoint.checkpoint(one, x, use_reentrant=False).square().sum()
             else:
                 loss = one(x).square().sum()

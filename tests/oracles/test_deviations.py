@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lowmem
+from lowmem.optim.int8.tensor import Int8Weight
 from tests.oracles.drive import follow, gradients, on_weights, start_of, step
 from tests.oracles.official import (
     ADAM,
@@ -174,3 +176,36 @@ def test_small_gradients_of_bf16_weights_are_not_taken_for_none() -> None:
     size = [float((w.float() - start.float()).square().mean().sqrt()) for w in (p.detach(), mine)]
     assert size[0] < LR / 50
     assert size[1] == pytest.approx(LR, rel=0.05)
+
+
+def returned_through_the_moment(steps: int, lr: float, beta: float, spacing: float) -> list[float]:
+    """Adam by a gradient of 1, with ECO as published (arXiv 2601.22101): a weight on a grid at each step."""
+    w, m, found = 0.0, 0.0, []
+    for t in range(1, steps + 1):
+        m = beta * m + (1 - beta)
+        unbias = 1 - beta**t
+        wanted = w - lr * m / unbias
+        w = spacing * round(wanted / spacing)
+        m += unbias / lr * (1 - 1 / beta) * (wanted - w)
+        found.append(w)
+    return found
+
+
+def test_a_code_that_carries_its_error_follows_the_sum_of_steps() -> None:
+    """The published rule lets an error act one step late for ever: codes wait, and lag by more than one."""
+    steps, spacing, every = 150, 0.01, 20
+    lr = spacing / every  # a code in 20 steps
+    late = returned_through_the_moment(steps, lr, 0.9, spacing)
+    w = nn.Parameter(Int8Weight.of(torch.full((1, 256), 127 * spacing)))
+    before, found = w.decode(), []
+    optimizer = lowmem.optimizer([w], "adamw", lr=lr, betas=(0.9, 0.999), writer="eco")
+    for _ in range(steps):
+        w.grad = torch.ones(w.shape)
+        optimizer.step()
+        found.append(float((w.decode() - before).mean()))
+    wanted = [-lr * t for t in range(1, steps + 1)]
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < spacing
+    assert max(abs(a - b) for a, b in zip(late, wanted, strict=True)) > 3 * spacing
+    first, published = (next(t for t, x in enumerate(one, 1) if x < -spacing / 2) for one in (found, late))
+    assert first == pytest.approx(every / 2, abs=1)
+    assert published == pytest.approx(every / 2 / (1 - 0.9), abs=1)

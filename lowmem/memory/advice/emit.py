@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowmem import several
 from lowmem.config import RunConfig, build, dump
 from lowmem.errors import UserError
 from lowmem.memory.run import Run
@@ -123,7 +124,7 @@ def accelerate(run: Run) -> dict[str, Any]:
         2
     """
     if run.sharded and run.device == "cpu":
-        raise UserError("cannot emit a sharded run on the CPU: accelerate shards between cards only")
+        raise UserError(f"cannot emit it: {several.unsharded('and this run is on the CPU')}")
     one = {"FSDP": run.sharded, "MULTI_CPU": run.device == "cpu", "MULTI_GPU": True}
     settings: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",

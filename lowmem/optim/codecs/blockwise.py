@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.codecs.dynamic import dynamic_tables
+from lowmem.optim.codecs.dynamic import dynamic_tables, nearest_code
 from lowmem.optim.engine import noise
 from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import ChunkHyper
@@ -187,7 +187,7 @@ class Blockwise:
         codes = s["codes"]
         if self.bits == 4:
             codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(-2)
-        values = constants[f"{self._name}.map"][codes.int()]
+        values = torch.nn.functional.embedding(codes.int(), constants[f"{self._name}.map"][:, None])[..., 0]
         return (_blocks(values, self.grain) * s["scale"].unsqueeze(-1)).flatten(-2)
 
     def encode(
@@ -197,14 +197,13 @@ class Blockwise:
         blocks = _blocks(value, self.grain)
         scale = blocks.abs().amax(-1).clamp(min=1e-12)
         y = (blocks / scale.unsqueeze(-1)).flatten(-2)
-        thresholds = constants[f"{self._name}.thresholds"]
-        if self.bits == 8 and not self.signed:
-            # asked of the value: the quotient of two numbers 38 decades apart is 0
-            y = torch.where(value > 0.0, torch.maximum(y, thresholds[0]), 0.0)
         if self.bits == 8:
-            below = constants[f"{self._name}.below"][(y.view(torch.int32) >> 16) & 0xFFFF].int()
-            codes = below + (y >= thresholds[below]).int()
+            codes = nearest_code(y, constants[f"{self._name}.sums"])
+            if not self.signed:
+                # asked of the value: the quotient of two numbers 38 decades apart is 0
+                codes = torch.maximum(codes, _above_zero(value))
             return {"codes": codes.to(torch.uint8), "scale": scale}
+        thresholds = constants[f"{self._name}.thresholds"]
         codes = torch.zeros_like(y, dtype=torch.int32)
         for k in range(15):
             codes = codes + (y >= thresholds[k]).int()
@@ -280,9 +279,13 @@ class Companded:
         scale = blocks.amax(-1).clamp(LEAST_ROOT, LARGEST_ROOT).to(torch.bfloat16)
         # the scale may be rounded down: the largest root is then more than 255 of them
         codes = (blocks * _once(255.0 / scale.float()).unsqueeze(-1)).round().to(torch.int32)
-        least = blocks.view(torch.int32).clamp(max=1)  # of a number that is not negative: 0 for zero alone
-        codes = torch.maximum(codes, least).clamp(max=255)
+        codes = torch.maximum(codes, _above_zero(blocks)).clamp(max=255)
         return {"codes": codes.to(torch.uint8).flatten(-2), "scale": scale}
+
+
+def _above_zero(x: Tensor) -> Tensor:
+    """1 where a number that is not negative is above zero, else 0, or less for -0; int32."""
+    return x.view(torch.int32).clamp(max=1)
 
 
 def _once(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The dynamic map of 8-bit and 4-bit codes (arXiv 2110.02861), and how its nearest entry is found.
 
 Entries lie dense near zero and far apart near 1, so that numbers over seven decades
-have a code. The nearest one is found without a search: two small tables, made once
-for each device, hold where to start and what to compare with.
+have a code. The nearest one of 8 bits is found without a search and without a comparison:
+one small table, made once for each device, says it for the upper half of every fp32.
 """
 
 from __future__ import annotations
@@ -47,20 +47,40 @@ def _thresholds(table: Tensor) -> Tensor:
     return y
 
 
+def ordered(x: Tensor) -> Tensor:
+    """Words in the order of the fp32 numbers that they hold, int32; 0 for 0, and -1 for -0."""
+    word = x.view(torch.int32)
+    return word ^ ((word >> 31) & 0x7FFFFFFF)
+
+
+def nearest_code(y: Tensor, sums: Tensor) -> Tensor:
+    """The entry of an 8-bit map that is nearest to y in [-1, 1]; halfway goes up.
+
+    Numbers whose words share their upper half have one threshold among them at most. `sums`
+    holds 65536 times the entry below it, and what the lower half lacks to reach the next one.
+    """
+    word = ordered(y)
+    found = torch.nn.functional.embedding((word >> 16) & 0x7FFF, sums)[..., 0]
+    return (found + (word & 0xFFFF)) >> 16
+
+
+def _sums(edges: Tensor) -> Tensor:
+    """The table of `nearest_code` for these thresholds, (32768, 1) int32: the numbers in [-1, 1] and more."""
+    upper = torch.arange(1 << 15, dtype=torch.int32)
+    upper = torch.where(upper < 1 << 14, upper, upper - (1 << 15))
+    below = torch.searchsorted(ordered(edges), upper << 16, right=True).to(torch.int32)
+    next_one = torch.cat([ordered(edges), torch.tensor([torch.iinfo(torch.int32).max])])[below.long()]
+    lacks = torch.where(next_one >> 16 == upper, (1 << 16) - (next_one & 0xFFFF), 0)
+    return ((below << 16) + lacks)[:, None]
+
+
 @functools.cache
 def dynamic_tables(bits: int, signed: bool, device: torch.device) -> Mapping[str, Tensor]:
-    """The map, its rounding thresholds, and for 8 bits a start for the search.
+    """The map, and what finds its nearest entry: `thresholds` for 4 bits, `sums` for 8 (see `nearest_code`).
 
-    `below[h]` counts the thresholds under every fp32 whose upper 16 bits are h;
-    at most one more lies among them, so one comparison finishes the search. Every
-    optimizer on a device uses the same tensors.
+    Every optimizer on a device uses the same tensors.
     """
     table = dynamic_map(bits, signed)
     edges = _thresholds(table)
-    tables = {"map": table, "thresholds": torch.cat([edges, torch.tensor([math.inf])])}
-    if bits == 8:
-        words = torch.arange(1 << 16, dtype=torch.int32) << 16
-        least = torch.where(words < 0, words | 0xFFFF, words).view(torch.float32)
-        count = torch.searchsorted(edges, least.nan_to_num(nan=0.0), right=True)
-        tables["below"] = count.clamp(max=255).to(torch.int16)
+    tables = {"map": table, "sums": _sums(edges)} if bits == 8 else {"map": table, "thresholds": edges}
     return {key: table.to(device) for key, table in tables.items()}

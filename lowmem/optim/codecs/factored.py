@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.engine.cutting import walk
 from lowmem.optim.shards import whole
 from lowmem.optim.terms.fp32 import LARGEST_MEAN, TINY
 from lowmem.optim.terms.hyper import Hyper
@@ -74,8 +73,7 @@ class RowCol:
         """Both means of G^2 in one pass; columns are averaged over all shards of rows."""
         m, n = g.shape
         row, col = torch.full((m,), eps, device=g.device), torch.full((n,), eps * hp.share, device=g.device)
-        for i, j in walk(g.ranges(), g.device):
-            _add_means_(row[i:j], col, g.rows(i, j), whole(g.shape))
+        hp.sweep(_add_means_, g, (row,), (col,), whole(g.shape))
         return {"row": row, "col": hp.total(col)}
 
     def sound(self, new: State, hp: Hyper) -> Tensor:
@@ -101,9 +99,8 @@ class RowCol:
         return torch.dot(s["row"], s["row"].new_full(s["row"].shape, 1.0 / count))
 
 
-def _add_means_(row: Tensor, col: Tensor, rows: Tensor, shape: tuple[int, int]) -> None:
+def _add_means_(rows: Tensor, row: Tensor, col: Tensor, m: int, n: int) -> None:
     """Of its own so that the squares of one block are gone before those of the next are made."""
-    m, n = shape
     longest = max(m, n)  # squares over it have finite sums along both sides
     rows = rows.contiguous()  # a transposed gradient must give the same bits
     square = torch.addcmul(row.new_zeros(()), rows, rows, value=1.0 / longest)

@@ -34,6 +34,7 @@ from lowmem.optim.engine.cutting import LADDER, Span, sizes, walk
 from lowmem.optim.engine.finite import all_finite
 from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
+from lowmem.optim.engine.passes import Passes
 from lowmem.optim.engine.run import Pass
 from lowmem.optim.engine.together import Together
 from lowmem.optim.int8.tensor import Int8Weight
@@ -76,6 +77,7 @@ class Chunks:
     def __post_init__(self) -> None:
         keep_heap()
         self._small = Together(self)
+        self.passes = Passes(self.compile)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -167,16 +169,9 @@ class Chunks:
         self._walk(run.step_weight, rule, p, direction.blocks, writer)
 
     def _measured(
-        self,
-        rule: Pointwise,
-        p: Tensor,
-        g: Blocks,
-        s: State,
-        hp: Hyper,
-        rates: Tensor,
-        ok: Tensor,
+        self, rule: Pointwise, p: Tensor, g: Blocks, s: State, hp: Hyper, rates: Tensor, ok: Tensor,
         guard: Guard,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """lr and decay, lr times the factor that takes a pass over the tensor to find."""
         run = Pass(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
         self._walk(run.measure, rule, p, g)
@@ -211,11 +206,11 @@ class Chunks:
         look, count = self._look(rule, g), p.numel()
         if not look:
             for start, length, size in walk(self.spans(rule, count, p.device, writer=writer), p.device):
-                act(p, g.chunk(start, start + length), start, size)
+                act(p, self.passes.chunk(g, start, start + length), start, size)
             return
         width = math.lcm(_grain(rule, writer), ROW)
         for first, last in walk(cutting.look_ranges(count, g.shape[1], look, width), p.device):
-            seen = g.chunk(first, last)
+            seen = self.passes.chunk(g, first, last)
             for start, length, size in walk(
                 self.spans(rule, last - first, p.device, writer=writer), p.device
             ):
@@ -224,7 +219,7 @@ class Chunks:
 
     def _look(self, rule: Pointwise | None, g: Blocks) -> int:
         """Elements of g that may be made at once; 0 for those of a piece."""
-        return sizes(g.device).look(g.takes, self.compiles(rule))
+        return sizes(g.device).look(self.passes.takes(g), self.compiles(rule))
 
     def _alone(self, rule: Pointwise, g: Blocks, count: int, writer: Writer) -> bool:
         """Whether one kernel takes all of a step."""

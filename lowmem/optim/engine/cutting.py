@@ -4,7 +4,7 @@ On a CPU a piece should stay in cache. On a card it should be the whole tensor, 
 launch costs as much as a million elements; what limits it there is the memory that is
 made on the way. So sizes are a policy of the device (`Sizes`), found by the device's type
 or named for a while (`policy`): a card is planned for, and its policy tested, without one.
-Weights and states are the same bits under every policy. Sums over a matrix go by row
+Weights and states are the same bits under every policy. Eager sums over a matrix go by row
 blocks of one size everywhere, for the order of their terms decides the last bit.
 
 Pieces are ranges of the row-major elements of a tensor. Where the layout allows

@@ -7,6 +7,7 @@ is found there broadcasts along it.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,11 +23,19 @@ from lowmem.optim.writers import Writer
 ROOT = 1e18
 """Gradient elements beyond it count as this: rules square them, and average what they have squared."""
 
+SIGN = -(1 << 31)
+"""The bit of the sign in the word of a float."""
+
 Guard = Literal["elements", "given", "found"]
 """Who says whether a step is taken: each element for itself; `ok`, for the whole tensor; or `ok` again, which
 the kernel finds out first, from the gradient, and writes down."""
 Asks = Literal["step", "sums", "both"]
 """What is wanted of a pass over a tensor: a step; what a rule sums over it, and nothing else; or both."""
+
+
+def _word(x: float) -> int:
+    """The word that holds an fp32 number; without a sign, words are in the order of numbers, NaN last."""
+    return int.from_bytes(struct.pack("<f", x), "little")
 
 
 def body(
@@ -65,9 +74,13 @@ def body(
         if counts:
             state["age"].add_(ok.to(torch.int32))
             scalars = scalars.index_select(0, state["age"].view(1))[0]
-        # one comparison for NaN, Inf and a step that is not ok: with LARGEST or -1, without a branch
-        finite = gradient.abs() <= ok.float() * LARGEST - 1.0
-        gradient = torch.where(finite, gradient.clamp(-ROOT, ROOT) if rule else gradient, 0.0)
+        word = gradient.view(torch.int32)
+        size = word & ~SIGN
+        # one comparison for NaN, Inf and a step that is not ok: with the largest number, or with -1
+        finite = size <= ok.to(torch.int32) * (_word(LARGEST) + 1) - 1
+        if rule:  # integers, for a clamp of floats must let NaN through and takes four times as long
+            gradient = (size.clamp(max=_word(ROOT)) | (word & SIGN)).view(torch.float32)
+        gradient = torch.where(finite, gradient, 0.0)
         position = start if start is None else row + start + column
         seen = (writer.read(w, extra) if writer else w.float()) if rule and rule.reads_weight else None
         hp = ChunkHyper(

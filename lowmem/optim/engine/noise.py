@@ -84,14 +84,33 @@ def key_tensor(names: Sequence[tuple[int | str, ...]], device: torch.device) -> 
 
 def gaussian(shape: tuple[int, int], device: torch.device, *name: int | str) -> Tensor:
     """A standard normal fp32 matrix that depends on its name and shape alone."""
-    keys = key_tensor([(*name, "radius"), (*name, "angle")], device)
-    count = shape[0] * shape[1]
+    keys = key_tensor(radius_and_angle(*name), device)
+    drawn = torch.empty(shape, device=device)
+    first, height = starts(shape, device), max(1, PIECE // max(1, shape[1]))
     # piece by piece: what Box-Muller needs on the way is several times what it gives
-    drawn = torch.empty(count, device=device)
-    for start in range(0, count, PIECE):
-        piece = drawn[start : start + PIECE]
-        piece.copy_(normal(positions(start, piece.numel(), device), keys[0], keys[1]))
-    return drawn.view(shape)
+    for i in range(0, shape[0], height):
+        normal_(drawn[i : i + height], first[i : i + height], keys)
+    return drawn
+
+
+def radius_and_angle(*name: int | str) -> list[tuple[int | str, ...]]:
+    """The names of the two streams that normal numbers are made of."""
+    return [(*name, "radius"), (*name, "angle")]
+
+
+def starts(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """The index of the first element of each row, (m,) int32; it wraps."""
+    return torch.arange(shape[0], dtype=torch.int32, device=device) * shape[1]
+
+
+def normal_(rows: Tensor, first: Tensor, keys: Tensor) -> None:
+    """Fill rows with standard normal numbers.
+
+    Args:
+        rows: (h, n) fp32; first: indices of their first elements, (h,) int32; keys: of two streams, (2, 2).
+    """
+    places = first[:, None] + torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device)
+    rows.copy_(normal(places, keys[0], keys[1]))
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.engine import noise
 from lowmem.optim.projectors.bases import Frame, energy, largest
 from lowmem.optim.projectors.dense import Find, Orthonormal, power_iteration
 from lowmem.optim.terms.changes import Change
@@ -99,7 +98,7 @@ class Drift(Orthonormal):
         if columns == far:
             omega = torch.eye(far, device=split.g.device)
         else:
-            omega = noise.gaussian((columns, far), split.g.device, hp.seed, 0, hp.name, "path")
+            omega = hp.gaussian((columns, far), "path", 0)
         seen = self.frame.across(omega if self.axis(shape) == 0 else omega.t(), split.g)
         top, ok = largest(seen)
         length = energy(split.g, top).sqrt()

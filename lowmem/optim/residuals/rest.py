@@ -18,6 +18,7 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, Commit, Residual, Rule
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.ages import numbers_of
+from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.compact.subsets import Subsets
 from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.shards import shard_in, total
@@ -65,11 +66,11 @@ class Stateless(Residual):
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """scale sign(rest) or scale rest; what is not finite stays so, for the frame to refuse."""
+        return Formula(self.of, (split.rest,)), None
 
-        def step(x: Tensor) -> Tensor:
-            return (torch.where(x.isfinite(), x.sign(), x) if self.sign else x) * self.scale
-
-        return split.rest.map(step), None
+    def of(self, x: Tensor) -> Tensor:
+        """The step of rows of the rest."""
+        return (torch.where(x.isfinite(), x.sign(), x) if self.sign else x) * self.scale
 
     def aside(self) -> AnyRule:
         """The same step, of the whole gradient."""
@@ -119,7 +120,9 @@ class ScaledRest(Residual):
         factors = self._factors(split).mul_(self.scale)
         if not self.limit:
             return self._scaled(split, factors), None
-        norm = total(split.g.shape, self._scaled(split, factors).sum(_square)).sqrt().float()
+        norms = torch.empty(split.g.shape[0], dtype=torch.float64, device=split.g.device)
+        split.hp.sweep(_note_norms, self._scaled(split, factors), (norms,))
+        norm = total(split.g.shape, norms.square().sum()).sqrt().float()
         before, most = s["norm"], s["norm"] * self.limit
         longer = (before > 0.0) & (norm > most)
         factors.mul_(torch.where(longer, most / norm, 1.0))
@@ -137,10 +140,8 @@ class ScaledRest(Residual):
     def _scaled(self, split: Split, factors: Tensor) -> Blocks:
         source = split.rest if self.lifts else split.g
 
-        def rows(i: int, j: int) -> Tensor:
-            return source.rows(i, j) * (factors if split.axis == 0 else factors[i:j, None])
-
-        return Blocks(source.shape, rows, source.device)
+        down, across = ((), (factors,)) if split.axis == 0 else ((factors,), ())
+        return Formula(torch.mul, (source,), down, across)
 
 
 PER = ("channel", "tensor")
@@ -153,9 +154,8 @@ def _length(channels: Tensor, split: Split) -> Tensor:
     return norm if shard is None or split.axis == 0 else shard.total(norm.square()).sqrt()
 
 
-def _square(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
-    return norm.square()
+def _note_norms(rows: Tensor, norms: Tensor) -> None:
+    norms.copy_(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

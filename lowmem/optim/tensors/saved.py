@@ -24,6 +24,7 @@ from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.shards import shard_of
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import trains
+from lowmem.optim.tensors.offload import Home
 from lowmem.optim.tensors.outside import Outside
 from lowmem.optim.tensors.roles import from_text, to_text
 from lowmem.optim.tensors.seats import Roster, names_of
@@ -51,14 +52,15 @@ class Loading:
     """One call of `load_state_dict`: two hooks around torch's.
 
     Args:
-        asked: the strategy that the optimizer was given.
+        asked: the strategy that the optimizer was given; home: where its state lives.
 
     Attributes:
         strategy: the one that was saved, which has decided what that leaves open.
     """
 
-    def __init__(self, asked: Strategy) -> None:
+    def __init__(self, asked: Strategy, home: Home) -> None:
         self.asked = self.strategy = asked
+        self.home = home
         self.found: dict[Tensor, State] = {}
 
     @contextmanager
@@ -104,6 +106,8 @@ class Loading:
 
     def store(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the copies in their places."""
+        for p, state in self.found.items():
+            self.home.hold_(p, state)
         optimizer.state.update(self.found)
 
     def _named(self, saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
@@ -146,7 +150,7 @@ class Loading:
         needed = place.fresh(self.strategy, rule_name, p, "meta")
         given = self.outside.back(place, rule_name, p, given, needed)
         check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
-        return {key: laid_out(given[key], like, p.device) for key, like in needed.items()}
+        return {key: laid_out(given[key], like, self.home.device(p, key)) for key, like in needed.items()}
 
 
 class Resumable(torch.optim.Optimizer):
@@ -154,6 +158,7 @@ class Resumable(torch.optim.Optimizer):
 
     strategy: Strategy
     asked: Strategy
+    home: Home
     _adopted = False
 
     def _decided(self) -> Strategy:
@@ -195,6 +200,7 @@ class Resumable(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Groups and state, tensor by tensor the same on one device and on any number of ranks."""
+        self.home.settle()
         return saved(self, super().state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -203,7 +209,8 @@ class Resumable(torch.optim.Optimizer):
         Raises:
             CheckpointError: saved by another strategy, for other shapes, or without what was held.
         """
-        loading = Loading(self.asked)
+        self.home.settle()
+        loading = Loading(self.asked, self.home)
         with NEUTRAL.entered(), loading.around(self):
             super().load_state_dict(dict(state_dict))
         self.strategy = loading.strategy

@@ -52,7 +52,7 @@ class Place:
         return self.shard is not None and strategy.judges(rule_name, self.role, self.shard)
 
     def fresh(self, strategy: Strategy, rule_name: str, p: Tensor, device: str = "") -> State:
-        """Fresh state of a parameter here; counted on a device that has no memory, where one is named."""
+        """Fresh state of a parameter here, beside it unless a device is named."""
         where = torch.device(device) if device else p.device
         if self.shard is None:
             own = local(p.detach())

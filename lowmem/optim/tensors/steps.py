@@ -86,7 +86,7 @@ class Step:
 
 
 def hyper(
-    place: Place, name: str, weight: Blocks, advance: Callable[..., Tensor], constant: Lookup,
+    place: Place, name: str, weight: Blocks, chunks: Chunks, constant: Lookup,
     first: bool, shard: Shard | None, overall: Overall | None = None,
 ) -> Hyper:  # fmt: skip
     """What a rule may know of a step, from the parameter's place."""
@@ -101,7 +101,8 @@ def hyper(
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         weight=weight,
-        advance=advance,
+        advance=chunks.advance_,
+        sweep=chunks.passes.sweep,
         first=first,
         heads=place.heads,
         constant=constant,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem.optim import formulas
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import sizes
@@ -70,6 +71,7 @@ class Hyper:
         lr, betas, eps, weight_decay: of the group, as floats.
         weight: the weight before the step, (m, n); its dtype is the precision of large products.
         advance: the frame's `Chunks.advance_`, for rules that hold a pointwise rule.
+        sweep: takes a pass over a matrix, see `formulas`; the frame's `Passes.sweep`.
         first: the state was created for this step.
         heads: into which the weight's rows are cut, where it makes queries or keys; 0 elsewhere.
         shard: which rows of the tensor these are, where they are spread over ranks.
@@ -88,6 +90,7 @@ class Hyper:
     weight_decay: float
     weight: Blocks
     advance: Callable[..., Tensor]
+    sweep: Callable[..., None] = formulas.sweep
     first: bool = False
     heads: int = 0
     constant: Lookup = field(default_factory=Lookup)
@@ -128,7 +131,9 @@ class Hyper:
         Args:
             streams: their names; upper: the upper half of the 64-bit index of the elements.
         """
-        if sizes(self.weight.device).at_hand or not self.group or not streams:
+        if not streams:
+            return torch.empty(0, 2, dtype=torch.int32, device=self.weight.device)
+        if sizes(self.weight.device).at_hand or not self.group:
             names = [(self.seed, self.step, self.name, stream, upper) for stream in streams]
             return noise.key_tensor(names, self.weight.device)
         asked = (self.name, tuple(streams), upper)
@@ -166,7 +171,7 @@ class Hyper:
 
     def window(self, gap: int) -> int:
         """How many refreshes with this gap lie behind: what names a basis that is drawn and not held."""
-        return (self.step + stagger(self.name, gap)) // gap
+        return _window(self.step, self.name, gap)
 
     def total(self, x: Tensor, op: str = "sum") -> Tensor:
         """Reduce over the shards of the tensor, "sum" or "max"; the same bits on all ranks."""
@@ -175,8 +180,21 @@ class Hyper:
         return x if self.shard is None else self.shard.total(x, op)
 
     def gaussian(self, shape: tuple[int, int], use: str, gap: int = 1) -> Tensor:
-        """A standard normal matrix named by (seed, window of `gap` steps, parameter, use)."""
-        return noise.gaussian(shape, self.weight.device, self.seed, self.window(gap), self.name, use)
+        """A standard normal matrix named by (seed, window of `gap` steps or 0 for all, parameter, use)."""
+        device = self.weight.device
+        drawn = torch.empty(shape, device=device)
+        keys = self._normal_keys(use, gap)
+        self.sweep(noise.normal_, None, (drawn, noise.starts(shape, device)), (keys,))
+        return drawn
+
+    def _normal_keys(self, use: str, gap: int) -> Tensor:
+        asked = (self.name, use, gap)
+        if sizes(self.weight.device).at_hand or not self.group:
+            names = noise.radius_and_angle(self.seed, self.window(gap), self.name, use)
+            return noise.key_tensor(names, self.weight.device)
+        again = functools.partial(_normal_of, self.group, *asked)
+        contents = (self.seed, self.window(gap), self.name, use)
+        return self._sent(contents, _normal_words, ("normal", *asked), again).view(2, 2)
 
 
 def _rates_of(group: Mapping[str, Any], scale: float, coded: str) -> Contents:
@@ -201,6 +219,20 @@ def _key_words(contents: Contents) -> tuple[int, ...]:
     seed, step, name, streams, upper = contents
     mixed = (noise.mix(seed, step, name, stream, upper) for stream in streams)  # type: ignore[attr-defined,arg-type]
     return tuple(word for words in mixed for word in words)
+
+
+def _normal_of(group: Mapping[str, Any], name: str, use: str, gap: int) -> Contents:
+    """What the keys of normal numbers will be made of, as the group is now."""
+    return int(group["seed"]), _window(int(group["step"]), name, gap), name, use
+
+
+def _window(step: int, name: str, gap: int) -> int:
+    return (step + stagger(name, gap)) // gap if gap else 0
+
+
+def _normal_words(contents: Contents) -> tuple[int, ...]:
+    names = noise.radius_and_angle(*contents)  # type: ignore[arg-type]
+    return tuple(word for name in names for word in noise.mix(*name))
 
 
 @dataclass

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks
+from lowmem.optim.formulas import Formula
 from lowmem.optim.terms.hyper import Hyper
+
+
+@dataclass(frozen=True)
+class Sum:
+    """scale a + b."""
+
+    scale: float
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of row blocks."""
+        return (a if self.scale == 1.0 else a * self.scale) + b
 
 
 @dataclass(frozen=True)
@@ -36,9 +48,4 @@ class Split:
 
     def with_rest(self, absorbed: Blocks) -> Blocks:
         """scale up(N) and the step of the rest, row block by row block."""
-
-        def rows(i: int, j: int) -> Tensor:
-            lifted = self.lifted.rows(i, j)
-            return (lifted if self.scale == 1.0 else lifted * self.scale) + absorbed.rows(i, j)
-
-        return Blocks(self.g.shape, rows, self.g.device)
+        return Formula(Sum(self.scale), (self.lifted, absorbed))

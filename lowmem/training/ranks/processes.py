@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -41,6 +43,37 @@ def said(value: Any, ranks: int) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def joined(values: list[Any], ranks: int) -> list[Any]:
+    """The lists of all processes one after the other, in all of them."""
+    if ranks == 1:
+        return values
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, values)
+    return [value for own in found for value in own]
+
+
+@contextmanager
+def shared_folder(args: Any) -> Iterator[Path]:
+    """A folder that all processes see, beside what the run writes; it is gone afterwards.
+
+    Args:
+        args: training arguments.
+    """
+    name = ""
+    if args.process_index == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        name = tempfile.mkdtemp(prefix=".shared-", dir=args.output_dir)
+    folder = Path(said(name, args.world_size))
+    try:
+        yield folder
+    finally:
+        said(None, args.world_size)  # the others have read it, or failed
+        if args.process_index == 0:
+            shutil.rmtree(folder)
 
 
 def own_batches(trainer: Any) -> Iterator[tuple[Any, bool]]:

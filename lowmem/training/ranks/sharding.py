@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem import several
 from lowmem.errors import CheckpointError, ConfigError, UserError
 from lowmem.models import sealed
 from lowmem.optim.optimizer import LowMemOptimizer
@@ -27,10 +28,8 @@ from lowmem.optim.shards import shard_of
 from lowmem.optim.tensors.marks import mark_, trains
 from lowmem.training.folder import forms
 
-ALONE = (
-    "fsdp: there is one process, which has nothing to shard over; start one for each card by torchrun "
-    "--nproc-per-node N or accelerate launch, or leave fsdp out"
-)
+IGNORED = ("MULTI_CPU",)
+"""Kinds of processes between which accelerate does not shard, whatever is asked for."""
 
 
 def of_arguments(args: Any) -> list[str]:
@@ -41,27 +40,7 @@ def of_arguments(args: Any) -> list[str]:
     """
     if not args.fsdp:
         return []
-    config = _config(args.fsdp_config)
-    on = {name for name in ("xla", "cpu_offload") if str(config.get(name, False)).lower() == "true"}
-    on |= {"cpu_offload"} if "offload" in str(args.fsdp) else set()
-    rules = [
-        (str(config.get("version", 2)) != "2", f"fsdp_config: {_flattens(config.get('version'))}"),
-        (
-            "xla" in on,
-            "fsdp_config: xla shards by an engine of its own, not by DTensors; drop it",
-        ),
-        (
-            "cpu_offload" in on,
-            "fsdp_config: with cpu_offload ranks would sum on the CPU, which the cards' backend cannot; "
-            "drop it, states=int8 or galore hold less",
-        ),
-        (
-            args.fp16,
-            "fp16: a sharded step is not skipped where a scaled gradient overflows; use bf16=True over "
-            "float32 weights, or bfloat16 weights with bf16=False",
-        ),
-    ]
-    return [text for broken, text in rules if broken]
+    return several.of_arguments(args, _config(args.fsdp_config))
 
 
 def of_run(trainer: Any) -> list[str]:
@@ -74,13 +53,10 @@ def of_run(trainer: Any) -> list[str]:
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not trainer.is_fsdp_enabled:
         kind = getattr(state.distributed_type, "value", state.distributed_type)
-        ignored = (
-            f"fsdp: accelerate shards between cards only, here it made {kind} of {args.world_size}, "
-            "each with the whole model; start it on cards, or leave fsdp out and train copies of the model"
-        )
-        return [ignored] if args.fsdp or launched else []
+        made = several.unsharded(f"here it made {kind} of {args.world_size}, each with the whole model")
+        return [made] if args.fsdp or launched else []
     version = state.fsdp_plugin.fsdp_version
-    return [f"fsdp_version: {_flattens(version)}"] if version != 2 else []
+    return [f"fsdp_version: {several.flattens(version)}"] if version != 2 else []
 
 
 def refuse_alone(args: Any) -> None:
@@ -90,14 +66,18 @@ def refuse_alone(args: Any) -> None:
         args: training arguments, or what else a trainer was given for them.
     """
     if getattr(args, "fsdp", None) and args.world_size < 2:
-        raise ConfigError([ALONE])
+        raise ConfigError([several.ALONE])
 
 
-def _flattens(version: Any) -> str:
-    return (
-        f"version {version} (FullyShardedDataParallel) flattens parameters, and a strategy needs their "
-        "shapes; take version 2"
-    )
+def of_processes(*, cuda: bool) -> list[str]:
+    """What is known of a request to shard before any process has met another, and before a model loads.
+
+    Args:
+        cuda: whether there is a card.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return [several.ALONE]
+    return [] if cuda or "MULTI_CPU" not in IGNORED else [several.unsharded("and there is none here")]
 
 
 def _config(given: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lowmem.memory.count import workspace_bytes
 from lowmem.memory.footprint import _compiled, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.replica import Parameter
+from lowmem.optim.engine import chunks, cutting, passes
 from lowmem.optim.engine.cutting import policy
 
 VECTORS = {"bias": (77,), "norm.weight": (512,), "one": (1,), "long": (5003,)}
@@ -138,3 +139,55 @@ def test_tensors_that_step_together_are_planned_together() -> None:
     copies = 300 * 4096 * 4 * 4  # weights, gradients and two moments
     assert cpu.together == 0
     assert copies <= card.together == card.worst <= 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adafactor", {"scale_parameter": True}),
+        ("came", {}),
+        ("adam_mini", {}),
+        ("fira", {"rank": 8, "update_proj_gap": 2}),
+        ("apollo", {"rank": 8, "update_proj_gap": 2}),
+        ("frugal", {"rank": 8, "update_proj_gap": 2, "projector": "power"}),
+    ],
+    ids=str,
+)
+def test_passes_at_once_are_those_by_blocks(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a card's kernels compute, uncompiled: sums of all rows at once differ from those of blocks in the
+    last bits alone, products are made in pieces, and a gradient that is not finite is refused alike."""
+    blocks, params = start(name, options, FP32)
+    advance(blocks, params, range(3))
+    calls: list[int] = []
+
+    def as_it_is(step: Any) -> Any:
+        return lambda *tensors: (calls.append(1), step(*tensors))[1]
+
+    monkeypatch.setattr(passes, "compiled", as_it_is)
+    monkeypatch.setattr(chunks, "compiled", lambda step: step)
+    monkeypatch.setitem(cutting.POLICIES, "cuda", replace(cutting.POLICIES["cuda"], made=1 << 20))
+    with policy("cuda"):
+        whole, moved = start(name, options, FP32, compile="on")
+        advance(whole, moved, range(3))
+    assert calls
+    for a, b in zip(left(blocks, params), left(whole, moved), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
+@pytest.mark.parametrize("name", ["adafactor", pytest.param("fira", marks=pytest.mark.thorough)])
+def test_passes_compile_to_what_they_say(name: str) -> None:
+    rank = {} if name == "adafactor" else {"rank": 8, "update_proj_gap": 2}
+    blocks, params = start(name, rank, FP32)
+    advance(blocks, params, range(3))
+    with policy("cuda"):
+        whole, moved = start(name, rank, FP32, compile="on")
+        advance(whole, moved, range(3))
+    kernels = whole.chunks.passes._kernels.values()
+    assert kernels
+    assert all(kernel._order for kernel in kernels)  # and are called directly
+    for a, b in zip(left(blocks, params), left(whole, moved), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)

@@ -9,9 +9,11 @@ from tiny_models import tiny
 from tiny_runs import Rows, assert_equal, keep_only, logged, stock, trainer, weights
 
 from lowmem import create, hf_optimizer
+from lowmem.config import build
 from lowmem.errors import CheckpointError, ConfigError, UserError
 from lowmem.memory.count import model_state_bytes
 from lowmem.strategies import parse_options
+from lowmem.training import tasks
 from lowmem.training.arguments import LowMemArguments
 from lowmem.training.trainer import _engine_problems
 from tests.enrolled import FIRST, STAND_FOR_OTHERS, by_turns, unlike
@@ -384,6 +386,15 @@ def test_hf_optimizer_refuses_what_a_stock_trainer_cannot_do():
         hf_optimizer("galore", lr=1e-3, rnk=3)
     with pytest.raises(UserError, match=r"lowmem\.LowMemTrainer"):
         hf_optimizer("mezo", lr=1e-6)
+
+
+def test_a_job_that_would_shard_nothing_is_refused_before_a_model_loads(monkeypatch):
+    asked = {"model": "none", "optim": "adamw", "fsdp": True}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"between cards only, and there is none here; .* copies"):
+        tasks.refuse(build(asked), cuda=False)
+    with pytest.raises(ConfigError, match=r"quantised weights .* one device.*dpo computes its reference"):
+        build({**asked, "quantize": "nf4", "lora_rank": 2, "task": "dpo"})
 
 
 def test_engines_that_only_the_run_knows_of_are_refused(tmp_path):

@@ -34,11 +34,24 @@ from lowmem.optim.codecs.factored import Factored, RowCol
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.ages import numbers_of
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.elementwise.moments import Momentum, Square
 from lowmem.optim.shards import Shape, total, whole
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
+
+
+def _times(rows: Tensor, q: Tensor) -> Tensor:
+    return rows * q
+
+
+def between(rows: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """diag(p) rows diag(q)."""
+    return (rows * q).mul_(p)
+
+
+def _note_norms(rows: Tensor, norms: Tensor) -> None:
+    norms.copy_(_norms(rows))
 
 
 def _norms(rows: Tensor) -> Tensor:
@@ -57,11 +70,10 @@ def _shrink(squares: Tensor, shape: tuple[int, int], most: float, hp: Hyper) -> 
 def quotient(g: Blocks, p: Tensor, q: Tensor, most: float, hp: Hyper) -> Blocks:
     """U = diag(p) G diag(q), shortened to an rms of `most`; takes a pass over G, and uses p up."""
     norms = torch.empty_like(p)
-    for i, j in walk(g.ranges(), g.device):
-        norms[i:j] = _norms(g.rows(i, j) * q)
+    hp.sweep(_note_norms, Formula(_times, (g,), across=(q,)), (norms,))
     norms.mul_(p)
     p.mul_(_shrink(torch.dot(norms, norms), g.shape, most, hp))
-    return Blocks(g.shape, lambda i, j: (g.rows(i, j) * q).mul_(p[i:j, None]), g.device)
+    return Formula(between, (g,), (p,), (q,))
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,9 @@ class Adafactor(Rule):
         if not self.scale_parameter:
             return alpha
         (m, n), shape = whole(hp.weight.shape), hp.weight.shape  # spread, even where the gradient is not
-        squares = hp.weight.sum(lambda rows: _norms(rows).double().square().sum())
+        norms = torch.empty(hp.weight.shape[0], device=hp.weight.device)
+        hp.sweep(_note_norms, hp.weight, (norms,))
+        squares = norms.double().square().sum()
         return alpha * total(shape, squares * (1.0 / (m * n))).sqrt().clamp(min=self.eps2)
 
     def check_rebase(self, kind: str) -> None:

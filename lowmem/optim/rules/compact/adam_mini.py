@@ -15,12 +15,16 @@ from lowmem.optim.blocks import Blocks, Direction, matrix_shape
 from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.normalised.rows import row_squares
 from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
+
+
+def _note_means(rows: Tensor, squares: Tensor) -> None:
+    squares.copy_(row_squares(rows) / rows.shape[1])
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,7 @@ class AdamMini(Rule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Move the second moments; the first moves after the write."""
         squares, v = torch.empty(g.shape[0], device=g.device), s["exp_avg_sq"]
-        for i, j in walk(g.ranges(), g.device):
-            squares[i:j] = row_squares(g.rows(i, j)) / g.shape[1]
+        hp.sweep(_note_means, g, (squares,))
         ok = hp.total(squares.amax(), "max") <= LARGEST_MEAN
         s["age"].add_(ok)
         rate2, eps, correction1, correction2 = numbers_of(self, s["age"], hp).unbind()
@@ -80,7 +83,7 @@ class AdamMini(Rule):
         moment = HeldMoment(self.held, part(s, "exp_avg"), s, g.shape, hp)
         rate1 = 1.0 - hp.betas[0]
         m = moment.towards(g, rate1)
-        d = Blocks(g.shape, lambda i, j: m.rows(i, j).mul_(share[i:j, None]), g.device)
+        d = Formula(torch.mul, (m,), (share,))
         return Direction(d, ok=ok, commit=moment.following(g, rate1, ok))
 
     @staticmethod

@@ -18,8 +18,9 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.codecs.factored import Factored, RowCol
 from lowmem.optim.contract import Rule
+from lowmem.optim.formulas import Formula, minus
 from lowmem.optim.held import HeldMoment, tables
-from lowmem.optim.rules.compact.adafactor import quotient
+from lowmem.optim.rules.compact.adafactor import between, quotient
 from lowmem.optim.shards import Shape
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed, scoped
@@ -111,8 +112,7 @@ class CAME(Rule):
             return Direction(d, ok=ok, commit=commit)
         apart = self.factored.reduce(_difference(u, d), self.eps2, hp)
         p, q = self._after(s, "exp_avg_res", apart, self.beta3, ok, hp)
-        steady = Blocks(g.shape, lambda i, j: (d.rows(i, j) * q).mul_(p[i:j, None]), g.device)
-        return Direction(steady, ok=ok, commit=commit)
+        return Direction(Formula(between, (d,), (p,), (q,)), ok=ok, commit=commit)
 
     def _after(
         self, s: State, name: str, new: State, beta: float, ok: Tensor, hp: Hyper
@@ -131,4 +131,4 @@ class CAME(Rule):
 
 
 def _difference(a: Blocks, b: Blocks) -> Blocks:
-    return Blocks(a.shape, lambda i, j: a.rows(i, j) - b.rows(i, j), a.device)
+    return Formula(minus, (a, b))

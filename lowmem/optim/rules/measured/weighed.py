@@ -109,7 +109,8 @@ class AdamP(Rule):
             found[:, i:j] = dots(i, j)
         share, near, ok = self._share(found, g, hp)
         blocks = Blocks(g.shape, lambda i, j: adam(i, j) - share[i:j] * w.rows(i, j), g.device)
-        less, usual = hp.vector(1.0 - hp.lr * hp.weight_decay * self.wd_ratio, hp.decay).unbind()
+        usual = hp.rates(dtype=torch.float64)[1]
+        less = 1.0 - (1.0 - usual) * self.wd_ratio
 
         def commit() -> None:
             first.following(g, rate1, ok)()
