@@ -99,6 +99,7 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     pointless = {
         "gradient_checkpointing": "there is no backward pass to recompute activations for",
         "gradient_release": "there are no gradients to release",
+        "offload_state": "there is next to no state to keep elsewhere",
     }
     found += [
         f"{name}: {values['optim']} works without gradients, {reason}; leave it out"

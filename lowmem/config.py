@@ -169,9 +169,8 @@ class RunConfig:
     few_bit: int | None = _knob(
         None, "Memory", "bits that activation functions keep for the backward pass (1 to 4)", least=1, below=5
     )
-    gradient_release: bool = _knob(
-        False, "Memory", "step each tensor inside the backward pass and free its gradient"
-    )
+    gradient_release: bool = _knob(False, "Memory", "step each tensor inside backward and free its gradient")
+    offload_state: bool = _knob(False, "Memory", "keep optimizer state in host memory between steps (GPU)")
     fsdp: bool = _knob(False, "Memory", "spread weights over the processes of torchrun (FSDP2)")
 
     steps: int | None = _knob(None, "Run", "optimizer steps; one epoch when neither is given", least=1)

@@ -62,6 +62,10 @@ def of_settings(v: Mapping[str, Any]) -> list[str]:
             f"{_UNCUT}; leave fsdp out, or give lora_rank",
         ),
         (
+            v["offload_state"],
+            "offload_state: rows that fsdp spreads keep their state on their card; leave one of them out",
+        ),
+        (
             v["task"] in REFERRING and adapts,
             f"fsdp: task {v['task']} computes its reference before the weights under adapters are sharded; "
             "train all weights, or leave fsdp out",
@@ -105,6 +109,10 @@ def of_plan(run: Any) -> Iterator[str]:
         (
             run.weights and run.ranks > 1,
             "weights int8: they are not sharded yet (FSDP2); leave ranks or weights out",
+        ),
+        (
+            run.sharded and (run.adapter or "").lower() == "vectorfit",
+            "adapter vectorfit: frozen singular vectors are not sharded; take shard none, or give lora_rank",
         ),
         (run.per_node and run.ranks == 1, "per_node: there is one rank; give ranks as well"),
         (run.shard == "none" and run.ranks == 1, "shard none: there is one rank; give ranks as well"),

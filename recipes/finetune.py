@@ -103,6 +103,7 @@ def arguments(config: RunConfig) -> Any:
         "clip": config.clip,
         "compile": config.compile,
         "gradient_release": config.gradient_release,
+        "offload_state": config.offload_state,
         "activation_checkpointing": config.gradient_checkpointing,
         "max_steps": config.steps or -1,
         "num_train_epochs": config.epochs or 1.0,

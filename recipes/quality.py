@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model": "smollm2-135m", "seq_len": 256, "batch_size": 1, "steps": 16, "warmup": 2,
         "eval_rows": 40,
     },
-    "scratch": {"seq_len": 256, "batch_size": 2, "steps": 120, "warmup": 10, "eval_rows": 1000},
+    "scratch": {"seq_len": 256, "batch_size": 2, "steps": 60, "warmup": 5, "eval_rows": 1000},
 }  # fmt: skip
 """The steps are few, so that a row takes minutes of one core; `--steps` takes more."""
 
@@ -129,11 +129,13 @@ class Quality:
     Args:
         folder: of the results; an earlier one is continued.
         steps: of every run, instead of the setting's; jobs: runs at a time.
+        forgetting: measure the loss on general text too, where the model knows any.
     """
 
     folder: Path
     steps: int | None = None
     jobs: int = 1
+    forgetting: bool = False
 
     def measure(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         """The results of runs, those that are there already among them."""
@@ -161,6 +163,8 @@ class Quality:
             **dict(of.others), "optim": of.optim, "optim_args": ",".join(options),
             "lr": case.lr, "seed": case.seed, "output_dir": str(self.folder / "runs" / case.name),
         }  # fmt: skip
+        if self.forgetting and case.setting == "demo":
+            values["forgetting"] = True
         return build({**values, "steps": self.steps} if self.steps else values)
 
     def rate(self, setting: str, method: str) -> float:
@@ -224,13 +228,14 @@ def quality(
     seeds: Sequence[int] = (0,),
     steps: int | None = None,
     jobs: int = 1,
+    forgetting: bool = False,
 ) -> dict[str, Any]:
     """Choose rates, run what is left to run, and put the table together.
 
     Args:
         folder: of the results; settings, variants: names of what stands above.
         methods: those above, or any of `lowmem strategies` with what its record recommends.
-        seeds: each runs once with each; steps and jobs: as in `Quality`.
+        seeds: each runs once with each; steps, jobs and forgetting: as in `Quality`.
 
     Returns:
         {"runs": [{"setting", "method", "variant", "split", "lr", "seed", "held_out", ...}]}, all of a folder.
@@ -243,7 +248,7 @@ def quality(
             raise UserError(f"there is no {unknown[0]!r}; choose from {', '.join(known)}")
     for setting, method in itertools.product(settings, methods):
         row(setting, method)  # an unknown name is told before the first run
-    asked = Quality(folder, steps, jobs)
+    asked = Quality(folder, steps, jobs, forgetting)
     rates = {(s, m): asked.rate(s, m) for s in settings for m in methods}
     asked.measure([Case(s, m, v, rates[s, m], seed) for seed in seeds for s, m in rates for v in variants])
     found = {"runs": list(kept(folder / "runs"))}
@@ -267,6 +272,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="numbers, with commas")
     parser.add_argument("--steps", type=int, help="of every run, instead of the setting's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--forgetting", action="store_true", help="the loss on general text too")
     parser.add_argument("--page", type=Path, help="write the page of a document: of --of")
     parser.add_argument("--of", type=Path, help="quality.json of an earlier call")
     given = parser.parse_args()
@@ -277,8 +283,9 @@ def main() -> None:
         parser.error("name a folder for the results: --output-dir; or --page and --of")
     names = {key: getattr(given, key).split(",") for key in ("settings", "methods", "variants")}
     seeds = [int(seed) for seed in given.seeds.split(",")]
+    rest = {"steps": given.steps, "jobs": given.jobs, "forgetting": given.forgetting}
     try:
-        found = quality(given.output_dir, **names, seeds=seeds, steps=given.steps, jobs=given.jobs)
+        found = quality(given.output_dir, **names, seeds=seeds, **rest)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     sys.stdout.write(markdown(found))

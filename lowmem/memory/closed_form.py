@@ -74,7 +74,7 @@ def supports(config: Any, run: Run) -> bool:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     biased = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
     shape = (run.loss, run.rows, run.adapts, run.ranks, run.weights)
-    plain = shape == ("plain", "full", False, 1, None)
+    plain = shape == ("plain", "full", False, 1, None) and run.task == "sft"
     return (
         not hasattr(config, "skeleton")  # a model object need not be what its configuration says
         and config.model_type in SUPPORTED

@@ -37,6 +37,7 @@ from lowmem.optim.int8.coding import PIECE
 from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
+from lowmem.optim.tensors.offload import ALIGNED, LEAST, SEEN, SLOTS
 from lowmem.optim.tensors.outside import forms
 from lowmem.sources import directions
 
@@ -58,6 +59,7 @@ class Footprint:
         grids: size of each index grid that random rounding keeps from the first step on.
         together: greatest transient bytes while small ones are stepped together.
         copied: what a state dict copies, to stand in a file as it does on any number of ranks.
+        away: of the state, what is in the host's memory between steps; the slots it travels to are tensors.
     """
 
     strategy: Strategy
@@ -68,6 +70,7 @@ class Footprint:
     grids: tuple[int, ...] = ()
     together: int = 0
     copied: int = 0
+    away: int = 0
 
     @property
     def held(self) -> int:
@@ -98,15 +101,14 @@ def footprint(
     """
     elements = sum(_product(p.shape) for p in parameters)
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
-    best: list[int] = []
-    copied, grain = 0, run.granularity
+    best, copied, grain = Placed((), 0), 0, run.granularity
     for rules in windows(strategy, parameters):
-        sizes = [size for p in parameters for size in _state(strategy, rules[p.name], p)]
-        sizes += count.shared_sizes(strategy, [(rules[p.name], p.role, p.shape) for p in parameters])
-        best = max(best, sizes, key=sum)
+        states = [_state(strategy, rules[p.name], p) for p in parameters]
+        shared = count.shared_sizes(strategy, [(rules[p.name], p.role, p.shape) for p in parameters])
+        best = max(best, placed(parameters, states, shared, run.offload_state), key=lambda one: one.total)
         copies = (n for p in parameters for n in _copies(strategy, rules[p.name], p.role, p.shape, p.dtype))
         copied = max(copied, sum(-(-size // grain) * grain for size in copies))
-    rounded = tuple(-(-size // grain) * grain for size in best)
+    rounded = tuple(-(-size // grain) * grain for size in (*best.here, *best.slots))
     stepped = [p for p in parameters if steps == "all" or (steps == "large" and len(p.shape) > 1)]
     found = {p.name: _workspace(strategy, p, compiled, run.device) for p in stepped}
     scratch = {name: one.transient for name, one in found.items()}
@@ -115,7 +117,38 @@ def footprint(
     grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
     smallest = _smallest(parameters, compiled, run.device) if steps == "all" else ()
     small = _together(strategy, smallest, compiled, run.device)
-    return Footprint(strategy, sum(best), rounded, scratch, compiled, grids, small, copied)
+    return Footprint(strategy, best.total, rounded, scratch, compiled, grids, small, copied, best.away)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Optimizer state by where it is between steps.
+
+    Args:
+        here: size of each tensor on the device; away: bytes on the host; slots: what those travel to.
+    """
+
+    here: tuple[int, ...]
+    away: int
+    slots: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Of the state, wherever it is."""
+        return sum(self.here) + self.away
+
+
+def placed(
+    parameters: Sequence[Parameter], states: Sequence[Mapping[str, int]], shared: Sequence[int], away: bool
+) -> Placed:
+    """Where state is: all of it with its parameters, or that of large ones away."""
+    here, there = list(shared), [0]
+    for p, state in zip(parameters, states, strict=True):
+        travels = {key for key in state if away and _product(p.shape) >= LEAST and not key.startswith(SEEN)}
+        here += [size for key, size in state.items() if key not in travels]
+        there.append(sum(-(-state[key] // ALIGNED) * ALIGNED for key in travels))
+    moved = sum(sum(state.values()) for state in states) + sum(shared) - sum(here)
+    return Placed(tuple(here), moved, (max(there),) * SLOTS if moved else ())
 
 
 def _grids(shapes: set[tuple[int, int]], ladder: bool) -> list[tuple[int, int]]:
@@ -137,7 +170,7 @@ def _product(shape: Sequence[int]) -> int:
     return total
 
 
-def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
+def _state(strategy: Strategy, rule_name: str, p: Parameter) -> Mapping[str, int]:
     return _sizes(strategy, rule_name, p.role, p.shape, p.dtype, p.shard, p.coded)
 
 
@@ -145,9 +178,9 @@ def _state(strategy: Strategy, rule_name: str, p: Parameter) -> list[int]:
 def _sizes(
     strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype,
     shard: Shard | None, coded: bool,
-) -> list[int]:  # fmt: skip
+) -> Mapping[str, int]:  # fmt: skip
     held = count.fresh_state(strategy, rule_name, role, shape, dtype, shard, coded)
-    return [t.untyped_storage().nbytes() for t in held.values()]
+    return {key: t.untyped_storage().nbytes() for key, t in held.items()}
 
 
 @functools.lru_cache(maxsize=4096)

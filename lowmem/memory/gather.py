@@ -16,20 +16,12 @@ from lowmem.errors import UserError, nearest
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
+from lowmem.memory.trace.tasks import kinds
 from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.models.peft_methods import adapter_config
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.offload import SPREAD
 from lowmem.sources.quantized import misfit
-
-NOT_PLANNED = {
-    "dpo": "holds two answers and a reference model",
-    "orpo": "holds two answers at once",
-    "kto": "holds answers with others' prompts, and a reference model",
-    "reward": "trains a head of another shape on two answers",
-    "grpo": "generates answers, with a cache that grows",
-    "answer": "generates answers, with a cache that grows",
-}
-"""Tasks of `lowmem finetune` whose steps differ from those of supervised fine-tuning."""
 
 
 def model_config(model: Any) -> tuple[str, Any]:
@@ -101,7 +93,7 @@ def make_run(options: Mapping[str, Any]) -> Run:
     values = {name: value for name, value in options.items() if value is not None}
     if "dtype" in values:
         values["dtype"] = str(to_dtype(values["dtype"])).removeprefix("torch.")
-    run = Run(**values)
+    run = Run(**kinds.completed(values))
     _check(run)
     return run
 
@@ -123,17 +115,16 @@ def _check(run: Run) -> None:
         if least is not None and not least <= value < f.metadata["below"]:
             limits = f"at least {least} and below {int(f.metadata['below'])}"
             raise UserError(f"{f.name} must be {limits}, got {value}")
-    if run.task != "sft":
-        why = NOT_PLANNED.get(run.task)
-        if why is None:
-            raise UserError(f"task {run.task!r} is not allowed; {nearest(run.task, ['sft', *NOT_PLANNED])}")
-        how = "objective accuracy" if run.task == "answer" else f"task {run.task}"
-        raise UserError(
-            f"task {run.task} is not planned: it {why}; measure a few steps instead, with "
-            f"`lowmem finetune --{how} --steps 3`"
-        )
+    if problems := kinds.problems(run):
+        raise UserError("; ".join(problems))
     if run.few_bit and run.gradient_checkpointing:
         raise UserError(FEW_BIT)
+    if run.offload_state and (run.device == "cpu" or run.sharded):
+        raise UserError(
+            SPREAD
+            if run.sharded
+            else "offload_state: a CPU steps where its state is; leave it out, or plan for device cuda"
+        )
     _check_adapters(run)
     if problems := list(several.of_plan(run)):
         raise UserError("; ".join(problems))
@@ -158,6 +149,8 @@ def _check(run: Run) -> None:
 
 def unsuited(name: str, strategy: Strategy, run: Run) -> str:
     """Why a strategy and the weights or cards of a run do not go together; empty where they do."""
+    if run.task != "sft" and not strategy.source.needs_autograd:
+        return f"{name} works without gradients, task {run.task} needs them"
     weights = misfit(name, strategy.source, run.quantize, run.adapts)
     return weights or on_ranks(name, strategy, run) or on_codes(name, strategy, run)
 

@@ -72,6 +72,7 @@ class StrategyPlan:
         max_seq_len, max_batch_size: where they were solved for.
         ranks_needed: cards that the run needs at the budget, 0 where no number does; of a sharded run.
         cross_check: closed form against trace, in percent; None where no form is known.
+        away: bytes of state on the host; a step moves them there and back.
     """
 
     strategy: str
@@ -91,6 +92,7 @@ class StrategyPlan:
     max_batch_size: int | None = None
     ranks_needed: int | None = None
     cross_check: float | None = field(default=None, repr=False)
+    away: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of "plans" in `lowmem plan --json`."""
@@ -100,6 +102,7 @@ class StrategyPlan:
         )  # fmt: skip
         found = {key: getattr(self, key) for key in keys}
         found |= {} if self.ranks_needed is None else {"ranks_needed": self.ranks_needed}
+        found |= {"offload": {"host_bytes": self.away, "moved_bytes": 2 * self.away}} if self.away else {}
         return {
             k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v
             for k, v in found.items()
@@ -227,7 +230,7 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     levers = advice.levers(config, run, held) if advise else ()
     check = _cross_check(config, run, held, step)
     spared = [s for say in (advice.roles, advice.side) if advise for s in say(strategy, found.parameters)]
-    why = [*advice.sentences(peak, levers, run), *spared, *_agreement(check)]
+    why = [*advice.sentences(peak, levers, run), *advice.offloaded(held), *spared, *_agreement(check)]
     verdict = None if limit is None else simulated(found, held, limit.capacity)
     if verdict is not None and limit is not None and peak.allocated > limit.capacity:
         verdict = replace(verdict, fits=False)  # an evaluation is not among the steps
@@ -248,6 +251,7 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
         levers=levers,
         ranks_needed=needed(config, run, strategy, limit.capacity) if limit and run.sharded else None,
         cross_check=check,
+        away=held.away,
     )
 
 

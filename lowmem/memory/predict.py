@@ -11,6 +11,7 @@ from typing import Any
 
 from lowmem.config import RunConfig
 from lowmem.errors import UserError
+from lowmem.memory.trace.tasks.kinds import PLANNED
 
 ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "adapter", "adapter_args")
 Prediction = tuple[dict[str, Any] | None, list[str]]
@@ -46,18 +47,16 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
     """
     batch = measured.get("batch") or {}
     rows, length = batch.get("rows", config.batch_size), batch.get("tokens", config.seq_len)
-    labels = batch.get("label_tokens")
     return {
-        "batch_size": rows,
         "seq_len": max(length, 2),
         "rows": batch.get("kind", "packed" if config.packing else "padded"),
         "longest": batch.get("longest"),
-        "loss": "chunked" if labels is None else "labels" if labels < rows * length else "plain",
-        "label_tokens": labels,
+        **_loss(config, rows, length, batch.get("label_tokens")),
         "dtype": config.dtype,
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_release": config.gradient_release,
         "activation_offload": config.activation_offload,
+        "offload_state": config.offload_state,
         "few_bit": config.few_bit,
         "eval_batch_size": 0,  # what is measured is one step
         "accumulation": config.accumulation,
@@ -73,6 +72,14 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "compile": config.compile,
         "steps": config.steps,
     }
+
+
+def _loss(config: RunConfig, rows: int, length: int, labels: int | None) -> dict[str, Any]:
+    """Rows of the data, and where their logits are made; a task has a loss of its own."""
+    if (task := PLANNED.get(_planned(config))) is not None:
+        return {"batch_size": max(1, rows // task.rows)}
+    loss = "chunked" if labels is None else "labels" if labels < rows * length else "plain"
+    return {"batch_size": rows, "loss": loss, "label_tokens": labels}
 
 
 def _planned(config: RunConfig) -> str:
@@ -102,7 +109,9 @@ def _entry(model: str, strategy: Any, options: Mapping[str, Any]) -> dict[str, A
 
 def _note(options: Mapping[str, Any]) -> str:
     what = f"{options['batch_size']} x {options['seq_len']} tokens ({options['rows']} rows)"
-    labels = options["label_tokens"]
+    labels = options.get("label_tokens")
+    if (task := PLANNED.get(options["task"])) is not None:
+        return f"Predicted for the batch of the tracked step: {what}; {task.words}."
     return f"Predicted for the batch of the tracked step: {what}" + (
         f", logits at {labels} positions." if labels is not None else ", chunked loss."
     )

@@ -47,6 +47,7 @@ class Run:
     gradient_checkpointing: bool = _option(False, "recompute activations in backward")
     gradient_release: bool = _option(False, "step each tensor inside backward")
     activation_offload: bool = _option(False, "keep activations in host memory until backward")
+    offload_state: bool = _option(False, "keep optimizer state in host memory between steps")
     few_bit: int | None = _option(
         None, "bits that activation functions keep of each number (1 to 4)", least=1, below=5
     )
@@ -85,7 +86,7 @@ class Run:
     kbit_prepare: bool = _option(
         False, "peft's prepare_model_for_kbit_training: fp32 where nothing is packed", group="Adapters"
     )
-    task: str = _option("sft", "what is learned; sft is planned, the others are not yet")
+    task: str = _option("sft", "what is learned, as finetune calls it: sft, dpo")
     compile: str = _option(
         "auto", "compile the optimizer's step", choices=("auto", "on", "off"), group="Device"
     )
@@ -132,7 +133,7 @@ class Run:
         one = both // gpus.HANDLES if self.workspace in (None, both) else self.workspace
         return replace(
             self, gradient_checkpointing=False, activation_offload=False, few_bit=None,
-            gradient_release=False, accumulation=1, workspace=one,
+            gradient_release=False, offload_state=False, accumulation=1, workspace=one,
         )  # fmt: skip
 
     @property

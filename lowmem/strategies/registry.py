@@ -13,6 +13,7 @@ from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.strategy import Plain, Strategy
 from lowmem.optim.tensors.checks import idle
 from lowmem.optim.tensors.groups import param_groups
+from lowmem.optim.tensors.offload import home_of
 from lowmem.strategies import factories
 from lowmem.strategies.compose import compose, fixed, place
 from lowmem.strategies.method import AXES, Advice, Method, methods
@@ -185,6 +186,7 @@ def optimizer(
     seed: int = 0,
     compile: str = "auto",
     model: nn.Module | None = None,
+    offload_state: bool = False,
     **options: Plain,
 ) -> LowMemOptimizer:
     """An optimizer for the trainable parameters of a model, or for those that are given.
@@ -199,9 +201,11 @@ def optimizer(
         decay_names: names of a model's parameters that decay; all, if None.
         seed: of the run; compile: auto, on or off.
         model: owner of the parameters, where those are given: names and roles are found in it.
+        offload_state: keep state in the host's memory between steps, see `lowmem.optim.tensors.offload`.
 
     Raises:
-        UserError: unknown strategy or option, a number outside its range, or one without effect.
+        UserError: unknown strategy or option, a number outside its range, or one without effect; state that
+            cannot leave, as there is no CUDA device or no gradients.
 
     Example:
         >>> optimizer(nn.Linear(8, 8), "galore", lr=1e-4, rank=4).strategy.name
@@ -223,5 +227,5 @@ def optimizer(
         )
     return LowMemOptimizer(
         params, made, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed, compile=compile,
-        model=model,
+        model=model, home=home_of(made) if offload_state else None,
     )  # fmt: skip

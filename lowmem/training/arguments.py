@@ -49,6 +49,9 @@ class LowMemFields:
     gradient_release: bool = field(
         default=False, metadata={"help": "Step each tensor inside the backward pass and free its gradient."}
     )
+    offload_state: bool = field(
+        default=False, metadata={"help": "Keep optimizer state in host memory between its steps (GPU)."}
+    )
     clip: str = field(
         default="auto",
         metadata={
@@ -250,6 +253,7 @@ def _gradient_free(args: Any) -> list[str]:
             f"activation_checkpointing: {name} takes no backward pass; set it to False",
         ),
         (args.gradient_release, f"gradient_release: {name} has no gradients to release; leave it out"),
+        (args.offload_state, f"offload_state: {name} holds next to no state; leave it out"),
         (
             args.clip not in ("auto", "none"),
             f"clip: {name} has no gradients to clip; leave it out",

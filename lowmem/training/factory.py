@@ -16,6 +16,7 @@ from lowmem.errors import ConfigError, UserError
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors.checks import idle
 from lowmem.optim.tensors.groups import param_groups
+from lowmem.optim.tensors.offload import home_of
 from lowmem.training.arguments import build_strategy
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def make_optimizer(
     seed: int = 0,
     compile: str = "auto",
     steps: int | None = None,
+    offload_state: bool = False,
 ) -> LowMemOptimizer:
     """An optimizer over the trainable parameters of a model, with the Trainer's decay groups.
 
@@ -51,6 +53,7 @@ def make_optimizer(
         seed: of everything random in the strategy.
         compile: auto, on or off.
         steps: of the run, where that is known; a few do not pay for compiling.
+        offload_state: keep state in the host's memory between steps.
     """
     trained = strategy.source.trained(model)
     groups = param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model), trained=trained)
@@ -65,6 +68,7 @@ def make_optimizer(
         compile=compile,
         steps=steps,
         model=model,
+        home=home_of(strategy) if offload_state else None,
     )
 
 
@@ -87,6 +91,7 @@ def hf_optimizer(
     weight_decay: float = 0.0,
     seed: int = 0,
     compile: str = "auto",
+    offload_state: bool = False,
     **options: Any,
 ) -> tuple[type[Factory], dict[str, Any]]:
     """Optimizer for any stock Trainer, as its `optimizer_cls_and_kwargs`.
@@ -105,6 +110,7 @@ def hf_optimizer(
         weight_decay: decoupled; 0 for biases and norms.
         seed: of everything random in the strategy.
         compile: auto, on or off.
+        offload_state: keep state in the host's memory between steps.
         **options: the strategy's own, as for `lowmem.create`.
 
     Raises:
@@ -125,6 +131,7 @@ def hf_optimizer(
             f"{name} asks for {strategy.asks}, which stock trainers keep; use lowmem.LowMemTrainer"
         )
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+    settings |= {"offload_state": True} if offload_state else {}
     return Factory, {"strategy": name, "options": options, "compile": compile, **settings}
 
 

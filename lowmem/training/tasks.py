@@ -26,6 +26,7 @@ from lowmem.data.fitting import asked_within, fitting
 from lowmem.data.load import Data
 from lowmem.errors import ConfigError, UserError
 from lowmem.models.scoring import with_score
+from lowmem.optim.tensors.offload import NO_CUDA, stays
 from lowmem.several import REFERRING
 from lowmem.training import scored
 from lowmem.training.arguments import TRL, build_strategy
@@ -123,6 +124,8 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
     ]
     if config.activation_offload and not cuda:
         problems.append("activation_offload: there is no GPU whose memory it would spare; leave it out")
+    if config.offload_state:
+        problems.append(stays(config.optim, source.needs_autograd) or ("" if cuda else NO_CUDA))
     if config.objective:
         problems.append(no_gradient(config.optim) if source.needs_autograd else unknown(config.objective))
     if config.autocast == "float16" and not cuda:

@@ -61,6 +61,7 @@ OTHER: dict[str, Any] = {
     "activation_offload": True,
     "few_bit": 3,
     "gradient_release": True,
+    "offload_state": True,
     "fsdp": True,
     "steps": 9,
     "epochs": 0.5,

@@ -47,13 +47,15 @@ def test_the_rate_is_chosen_on_the_validation_split_and_nothing_runs_twice(
     calls: list[Any], tmp_path: Path
 ) -> None:
     asked: dict[str, Any] = {
-        "methods": ["adamw"], "variants": ["bf16", "int8", "int8 nearest"], "seeds": [0, 1], "steps": 10,
+        "methods": ["adamw"], "variants": ["bf16", "int8", "int8 nearest"], "seeds": [0, 1],
+        "steps": 10, "forgetting": True,
     }  # fmt: skip
     found = recipe.quality(tmp_path, **asked)
     assert recipe.quality(tmp_path, **asked) == found
     assert len(calls) == 2 + 3 * 2  # the grid, then each variant with each seed
     assert {str(c.eval_data).rpartition("/")[2] for c in calls[:2]} == {"validation.jsonl"}
     judged = calls[2:]
+    assert all(c.forgetting and c.steps == 10 for c in calls)
     assert {c.lr for c in judged} == {RATES[0]}  # which is the worse one on the held-out split
     assert {str(c.eval_data).rpartition("/")[2] for c in judged} == {"heldout.jsonl"}
     assert {(c.weights, c.optim_args) for c in judged} == {

@@ -212,6 +212,7 @@ def test_every_option_is_emitted_or_refused_by_name():
     coded = emit.run_config("gpt2", Run(weights="int8", int8_embeddings=True, few_bit=4), "adamw", {})
     assert (coded.weights, coded.int8_embeddings, coded.few_bit) == ("int8", True, 4)
     assert emit.run_config("gpt2", Run(activation_offload=True), "adamw", {}).activation_offload
+    assert emit.run_config("gpt2", Run(offload_state=True), "adamw", {}).offload_state
     apart = {
         "gradient_release",
         "adapter",
@@ -220,6 +221,7 @@ def test_every_option_is_emitted_or_refused_by_name():
         "int8_embeddings",
         "few_bit",
         "activation_offload",
+        "offload_state",
     }
     assert {*OTHERWISE, *apart} == set(emit.SAME)
     released = emit.run_config(

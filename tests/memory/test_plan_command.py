@@ -33,6 +33,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "gradient_release": {"gradient_release": True},
     "activation_offload": {"activation_offload": True},
+    "offload_state": {"offload_state": True},
     "few_bit": {"few_bit": 3},
     "weights": {"weights": "int8"},
     "int8_embeddings": {"weights": "int8", "int8_embeddings": True},

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.errors import UserError
+from lowmem.memory.footprint import footprint
+from lowmem.memory.run import Run
+from lowmem.memory.trace.replica import Parameter
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.release import release
-from lowmem.optim.tensors.offload import Away, Pairs, away
+from lowmem.optim.tensors.offload import Away, Pairs, home_of
 
 SHAPES = {"0.weight": (48, 64), "1.weight": (64, 32), "2.weight": (16, 300), "norm": (64,)}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -201,4 +204,41 @@ def test_a_copy_goes_on_by_itself() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_it_is_refused() -> None:
     with pytest.raises(UserError, match="no CUDA device"):
-        away()
+        lowmem.optimizer([nn.Parameter(torch.ones(4, 4))], "adamw", offload_state=True)
+    with pytest.raises(UserError, match="next to no state"):
+        home_of(lowmem.create("mezo"))
+
+
+def test_state_on_the_host_is_planned_as_it_will_be() -> None:
+    """What is away, and the slots it travels to, are those of an optimizer that keeps it so."""
+    shapes = {"0.weight": (600, 512), "1.weight": (512, 520), "norm": (512,)}
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes.values()]
+    roles = ["matrix", "matrix", "vector"]
+    planned = [Parameter(n, s, torch.float32, r) for (n, s), r in zip(shapes.items(), roles, strict=True)]
+    for name in ("adamw_8bit", "galore"):
+        groups = [
+            {"params": [(n, p)], "role": role} for n, p, role in zip(shapes, params, roles, strict=True)
+        ]
+        optimizer = LowMemOptimizer(groups, lowmem.create(name), home=Away(Buffers()))
+        optimizer.init_state()
+        optimizer.home.settle()
+        held = footprint(optimizer.strategy, planned, Run(offload_state=True, compile="off"), steps="none")
+        plain = footprint(optimizer.strategy, planned, Run(compile="off"), steps="none")
+        assert held.state_bytes == plain.state_bytes == optimizer.state_bytes()
+        assert held.away == sum(x.nbytes for p in params[:2] for x in optimizer.state[p].values())
+        assert plain.away == 0
+        largest = max(len(room) for room in optimizer.home.buffers)
+        assert held.tensors[-2:] == (-(-largest // 512) * 512,) * 2
+
+
+def test_a_plan_says_what_is_moved_and_refuses_what_a_run_refuses() -> None:
+    found = lowmem.plan("llama-3.2-1b", "adamw", seq_len=64, offload_state=True, advise=False).plans[0]
+    usual = lowmem.plan("llama-3.2-1b", "adamw", seq_len=64, advise=False).plans[0]
+    moved = found.to_dict()["offload"]
+    assert moved["moved_bytes"] == 2 * moved["host_bytes"]
+    assert 0.99 < moved["host_bytes"] / usual.state_bytes <= 1.0
+    assert found.at_peak["optimizer_state"] < 0.5 * usual.at_peak["optimizer_state"]
+    assert any("pinned host memory" in line for line in found.why)
+    for options in ({"device": "cpu"}, {"ranks": 2}):
+        with pytest.raises(UserError, match="offload_state"):
+            lowmem.plan("gpt2", "adamw", offload_state=True, **options)

@@ -17,8 +17,8 @@ from lowmem.memory.run import Run
 
 SAME = (
     "task", "dtype", "seq_len", "batch_size", "accumulation", "gradient_checkpointing", "gradient_release",
-    "activation_offload", "few_bit", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter",
-    "adapter_args", "quantize", "weights", "int8_embeddings", "compile", "steps",
+    "activation_offload", "offload_state", "few_bit", "lora_rank", "lora_alpha", "lora_dropout",
+    "lora_targets", "adapter", "adapter_args", "quantize", "weights", "int8_embeddings", "compile", "steps",
 )  # fmt: skip
 """Options with the same name and meaning on both sides."""
 LAUNCHED = ("ranks", "shard", "per_node")

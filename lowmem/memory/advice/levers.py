@@ -49,7 +49,7 @@ def variants(run: Run, needs_autograd: bool, releases: bool = True) -> dict[str,
             found["gradient release"] = released
         if len(found) == 2:
             found["gradient checkpointing and release"] = replace(released, gradient_checkpointing=True)
-        if run.loss != "chunked":
+        if run.loss != "chunked" and run.task == "sft":
             found["chunked loss"] = replace(run, loss="chunked", label_tokens=None)
     if run.batch_size > 1:
         found["half the batch"] = replace(run, batch_size=run.batch_size // 2)
@@ -74,6 +74,16 @@ def levers(config: Any, run: Run, held: Footprint) -> tuple[Lever, ...]:
         peak = quick_peak(config, changed, held)
         found.append(Lever(name, peak.allocated, peak.event))
     return tuple(sorted(found, key=lambda lever: lever.peak))
+
+
+def offloaded(held: Footprint) -> list[str]:
+    """What state in the host's memory takes there, and on the way."""
+    if not held.away:
+        return []
+    return [
+        f"Optimizer state: {format_bytes(held.away)} of pinned host memory; every step moves as much to the "
+        f"device and as much back, and the device holds {format_bytes(held.held)} of it at a time."
+    ]
 
 
 def sentences(peak: Peak, found: Sequence[Lever], run: Run) -> list[str]:

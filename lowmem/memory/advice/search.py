@@ -183,7 +183,7 @@ class _Finder:
                 continue
             if strategy.source.quantized:  # asked for by name, as it trains no weights: `gather.strategies`
                 continue
-            if run.accumulation > 1 and not strategy.source.needs_autograd:
+            if (run.accumulation > 1 or run.task != "sft") and not strategy.source.needs_autograd:
                 continue
             yield self._cheapest(run, strategy)
 
@@ -245,7 +245,11 @@ class _Finder:
         """The loss that `lowmem finetune` takes for such a batch."""
         size = loss.logits_bytes(run.tokens, self.config.vocab_size, getattr(torch, run.dtype).itemsize)
         large = size > loss.LIMIT and first_order
-        return run if "loss" in self.decided else replace(run, loss="chunked" if large else "plain")
+        return (
+            run
+            if "loss" in self.decided or run.task != "sft"
+            else replace(run, loss="chunked" if large else "plain")
+        )
 
     def _row(self, strategy: Strategy, mode: Run, run: Run, levers: tuple[str, ...]) -> Found:
         run = gather.on_card(run, self.limit)

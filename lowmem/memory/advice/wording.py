@@ -9,6 +9,7 @@ from typing import Any
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.gather import longest
 from lowmem.memory.run import Run
+from lowmem.memory.trace.tasks.kinds import PLANNED
 from lowmem.optim.strategy import Strategy
 from lowmem.strategies import create
 
@@ -60,7 +61,7 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
         f"torch {torch.__version__}, transformers {transformers.__version__}; {attention}; model eager",
         f"{run.dtype} weights"
         + (f" under autocast in {run.autocast_dtype}" if run.autocast else ", no autocast"),
-        losses[run.loss],
+        PLANNED[run.task].words if run.task in PLANNED else losses[run.loss],
         rows[run.rows],
         "the peak of a step from the second on; a refresh of the basis is included",
         "sizes are binary (GiB = 2^30 bytes); kernels' inner scratch is counted of softmax and cuBLAS alone",
@@ -146,7 +147,9 @@ def command(
     default = Run()
     for name in run.__dataclass_fields__:
         value = getattr(run, name)
-        implied = name == "max_grad_norm" and run.gradient_release
+        implied = (name == "max_grad_norm" and run.gradient_release) or (
+            name == "loss" and run.task in PLANNED
+        )
         if value == getattr(default, name) or implied:
             continue
         flag = name.replace("_", "-")

@@ -141,8 +141,9 @@ class Watch:
         self._claim_state()
 
     def _claim_state(self) -> None:
-        for owner, tensors in state_tensors(self.optimizer):
-            for tensor in tensors:
+        slots = getattr(getattr(self.optimizer, "home", None), "buffers", [])
+        for owner, tensors in (*state_tensors(self.optimizer), (None, slots)):
+            for tensor in (x for x in tensors if not x.is_pinned()):  # that is the host's memory
                 self.tracker.claim_for(tensor, "optimizer_state", self._names.get(owner, "(shared)"))
 
     @contextmanager

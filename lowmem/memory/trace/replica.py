@@ -33,6 +33,7 @@ from lowmem.memory.trace import kernels, ranks, trainable
 from lowmem.memory.trace.offload import offloaded
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.ranks import Units
+from lowmem.memory.trace.tasks import losses
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.optim.int8.tensor import is_coded
@@ -168,6 +169,8 @@ def _parameters(model: nn.Module) -> Iterator[Parameter]:
 
 
 def _batch(run: Run) -> dict[str, Tensor]:
+    if run.task != "sft":
+        return losses.batch(run)
     shape = (run.batch_size, run.seq_len)
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.long),
@@ -184,6 +187,8 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Any:
     """The model's output with its loss: what else it holds dies with it, unless the loop keeps it."""
     amp = torch.autocast("cpu", getattr(torch, run.autocast_dtype)) if run.autocast else nullcontext()
     with amp:
+        if run.task != "sft":
+            return SimpleNamespace(loss=losses.loss(model, batch, run))
         if run.loss == "labels":
             return SimpleNamespace(loss=_label_loss(model, batch, run))
         extra: dict[str, Any] = {"fused_lm_head": True}

@@ -21,6 +21,7 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, quantized
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.quantized import Linear4bit
+from lowmem.memory.trace.tasks import kinds
 from lowmem.models import attention
 from lowmem.models.entries import skeleton
 from lowmem.models.few_bit import keep_few_bits_
@@ -47,7 +48,7 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
     if run.rows == "packed":
         _attend_as_packed(base, run)
     if run.loss == "chunked":
-        _chunk_loss(base)
+        _chunk_loss(base, run)
     if run.quantize is not None:
         quantized.quantize(base, double=run.double_quant and run.adapts)
         if not run.adapts:  # scales that are trained are not quantized themselves
@@ -63,7 +64,7 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
         _recompute(base)
         if run.adapts:
             base.enable_input_require_grads()
-    return model.train()
+    return _stilled(model, run).train()
 
 
 def _as_it_is(given: Given, run: Run) -> nn.Module:
@@ -74,15 +75,23 @@ def _as_it_is(given: Given, run: Run) -> nn.Module:
     if run.rows == "packed":
         _attend_as_packed(base, run)
     if run.loss == "chunked":
-        _chunk_loss(base)
+        _chunk_loss(base, run)
     if run.few_bit:
         keep_few_bits_(base, run.few_bit)
     if run.gradient_checkpointing and not given.options()["gradient_checkpointing"]:
         _recompute(base)
         if base is not model:
             base.enable_input_require_grads()
-    trained: nn.Module = model.train()
-    return trained
+    return _stilled(model, run).train()
+
+
+def _stilled(model: nn.Module, run: Run) -> nn.Module:
+    """The model without dropout, where the task's trainer takes it out."""
+    task = kinds.PLANNED.get(run.task)
+    for module in model.modules():
+        if task and task.stilled and isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def _recompute(model: Any) -> None:
@@ -90,10 +99,11 @@ def _recompute(model: Any) -> None:
     enable()
 
 
-def _chunk_loss(model: Any) -> None:
+def _chunk_loss(model: Any, run: Run) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    task = kinds.PLANNED.get(run.task)
+    add_fused_lm_head(model, outputs=task.outputs if task else ("log_probs", "entropy", "is_top1"))
 
 
 def attention_name(config: Any, run: Run) -> str | None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.engine.cutting import POLICIES
+from lowmem.optim.strategy import Strategy
 from lowmem.optim.terms.state import State
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -37,6 +38,7 @@ LEAST = POLICIES["cuda"].together
 SEEN = ("schedule.", "source.")
 """Keys of what stays."""
 NO_CUDA = "offload_state: there is no CUDA device whose memory the state could leave; leave it out"
+SPREAD = "offload_state: rows that FSDP2 spreads keep their state on their card; leave it out, or add cards"
 
 
 class Transfer(Protocol):
@@ -226,10 +228,7 @@ class Away(Home):
 
     def refuse_spread(self) -> None:
         """A rank holds rows, and exchanges while it steps: its state stays on its card."""
-        raise UserError(
-            "offload_state: rows that FSDP2 spreads over cards keep their state there; leave it out, or "
-            "shard over more cards"
-        )
+        raise UserError(SPREAD)
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -294,12 +293,19 @@ class Streams:
                 stream.synchronize()
 
 
-def away() -> Away:
-    """State in the host's memory, beside a CUDA device.
+def home_of(strategy: Strategy) -> Away:
+    """The host's memory, for the state of a strategy that steps beside a CUDA device.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such device, or the strategy has no gradients, and next to no state.
     """
-    if not torch.cuda.is_available():
-        raise UserError(NO_CUDA)
+    if problem := stays(strategy.name or "the strategy", strategy.source.needs_autograd):
+        raise UserError(problem)
     return Away(Streams())
+
+
+def stays(name: str, differentiates: bool) -> str:
+    """Why the state of a strategy cannot leave this machine's card; empty where it can."""
+    if not differentiates:
+        return f"offload_state: {name} works without gradients and holds next to no state; leave it out"
+    return "" if torch.cuda.is_available() else NO_CUDA

@@ -17,6 +17,7 @@ import lowmem
 from lowmem.config import RunConfig, build
 from lowmem.console import Console
 from lowmem.errors import ConfigError, UserError
+from lowmem.memory.trace.tasks import kinds
 from lowmem.models.quiet import quiet
 from lowmem.models.scoring import with_score
 from lowmem.training import arguments, tasks
@@ -99,6 +100,11 @@ def test_a_run_learns_its_task_and_prints_nothing(task: str, place: Path, tmp_pa
         assert before["loss"] == pytest.approx({"dpo": 0.6931, "kto": 0.5}[task], abs=1e-3)
     assert {"README.md", "model.safetensors", "config.yaml", "loss.png"} <= {p.name for p in out.iterdir()}
     json.dumps(result)
+    report = json.loads((out / "memory_report.json").read_text())
+    if task in kinds.PLANNED:  # and what it took stands beside what was predicted
+        assert abs(report["error_percent"]["peak_allocated"]) < 1
+        assert abs(report["error_percent"]["weights"]) == 0
+        assert kinds.PLANNED[task].words in report["assumptions"][0]
 
 
 @pytest.mark.parametrize("task", ["dpo", "kto", "orpo", "reward"])

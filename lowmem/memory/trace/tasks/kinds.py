@@ -1,0 +1,93 @@
+"""What each task does with a batch, as `lowmem finetune` runs it.
+
+A reference model is held by none: dpo and kto compute its log-probabilities once, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose step is planned.
+
+    Args:
+        trainer: module and stem of TRL's classes, as in ("trl", "DPO") for DPOTrainer and DPOConfig.
+        rows: that go through the model for each row of the batch.
+        loss: as `Run.loss` calls what it does with logits.
+        words: what a step computes, for the assumptions.
+        outputs: of TRL's chunked loss, for each token.
+        stilled: dropout is taken out of the model and its adapters.
+        renamed: attributes of the trainer that are not fields of its configuration.
+    """
+
+    trainer: tuple[str, str]
+    rows: int
+    loss: str
+    words: str
+    outputs: tuple[str, ...] = ()
+    renamed: Mapping[str, Any] | None = None
+    stilled: bool = True
+
+
+PLANNED: dict[str, Task] = {
+    "dpo": Task(
+        ("trl", "DPO"), 2, "chunked",
+        "dpo: both answers of a row in one pass, TRL's chunked loss as if every token belonged to an answer; "
+        "no reference model is held, its log-probabilities are computed before the first step",
+        ("log_probs", "entropy", "mean_logits", "is_top1"),
+        {"precompute_ref_logps": True, "loss_types": ["sigmoid"], "loss_weights": [1.0]},
+    ),
+}  # fmt: skip
+NOT_PLANNED = {
+    "orpo": "holds the logits of two answers at once",
+    "kto": "takes a second pass, over answers with others' prompts",
+    "reward": "trains a head of another shape on two answers",
+    "grpo": "generates answers, with a cache that grows",
+    "answer": "generates answers, with a cache that grows",
+}
+"""Tasks of `lowmem finetune` that are measured and not planned, and what differs."""
+
+
+def completed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run with those that follow from its task.
+
+    Raises:
+        UserError: a loss, which these tasks have themselves.
+    """
+    task = PLANNED.get(str(options.get("task")))
+    if task is None:
+        return dict(options)
+    if options.get("loss", task.loss) != task.loss or options.get("label_tokens") is not None:
+        raise UserError(f"task {options['task']} has a loss of its own: leave out loss and label_tokens")
+    return {**options, "loss": task.loss}
+
+
+def problems(run: Any) -> list[str]:
+    """What of a run's task is not planned, as sentences.
+
+    Args:
+        run: a `Run`.
+    """
+    if run.task == "sft":
+        return []
+    if (why := NOT_PLANNED.get(run.task)) is not None:
+        how = "objective accuracy" if run.task == "answer" else f"task {run.task}"
+        return [
+            f"task {run.task} is not planned: it {why}; measure a few steps instead, with "
+            f"`lowmem finetune --{how} --steps 3`"
+        ]
+    if run.task not in PLANNED:
+        known = ["sft", *PLANNED, *NOT_PLANNED]
+        return [f"task {run.task!r} is not allowed; {nearest(run.task, known)}"]
+    rules = [
+        (run.rows == "packed", f"rows packed: task {run.task} pads its rows; use full or padded"),
+        (run.ranks > 1, f"ranks: task {run.task} is planned on one card; leave ranks out"),
+        (run.keep_output, f"keep_output: the trainer of task {run.task} keeps no logits; leave it out"),
+    ]
+    return [text for broken, text in rules if broken]

@@ -1,0 +1,84 @@
+"""Tasks beside supervised fine-tuning: their steps are planned as TRL takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lowmem
+from lowmem.errors import UserError
+from lowmem.memory import predict
+from lowmem.memory.advice.search import search
+from lowmem.memory.device.gpus import gpu
+from lowmem.memory.trace.tasks.losses import Largest
+from tests.memory import families
+
+SMALL: dict[str, Any] = {"batch_size": 2, "seq_len": 48, "dtype": "float32", "advise": False}
+
+
+def planned(task: str, **options: Any) -> Any:
+    config = families.FAMILIES[options.pop("family", "llama")]()
+    return lowmem.plan(config, "adamw", task=task, **{**SMALL, **options})
+
+
+def test_both_answers_of_a_row_are_held_and_no_reference() -> None:
+    pairs, rows = planned("dpo"), planned("sft", loss="chunked", batch_size=4)
+    for event in ("first layer backward", "layers backward"):
+        assert pairs.plans[0].events[event] == pytest.approx(rows.plans[0].events[event], rel=2e-3)
+    assert pairs.plans[0].at_peak["weights"] == rows.plans[0].at_peak["weights"]
+    assert any("no reference model is held" in text for text in pairs.assumptions)
+
+
+def test_dropout_is_taken_out_as_the_trainer_does() -> None:
+    options = {"family": "gpt2", "device": "cpu"}
+    pairs, rows = planned("dpo", **options), planned("sft", batch_size=4, loss="chunked", **options)
+    held = [found.plans[0].at_peak["activations"] for found in (pairs, rows)]
+    assert held[0] < 0.9 * held[1]
+
+
+def test_what_depends_on_values_is_answered_by_the_largest_case() -> None:
+    x, mask = torch.zeros(3, 4), torch.tensor([True, False, True])
+    with Largest():
+        assert x[mask].shape == (3, 4)
+        assert torch.nonzero(mask).shape == (3, 1)
+        assert x.sum().item() == 1
+        assert bool(mask[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"loss": "plain"}, "a loss of its own"),
+        ({"rows": "packed"}, "pads its rows"),
+        ({"ranks": 2}, "planned on one card"),
+    ],
+)
+def test_what_a_task_does_not_do_is_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        planned("dpo", **options)
+
+
+def test_methods_without_gradients_have_no_such_task() -> None:
+    with pytest.raises(UserError, match="works without gradients, task dpo needs them"):
+        lowmem.plan(families.FAMILIES["llama"](), "mezo", task="dpo", **SMALL)
+
+
+def test_the_search_takes_a_task_and_refuses_one_before_it_traces() -> None:
+    options = {**SMALL, "task": "dpo", "lora_rank": 4}
+    del options["advise"]
+    found = search(families.FAMILIES["llama"](), gpu("4090"), options, among=("adamw", "mezo"))
+    assert [row.strategy.name for row in found] == ["adamw"]
+    assert found[0].verdict == "fits"
+    with pytest.raises(UserError, match="is not planned: it generates"):
+        search(families.FAMILIES["llama"](), gpu("4090"), {"task": "answer"})
+
+
+def test_a_run_is_predicted_for_the_rows_of_its_data() -> None:
+    config = lowmem.config.build({"model": "gpt2", "optim": "adamw", "task": "dpo"})
+    found = predict.run_options(
+        config, {"batch": {"rows": 8, "tokens": 61, "kind": "full", "label_tokens": None}}
+    )
+    assert (found["batch_size"], found["seq_len"], found["task"]) == (4, 61, "dpo")
+    assert "loss" not in found
