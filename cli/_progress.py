@@ -26,6 +26,15 @@ _SHOWN = {
     "learning_rate": "lr {:.1e}",
     "tokens_per_second": "{:,.0f} tokens/s",
 }
+_SLOW = 10
+"""Tokens per second below which a decimal is shown: a first step that compiles takes minutes."""
+
+
+def _told(key: str, value: float) -> str:
+    """A number with its unit; nothing for a rate that would read as 0."""
+    if key == "tokens_per_second" and value < _SLOW:
+        return f"{value:.1f} tokens/s" if value >= 0.05 else ""
+    return _SHOWN[key].format(value)
 
 
 class _Said(logging.Handler):
@@ -97,8 +106,8 @@ class Bars(Console):
 
     def advance(self, done: int, values: dict[str, float]) -> None:
         """Move the bar; without a terminal print a line at each tenth of the stage."""
-        shown = [text.format(values[key]) for key, text in _SHOWN.items() if key in values]
-        self._note = ", ".join(shown) or self._note
+        shown = (_told(key, values[key]) for key in _SHOWN if key in values)
+        self._note = ", ".join(text for text in shown if text) or self._note
         if self._task is not None:
             self._bars.update(self._task, completed=done, note=self._note)
         elif self._total and done % max(1, self._total // 10) == 0:

@@ -18,7 +18,7 @@ MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")
 CARDS = {"8 GB": "rtx4060", "16 GB": "rtx4080", "24 GB": "rtx4090", "48 GB": "l40s"}
 OPTIONS: dict[str, Any] = {"seq_len": 1024}
 AMONG = ("adamw", "adamw_8bit", "lion", "galore", "apollo_mini", "adafactor")
-SHORT = {"checkpointing": "C", "release": "R", "chunked loss": "L"}
+SHORT = {"checkpointing": "C", "release": "R", "activation offload": "O", "chunked loss": "L"}
 
 
 def cell(model: str, card: str) -> str:

@@ -14,6 +14,7 @@ ALONE = (
     "--nproc-per-node N or accelerate launch, or leave fsdp out"
 )
 DEEPSPEED = "deepspeed: it flattens parameters, a strategy needs their shapes; shard with fsdp=True instead"
+STAYS = "offload_state: rows that FSDP2 spreads keep their state on their card; leave it out, or add cards"
 REFERRING = ("dpo", "kto")
 """Tasks that compare with the model as it was."""
 _UNCUT = "adapter vectorfit: its frozen singular vectors are not sharded"
@@ -53,6 +54,7 @@ def of_settings(v: Mapping[str, Any]) -> list[str]:
     """Settings of a command that do not go with sharded weights."""
     adapts = v["lora_rank"] or v["adapter"]
     rules = [
+        (v["offload_state"], STAYS),
         (
             v["quantize"] or v["weights"] or v["few_bit"],
             "fsdp: quantised weights and few_bit are for one device; leave one out",
@@ -60,10 +62,6 @@ def of_settings(v: Mapping[str, Any]) -> list[str]:
         (
             (v["adapter"] or "").lower() == "vectorfit",
             f"{_UNCUT}; leave fsdp out, or give lora_rank",
-        ),
-        (
-            v["offload_state"],
-            "offload_state: rows that fsdp spreads keep their state on their card; leave one of them out",
         ),
         (
             v["task"] in REFERRING and adapts,
@@ -110,10 +108,7 @@ def of_plan(run: Any) -> Iterator[str]:
             run.weights and run.ranks > 1,
             "weights int8: they are not sharded yet (FSDP2); leave ranks or weights out",
         ),
-        (
-            run.sharded and (run.adapter or "").lower() == "vectorfit",
-            "adapter vectorfit: frozen singular vectors are not sharded; take shard none, or give lora_rank",
-        ),
+        (run.offload_state and run.sharded, STAYS),
         (run.per_node and run.ranks == 1, "per_node: there is one rank; give ranks as well"),
         (run.shard == "none" and run.ranks == 1, "shard none: there is one rank; give ranks as well"),
         (

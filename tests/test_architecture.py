@@ -85,7 +85,7 @@ FLOORS = {
         {"run"},
         {"trace", "closed_form"},
         {"count", "gather"},
-        {"footprint"},
+        {"footprint", "exchange"},
         {"surface", "lengths", "advice.wording", "advice.cards", "advice.kinds"},
         {"advice.levers"},
         {"plan"},

@@ -10,6 +10,8 @@ from lowmem.errors import UserError
 from .. import render
 from .._report import tabulated
 
+NAMED = 3  # methods that a reason is said of by name
+
 if TYPE_CHECKING:
     from lowmem.memory.advice.search import Found
     from lowmem.memory.device.gpus import Budget
@@ -44,6 +46,21 @@ def tables(planned: Plan, found: Sequence[Found], limit: Budget) -> list[Any]:
     said = [f"{fitting} of {len(found)} ways fit." + (f" {more} more with --json." if more > 0 else "")]
     said += [ORDER, STAR]
     said += [RETRIES] if any(row.verdict == "fits with retries" for row in found) else []
+    said += _kept_off(found[:SHOWN])
     said += [f"{found[0].strategy.name}: {sentence}" for sentence in planned.plans[0].why]
     said += [f"in full: {found[0].command}"] if found[0].command else []
     return [head, tabulated("", ways([way.to_dict() for way in found])), *said]
+
+
+def _kept_off(found: Sequence[Found]) -> list[str]:
+    """Levers that rows which do not fit do not take, and why, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in found:
+        for lever, why in row.refused.items():
+            named = reasons.setdefault((lever, why), [])
+            named += [] if row.strategy.name in named else [row.strategy.name]
+    said = []
+    for (lever, why), names in reasons.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        said.append(f"no {lever} for {', '.join(names[:NAMED])}{more}: {why}.")
+    return said

@@ -236,7 +236,7 @@ def measure_workspace(
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy, compile=compile)
     optimizer.init_state()
     group, held = optimizer.place(p).group, optimizer.state[p]
-    group["step"] = 0 if refresh else _between(strategy.rules[optimizer.rule_name(p)].period)
+    group["step"] = 0 if refresh else between(strategy.rules[optimizer.rule_name(p)].period)
     tracker = Tracker()
     tracker.register([p, *held.values(), *([gradient] if isinstance(gradient, Tensor) else [])], "weights")
     tracker.register(optimizer.constants(p).values(), "weights")
@@ -291,7 +291,7 @@ def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:
     return next(g for _, g in source.gradients([("w", p)], [evidence]))
 
 
-def _between(gap: int) -> int:
+def between(gap: int) -> int:
     """A step on which the tensor "w" is not refreshed, where there is one."""
     offset = stagger("w", gap) if gap else 0
     return next((step for step in range(FAR, FAR + 2) if gap and (step + offset) % gap), FAR)

@@ -20,7 +20,6 @@ from lowmem.memory.trace.tasks import kinds
 from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.models.peft_methods import adapter_config
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.tensors.offload import SPREAD
 from lowmem.sources.quantized import misfit
 
 
@@ -119,12 +118,8 @@ def _check(run: Run) -> None:
         raise UserError("; ".join(problems))
     if run.few_bit and run.gradient_checkpointing:
         raise UserError(FEW_BIT)
-    if run.offload_state and (run.device == "cpu" or run.sharded):
-        raise UserError(
-            SPREAD
-            if run.sharded
-            else "offload_state: a CPU steps where its state is; leave it out, or plan for device cuda"
-        )
+    if run.offload_state and run.device == "cpu":
+        raise UserError("offload_state: a CPU steps where its state is; leave it out, or plan for a GPU")
     _check_adapters(run)
     if problems := list(several.of_plan(run)):
         raise UserError("; ".join(problems))

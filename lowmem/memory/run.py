@@ -86,7 +86,7 @@ class Run:
     kbit_prepare: bool = _option(
         False, "peft's prepare_model_for_kbit_training: fp32 where nothing is packed", group="Adapters"
     )
-    task: str = _option("sft", "what is learned, as finetune calls it: sft, dpo")
+    task: str = _option("sft", "what is learned, as finetune calls it: sft, dpo, orpo, kto, reward")
     compile: str = _option(
         "auto", "compile the optimizer's step", choices=("auto", "on", "off"), group="Device"
     )

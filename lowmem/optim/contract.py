@@ -302,19 +302,18 @@ class Projector(ByRows):
         return {}
 
 
-class Residual:
+class Residual(ByRows):
     """What becomes of the part of a gradient that its projection does not see.
 
     Attributes:
         reads_rest: the rest, or the whole gradient, is looked at; if not, the projection is enough.
         lifts: the lifted step is taken too; if not, `absorb` gives all of the step.
-        needs: what the projector must be, of "dense" and "orthonormal"; shards: rows may be absorbed here.
+        needs: what the projector must be, of "dense" and "orthonormal".
         needs_linear: the inner rule must be `linear`.
         uses: settings of the parameter group that are read, of betas and eps.
         takes: the moment of the inner rule of which `take_` is told what a change of basis loses; "".
     """
 
-    shards: ClassVar[bool] = False
     reads_rest: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -63,16 +63,18 @@ class Strategy:
     schedule: Schedule = field(default_factory=Always)
     name: str = field(default="", init=False, compare=False)
     options: Mapping[str, Plain] = field(default_factory=dict, init=False, compare=False)
+    _hash: int = field(default=0, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         one: dict[AnyRule, AnyRule] = {}
         # kernels are made for a rule's identity: equal rules are one object
         rules = {role: one.setdefault(rule, rule) for role, rule in self.rules.items()}
         object.__setattr__(self, "rules", MappingProxyType(rules))
-        hash(self)
+        parts = (frozenset(self.rules.items()), self.source, self.writer, self.schedule)
+        object.__setattr__(self, "_hash", hash(parts))  # it is a key of many caches
 
     def __hash__(self) -> int:
-        return hash((frozenset(self.rules.items()), self.source, self.writer, self.schedule))
+        return self._hash
 
     @property
     def turns(self) -> bool:

@@ -160,7 +160,7 @@ class Subspace(Rule):
         """Where all parts take rows, and shards of R, if it is spread, start on a block of the inner rule."""
         takes, low = self.projector.shards(shape), self.projector.low_shape(matrix_shape(shape))
         inside = not isinstance(low, Shape) or self.inner.shards(low)
-        return takes and self.residual.shards and inside
+        return takes and self.residual.shards(shape) and inside
 
     def unsound(self, g: Blocks, s: State, hp: Hyper) -> Tensor | None:
         """Of what is seen, where R is spread; where it is not, all ranks have it."""

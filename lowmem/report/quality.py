@@ -98,8 +98,9 @@ def _setting(setting: str, runs: Sequence[Run]) -> list[str]:
     grid = sorted((r["method"], r["lr"], r["held_out"]["after"]) for r in runs if r["split"] == "validation")
     if grid:
         told = "; ".join(f"{method} {lr:g}: {loss:.4f}" for method, lr, loss in grid)
-        lines += ["", f"Validation loss of the grids: {told}."]
-    return lines
+        return [*lines, "", f"Validation loss of the grids: {told}."]
+    only = "No rate was chosen here: compare ways to hold weights and states of one method, not methods."
+    return [*lines, "", only]
 
 
 def _measured_on(runs: Sequence[Run]) -> list[str]:

@@ -124,17 +124,22 @@ class Report(TrainerCallback):
         self.console = console
         self.last: dict[str, float] = {}
         self._seen: deque[tuple[float, int]] = deque(maxlen=10)
+        self._warm = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to count tokens."""
         self._seen.clear()
+        self._warm = False
         self._seen.append((time.perf_counter(), state.num_input_tokens_seen))
 
     def _count(self, state: TrainerState) -> None:
-        """Tokens per second over the last steps, padding included."""
+        """Tokens per second over the last steps, padding included; a first that compiles is soon left out."""
         self._seen.append((time.perf_counter(), state.num_input_tokens_seen))
+        if len(self._seen) == 3 and not self._warm:
+            self._seen.popleft()
+            self._warm = True
         (began, before), (now, tokens) = self._seen[0], self._seen[-1]
         if tokens > before and now > began:
             self.last["tokens_per_second"] = (tokens - before) / (now - began)

@@ -30,7 +30,7 @@ from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import gathered
 from lowmem.optim.tensors import resting
-from lowmem.optim.tensors.offload import NO_CUDA, SPREAD
+from lowmem.optim.tensors.offload import NO_CUDA
 from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.curvature import tell_curvature
@@ -323,9 +323,9 @@ def _engine_problems(trainer: Any) -> list[str]:
     alone = copied or bool(trainer._strategy.asks) or (by_values and args.n_gpu > 1)
     what = "gradient_release" if args.gradient_release else name
     rules = [
-        (trainer.is_deepspeed_enabled, several.DEEPSPEED),
         (args.offload_state and args.device.type != "cuda", NO_CUDA),
-        (args.offload_state and trainer.is_fsdp_enabled, SPREAD),
+        (args.offload_state and trainer.is_fsdp_enabled, several.STAYS),
+        (trainer.is_deepspeed_enabled, several.DEEPSPEED),
         (
             args.gradient_sync == "low_rank" and args.world_size < 2,
             "gradient_sync: there is one process, which exchanges nothing; leave it out, or start several",

@@ -51,6 +51,10 @@ FIRST = ("adamw_8bit", "adamw", "galore", "adafactor")
 """Methods that others have too: what matters most comes first."""
 
 
+OFFLOADED = ("adamw", "adamw_8bit")
+"""Methods that step with their state in host memory as well."""
+
+
 def by_gradient(words: str) -> list[str]:
     """Our methods that step by a gradient: those named, all of them, or by default one of each family."""
     import lowmem
@@ -85,6 +89,9 @@ def contestants(model: Any, names: list[str]) -> dict[str, Callable[[], Any]]:
     ours: dict[str, Callable[[], Any]] = {
         f"lowmem {name}": partial(lowmem.optimizer, model, name, lr=1e-5, compile=compiles) for name in names
     }
+    if compiles == "on":
+        away = partial(lowmem.optimizer, model, lr=1e-5, offload_state=True)
+        ours |= {f"lowmem {name} offloaded": partial(away, name) for name in OFFLOADED if name in names}
     trained = [p for p in model.parameters() if p.requires_grad]
     others = {name: partial(make, trained) for name, make in peers().items()}
     leading = {f"lowmem {name}" for name in FIRST}
@@ -100,6 +107,8 @@ def steps(part: Part) -> None:
     everything = by_gradient("all")
     for name in (name for name in everything if name not in names):
         part.skip(f"lowmem {name}", "not asked for: see --methods")
+    for name in OFFLOADED if device != "cuda" else ():
+        part.skip(f"lowmem {name} offloaded", "a CPU has one memory")
     for name in told_more():
         part.skip(f"lowmem {name}", "asks for more than gradients")
     for shape, dtype in (("weights", "bfloat16"), ("adapters", "float32"), ("weights", "float32")):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import lowmem
 import lowmem.cli as cli
+from lowmem.cli._progress import Bars
 from lowmem.models.entries import available_models
 from lowmem.strategies import parts
 from lowmem.strategies.parts import KINDS
@@ -278,3 +279,13 @@ def test_the_shell_completes(typed: str, offered: str) -> None:
     words = {"_LOWMEM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     done = runner.invoke(cli.app, [], env=words, prog_name="lowmem")
     assert offered in done.stdout.split(), done.output
+
+
+def test_a_rate_is_never_shown_as_zero(capsys):
+    with Bars() as bars:
+        bars.start("train", 2)
+        bars.advance(1, {"loss": 1.5, "tokens_per_second": 0.01})  # the first step compiles
+        bars.advance(2, {"loss": 1.5, "tokens_per_second": 0.34})
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert first.endswith("loss 1.500")
+    assert second.endswith("loss 1.500, 0.3 tokens/s")

@@ -41,7 +41,7 @@ def train_copies(given: Path, mesh: Any) -> list[str]:
     _left(probed, given / f"probed-{rank}.pt")
     if probed.model_wrapped is not probed.model or not probed.lowmem_optimizer.nonfinite():
         found.append("a run without gradients is wrapped, or stepped by a loss that is not finite")
-    return found + exchanged() + parted()
+    return found + exchanged() + compressed() + parted()
 
 
 def _trained(folder: Path, *, resume: bool = False, spoilt: bool = False, **values: Any) -> Any:
@@ -111,6 +111,33 @@ def _expected(model: nn.Module, optimizer: Any) -> int:
         refreshed = group["step"] == 0 or optimizer.hyper(p).due(GAP)
         total += 4 * (RANK * max(p.shape) if seen and not refreshed else p.numel())
     return total
+
+
+def compressed() -> list[str]:
+    """PowerSGD, torch's own hook: of full rank it sums whole gradients, of a lower one it learns."""
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    ends, losses = [], list[float]()
+    for rank in (0, 40, 2):
+        model = DistributedDataParallel(
+            Net()
+        )  # in one bucket: several wait for each other in gloo's two threads
+        if rank:
+            state = PowerSGDState(None, rank, start_powerSGD_iter=2, min_compression_rate=0)
+            model.register_comm_hook(state, powerSGD_hook)
+        optimizer = lowmem.optimizer(model.module, "sgd", lr=0.1)
+        for step in range(STEPS):
+            loss = loss_of(model, 7 * step + dist.get_rank())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss_of(model.module, 0).detach()))
+        ends.append([p.detach() for p in model.parameters()])
+    start = [p.detach() for p in Net().parameters()]
+    apart = [float((b - a).norm() / (a - s).norm()) for s, a, b in zip(start, *ends[:2], strict=True)]
+    first = float(loss_of(Net(), 0).detach())
+    fine = max(apart) < 1e-3 and losses[2] < first
+    return [] if fine else [f"PowerSGD: {max(apart):.1e} of the way apart, losses {losses} from {first}"]
 
 
 def parted() -> list[str]:

@@ -1,4 +1,9 @@
-"""What accelerate builds on cards alone, on CPU processes: FSDP2 where a plugin asks for it."""
+"""What accelerate builds on cards alone, on CPU processes: FSDP2 where a plugin asks for it.
+
+The command line under torchrun, as on cards:
+
+    torchrun --nproc-per-node 2 -m tests.distributed.on_cpu finetune --fsdp --model smollm2-135m ...
+"""
 
 from __future__ import annotations
 
@@ -23,3 +28,10 @@ def let_cpus_shard() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = make  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    import lowmem.cli
+
+    let_cpus_shard()
+    lowmem.cli.app()

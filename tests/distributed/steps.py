@@ -96,8 +96,22 @@ def cut(optimizer: lowmem.LowMemOptimizer, p: Tensor) -> bool:
     return optimizer.rule_name(p) == "small" != ordinary
 
 
-SUMMED = [cases.case(name) for name in ("adamp", "came", "fadam", "gravity", "mars")]
-"""Whole-tensor numbers that are sums over all rows, some ranks without any."""
+SUMMED = [
+    cases.case(name)
+    for name in (
+        "adamp",
+        "came",
+        "fadam",
+        "gravity",
+        "mars",
+        "ada_muon",
+        "adam_mini",
+        "ldadam",
+        "lotus",
+        "sm3",
+    )
+]
+"""What is found of all rows by sums, maxima or products of a few columns, some ranks without any."""
 
 REORDERED = 1e-4
 """How far apart fp32 steps may be whose sums have another order, as a share of the way."""

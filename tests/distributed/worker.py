@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lowmem.memory.count import model_state_bytes
 from tests.contract.cases import Case
-from tests.distributed import counting, resharding, steps
+from tests.distributed import counting, moving, resharding, steps
 from tests.distributed.placing import rows, sharded, spread
 from tests.distributed.zoo import Net, Zoo
 
@@ -33,7 +33,8 @@ def step_all(folder: Path, mesh: Any) -> Found:
             found += [f"{told} {line}" for line in one(case, dtype, folder, mesh)]
         except Exception:
             found.append(f"{told}: {traceback.format_exc()[-1500:]}")
-    return found + counting.held(mesh) + counting.exchanged(mesh)
+    weighed = moving.moved(mesh, moving.FEW) if mesh.size() == 2 else []
+    return found + counting.held(mesh) + counting.exchanged(mesh) + weighed
 
 
 def one(case: Case, dtype: torch.dtype, folder: Path, mesh: Any) -> Found:
@@ -100,6 +101,7 @@ def _most(p: Any, one: torch.Tensor) -> float:
 TASKS: dict[str, Task] = {
     "step": step_all,
     "loop": plain_loop,
+    "moved": lambda _, mesh: moving.moved(mesh),
     "save": resharding.save_all,
     "load": resharding.load_all,
 }

@@ -43,7 +43,7 @@ def test_a_plan_is_a_real_step(kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"task": "kto"}, "second pass.*finetune --task kto"),
+        ({"task": "answer"}, "generates.*finetune --objective accuracy"),
         ({"task": "grpo"}, "generates answers"),
         ({"task": "dop"}, "did you mean 'dpo'"),
         ({"adapter": "iaa3"}, "did you mean 'ia3'"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -15,13 +17,18 @@ from lowmem.errors import UserError
 from lowmem.memory.advice import search as searching
 from lowmem.memory.advice.kinds import KINDS
 from lowmem.memory.advice.search import search
+from lowmem.memory.advice.ways import LEVERS, refused, ways
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.plan import plan
+from lowmem.memory.run import Run
+from lowmem.strategies import create
 from tests.memory.families import FAMILIES
 
 SHAPE = {"vocab_size": 2000, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 3}
 LLAMA = LlamaConfig(**SHAPE, num_attention_heads=16, max_position_embeddings=4096)
 WISH = {"seq_len": 1024}
+ONE: dict[str, Any] = {"among": ["adamw"], "top": 0}
+"""Of one method, by its tensors."""
 ORDER = ["fits", "fits with retries", "out of memory"]
 
 
@@ -69,11 +76,60 @@ def test_what_does_not_fit_says_what_would_help() -> None:
     assert [row.headroom_bytes for row in rows] == sorted((row.headroom_bytes for row in rows), reverse=True)
     assert [row.needs.partition(",")[0] for row in rows] == [
         "--seq-len 512",
-        "--seq-len 256",
+        "--seq-len 512",  # with activations in host memory
         "--lora-rank 16",
     ]
     shorter = search(LLAMA, card(180), {"seq_len": 512}, full=True)
     assert next(row for row in shorter if row.strategy.name == "adamw_8bit").verdict != "out of memory"
+
+
+def test_levers_turn_from_the_cheapest_to_the_dearest() -> None:
+    every = [names for _, names in ways(Run(), LEVERS)]
+    assert every[:4] == [(), ("release",), ("checkpointing",), ("release", "checkpointing")]
+    assert every[4:] == [
+        ("checkpointing", "activation offload"),
+        ("release", "checkpointing", "activation offload"),
+    ]
+    alone = [names for _, names in ways(Run(), [LEVERS[2]])]  # the user has decided on the others
+    assert alone == [(), ("activation offload",)]
+
+
+def test_activations_leave_where_recomputing_them_is_not_enough() -> None:
+    wish = {"seq_len": 4096, "batch_size": 2, "lora_rank": 8}
+    computed, moved = (
+        search(
+            LLAMA, card(1 << 14), {**wish, "gradient_checkpointing": True, "activation_offload": off}, **ONE
+        )
+        for off in (False, True)
+    )
+    most, least = (rows[0].peak.allocated for rows in (computed, moved))
+    assert least < most
+    room = int((most + least) / 2 / (1 - searching.ROOM))
+    (row,) = search(LLAMA, Budget(room, (0, 0), 0), wish, **ONE)
+    assert (row.levers, row.verdict) == (("checkpointing", "activation offload"), "fits")
+
+
+def test_a_refused_lever_says_why() -> None:
+    rows = search(LLAMA, card(100), WISH, full=True, among=["adamw"])
+    codes = next(row for row in rows if row.kind == "int8 weights")
+    assert "int8 codes" in codes.refused["activation offload"]
+    apple = replace(card(100), unified=True)
+    assert "the same" in refused(LEVERS[2], Run(), create("adamw"), apple)
+    released = refused(LEVERS[0], Run(ranks=2, shard="none"), create("adamw"), card(100))
+    assert "copies of a model" in released
+    modes = searching._Finder(LLAMA, apple, WISH).modes(full=False)
+    assert not any(run.quantize for run in modes)  # bitsandbytes has none there
+
+
+def test_several_cards_are_searched_and_counted() -> None:
+    one, two = (search(LLAMA, card(260), WISH | {"ranks": ranks}, full=True) for ranks in (1, 2))
+    named = {row.strategy.name: row for row in one}
+    assert named["adamw"].ranks_needed
+    assert f"--ranks {named['adamw'].ranks_needed}" in named["adamw"].needs
+    assert {row.run.ranks for row in two} == {2}
+    assert sum(row.verdict == "fits" for row in two) >= sum(
+        row.verdict == "fits" for row in one if not row.run.weights
+    )
 
 
 def test_wishes_are_kept() -> None:

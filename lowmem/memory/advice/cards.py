@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lowmem.memory.footprint import combine, footprint
+from lowmem.memory.footprint import Steps, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.windows import special
@@ -21,18 +21,25 @@ ROOM = 0.05
 """Share of the capacity that the allocator's fragments take."""
 
 
-def needed(config: Any, run: Run, strategy: Strategy, capacity: int) -> int:
+def needed(
+    config: Any, run: Run, strategy: Strategy, capacity: int, *, above: int = 0, steps: Steps = "all"
+) -> int:
     """The fewest cards, a power of two, whose tensors leave room; 0 where no number does.
 
     Args:
         config: of the model; run: as the strategy takes it; capacity: bytes of one card.
+        above: cards that are too few; steps: whose scratch counts, as in `footprint`.
     """
     before = None
-    for ranks in NUMBERS:
+    for ranks in (n for n in NUMBERS if n > above):
         tried = replace(run, ranks=ranks, per_node=None)
         found = extrapolated(config, tried, special(strategy))
-        size = combine(found, footprint(strategy, found.parameters, tried)).allocated
-        if size <= (1 - ROOM) * capacity:
+        size = 0
+        for counted in dict.fromkeys(("none", steps)):  # scratch takes longest to count, and only adds
+            size = combine(found, footprint(strategy, found.parameters, tried, steps=counted)).allocated
+            if size > (1 - ROOM) * capacity:
+                break
+        else:
             return ranks
         if before is not None and size >= before:  # rows are padded to equal chunks: what is gathered grows
             return 0

@@ -23,13 +23,16 @@ from lowmem.errors import UserError
 from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
+from lowmem.memory.advice.cards import needed
 from lowmem.memory.advice.kinds import KINDS, kind_of
+from lowmem.memory.advice.ways import LEVERS, Choice, Way, problem, refused, time, ways
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.tasks.kinds import planned_over_four_bits
 from lowmem.memory.trace.windows import resting, special
 from lowmem.models import loss
 from lowmem.optim.strategy import Strategy
@@ -57,6 +60,8 @@ class Found:
         verdict: fits, fits with retries or out of memory; headroom_bytes: to spare, or missing.
         checked: the allocator was simulated over the whole model; otherwise the verdict is an estimate.
         needs: what would make it fit, "" where it does.
+        ranks_needed: cards over which it would fit, 0 where no number does; None where that was not asked.
+        refused: levers that it does not take and why, where it does not fit.
         largest_batch: that the tensors leave room for, by a line; None where it was not looked for.
         command: that plans it in full; None for a model without a name.
     """
@@ -72,6 +77,8 @@ class Found:
     headroom_bytes: int
     checked: bool = False
     needs: str = ""
+    ranks_needed: int | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
     largest_batch: int | None = None
     command: str | None = None
 
@@ -84,12 +91,12 @@ class Found:
         return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
 
     @property
-    def order(self) -> tuple[int, int, bool, int, bool]:
+    def order(self) -> tuple[int, int, int, int, bool]:
         """Smaller is better."""
         word = (FITS, RETRIES, OUT).index(self.verdict)
         kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
         plain = self.strategy.name != "adamw"  # of equals, what everybody knows
-        return word, kind, self.run.gradient_checkpointing and not word, -self.headroom_bytes, plain
+        return word, kind, 0 if word else time(self.run), -self.headroom_bytes, plain
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
@@ -99,7 +106,8 @@ class Found:
             "seq_len": self.run.seq_len, "loss": self.run.loss, "state_bytes": self.state_bytes,
             "allocated": self.peak.allocated, "event": self.peak.event, "fits": self.verdict == FITS,
             "verdict": self.verdict, "headroom_bytes": self.headroom_bytes, "checked": self.checked,
-            "needs": self.needs, "largest_batch_size": self.largest_batch, "command": self.command,
+            "needs": self.needs, "ranks_needed": self.ranks_needed, "refused": dict(self.refused),
+            "largest_batch_size": self.largest_batch, "command": self.command,
         }  # fmt: skip
 
 
@@ -157,13 +165,17 @@ class _Finder:
         asked = {"lora_rank", "adapter", "quantize", "weights"} & set(self.decided)
         changes: list[dict[str, Any]] = [{}]
         if not full and not asked:
-            changes += [{"lora_rank": RANK}, {"lora_rank": RANK, "quantize": "nf4"}]
-        sharded = gather.make_run(self.decided).sharded
-        changes = changes[:2] if sharded else changes
-        if not asked and not sharded:
-            changes.append({"weights": "int8"})
+            four_bits = not self.limit.unified and planned_over_four_bits(self.decided.get("task", "sft"))
+            changes.append({"lora_rank": RANK})
+            changes += [{"lora_rank": RANK, "quantize": "nf4"}] if four_bits else []
+        changes += [] if asked else [{"weights": "int8"}]
         for change in changes:
-            run = gather.make_run({**self.decided, **change})
+            try:
+                run = gather.make_run({**self.decided, **change})
+            except UserError:
+                if not change:
+                    raise
+                continue  # what the user has decided does not go with it
             if full and run.adapts:
                 raise UserError("--full trains all weights: leave out the options of adapters")
             yield run
@@ -179,21 +191,20 @@ class _Finder:
         some = ADAPTED if run.adapts else CODED if coded else available()
         for name in (name for name in some if name in (self.among or available())):
             strategy = create(name)
-            if run.weights and not strategy.source.needs_autograd:
-                continue
             if strategy.source.quantized:  # asked for by name, as it trains no weights: `gather.strategies`
                 continue
             if (run.accumulation > 1 or run.task != "sft") and not strategy.source.needs_autograd:
                 continue
-            yield self._cheapest(run, strategy)
+            if not problem(run, strategy):
+                yield self._cheapest(run, strategy)
 
     def _cheapest(self, run: Run, strategy: Strategy) -> Found:
         """The row with the cheapest levers that make it fit; where none do, the one that misses least."""
         tried: list[Found] = []
-        ways = list(self._levered(run, strategy))
-        if not run.adapts and self._hopeless(gather.on_card(ways[-1][0], self.limit), strategy):
-            ways = ways[-1:]
-        for changed, levers in ways:
+        every = self._levered(run, strategy)
+        if not run.adapts and self._hopeless(every[-1][0], strategy):
+            every = every[-1:]
+        for changed, levers in every:
             tried.append(self._row(strategy, run, changed, levers))
             if tried[-1].verdict == FITS:
                 return tried[-1]
@@ -202,44 +213,35 @@ class _Finder:
 
     def _hopeless(self, run: Run, strategy: Strategy) -> bool:
         """Whether weights and state alone are too much, whatever the levers."""
-        found = extrapolated(self.config, run, None)
+        found = self._mode(run)
         weights = min(moment.bytes.get("weights", 0) for moment in found.moments.values())
         return weights + self._held(strategy, run, found, "none").held > self.limit.capacity
 
-    def _levered(self, run: Run, strategy: Strategy) -> Iterator[tuple[Run, tuple[str, ...]]]:
+    def _levered(self, run: Run, strategy: Strategy) -> list[Way]:
         """The run under each lever that is open, cheapest first."""
-        first_order = strategy.source.needs_autograd
-        run = self._with_loss(planning.suited(run, strategy), first_order)
-        recompute = self._open("gradient_checkpointing", run, first_order)
-        releases = first_order and not (strategy.waits or run.adapts) and run.accumulation == 1
-        release = self._open("gradient_release", run, releases and not self._mostly_rests(run, strategy))
-        for checkpointing in recompute:
-            for released in release:
-                named = (
-                    ("checkpointing", checkpointing),
-                    ("release", released),
-                    ("chunked loss", run.loss == "chunked"),
-                    ("activation offload", run.activation_offload),
-                )
-                norm = 0.0 if released else run.max_grad_norm
-                yield (
-                    replace(
-                        run,
-                        gradient_checkpointing=checkpointing,
-                        gradient_release=released,
-                        max_grad_norm=norm,
-                    ),
-                    tuple(word for word, on in named if on),
-                )
+        run = self._with_loss(planning.suited(run, strategy), strategy.source.needs_autograd)
+        return list(ways(run, [lever for lever in LEVERS if not self._refused(lever, run, strategy)]))
+
+    def _refused(self, lever: Choice, run: Run, strategy: Strategy) -> str:
+        """Why a lever is not open; "" where it is."""
+        if lever.option in self.decided:
+            return "it is decided"
+        why = refused(lever, run, strategy, self.limit)
+        if not why and lever.option == "gradient_release" and self._mostly_rests(run, strategy):
+            return "most of the weights have no gradient that could be released"
+        return why
 
     def _mostly_rests(self, run: Run, strategy: Strategy) -> bool:
         """Whether most of the weights have no gradient that could be released."""
-        parameters = extrapolated(self.config, gather.on_card(run, self.limit), None).parameters
+        parameters = self._mode(run).parameters
         aside = resting(strategy, parameters)
         return sum(p.name in aside for p in parameters) > len(parameters) / 2
 
-    def _open(self, name: str, run: Run, useful: bool) -> tuple[bool, ...]:
-        return (False, True) if useful and name not in self.decided else (getattr(run, name),)
+    def _mode(self, run: Run) -> Trace:
+        """A trace of a run that trains the same weights: all that is asked of it is what those are."""
+        plain: dict[str, Any] = {lever.option: False for lever in LEVERS}
+        like = replace(run, **plain, max_grad_norm=Run.max_grad_norm, workspace=None)
+        return extrapolated(self.config, gather.on_card(self._with_loss(like, True), self.limit), None)
 
     def _with_loss(self, run: Run, first_order: bool) -> Run:
         """The loss that `lowmem finetune` takes for such a batch."""
@@ -253,8 +255,9 @@ class _Finder:
 
     def _row(self, strategy: Strategy, mode: Run, run: Run, levers: tuple[str, ...]) -> Found:
         run = gather.on_card(run, self.limit)
-        hopeless = not mode.adapts and self._hopeless(run, strategy)
-        peak, held = self._peak(strategy, run, "none" if hopeless else "large")
+        peak, held = self._peak(strategy, run, "none")
+        if peak.allocated <= self.limit.capacity:  # else no scratch is counted: it takes long, and only adds
+            peak, held = self._peak(strategy, run)
         spare = self.limit.capacity - peak.allocated
         word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
         return Found(strategy, mode, run, kind_of(strategy, run), levers, peak, held.state_bytes, word, spare)
@@ -273,28 +276,39 @@ class _Finder:
 
     def _short(self, row: Found) -> Found:
         """What a row that does not fit would need."""
-        parts = row.peak.at_peak
-        fixed = parts.get("weights", 0) + parts.get("optimizer_state", 0)
-        if fixed > self.limit.capacity:
-            fewer = (
-                "a smaller model"
-                if row.run.quantize
-                else "--quantize nf4"
-                if row.run.adapts
-                else "--lora-rank 16"
-            )
-            return replace(
-                row,
-                needs=f"{fewer}, or {format_bytes(-row.headroom_bytes)} more: weights and state are too much",
-            )
-        for halving in range(1, HALVINGS + 1):
-            length = row.run.seq_len >> halving
-            if length < 64:
-                break
-            shorter = replace(row.run, seq_len=length)
-            if self._peak(row.strategy, shorter)[0].allocated <= (1 - ROOM) * self.limit.capacity:
-                return replace(row, needs=f"--seq-len {length}")
-        return replace(row, needs=f"{format_bytes(-row.headroom_bytes)} more")
+        cards, parts = self._cards(row), row.peak.at_peak
+        row = replace(row, ranks_needed=cards, refused=self._kept_off(row))
+        more = f"{format_bytes(-row.headroom_bytes)} more"
+        wide = [f"--ranks {cards}"] if cards else []
+        if parts.get("weights", 0) + parts.get("optimizer_state", 0) > self.limit.capacity:
+            fewer = [self._fewer(row.run), *wide, f"{more}: weights and state are too much"]
+            return replace(row, needs=", or ".join(fewer))
+        lengths = [n for n in (row.run.seq_len >> i for i in range(1, HALVINGS + 1)) if n >= 64]
+        if lengths and self._fits_with(row, lengths[-1]):
+            length = next(n for n in lengths if self._fits_with(row, n))
+            return replace(row, needs=", or ".join([f"--seq-len {length}", *wide]))
+        return replace(row, needs=", or ".join([*wide, more]))
+
+    def _fewer(self, run: Run) -> str:
+        """The option by which less is held."""
+        smaller = run.quantize or (run.adapts and (run.sharded or self.limit.unified))
+        return "a smaller model" if smaller else "--quantize nf4" if run.adapts else f"--lora-rank {RANK}"
+
+    def _cards(self, row: Found) -> int | None:
+        """How many cards the run needs, by state and tensors; None where it cannot be spread."""
+        run = row.run
+        if run.shard != "full" or problem(replace(run, ranks=max(2, run.ranks)), row.strategy):
+            return None
+        return needed(self.config, run, row.strategy, self.limit.capacity, above=run.ranks, steps="none")
+
+    def _kept_off(self, row: Found) -> dict[str, str]:
+        """Levers that the run does not take, and why."""
+        whys = {lever.name: self._refused(lever, row.mode, row.strategy) for lever in LEVERS}
+        return {name: why for name, why in whys.items() if why and name not in row.levers}
+
+    def _fits_with(self, row: Found, length: int) -> bool:
+        peak, _ = self._peak(row.strategy, replace(row.run, seq_len=length))
+        return peak.allocated <= (1 - ROOM) * self.limit.capacity
 
     def confirmed(self, rows: list[Found]) -> list[Found]:
         """The rows with those at the top planned in full, as long as few runs are needed for it."""
@@ -319,9 +333,9 @@ class _Finder:
 
     def _further(self, row: Found) -> Found:
         """The same method with more levers, where the allocator finds no room for what the tensors take."""
-        ways = list(self._levered(row.mode, row.strategy))
-        place = next(i for i, (_, levers) in enumerate(ways) if levers == row.levers)
-        for run, levers in ways[place + 1 :]:
+        every = self._levered(row.mode, row.strategy)
+        place = next(i for i, (_, levers) in enumerate(every) if levers == row.levers)
+        for run, levers in every[place + 1 :]:
             further = self._row(row.strategy, row.mode, run, levers)
             if further.verdict == FITS:
                 return further

@@ -29,6 +29,7 @@ OTHERS = {
     "Metal": "Unified memory, less what other programs hold; bitsandbytes has no 4 bits there.",
 }
 """What else is to be known of the makers whose cards are estimated."""
+_CHIP = re.compile(r"(?:apple)?m[1-9](?:pro|max|ultra)?(?:([0-9]+)g(?:i?b)?)?")
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)")
 
 
@@ -45,6 +46,7 @@ class Budget:
         notes: assumptions, as sentences.
         calibrated: measured on the card at hand.
         estimated: of another maker than the one whose kernels are planned.
+        unified: the host's memory is the same.
     """
 
     usable: int
@@ -55,6 +57,7 @@ class Budget:
     notes: tuple[str, ...] = ()
     calibrated: bool = False
     estimated: bool = False
+    unified: bool = False
 
     @property
     def outside(self) -> int:
@@ -142,6 +145,8 @@ def gpu(name: str) -> Budget:
     plain = _plain(name)
     if re.fullmatch(r"[0-9]+g(i?b)?", plain):
         return _of_size(int(re.sub(r"\D", "", plain)))
+    if chip := _CHIP.fullmatch(plain):
+        plain = f"apple{chip[1] + 'gb' if chip[1] else ''}"  # its memory is what counts
     makers = ("", "rtx", "rx") if plain else ()
     plain = next((maker + plain for maker in makers if _begins(known, maker + plain)), plain)
     if plain not in known:
@@ -246,7 +251,10 @@ def _estimated(name: str, row: Mapping[str, Any]) -> Budget:
         f"{name} ({row['arch']}): an estimate, by the kernels and the allocator of CUDA; "
         f"{row['usable'] / 1024:.2f} of {row['nominal'] / 1024:g} GiB usable. {OTHERS[row['arch']]}"
     )
-    return Budget(row["usable"] * MIB, (low, high), library(None), None, name, (note,), estimated=True)
+    return Budget(
+        row["usable"] * MIB, (low, high), library(None), None, name, (note,), estimated=True,
+        unified=row["arch"] == "Metal",
+    )  # fmt: skip
 
 
 def budget(text: str | int, capability: float | None = None) -> Budget:

@@ -17,11 +17,13 @@ from typing import Any
 
 from lowmem.memory.run import Run
 from lowmem.memory.trace.given import Given
-from lowmem.memory.trace.replica import Trace, evaluation, on_rank, trace
+from lowmem.memory.trace.replica import Trace, evaluation, let_go, on_rank, trace
 from lowmem.memory.trace.tracker import Moment
-from lowmem.memory.trace.windows import Parameter
+from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.models.entries import parameter_count, skeleton
 from lowmem.optim.strategy import Strategy
+from lowmem.sources import Free
+from lowmem.strategies import create
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 PER_LAYER = ("layer_types", "layers_block_type", "sliding_window_pattern_list")
@@ -55,14 +57,21 @@ def extrapolated(config: Any, run: Run, strategy: Strategy | None = None) -> Tra
         run: the options.
         strategy: as in `trace`.
     """
+    return _extrapolated(_Key(config, run, strategy))
+
+
+@functools.lru_cache(maxsize=256)
+def _extrapolated(key: _Key) -> Trace:
+    config, run, strategy = key.config, key.run, key.strategy
     if isinstance(config, Given):
         return remembered(config, run, strategy)
     depth, repeat = int(config.num_hidden_layers), period(config)
     low, high = _samples(config)
     if depth <= high or not uniform(config, low, high):
-        return _remembered(_Key(config, run, strategy))
-    a = _remembered(_Key(shallow(config, low), run, strategy))
-    b = _remembered(_Key(shallow(config, high), run, strategy))
+        return remembered(config, run, strategy)
+    if strategy is not None and _never_rests(config, run, strategy):
+        return extrapolated(config, run, None)
+    a, b = (remembered(shallow(config, layers), run, strategy) for layers in (low, high))
     line = functools.partial(_line, depth=depth, low=low, high=high)
     moments = {name: line(a.moments[name], b.moments[name]) for name in b.moments if name in a.moments}
     first, second = _by_kind(a.releases), _by_kind(b.releases)
@@ -70,6 +79,14 @@ def extrapolated(config: Any, run: Run, strategy: Strategy | None = None) -> Tra
     parameters = _deepen(b.parameters, depth, repeat)
     total = a.total_parameters + (b.total_parameters - a.total_parameters) * (depth - low) // (high - low)
     return Trace(moments, releases, parameters, total, depth)
+
+
+def _never_rests(config: Any, run: Run, strategy: Strategy) -> bool:
+    """Whether every tensor of a strategy with gradients has one in the step that is traced."""
+    if not strategy.source.needs_autograd:
+        return False
+    plain = replace(run, gradient_checkpointing=False, gradient_release=False, activation_offload=False)
+    return not resting(strategy, extrapolated(config, plain, None).parameters)
 
 
 def evaluated(config: Any, run: Run) -> Moment:
@@ -141,12 +158,27 @@ def _remembered(key: _Key) -> Trace:
     if key.run.ranks > 1:
         alone = replace(key.run, ranks=1, shard="full", per_node=None)
         return on_rank(remembered(key.config, alone, key.strategy), key.run)
+    if key.run.gradient_release and (key.strategy is None or key.strategy.source.needs_autograd):
+        kept = replace(key.run, gradient_release=False, max_grad_norm=Run.max_grad_norm)
+        return let_go(remembered(key.config, kept, key.strategy))
     return trace(key.config, key.run, key.strategy)
 
 
 def remembered(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     """`trace`, once for each configuration and run."""
-    return _remembered(_Key(config, run, strategy))
+    norm = Run.max_grad_norm if run.max_grad_norm > 0 else 0.0  # how large it is makes no difference
+    one = None if strategy is None else _alike(strategy, run)
+    return _remembered(_Key(config, replace(run, max_grad_norm=norm), one))
+
+
+def _alike(strategy: Strategy, run: Run) -> Strategy:
+    """One strategy for all that probe alike: a card writes what is displaced at once, whatever is drawn."""
+    source: Any = strategy.source
+    if strategy.turns or source.quantized or run.device != "cuda" or run.compile == "off":
+        return strategy
+    if source.needs_autograd or not hasattr(source, "structure"):
+        return strategy
+    return replace(create("mezo"), source=replace(source, structure=Free()))
 
 
 def _line(a: Moment, b: Moment, *, depth: int, low: int, high: int) -> Moment:

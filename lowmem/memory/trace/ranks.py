@@ -150,8 +150,8 @@ def _own(tracker: Tracker, index: int, ranks: int) -> int:
 
 def _with(tracker: Tracker, wanted: Sequence[_Wanted], sizes: list[int]) -> tuple[Tracker, Sequence[int]]:
     """A tracker with further storages: (birth, death or None, category, bytes) each."""
-    made, grain = Tracker(tracker.granularity), tracker.granularity
-    made.sizes, made.categories, made.live = sizes, list(tracker.categories), tracker.live
+    made, grain = tracker.emptied(), tracker.granularity
+    made.sizes = sizes
     births: dict[int, list[int]] = {}
     deaths: dict[int, list[int]] = {}
     for birth, death, category, size in wanted:

@@ -13,6 +13,7 @@ strategy. Phases, in the order of a step:
     optimizer step     what is live when the optimizer starts (no release)
 
 With gradient release a parameter's step happens inside backward: `Trace.releases` has the live bytes there.
+It is the same step but for what becomes of gradients, so it is read off the other (`let_go`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels, ranks, trainable
 from lowmem.memory.trace.offload import offloaded
 from lowmem.memory.trace.patience import Patience, refusing
-from lowmem.memory.trace.ranks import Units
+from lowmem.memory.trace.ranks import AFTER, Units
 from lowmem.memory.trace.tasks import losses
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
@@ -43,6 +44,21 @@ from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.checks import pays
 
 EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient as it becomes whole.
+
+    Args:
+        name: of its parameter; storages: that hold it, by the tracker's index.
+        at: its place in the stream; phases: how many had begun.
+    """
+
+    name: str
+    storages: tuple[int, ...]
+    at: int
+    phases: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class Trace:
         layers: depth.
         tracker: the stream of births and deaths, for the allocator and the timeline; None if extrapolated.
         units: the parameters as ranks gather them; None if extrapolated.
+        gradients: in the order in which they become whole; none if extrapolated.
     """
 
     moments: Mapping[str, Moment]
@@ -66,6 +83,7 @@ class Trace:
     layers: int
     tracker: Tracker | None = None
     units: Units | None = None
+    gradients: tuple[Gradient, ...] = ()
 
 
 def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
@@ -85,14 +103,41 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
         aside = resting(strategy, parameters)
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and name not in aside)
+        gradients: list[Gradient] = []
         if strategy is None or strategy.source.needs_autograd:
-            releases = _step(model, batch, run, tracker)
+            gradients = _step(model, batch, run, tracker)
         else:
-            releases = _probe(model, batch, run, tracker, strategy.source)
+            _probe(model, batch, run, tracker, strategy.source)
         total, units = trainable.count_parameters(model), ranks.units(model)
         tracker.stop()
-    named = _released(tracker, {name: at for at, name in releases})
-    return Trace(tracker.moments(), named, parameters, total, trainable.depth(config), tracker, units)
+    depth = trainable.depth(config)
+    kept = Trace(tracker.moments(), {}, parameters, total, depth, tracker, units, tuple(gradients))
+    return let_go(kept) if run.gradient_release and gradients else kept
+
+
+def let_go(found: Trace) -> Trace:
+    """The step with gradient release: a gradient lives until its tensor has stepped, and backward is the end.
+
+    Args:
+        found: the full trace of the step without.
+    """
+    if found.tracker is None:
+        raise ValueError("what is let go follows from a full trace")
+    tracker, gradients = found.tracker, found.gradients
+    last = {index: g for g in gradients for index in g.storages}
+    freed = [[-index - 1 for index in g.storages if last[index] is g] for g in gradients]
+    stop = next((start for start, name in tracker.phases if name in AFTER), len(tracker.stream))
+    made, places, at = tracker.emptied(), {}, 0
+    for g, deaths in zip(gradients, freed, strict=True):
+        made.stream += tracker.stream[at : g.at]
+        places[g.name] = len(made.stream)
+        made.stream += deaths
+        at = g.at
+    made.stream += tracker.stream[at:stop]
+    for number, (start, name) in enumerate(tracker.phases):
+        before = (len(d) for g, d in zip(gradients, freed, strict=True) if g.phases <= number)
+        made.phases += [] if name in AFTER else [(start + sum(before), name)]
+    return replace(found, moments=made.moments(), releases=_released(made, places), tracker=made)
 
 
 def _released(tracker: Tracker, places: Mapping[str, int]) -> dict[str, Moment]:
@@ -209,19 +254,17 @@ def _label_loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tens
     return total / torch.ones((), dtype=torch.long)
 
 
-def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker) -> list[tuple[int, str]]:
-    """Forward, backward, clip; returns where in the stream each released parameter steps."""
+def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker) -> list[Gradient]:
+    """Forward, backward, clip; returns the gradients of the last micro-batch."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    releases: list[tuple[int, str]] = []
-    last = [run.accumulation == 1]
+    gradients: list[Gradient] = []
     for name, p in trainable.items():
-        p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            _on_gradient(name, run, tracker, releases, last)
-        )
+        hook = _on_gradient(name, tracker, gradients)
+        p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     hooks = phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing)
     with tracker, kernels.scratch(run.device), hooks:
-        for micro in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
-            last[0] = micro == min(run.accumulation, 2) - 1
+        for _ in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
+            gradients.clear()
             tracker.enter("forward")
             with offloaded(model) if run.activation_offload else nullcontext():
                 output = _loss(model, batch, run)
@@ -231,32 +274,25 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
             tracker.enter("loss backward", "logits")
             loss.backward()
             del loss
-        if not run.gradient_release:
-            if run.max_grad_norm > 0:
-                tracker.enter("clip", "workspace")
-                nn.utils.clip_grad_norm_(trainable.values(), run.max_grad_norm)
-            tracker.enter("optimizer step", "workspace")
-    return releases
+        if run.max_grad_norm > 0:
+            tracker.enter("clip", "workspace")
+            nn.utils.clip_grad_norm_(trainable.values(), run.max_grad_norm)
+        tracker.enter("optimizer step", "workspace")
+    return gradients
 
 
-def _on_gradient(
-    name: str, run: Run, tracker: Tracker, releases: list[tuple[int, str]], last: list[bool]
-) -> Callable[[Tensor], None]:
+def _on_gradient(name: str, tracker: Tracker, gradients: list[Gradient]) -> Callable[[Tensor], None]:
     def hook(p: Tensor) -> None:
         if p.grad is None:
             return
-        tracker.claim(p.grad, "gradients")
+        held = tracker.claim(p.grad, "gradients")
         tracker.share([p.grad])
-        if run.gradient_release and last[0]:
-            releases.append((len(tracker.stream), name))
-            p.grad = None
+        gradients.append(Gradient(name, held, len(tracker.stream), len(tracker.phases)))
 
     return hook
 
 
-def _probe(
-    model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker, source: Source
-) -> list[tuple[int, str]]:
+def _probe(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tracker, source: Source) -> None:
     """The source's own evaluation, two forward passes at displaced weights."""
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
@@ -272,7 +308,6 @@ def _probe(
     with noise, tracker, kernels.scratch(run.device), phase_hooks(model, tracker, checkpointing=False):
         source.backward(params, loss_fn, model=model, query=Query(0, 0))
         tracker.enter("optimizer step", "workspace")
-    return []
 
 
 @contextmanager
@@ -295,12 +330,17 @@ def phase_hooks(model: nn.Module, tracker: Tracker, *, checkpointing: bool) -> I
         hidden = args[0] if args else kwargs.get("hidden_states")
         enter_when_grad(hidden, "embedding backward")
 
+    def before_backbone(module: nn.Module, args: Any) -> None:
+        if tracker.phase == "loss forward":  # a loss that takes two passes
+            tracker.enter("forward")
+
     def after_backbone(module: nn.Module, args: Any, out: Any) -> None:
         if tracker.phase == "forward":
             tracker.enter("loss forward", "logits")
 
     handles = [layer.register_forward_hook(after_layer(i)) for i, layer in enumerate(layers)]
     handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
+    handles.append(trainable.backbone(model).register_forward_pre_hook(before_backbone))
     handles.append(trainable.backbone(model).register_forward_hook(after_backbone))
     try:
         yield

@@ -99,12 +99,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             self.claim(tensor, category)
 
-    def claim(self, tensor: Tensor, category: str) -> None:
-        """Say what a storage is, for its whole life."""
-        for storage in storages(tensor):
-            index = self._see(storage)
-            if index is not None:
-                self.categories[index] = category
+    def claim(self, tensor: Tensor, category: str) -> tuple[int, ...]:
+        """Say what a storage is, for its whole life; returns its index, or those of a tensor's parts."""
+        seen = tuple(index for storage in storages(tensor) if (index := self._see(storage)) is not None)
+        for index in seen:
+            self.categories[index] = category
+        return seen
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Note that ranks may share the rows of these."""
@@ -151,6 +151,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Forget the storages that still live, so that later frees are not recorded."""
         self._refs.clear()
         self._ids.clear()
+
+    def emptied(self) -> Tracker:
+        """One that knows the same storages, for another order of births and deaths."""
+        made = Tracker(self.granularity)
+        made.sizes, made.categories, made.rows = list(self.sizes), list(self.categories), dict(self.rows)
+        made.live = self.live
+        return made
 
     def moments(self) -> dict[str, Moment]:
         """The largest instant of each phase, in order of first appearance."""

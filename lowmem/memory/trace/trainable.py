@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ from lowmem.models.entries import skeleton
 from lowmem.models.few_bit import keep_few_bits_
 from lowmem.models.int8.convert import quantize_weights_
 from lowmem.models.peft_methods import adapter_config, attaching
+from lowmem.models.scoring import with_score
 
 
 def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
@@ -55,6 +57,7 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
             quantized.train_scales(base)
     if run.weights is not None:
         quantize_weights_(base, run.weights, embeddings=run.int8_embeddings)
+    base = _headed(base, run)
     if run.kbit_prepare:
         quantized.prepare_for_kbit_training(base)
     if run.few_bit:
@@ -69,6 +72,8 @@ def build(config: Any, run: Run, mode: FakeTensorMode) -> nn.Module:
 
 def _as_it_is(given: Given, run: Run) -> nn.Module:
     model = given.fake()
+    if run.task == "reward":
+        raise UserError("task reward makes a scoring model of a language model: plan it by the model's name")
     base = attention.base(model)
     if base.config._attn_implementation != "eager":
         base.set_attn_implementation("sdpa")
@@ -92,6 +97,13 @@ def _stilled(model: nn.Module, run: Run) -> nn.Module:
         if task and task.stilled and isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def _headed(model: Any, run: Run) -> Any:
+    """The model with the head that its task trains."""
+    if run.task != "reward":
+        return model
+    return with_score(model, SimpleNamespace(pad_token_id=0))
 
 
 def _recompute(model: Any) -> None:
@@ -139,7 +151,11 @@ def adapt(model: nn.Module, run: Run) -> nn.Module:
 
 @contextmanager
 def _conversion_on_fake_tensors() -> Iterator[None]:
-    """`Module.to` swaps tensors under a fake mode and fails now and then: rebuild parameters instead."""
+    """Modules are converted and copied without leaving their fake mode.
+
+    `Module.to` swaps tensors under one and fails now and then: parameters are rebuilt instead. A copy of a
+    module, which peft trains beside the adapters, would bring a copy of the mode along.
+    """
 
     def apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         for child in module.children() if recurse else ():
@@ -153,7 +169,8 @@ def _conversion_on_fake_tensors() -> Iterator[None]:
                 module._buffers[name] = fn(b)
         return module
 
-    with patch.object(nn.Module, "_apply", apply):
+    one_mode = patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)
+    with patch.object(nn.Module, "_apply", apply), one_mode:
         yield
 
 

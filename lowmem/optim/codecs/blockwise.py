@@ -196,13 +196,14 @@ class Blockwise:
         """The code of the nearest entry; halfway goes up, and so does all that is above a map's zero."""
         blocks = _blocks(value, self.grain)
         scale = blocks.abs().amax(-1).clamp(min=1e-12)
-        y = (blocks / scale.unsqueeze(-1)).flatten(-2)
         if self.bits == 8:
-            codes = nearest_code(y, constants[f"{self._name}.sums"])
+            sums = constants[f"{self._name}.sums"]
+            codes = nearest_code((blocks / scale.unsqueeze(-1)).flatten(-2), sums)
             if not self.signed:
                 # asked of the value: the quotient of two numbers 38 decades apart is 0
                 codes = torch.maximum(codes, _above_zero(value))
             return {"codes": codes.to(torch.uint8), "scale": scale}
+        y = (blocks / scale.unsqueeze(-1)).flatten(-2)
         thresholds = constants[f"{self._name}.thresholds"]
         codes = torch.zeros_like(y, dtype=torch.int32)
         for k in range(15):

@@ -50,7 +50,7 @@ def _thresholds(table: Tensor) -> Tensor:
 def ordered(x: Tensor) -> Tensor:
     """Words in the order of the fp32 numbers that they hold, int32; 0 for 0, and -1 for -0."""
     word = x.view(torch.int32)
-    return word ^ ((word >> 31) & 0x7FFFFFFF)
+    return (word >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(word)
 
 
 def nearest_code(y: Tensor, sums: Tensor) -> Tensor:
@@ -60,8 +60,9 @@ def nearest_code(y: Tensor, sums: Tensor) -> Tensor:
     holds 65536 times the entry below it, and what the lower half lacks to reach the next one.
     """
     word = ordered(y)
-    found = torch.nn.functional.embedding((word >> 16) & 0x7FFF, sums)[..., 0]
-    return (found + (word & 0xFFFF)) >> 16
+    del y  # of a chunk's size, as the others
+    found = torch.nn.functional.embedding((word >> 16).bitwise_and_(0x7FFF), sums)[..., 0]
+    return found.add_(word.bitwise_and_(0xFFFF)).bitwise_right_shift_(16)
 
 
 def _sums(edges: Tensor) -> Tensor:

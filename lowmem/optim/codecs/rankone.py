@@ -27,7 +27,7 @@ def maxima(x: Blocks, hp: Hyper) -> State:
     for i, j in walk(x.ranges(), x.device):
         rows = x.rows(i, j)
         row[i:j] = rows.amax(1)
-        col = torch.maximum(col, rows.amax(0))
+        col = torch.maximum(col, rows.amax(0)) if i < j else col
     return {"row": row, "col": hp.total(col, "max")}
 
 

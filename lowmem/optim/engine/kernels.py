@@ -38,6 +38,17 @@ def _word(x: float) -> int:
     return int.from_bytes(struct.pack("<f", x), "little")
 
 
+def _guarded(gradient: Tensor, ok: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+    """A gradient that is 0 where no step is taken, at most `ROOT` where it is bounded; and where one is."""
+    word = gradient.view(torch.int32)
+    size = word & ~SIGN
+    # one comparison for NaN, Inf and a step that is not ok: with the largest number, or with -1
+    finite = size <= ok.to(torch.int32) * (_word(LARGEST) + 1) - 1
+    if bounded:  # integers, for a clamp of floats must let NaN through and takes four times as long
+        gradient = (size.clamp_(max=_word(ROOT)) | (word & SIGN)).view(torch.float32)
+    return torch.where(finite, gradient, 0.0), finite
+
+
 def body(
     rule: Pointwise | None,
     writer: Writer | None,
@@ -74,13 +85,7 @@ def body(
         if counts:
             state["age"].add_(ok.to(torch.int32))
             scalars = scalars.index_select(0, state["age"].view(1))[0]
-        word = gradient.view(torch.int32)
-        size = word & ~SIGN
-        # one comparison for NaN, Inf and a step that is not ok: with the largest number, or with -1
-        finite = size <= ok.to(torch.int32) * (_word(LARGEST) + 1) - 1
-        if rule:  # integers, for a clamp of floats must let NaN through and takes four times as long
-            gradient = (size.clamp(max=_word(ROOT)) | (word & SIGN)).view(torch.float32)
-        gradient = torch.where(finite, gradient, 0.0)
+        gradient, finite = _guarded(gradient, ok, rule is not None)
         position = start if start is None else row + start + column
         seen = (writer.read(w, extra) if writer else w.float()) if rule and rule.reads_weight else None
         hp = ChunkHyper(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.projectors.bases import largest, orthonormal, unit
+from lowmem.optim.projectors.bases import orthonormal, unit
 from lowmem.optim.projectors.dense import Orthonormal
+from lowmem.optim.shards import total
 from lowmem.optim.terms.changes import Change
 from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import Hyper
@@ -68,11 +69,12 @@ class Blend(Orthonormal):
         share = self._share(inner, hp) if self.rho else None
         if share is not None:
             low.addcmul_(inner["exp_avg"].float(), share)
-        top, ok = largest(low)
+        top, ok = self.frame.largest(low, g)
         across = self.frame.across(low.div_(top), g).mul_(1.0 - self.rho)
         if share is not None:
             momentum = inner["exp_avg"].float()
-            small = momentum @ low.t() if self.axis(g.shape) == 0 else momentum.t() @ low
+            left = self.axis(g.shape) == 0
+            small = momentum @ low.t() if left else total(g.shape, momentum.t() @ low)
             across.addmm_(basis, small * share)
         y, fine = unit(across, basis)
         return self.frame.replace_(basis, orthonormal(y), ok & fine, g.shape, say)

@@ -14,6 +14,7 @@ is found every `update_proj_gap` steps, from a random start, and dropped where t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,14 +23,16 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
-from lowmem.optim.projectors.bases import Frame, energy, largest
-from lowmem.optim.projectors.dense import Find, Orthonormal, power_iteration
+from lowmem.optim.projectors.bases import Frame, energy, largest, own_rows
+from lowmem.optim.projectors.dense import Find, Orthonormal, of_all_rows, power_iteration
+from lowmem.optim.shards import whole
 from lowmem.optim.terms.changes import Change
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.split import Split
 from lowmem.optim.terms.state import State
 
 
+@of_all_rows
 def randomized(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
     """Two power iterations from a random start: what was missed so far is found too; see `dense.Find`."""
     return power_iteration(frame, basis, g, replace(hp, first=True))
@@ -72,7 +75,7 @@ class Drift(Orthonormal):
     def _path(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(s, columns) of A Omega."""
         side = self.frame.size(shape)[0]
-        return side, min(self.probes, shape[0] * shape[1] // side)
+        return side, min(self.probes, math.prod(whole(shape)) // side)
 
     def init(self, x: Tensor) -> State:
         """The first r coordinate axes, and no way gone."""
@@ -94,12 +97,12 @@ class Drift(Orthonormal):
         """The way gone with this gradient."""
         shape, hp = split.g.shape, split.hp
         side, columns = self._path(shape)
-        far = shape[0] * shape[1] // side
+        far = math.prod(whole(shape)) // side
         if columns == far:
             omega = torch.eye(far, device=split.g.device)
         else:
             omega = hp.gaussian((columns, far), "path", 0)
-        seen = self.frame.across(omega if self.axis(shape) == 0 else omega.t(), split.g)
+        seen = self.frame.across(omega if self.axis(shape) == 0 else own_rows(omega.t(), shape), split.g)
         top, ok = largest(seen)
         length = energy(split.g, top).sqrt()
         return {"path": torch.where(split.ok & ok, s["path"] + seen / top / length, s["path"])}

@@ -12,6 +12,7 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import Commit, Residual
 from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.split import Split
@@ -62,6 +63,10 @@ class Feedback(Residual):
 
     def _owed(self, s: State, shape: tuple[int, int], hp: Hyper) -> HeldMoment:
         return HeldMoment(self.held, part(s, "error"), s, shape, hp)
+
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of what is owed."""
+        return shape.shard.starts_on(self.held.grain)
 
     def inject(self, s: State, g: Blocks, hp: Hyper) -> Blocks:
         """G + E."""

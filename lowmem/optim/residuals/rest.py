@@ -21,7 +21,7 @@ from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.compact.subsets import Subsets
 from lowmem.optim.rules.elementwise.sgd import SGD
-from lowmem.optim.shards import shard_in, total
+from lowmem.optim.shards import Shape, shard_in, total
 from lowmem.optim.terms.fp32 import LARGEST_MEAN
 from lowmem.optim.terms.split import Split
 from lowmem.optim.terms.state import State, apply_in_place
@@ -43,8 +43,11 @@ class Rest(Rule):
 class Drop(Residual):
     """Forget the rest (GaLore)."""
 
-    shards: ClassVar[bool] = True
     reads_rest: ClassVar[bool] = False
+
+    def shards(self, shape: Shape) -> bool:
+        """Always."""
+        return True
 
     def aside(self) -> AnyRule:
         """No step."""
@@ -62,7 +65,10 @@ class Stateless(Residual):
 
     sign: bool = True
     scale: float = 1.0
-    shards: ClassVar[bool] = True
+
+    def shards(self, shape: Shape) -> bool:
+        """Always."""
+        return True
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """scale sign(rest) or scale rest; what is not finite stays so, for the frame to refuse."""
@@ -101,7 +107,6 @@ class ScaledRest(Residual):
     limit: float = 1.01
     per: str = "channel"
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
-    shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.scale > 0.0 or not (self.limit == 0.0 or self.limit >= 1.0):
@@ -110,6 +115,10 @@ class ScaledRest(Residual):
             )
         if self.per not in PER:
             raise UserError(f"unknown per {self.per!r}; {nearest(self.per, PER)}")
+
+    def shards(self, shape: Shape) -> bool:
+        """Always."""
+        return True
 
     def init(self, x: Tensor) -> State:
         """The norm of the step before; 0 before the first, which has no limit."""
@@ -193,6 +202,10 @@ class SubsetNormed(Residual):
         """A second moment of zero, age 0."""
         age = torch.zeros((), dtype=torch.int32, device=x.device)
         return {"exp_avg_sq": self.subsets.init(x), "age": age}
+
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a subset."""
+        return self.subsets.shards(shape)
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """The whole step; a subset that has an element that is not finite keeps its moment."""

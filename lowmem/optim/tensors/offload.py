@@ -27,6 +27,7 @@ from lowmem.errors import UserError
 from lowmem.optim.engine.cutting import POLICIES
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.terms.state import State
+from lowmem.several import STAYS
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """Tensors here, on the card, and there, on the host."""
@@ -38,7 +39,6 @@ LEAST = POLICIES["cuda"].together
 SEEN = ("schedule.", "source.")
 """Keys of what stays."""
 NO_CUDA = "offload_state: there is no CUDA device whose memory the state could leave; leave it out"
-SPREAD = "offload_state: rows that FSDP2 spreads keep their state on their card; leave it out, or add cards"
 
 
 class Transfer(Protocol):
@@ -228,7 +228,7 @@ class Away(Home):
 
     def refuse_spread(self) -> None:
         """A rank holds rows, and exchanges while it steps: its state stays on its card."""
-        raise UserError(SPREAD)
+        raise UserError(STAYS)
 
     @property
     def buffers(self) -> list[Tensor]:

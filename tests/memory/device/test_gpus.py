@@ -125,3 +125,11 @@ def test_damaged_calibration_is_named():
     file.write_text("{")
     with pytest.raises(UserError, match="delete it"):
         gpu("t4")
+
+
+def test_a_chip_of_apple_is_named_by_its_memory():
+    assert gpu("Apple M3 Max 64GB").name == gpu("m2 64gb").name == "apple-64gb"
+    with pytest.raises(UserError, match=r"several sizes: say which of apple-128gb"):
+        gpu("M3 Max")
+    assert gpu("apple-16gb").unified
+    assert not gpu("mi300x").unified

@@ -10,12 +10,12 @@ import torch
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory import predict
-from lowmem.memory.advice.search import search
+from lowmem.memory.advice.search import _Finder, search
 from lowmem.memory.device.gpus import gpu
 from lowmem.memory.trace.tasks.losses import Largest
 from tests.memory import families
 
-SMALL: dict[str, Any] = {"batch_size": 2, "seq_len": 48, "dtype": "float32", "advise": False}
+SMALL: dict[str, Any] = {"batch_size": 2, "seq_len": 48, "dtype": "float32", "advise": False, "device": "cpu"}
 
 
 def planned(task: str, **options: Any) -> Any:
@@ -32,7 +32,7 @@ def test_both_answers_of_a_row_are_held_and_no_reference() -> None:
 
 
 def test_dropout_is_taken_out_as_the_trainer_does() -> None:
-    options = {"family": "gpt2", "device": "cpu"}
+    options = {"family": "gpt2"}
     pairs, rows = planned("dpo", **options), planned("sft", batch_size=4, loss="chunked", **options)
     held = [found.plans[0].at_peak["activations"] for found in (pairs, rows)]
     assert held[0] < 0.9 * held[1]
@@ -47,17 +47,37 @@ def test_what_depends_on_values_is_answered_by_the_largest_case() -> None:
         assert bool(mask[1])
 
 
+def test_a_score_takes_the_place_of_the_vocabulary() -> None:
+    whole, adapted = planned("reward"), planned("reward", lora_rank=2)
+    base = families.BASE
+    assert whole.model.parameters == planned("orpo").model.parameters + base["hidden_size"] * (
+        1 - base["vocab_size"]
+    )
+    assert whole.plans[0].events["loss forward"] < planned("orpo").plans[0].events["loss forward"]
+    adapters = planned("dpo", lora_rank=2, lora_targets="all-linear").model.trainable
+    assert adapted.model.trainable == adapters + base["hidden_size"]  # the score is trained beside them
+    with pytest.raises(UserError, match="plan it by the model's name"):
+        lowmem.plan(families.model("llama"), "adamw", task="reward", batch_size=2, seq_len=48)
+
+
+def test_the_second_pass_of_kto_keeps_nothing() -> None:
+    event = "first layer backward"
+    judged, paired = planned("kto", batch_size=4), planned("dpo", batch_size=2)
+    assert judged.plans[0].events[event] == pytest.approx(paired.plans[0].events[event], rel=5e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"loss": "plain"}, "a loss of its own"),
         ({"rows": "packed"}, "pads its rows"),
         ({"ranks": 2}, "planned on one card"),
+        ({"task": "reward", "lora_rank": 2, "quantize": "nf4"}, "over 4-bit weights is not planned"),
     ],
 )
 def test_what_a_task_does_not_do_is_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(UserError, match=match):
-        planned("dpo", **options)
+        planned(**{"task": "dpo", **options})
 
 
 def test_methods_without_gradients_have_no_such_task() -> None:
@@ -67,9 +87,11 @@ def test_methods_without_gradients_have_no_such_task() -> None:
 
 def test_the_search_takes_a_task_and_refuses_one_before_it_traces() -> None:
     options = {**SMALL, "task": "dpo", "lora_rank": 4}
-    del options["advise"]
+    del options["advise"], options["device"]
     found = search(families.FAMILIES["llama"](), gpu("4090"), options, among=("adamw", "mezo"))
     assert [row.strategy.name for row in found] == ["adamw"]
+    modes = list(_Finder(families.FAMILIES["llama"](), gpu("4090"), {"task": "reward"}).modes(False))
+    assert [run.quantize for run in modes] == [None, None, None]
     assert found[0].verdict == "fits"
     with pytest.raises(UserError, match="is not planned: it generates"):
         search(families.FAMILIES["llama"](), gpu("4090"), {"task": "answer"})

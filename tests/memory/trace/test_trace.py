@@ -104,6 +104,29 @@ def test_release_keeps_one_gradient_and_names_each_step():
     assert "optimizer step" not in freed.moments
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_release_equals_a_real_step_that_frees_its_gradients(family):
+    made, inputs, tracker = model(family, torch.float32), batch(), Tracker()
+    tracker.register([*made.parameters(), *made.buffers()], "weights")
+    tracker.register(inputs.values(), "activations")
+
+    def step(p):
+        tracker.claim(p.grad, "gradients")
+        p.grad = None
+
+    for p in made.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    with tracker, phase_hooks(made, tracker, checkpointing=False):
+        tracker.enter("forward")
+        value = loss(made, inputs)
+        tracker.enter("loss backward", "logits")
+        value.backward()
+        del value
+    found = trace(FAMILIES[family](), Run(**{**vars(RUN), "gradient_release": True}))
+    real = {name: dict(m.bytes) for name, m in tracker.moments().items()}
+    assert {name: dict(m.bytes) for name, m in found.moments.items()} == real
+
+
 def test_accumulation_holds_the_gradients_through_the_next_forward():
     once, twice = (trace(FAMILIES["llama"](), Run(**{**vars(RUN), "accumulation": n})) for n in (1, 4))
     gradients = twice.moments["loss forward"].bytes["gradients"]

@@ -23,6 +23,7 @@ class Task:
         words: what a step computes, for the assumptions.
         outputs: of TRL's chunked loss, for each token.
         stilled: dropout is taken out of the model and its adapters.
+        four_bit: a step of adapters over 4-bit weights is planned; TRL and peft convert them otherwise.
         renamed: attributes of the trainer that are not fields of its configuration.
     """
 
@@ -33,6 +34,7 @@ class Task:
     outputs: tuple[str, ...] = ()
     renamed: Mapping[str, Any] | None = None
     stilled: bool = True
+    four_bit: bool = True
 
 
 PLANNED: dict[str, Task] = {
@@ -43,15 +45,39 @@ PLANNED: dict[str, Task] = {
         ("log_probs", "entropy", "mean_logits", "is_top1"),
         {"precompute_ref_logps": True, "loss_types": ["sigmoid"], "loss_weights": [1.0]},
     ),
+    "orpo": Task(
+        ("trl.experimental.orpo", "ORPO"), 2, "plain",
+        "orpo: both answers of a row in one pass, logits for every token of them; there is no reference",
+        renamed={
+            "is_encoder_decoder": False, "padding_value": 0, "_peft_has_been_casted_to_bf16": False,
+            "store_metrics": lambda *args, **kwargs: None,
+        },
+        four_bit=False,
+    ),
+    "reward": Task(
+        ("trl", "Reward"), 2, "plain",
+        "reward: both answers of a row in one pass; the head is a score of one number, there are no logits",
+        four_bit=False,
+    ),
+    "kto": Task(
+        ("trl", "KTO"), 1, "chunked",
+        "kto: each row twice, as it is and, without gradients, with another row's answer; TRL's chunked loss "
+        "as if every token belonged to an answer; no reference model is held, its log-probabilities are "
+        "computed before the first step",
+        ("log_probs", "entropy", "mean_logits"),
+        {"precompute_ref_logps": True, "calculate_KL": True},
+    ),
 }  # fmt: skip
 NOT_PLANNED = {
-    "orpo": "holds the logits of two answers at once",
-    "kto": "takes a second pass, over answers with others' prompts",
-    "reward": "trains a head of another shape on two answers",
     "grpo": "generates answers, with a cache that grows",
     "answer": "generates answers, with a cache that grows",
 }
 """Tasks of `lowmem finetune` that are measured and not planned, and what differs."""
+
+
+def planned_over_four_bits(task: str) -> bool:
+    """Whether adapters over 4-bit weights are planned for a task."""
+    return task not in PLANNED or PLANNED[task].four_bit
 
 
 def completed(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +112,11 @@ def problems(run: Any) -> list[str]:
         known = ["sft", *PLANNED, *NOT_PLANNED]
         return [f"task {run.task!r} is not allowed; {nearest(run.task, known)}"]
     rules = [
+        (
+            run.quantize is not None and not planned_over_four_bits(run.task),
+            f"quantize: task {run.task} over 4-bit weights is not planned, it computes more of them in fp32; "
+            "leave quantize out",
+        ),
         (run.rows == "packed", f"rows packed: task {run.task} pads its rows; use full or padded"),
         (run.ranks > 1, f"ranks: task {run.task} is planned on one card; leave ranks out"),
         (run.keep_output, f"keep_output: the trainer of task {run.task} keeps no logits; leave it out"),

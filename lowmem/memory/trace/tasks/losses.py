@@ -58,7 +58,33 @@ def _pairs(run: Run, ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-_MADE: Mapping[str, Callable[[Run, Tensor], dict[str, Tensor]]] = {"dpo": _pairs}
+def _sides(run: Run, ids: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for side in ("chosen", "rejected"):
+        mine = ids[: run.batch_size].clone()
+        found |= {f"{side}_input_ids": mine, f"{side}_labels": mine.clone()}
+        found[f"{side}_attention_mask"] = torch.ones_like(mine)
+    return found
+
+
+def _scored(run: Run, ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _judged(run: Run, ids: Tensor) -> dict[str, Tensor]:
+    once = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": torch.ones_like(ids)}
+    again = {f"KL_{name}": x.clone() for name, x in once.items()}
+    reference = torch.zeros(run.batch_size)
+    label = torch.ones(run.batch_size, dtype=torch.bool)
+    return {**once, **again, "label": label, "ref_logps": reference, "ref_KL_logps": reference.clone()}
+
+
+_MADE: Mapping[str, Callable[[Run, Tensor], dict[str, Tensor]]] = {
+    "dpo": _pairs,
+    "orpo": _sides,
+    "reward": _scored,
+    "kto": _judged,
+}
 
 
 def loss(model: nn.Module, inputs: Mapping[str, Tensor], run: Run) -> Tensor:

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import Blocks, Dense, Direction
+from lowmem.optim.blocks import BLOCK, Blocks, Dense, Direction
 from lowmem.optim.codecs.factored import Factored, RowCol
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.ages import numbers_of
+from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.elementwise.moments import Momentum, Square
 from lowmem.optim.shards import Shape, total, whole
@@ -69,11 +70,20 @@ def _shrink(squares: Tensor, shape: tuple[int, int], most: float, hp: Hyper) -> 
 
 def quotient(g: Blocks, p: Tensor, q: Tensor, most: float, hp: Hyper) -> Blocks:
     """U = diag(p) G diag(q), shortened to an rms of `most`; takes a pass over G, and uses p up."""
-    norms = torch.empty_like(p)
-    hp.sweep(_note_norms, Formula(_times, (g,), across=(q,)), (norms,))
+    norms, rest = torch.empty_like(p), _kept(Formula(_times, (g,), across=(q,)))
+    hp.sweep(_note_norms, rest, (norms,))
     norms.mul_(p)
     p.mul_(_shrink(torch.dot(norms, norms), g.shape, most, hp))
+    if isinstance(rest, Dense):
+        rest.tensor.mul_(p[:, None])
+        return rest
     return Formula(between, (g,), (p,), (q,))
+
+
+def _kept(x: Blocks) -> Blocks:
+    """A matrix that one row block is all of, made once instead of at every look; others as they are."""
+    m, n = x.shape
+    return Dense(x.rows(0, m), shape=x.shape) if sizes(x.device).at_hand and m * n <= BLOCK else x
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.formulas import Formula
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.normalised.rows import row_squares
+from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
@@ -71,11 +72,16 @@ class AdamMini(Rule):
         beta1, beta2 = hp.betas
         return 1.0 - beta2, max(hp.eps, LEAST_EPS), 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
 
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of the average."""
+        return shape.shard.starts_on(self.held.grain)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Move the second moments; the first moves after the write."""
         squares, v = torch.empty(g.shape[0], device=g.device), s["exp_avg_sq"]
         hp.sweep(_note_means, g, (squares,))
-        ok = hp.total(squares.amax(), "max") <= LARGEST_MEAN
+        top = squares.amax() if squares.numel() else squares.new_zeros(())
+        ok = hp.total(top, "max") <= LARGEST_MEAN
         s["age"].add_(ok)
         rate2, eps, correction1, correction2 = numbers_of(self, s["age"], hp).unbind()
         v.lerp_(torch.where(ok, squares, v), rate2)
@@ -91,4 +97,8 @@ class AdamMini(Rule):
         """Second moments of rows, the mean of its head for each row of a query or key weight."""
         if hp.heads < 2 or g.shape != hp.weight.shape:  # in a subspace, rows are directions
             return v
-        return v.view(hp.heads, -1).mean(1).repeat_interleave(v.numel() // hp.heads)
+        if hp.shard is None:
+            return v.view(hp.heads, -1).mean(1).repeat_interleave(v.numel() // hp.heads)
+        size = hp.shard.full[0] // hp.heads  # a head may lie on several ranks
+        head = torch.arange(hp.shard.first, hp.shard.first + v.numel(), device=v.device) // size
+        return (hp.total(v.new_zeros(hp.heads).index_add_(0, head, v)) / size)[head]

@@ -9,6 +9,7 @@ A tensor in which one element is not finite takes no step.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.elementwise.adam import Adam
+from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MEAN
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed, scoped
@@ -66,6 +68,10 @@ class AdamRankOne(Rule):
         """The codec's tables."""
         return tables(self.held)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block, and on a whole byte of the second moment."""
+        return shape.shard.starts_on(math.lcm(2, self.held.grain))
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """The new scales take a pass; both moments move after the write."""
         beta1, beta2 = hp.betas
@@ -76,7 +82,7 @@ class AdamRankOne(Rule):
 
         v = Blocks(g.shape, squares, g.device)
         new = maxima(v, hp)
-        ok = hp.total(new["row"].amax(), "max") <= LARGEST_MEAN
+        ok = new["col"].amax() <= LARGEST_MEAN
         s["age"].add_(ok)
         _, _, eps, correction1, correction2 = numbers_of(self.adam, s["age"], hp).unbind()
 

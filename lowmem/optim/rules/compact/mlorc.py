@@ -25,7 +25,8 @@ from lowmem.optim.blocks import Blocks, Direction, matrix_shape
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
-from lowmem.optim.projectors.bases import Frame, largest, orthonormal, unit
+from lowmem.optim.projectors.bases import Frame, orthonormal, own_rows, unit
+from lowmem.optim.shards import Shape, whole
 from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State, scoped
@@ -76,6 +77,10 @@ class MLorc(Rule):
         corrections = 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
         return 1.0 - beta1, 1.0 - beta2, max(hp.eps, LEAST_EPS), *corrections
 
+    def shards(self, shape: Shape) -> bool:
+        """Always: what both factors are found by is of all rows."""
+        return True
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """The step is made from what is held, while it is written; then what will be held is found."""
         ok = self._sound(g, hp)
@@ -104,8 +109,7 @@ class MLorc(Rule):
     @staticmethod
     def _sound(g: Blocks, hp: Hyper) -> Tensor:
         """No sum of squares can be infinite."""
-        top = torch.stack([g.rows(i, j).abs().amax() for i, j in walk(g.ranges(), g.device)]).amax()
-        return hp.total(top, "max") <= math.sqrt(LARGEST_MEAN / (g.shape[0] * g.shape[1]))
+        return hp.total(g.peak(), "max") <= math.sqrt(LARGEST_MEAN / math.prod(whole(g.shape)))
 
     def _rows(self, held: State, i: int, j: int, like: Blocks) -> Tensor:
         """Rows i..j of P R, in the precision of a matrix like it."""
@@ -122,8 +126,9 @@ class MLorc(Rule):
 
     def _store(self, x: Blocks, held: State, ok: Tensor, name: str, hp: Hyper) -> None:
         """Find P and R of a moment, from those of the one before; where ok is False, leave them."""
-        low = hp.gaussian(self.frame.low_shape(x.shape), name)
-        low.mul_(STIR * max(low.shape) ** -0.5).addcmul_(held["low"], 1.0 / largest(held["low"])[0])
+        shape = self.frame.low_shape(x.shape)
+        low = own_rows(hp.gaussian(whole(shape), name).mul_(STIR * max(whole(shape)) ** -0.5), shape)
+        low.addcmul_(held["low"], 1.0 / self.frame.largest(held["low"], x)[0])
         basis = hp.gaussian(self.frame.size(x.shape), f"{name} anew")
         for _ in range(self.iterations + (hp.first or hp.step == 0)):
             y = self.frame.across(low, x)

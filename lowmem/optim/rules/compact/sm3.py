@@ -20,6 +20,7 @@ from lowmem.optim.codecs.factored import RowCol
 from lowmem.optim.codecs.rankone import least, maxima
 from lowmem.optim.contract import Rule
 from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MEAN
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed, scoped
@@ -82,12 +83,16 @@ class SM3(Rule):
         """The codec's tables."""
         return tables(self.held) if self.held else {}
 
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of the momentum; column maxima are those of all rows."""
+        return self.held is None or shape.shard.starts_on(self.held.grain)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find the new maxima; the step is made from the old ones while it is written."""
         sums = scoped(s, "accumulator")
         n = Blocks(g.shape, lambda i, j: least(sums, i, j).addcmul_(g.rows(i, j), g.rows(i, j)), g.device)
         new = maxima(n, hp)
-        top = hp.total(new["row"].amax(), "max")
+        top = new["col"].amax()
         ok, small = top <= LARGEST_MEAN, self.floor * top + self.small
         u = Blocks(g.shape, lambda i, j: g.rows(i, j) * n.rows(i, j).add_(small).rsqrt_(), g.device)
 

@@ -25,9 +25,16 @@ from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.shards import Shape, whole
 from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
+
+
+def wide(shape: tuple[int, int]) -> bool:
+    """Whether all of a matrix is wide, be it only some of its rows that are here."""
+    m, n = whole(shape)
+    return m < n
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,8 @@ class Subsets:
 
     def init(self, x: Tensor) -> Tensor:
         """A second moment of zero."""
-        m, n = matrix_shape(x.shape)
-        return torch.zeros(-(-m * n // self.size) if self.size else max(m, n), device=x.device)
+        m, n = shape = matrix_shape(x.shape)
+        return torch.zeros(-(-m * n // self.size) if self.size else n if wide(shape) else m, device=x.device)
 
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """1 - beta2, eps, and what the bias corrections multiply by."""
@@ -63,18 +70,29 @@ class Subsets:
         if self.size:
             return self._pieces(g)
         m, n = g.shape
-        wide = m < n
-        out = torch.zeros(n if wide else m, device=g.device)
+        by_column = wide(g.shape)
+        out = torch.zeros(n if by_column else m, device=g.device)
         for i, j in walk(g.ranges(), g.device):
             squares = g.rows(i, j).contiguous().square()
-            if wide:
+            if by_column:
                 out += squares.sum(0)
             else:
                 out[i:j] = squares.sum(1)
-        return hp.total(out) if wide else out
+        return hp.total(out) if by_column else out
+
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a subset."""
+        return shape.shard.starts_on(self.size or 1)
+
+    def sound(self, sums: Tensor, hp: Hyper) -> Tensor:
+        """0-D bool, the same on all ranks: no subset's sum is too large."""
+        top = sums.amax() if sums.numel() else sums.new_zeros(())
+        return hp.total(top, "max") <= LARGEST_MEAN
 
     def _pieces(self, g: Blocks) -> Tensor:
         total = g.shape[0] * g.shape[1]
+        if not total:
+            return torch.zeros(0, device=g.device)
         step = max(1, BLOCK // self.size) * self.size
         parts = []
         for start in walk(range(0, total, step), g.device):
@@ -87,13 +105,13 @@ class Subsets:
         """x over the root of its subset's moment, without bias; numbers as `numbers` gives them."""
         _, eps, first, root = numbers.unbind()
         factors = first / (v.sqrt() * root + eps)
-        m, n = x.shape
+        n = x.shape[1]
 
         def rows(i: int, j: int) -> Tensor:
             if self.size:
                 own = factors[torch.arange(i * n, j * n, device=x.device) // self.size].view(j - i, n)
             else:
-                own = factors if m < n else factors[i:j, None]
+                own = factors if wide(x.shape) else factors[i:j, None]
             return x.rows(i, j) * own
 
         return Blocks(x.shape, rows, x.device)
@@ -136,10 +154,14 @@ class SubsetNorm(Rule):
         """The codec's tables."""
         return tables(self.held)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of the momentum and on a subset."""
+        return shape.shard.starts_on(self.held.grain) and self.subsets.shards(shape)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Move the second moment; the momentum moves once the weight is written."""
         sums = self.subsets.sums(g, hp)
-        ok = hp.total(sums.amax(), "max") <= LARGEST_MEAN
+        ok = self.subsets.sound(sums, hp)
         s["age"].add_(ok)
         numbers = numbers_of(self.subsets, s["age"], hp)
         v = s["exp_avg_sq"]

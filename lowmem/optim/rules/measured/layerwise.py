@@ -235,9 +235,13 @@ class StableSPAM(Rule):
         """Adam's moments alone."""
         self.adam.rebase_(s, change, shape, hp)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where the moments do: its numbers are of all rows."""
+        return self.adam.shards(shape)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Clip, normalise, and let Adam step while it is written."""
-        largest = hp.total(self._over(g, lambda rows: rows.abs().amax()).amax(), "max")
+        largest = hp.total(g.peak(), "max")
         ok = largest.isfinite()
         age = (s["seen"] + 1).double()
         most = self.theta * s["numbers"][0] + (1.0 - self.theta) * largest.double()

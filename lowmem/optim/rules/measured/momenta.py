@@ -61,6 +61,7 @@ class TAM(Measured):
     held: Coded = field(default_factory=lambda: coded(Sum()))
     gamma: float = 0.9
     turns: ClassVar[bool] = True
+    on_rows: ClassVar[bool] = True
 
     @property
     def uses(self) -> frozenset[str]:
@@ -153,6 +154,7 @@ class CriticalAdam(Measured):
 
     held: Coded = field(default_factory=lambda: coded(Recalling()))
     decay: float = 0.7
+    on_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, states: str, *, decay: float = 0.7) -> CriticalAdam:

@@ -24,6 +24,7 @@ from lowmem.optim.engine.cutting import walk
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.normalised.muon import Muon
 from lowmem.optim.rules.normalised.rows import inverse, row_squares
+from lowmem.optim.shards import Shape, shard_in, whole
 from lowmem.optim.terms.fp32 import LARGEST, LEAST_EPS, TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
@@ -85,6 +86,10 @@ class AdaMuon(Rule):
         """What the bias correction multiplies the root by, and eps."""
         return (1.0 - hp.betas[1] ** t) ** -0.5, max(hp.eps, LEAST_EPS)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where Muon does, and shards start on a block of V."""
+        return self.muon.shards(shape) and shape.shard.starts_on(self.held.grain)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Muon's step is made twice: for the length of N, and while it is written."""
         made, rate = self.muon.update(g, s, hp), 1.0 - hp.betas[1]
@@ -101,7 +106,7 @@ class AdaMuon(Rule):
 
         n = Blocks(g.shape, rows, g.device)
         squares = torch.stack([row_squares(n.rows(i, j)).sum() for i, j in walk(n.ranges(), g.device)]).sum()
-        length = self.rms * inverse(hp.total(squares), g.shape[0] * g.shape[1] / hp.share)
+        length = self.rms * inverse(hp.total(squares), math.prod(whole(g.shape)))
         follow = second.following(o.map(torch.square), rate, ok)
 
         def commit() -> None:
@@ -145,10 +150,10 @@ class Dion(Rule):
     reads_later: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        whole = self.rank >= 1.0 and self.rank % 1.0 == 0.0
+        counts = self.rank >= 1.0 and self.rank % 1.0 == 0.0
         bad = {
             f"rank is a whole number from 1 on, or a share between 0 and 1, got {self.rank}": not (
-                whole or 0.0 < self.rank < 1.0
+                counts or 0.0 < self.rank < 1.0
             ),
             f"momentum must be in [0, 1), got {self.momentum}": not 0.0 <= self.momentum < 1.0,
         }
@@ -167,8 +172,8 @@ class Dion(Rule):
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Both factors beside one another."""
-        short = min(shape)
-        return min(short, int(self.rank) if self.rank >= 1 else max(1, round(short * self.rank))), sum(shape)
+        short, both = min(whole(shape)), sum(whole(shape))
+        return min(short, int(self.rank) if self.rank >= 1 else max(1, round(short * self.rank))), both
 
     def scratch(self, shape: tuple[int, int]) -> int:
         """Each factor twice."""
@@ -184,19 +189,23 @@ class Dion(Rule):
         """The codec's tables."""
         return tables(self.held)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of the momentum: r columns are gathered, r rows summed."""
+        return shape.shard.starts_on(self.held.grain)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Both factors; their product is left to the write."""
         moment, basis = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp), s["basis"]
         b = Blocks(g.shape, lambda i, j: moment.rows(i, j) + g.rows(i, j), g.device)
-        top = torch.stack([b.rows(i, j).abs().amax() for i, j in walk(b.ranges(), g.device)]).amax()
-        ok = hp.total(top, "max") <= LARGEST
+        top = hp.total(b.peak(), "max")
+        ok = top <= LARGEST
         top = torch.where(ok & (top > TINY), top, 1.0)
         x = b.map(lambda rows: torch.where(ok, rows / top, 0.0))
         start = (
             hp.gaussian((basis.shape[1], basis.shape[0]), "basis").t() if hp.first or hp.step == 0 else basis
         )
-        p = torch.linalg.qr(x.right(start.t())).Q
-        low = x.left(p)
+        p = self._left(x, start)
+        low = hp.total(x.left(p))
         norms = row_squares(low).sqrt()
         strong = norms > self.noise * norms.amax()
         share = torch.where(strong, 1.0 / norms, 0.0)
@@ -212,4 +221,12 @@ class Dion(Rule):
 
         seen = Blocks(g.shape, lambda i, j: p[i:j] @ low, g.device)
         d = Blocks(g.shape, lambda i, j: (p[i:j] * share) @ low, g.device)
-        return Direction(d, scale=math.sqrt(g.shape[0] / g.shape[1]), ok=ok, commit=commit)
+        m, n = whole(g.shape)
+        return Direction(d, scale=math.sqrt(m / n), ok=ok, commit=commit)
+
+    @staticmethod
+    def _left(x: Blocks, start: Tensor) -> Tensor:
+        """P of the rows held here; each rank finds all of it."""
+        own, shard = x.right(start.t()), shard_in(x.shape)
+        p: Tensor = torch.linalg.qr(own if shard is None else shard.gathered(own)).Q
+        return p if shard is None else shard.own(p)

@@ -245,6 +245,10 @@ class AuON(Rule):
         """The codec's tables."""
         return tables(self.held)
 
+    def shards(self, shape: Shape) -> bool:
+        """Where shards start on a block of the momentum."""
+        return shape.shard.starts_on(self.held.grain)
+
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Two sums over the matrix; what is divided is left to the write."""
         share = 1.0 - self.momentum
@@ -254,8 +258,8 @@ class AuON(Rule):
         x, ok = unit(u, hp)
         over = inverse(_sum(x.map(torch.square), hp), 1.0)
         wide = x.map(lambda rows: (rows * (self.gamma * over)).cosh_().square_())
-        m, n = g.shape
-        spread = (_sum(wide, hp) / (m / hp.share * n)).rsqrt()
+        m, n = whole(g.shape)
+        spread = (_sum(wide, hp) / (m * n)).rsqrt()
         if self.scaling == "released":
             return Direction(u.map(lambda rows: rows * spread), ok=ok, commit=moment.following(g, share, ok))
         scale = math.sqrt(max(1.0, m / n)) if self.scaling == "aspect" else 0.2 * math.sqrt(m * n)
