@@ -28,8 +28,8 @@ def of_run(config: RunConfig) -> Callable[[Mapping[str, Any], Any], Prediction]:
     """
 
     def predict(measured: Mapping[str, Any], strategy: Any) -> Prediction:
-        options = run_options(config, measured)
         try:
+            options = run_options(config, measured)
             advise = bool(measured.get("out_of_memory"))  # a run that fitted needs no levers
             return _entry(config.model, strategy, {**options, "advise": advise}), [_note(options)]
         except UserError as error:
@@ -48,10 +48,10 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
     batch = measured.get("batch") or {}
     rows, length = batch.get("rows", config.batch_size), batch.get("tokens", config.seq_len)
     return {
-        "seq_len": max(length, 2),
+        "seq_len": max(batch.get("prompt_tokens", length), 2),
         "rows": batch.get("kind", "packed" if config.packing else "padded"),
         "longest": batch.get("longest"),
-        **_loss(config, rows, length, batch.get("label_tokens")),
+        **_loss(config, rows, length, batch.get("label_tokens"), length - batch.get("prompt_tokens", 0)),
         "dtype": config.dtype,
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_release": config.gradient_release,
@@ -74,12 +74,22 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _loss(config: RunConfig, rows: int, length: int, labels: int | None) -> dict[str, Any]:
+def _loss(config: RunConfig, rows: int, length: int, labels: int | None, answer: int) -> dict[str, Any]:
     """Rows of the data, and where their logits are made; a task has a loss of its own."""
     if (task := PLANNED.get(_planned(config))) is not None:
+        if config.task == "grpo":
+            return _grown(config, rows, answer)
         return {"batch_size": max(1, rows // task.rows)}
     loss = "chunked" if labels is None else "labels" if labels < rows * length else "plain"
     return {"batch_size": rows, "loss": loss, "label_tokens": labels}
+
+
+def _grown(config: RunConfig, rows: int, answer: int) -> dict[str, Any]:
+    if config.beta:
+        raise UserError("task grpo with beta: the reference that it is pulled towards is not planned")
+    return {
+        "batch_size": rows, "num_generations": config.num_generations, "max_completion": max(2, answer)
+    }  # fmt: skip
 
 
 def _planned(config: RunConfig) -> str:

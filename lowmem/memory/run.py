@@ -86,7 +86,9 @@ class Run:
     kbit_prepare: bool = _option(
         False, "peft's prepare_model_for_kbit_training: fp32 where nothing is packed", group="Adapters"
     )
-    task: str = _option("sft", "what is learned, as finetune calls it: sft, dpo, orpo, kto, reward")
+    task: str = _option("sft", "what is learned, as finetune calls it: sft, dpo, orpo, kto, reward, grpo")
+    num_generations: int | None = _option(None, "answers per prompt of grpo (8)", least=2)
+    max_completion: int | None = _option(None, "tokens of an answer of grpo (256)", least=2)
     compile: str = _option(
         "auto", "compile the optimizer's step", choices=("auto", "on", "off"), group="Device"
     )
@@ -115,7 +117,8 @@ class Run:
     @property
     def evaluation(self) -> Run | None:
         """The run with the batch of an evaluation; None where nothing is evaluated."""
-        rows = self.batch_size if self.eval_batch_size is None else self.eval_batch_size
+        usual = (self.num_generations or 8) if self.task == "grpo" else self.batch_size
+        rows = usual if self.eval_batch_size is None else self.eval_batch_size
         if not rows:
             return None
         labels = self.label_tokens and -(-self.label_tokens * rows // self.batch_size)

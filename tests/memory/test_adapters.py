@@ -44,7 +44,7 @@ def test_a_plan_is_a_real_step(kind: str) -> None:
     ("options", "match"),
     [
         ({"task": "answer"}, "generates.*finetune --objective accuracy"),
-        ({"task": "grpo"}, "generates answers"),
+        ({"task": "grpo"}, "8 answers per prompt do not divide"),
         ({"task": "dop"}, "did you mean 'dpo'"),
         ({"adapter": "iaa3"}, "did you mean 'ia3'"),
         ({"adapter": "ia3", "lora_rank": 4}, "give one of them"),

@@ -51,7 +51,7 @@ def variants(run: Run, needs_autograd: bool, releases: bool = True) -> dict[str,
             found["gradient checkpointing and release"] = replace(released, gradient_checkpointing=True)
         if run.loss != "chunked" and run.task == "sft":
             found["chunked loss"] = replace(run, loss="chunked", label_tokens=None)
-    if run.batch_size > 1:
+    if run.batch_size > 1 and run.task != "grpo":  # whose answers to a prompt are judged together
         found["half the batch"] = replace(run, batch_size=run.batch_size // 2)
     elif run.seq_len > 256:
         found["half the sequence"] = replace(run, seq_len=run.seq_len // 2)

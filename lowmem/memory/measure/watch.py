@@ -103,11 +103,13 @@ class Watch:
         self._names = {p: kind_of(name.rpartition(".")[0]) for name, p in model.named_parameters()}
         self._stack = ExitStack()
         self._seen: list[dict[str, Any]] = []
+        self._prompts: list[dict[str, Any]] = []  # passes that grow an answer; the first is over the prompts
 
     @property
     def batch(self) -> dict[str, Any]:
         """The largest micro-batch: rows, tokens per row, their kind, positions with logits; {} if unknown."""
-        return max(self._seen, key=lambda one: one["rows"] * one["tokens"], default={})
+        largest = max(self._seen, key=lambda one: one["rows"] * one["tokens"], default={})
+        return largest | {"prompt_tokens": self._prompts[0]["tokens"]} if self._prompts else largest
 
     def __enter__(self) -> Watch:
         with ExitStack() as stack:
@@ -156,10 +158,12 @@ class Watch:
             return
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self.tracker.phase != "forward":
-                self.tracker.enter("forward")
+            grows = kwargs.get("past_key_values") is not None and not torch.is_grad_enabled()
+            phase = "generation" if grows else "forward"
+            if self.tracker.phase != phase:
+                self.tracker.enter(phase)
             with _disable_current_modes():  # what is computed here is not part of the step
-                self._seen += _shape_of(args, kwargs)
+                (self._prompts if grows else self._seen).extend(_shape_of(args, kwargs))
 
         def logits(module: nn.Module, args: Any) -> None:
             if self._seen and args:

@@ -4,6 +4,7 @@ Forward with the model's own loss, outputs dropped, backward, clipping, and the 
 steps. The optimizer itself is not run: its state and scratch are added by `events`, so one trace serves every
 strategy. Phases, in the order of a step:
 
+    generation         task grpo alone: answers grow
     forward            the layers
     loss forward       head, logits, loss
     loss backward      until the gradient of the last hidden state exists
@@ -35,6 +36,7 @@ from lowmem.memory.trace.offload import offloaded
 from lowmem.memory.trace.patience import Patience, refusing
 from lowmem.memory.trace.ranks import AFTER, Units
 from lowmem.memory.trace.tasks import losses
+from lowmem.memory.trace.tasks.generation import generate
 from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.optim.int8.tensor import is_coded
@@ -175,6 +177,8 @@ def evaluation(config: Any, run: Run) -> Moment:
         model.eval()
         with tracker, kernels.scratch(run.device), torch.no_grad():
             tracker.enter(EVALUATION)
+            if run.task == "grpo":
+                generate(model, run, run.batch_size)
             _loss(model, batch, run)
         if run.ranks > 1:
             tracker, _ = ranks.held(tracker, ranks.units(model), run)
@@ -263,6 +267,9 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
         p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     hooks = phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing)
     with tracker, kernels.scratch(run.device), hooks:
+        if run.task == "grpo":
+            tracker.enter("generation")
+            generate(model, run, run.batch_size * run.accumulation)
         for _ in range(min(run.accumulation, 2)):  # the third micro-batch meets what the second met
             gradients.clear()
             tracker.enter("forward")

@@ -54,7 +54,8 @@ def test_a_score_takes_the_place_of_the_vocabulary() -> None:
         1 - base["vocab_size"]
     )
     assert whole.plans[0].events["loss forward"] < planned("orpo").plans[0].events["loss forward"]
-    adapters = planned("dpo", lora_rank=2, lora_targets="all-linear").model.trainable
+    matrices = (64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)
+    adapters = 3 * sum(2 * (m + n) for m, n in matrices)
     assert adapted.model.trainable == adapters + base["hidden_size"]  # the score is trained beside them
     with pytest.raises(UserError, match="plan it by the model's name"):
         lowmem.plan(families.model("llama"), "adamw", task="reward", batch_size=2, seq_len=48)
@@ -66,9 +67,27 @@ def test_the_second_pass_of_kto_keeps_nothing() -> None:
     assert judged.plans[0].events[event] == pytest.approx(paired.plans[0].events[event], rel=5e-3)
 
 
+GROWN = {"batch_size": 4, "num_generations": 4, "max_completion": 32, "seq_len": 16}
+
+
+def test_answers_grow_beside_their_keys_and_values() -> None:
+    """Twice the rows hold twice the cache: keys and values of 3 layers, 2 heads of 16 numbers, 48 tokens."""
+    one, two = (planned("grpo", **GROWN, accumulation=n).plans[0].events["generation"] for n in (1, 2))
+    cache = 2 * 3 * 2 * 16 * 47 * 4 * 4
+    assert cache < two - one < 2 * cache
+
+
+def test_recomputation_waits_until_the_answers_are_there() -> None:
+    plain, again = (planned("grpo", **GROWN, gradient_checkpointing=on).plans[0] for on in (False, True))
+    assert again.events["generation"] == plain.events["generation"]
+    assert again.events["recompute"] < plain.events["first layer backward"]
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"task": "grpo", "batch_size": 6}, "do not divide batch_size x accumulation = 6"),
+        ({"max_completion": 32}, "for task grpo"),
         ({"loss": "plain"}, "a loss of its own"),
         ({"rows": "packed"}, "pads its rows"),
         ({"ranks": 2}, "planned on one card"),
@@ -104,3 +123,12 @@ def test_a_run_is_predicted_for_the_rows_of_its_data() -> None:
     )
     assert (found["batch_size"], found["seq_len"], found["task"]) == (4, 61, "dpo")
     assert "loss" not in found
+    options = {"task": "grpo", "reward": "operator:length_hint", "num_generations": 4, "batch_size": 4}
+    batch = {"rows": 4, "tokens": 40, "kind": "full", "label_tokens": None, "prompt_tokens": 11}
+    config = lowmem.config.build({"model": "gpt2", "optim": "adamw", **options})
+    found = predict.run_options(config, {"batch": batch})
+    assert (found["seq_len"], found["max_completion"], found["num_generations"]) == (11, 29, 4)
+    config = lowmem.config.build({"model": "gpt2", "optim": "adamw", **options, "beta": 0.1})
+    entry, notes = predict.of_run(config)({"batch": batch}, lowmem.create("adamw"))
+    assert entry is None
+    assert "is not planned" in notes[0]

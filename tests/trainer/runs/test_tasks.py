@@ -104,6 +104,9 @@ def test_a_run_learns_its_task_and_prints_nothing(task: str, place: Path, tmp_pa
     if task in kinds.PLANNED:  # and what it took stands beside what was predicted
         assert abs(report["error_percent"]["peak_allocated"]) < 1
         assert abs(report["error_percent"]["weights"]) == 0
+        if task == "grpo":
+            grown = [report[side]["events"]["generation"] for side in ("predicted", "measured")]
+            assert grown[0] == pytest.approx(grown[1], rel=0.01)
         assert kinds.PLANNED[task].words in report["assumptions"][0]
 
 

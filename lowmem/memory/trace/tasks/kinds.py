@@ -67,9 +67,20 @@ PLANNED: dict[str, Task] = {
         ("log_probs", "entropy", "mean_logits"),
         {"precompute_ref_logps": True, "calculate_KL": True},
     ),
+    "grpo": Task(
+        ("trl", "GRPO"), 1, "chunked",
+        "grpo: batch_size x accumulation answers grow side by side to their full length, with a cache of "
+        "keys and values; then a step on prompts of seq_len tokens and their answers, TRL's chunked loss as "
+        "if every token belonged to an answer; no pull towards a reference (beta 0)",
+        ("log_probs", "entropy"),
+        {
+            "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "_entropy_bonus_enabled": False,
+            "current_gradient_accumulation_steps": 1,
+        },
+        stilled=False,
+    ),
 }  # fmt: skip
 NOT_PLANNED = {
-    "grpo": "generates answers, with a cache that grows",
     "answer": "generates answers, with a cache that grows",
 }
 """Tasks of `lowmem finetune` that are measured and not planned, and what differs."""
@@ -100,6 +111,9 @@ def problems(run: Any) -> list[str]:
     Args:
         run: a `Run`.
     """
+    of_grpo = [name for name in ("num_generations", "max_completion") if getattr(run, name) is not None]
+    if of_grpo and run.task != "grpo":
+        return [f"{', '.join(of_grpo)}: for task grpo; leave it out, or give task grpo"]
     if run.task == "sft":
         return []
     if (why := NOT_PLANNED.get(run.task)) is not None:
@@ -116,6 +130,11 @@ def problems(run: Any) -> list[str]:
             run.quantize is not None and not planned_over_four_bits(run.task),
             f"quantize: task {run.task} over 4-bit weights is not planned, it computes more of them in fp32; "
             "leave quantize out",
+        ),
+        (
+            run.task == "grpo" and run.batch_size * run.accumulation % (run.num_generations or 8),
+            f"num_generations: {run.num_generations or 8} answers per prompt do not divide batch_size x "
+            f"accumulation = {run.batch_size * run.accumulation}; make that a multiple",
         ),
         (run.rows == "packed", f"rows packed: task {run.task} pads its rows; use full or padded"),
         (run.ranks > 1, f"ranks: task {run.task} is planned on one card; leave ranks out"),

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.memory.run import Run
+from lowmem.memory.trace.tasks.generation import tokens_of_answer
 from lowmem.memory.trace.tasks.kinds import PLANNED
 
 
@@ -79,11 +81,28 @@ def _judged(run: Run, ids: Tensor) -> dict[str, Tensor]:
     return {**once, **again, "label": label, "ref_logps": reference, "ref_KL_logps": reference.clone()}
 
 
+def _answered(run: Run, ids: Tensor) -> dict[str, Tensor]:
+    """The first part of the answers that grew: of those of all micro-batches, which are held meanwhile."""
+    rows = run.batch_size * run.accumulation
+    prompts = ids.new_zeros((rows, run.seq_len))
+    answers = ids.new_zeros((rows, tokens_of_answer(run)))
+    whole = {
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": answers,
+        "completion_mask": torch.ones_like(answers),
+        "advantages": torch.zeros(rows),
+    }
+    part = {name: x[: run.batch_size] for name, x in whole.items()}
+    return {**part, "num_items_in_batch": torch.ones(())}
+
+
 _MADE: Mapping[str, Callable[[Run, Tensor], dict[str, Tensor]]] = {
     "dpo": _pairs,
     "orpo": _sides,
     "reward": _scored,
     "kto": _judged,
+    "grpo": _answered,
 }
 
 
@@ -117,7 +136,7 @@ def _stand_in(model: Any, run: Run) -> Any:
     vars(made).update(given)
     vars(made).update(
         model=model,
-        args=SimpleNamespace(**given, device=torch.device("cpu")),
+        args=SimpleNamespace(**{**given, "steps_per_generation": 1}, device=torch.device("cpu")),
         accelerator=_Alone(),
         aux_loss_enabled=hasattr(config, "output_router_logits") and coefficient != 0.0,
         router_aux_loss_coef=coefficient,
@@ -144,9 +163,16 @@ class _Alone:
     """What a loss asks an accelerator for, on one device."""
 
     device = torch.device("cpu")
+    num_processes = 1
+    is_main_process = False
+    autocast = nullcontext
 
     @staticmethod
     def gather(x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def reduce(x: Tensor, reduction: str = "sum") -> Tensor:
         return x
 
     gather_for_metrics = gather
