@@ -219,10 +219,6 @@ def of_adapters(v: Mapping[str, Any]) -> list[str]:
             f"adapter vectorfit: {v['quantize']} weights are codes, and singular vectors would take several "
             "times their memory; leave quantize out, or give lora_rank",
         ),
-        (
-            ours and v.get("fsdp"),
-            "adapter vectorfit: frozen singular vectors are not sharded; leave fsdp out, or give lora_rank",
-        ),
         (lora and not v["lora_rank"], f"{', '.join(lora)}: of LoRA; give lora_rank as well"),
         (other and v["lora_rank"], f"lora_rank: of LoRA, adapter is {v['adapter']}; give one of them"),
         (

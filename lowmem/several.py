@@ -17,6 +17,7 @@ DEEPSPEED = "deepspeed: it flattens parameters, a strategy needs their shapes; s
 STAYS = "offload_state: rows that FSDP2 spreads keep their state on their card; leave it out, or add cards"
 REFERRING = ("dpo", "kto")
 """Tasks that compare with the model as it was."""
+_UNCUT = "adapter vectorfit: its frozen singular vectors are not sharded"
 _UNSCALED = "a sharded step is not skipped where a scaled gradient overflows"
 
 
@@ -57,6 +58,10 @@ def of_settings(v: Mapping[str, Any]) -> list[str]:
         (
             v["quantize"] or v["weights"] or v["few_bit"],
             "fsdp: quantised weights and few_bit are for one device; leave one out",
+        ),
+        (
+            (v["adapter"] or "").lower() == "vectorfit",
+            f"{_UNCUT}; leave fsdp out, or give lora_rank",
         ),
         (
             v["task"] in REFERRING and adapts,
@@ -104,16 +109,16 @@ def of_plan(run: Any) -> Iterator[str]:
             "weights int8: they are not sharded yet (FSDP2); leave ranks or weights out",
         ),
         (run.offload_state and run.sharded, STAYS),
-        (
-            run.sharded and (run.adapter or "").lower() == "vectorfit",
-            "adapter vectorfit: frozen singular vectors are not sharded; take shard none, or give lora_rank",
-        ),
         (run.per_node and run.ranks == 1, "per_node: there is one rank; give ranks as well"),
         (run.shard == "none" and run.ranks == 1, "shard none: there is one rank; give ranks as well"),
         (
             run.sharded and run.quantize,
             "quantize: FSDP2 leaves 4-bit weights whole on every card; take shard none, or adapters over "
             "bfloat16 weights",
+        ),
+        (
+            run.sharded and (run.adapter or "").lower() == "vectorfit",
+            f"{_UNCUT}; take shard none, or give lora_rank",
         ),
         (
             run.sharded and run.autocast and run.autocast_dtype == "float16",

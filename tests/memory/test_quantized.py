@@ -76,7 +76,7 @@ def measured(made: nn.Module) -> dict[str, dict[str, int]]:
     tracker.register(inputs.values(), "activations")
     for p in made.parameters():
         if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda p: tracker.claim(p.grad, "gradients"))
+            p.register_post_accumulate_grad_hook(lambda p: tracker.register([p.grad], "gradients"))
     with tracker, phase_hooks(made, tracker, checkpointing=False):
         tracker.enter("forward")
         value = loss(made, inputs)

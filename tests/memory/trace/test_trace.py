@@ -33,7 +33,7 @@ def peaks_of(
     tracker.register(inputs.values(), "activations")
     for p in made.parameters():
         if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda p: tracker.claim(p.grad, "gradients"))
+            p.register_post_accumulate_grad_hook(lambda p: tracker.register([p.grad], "gradients"))
     with tracker, phase_hooks(made, tracker, checkpointing=checkpointing):
         tracker.enter("forward")
         value = loss(made, inputs)
