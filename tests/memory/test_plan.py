@@ -213,6 +213,8 @@ def test_every_option_is_emitted_or_refused_by_name():
     assert (coded.weights, coded.int8_embeddings, coded.few_bit) == ("int8", True, 4)
     assert emit.run_config("gpt2", Run(activation_offload=True), "adamw", {}).activation_offload
     assert emit.run_config("gpt2", Run(offload_state=True), "adamw", {}).offload_state
+    with pytest.raises(UserError, match="its reward is a function of yours"):
+        emit.run_config("gpt2", Run(task="grpo"), "adamw", {})
     apart = {
         "gradient_release",
         "adapter",

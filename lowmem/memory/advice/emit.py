@@ -16,7 +16,7 @@ from lowmem.errors import UserError
 from lowmem.memory.run import Run
 
 SAME = (
-    "task", "num_generations", "max_completion",
+    "task",
     "dtype", "seq_len", "batch_size", "accumulation", "gradient_checkpointing", "gradient_release",
     "activation_offload", "offload_state", "few_bit", "lora_rank", "lora_alpha", "lora_dropout",
     "lora_targets", "adapter", "adapter_args", "quantize", "weights", "int8_embeddings", "compile", "steps",
@@ -25,6 +25,8 @@ SAME = (
 LAUNCHED = ("ranks", "shard", "per_node")
 """Options that the second file carries."""
 TRANSLATED = ("rows", "max_grad_norm", "autocast", "autocast_dtype")
+REWARDED = ("num_generations", "max_completion")
+"""Options of task grpo, whose run needs a reward that no plan knows."""
 BESIDE = (
     "longest", "typical", "loss", "label_tokens", "device", "compute_capability", "workspace",
 )  # fmt: skip
@@ -63,6 +65,11 @@ def run_config(
     if strategy == "custom":
         raise UserError(
             "cannot emit a run of a strategy composed in Python: it has no name; plan one that has"
+        )
+    if run.task == "grpo":
+        raise UserError(
+            "cannot emit a run of task grpo: its reward is a function of yours; write a file with task: grpo "
+            "and reward: MODULE:FUNCTION, or give both to `lowmem finetune`"
         )
     if asked:
         raise UserError(f"cannot emit a run with {asked[0]}: {NOT_DONE[asked[0]]}; plan without it")
@@ -108,7 +115,7 @@ def known() -> set[str]:
     >>> known() == {f.name for f in fields(Run)}
     True
     """
-    return {*SAME, *TRANSLATED, *BESIDE, *NOT_DONE, *LAUNCHED}
+    return {*SAME, *TRANSLATED, *BESIDE, *NOT_DONE, *LAUNCHED, *REWARDED}
 
 
 def accelerate(run: Run) -> dict[str, Any]:

@@ -70,7 +70,9 @@ def _sums(edges: Tensor) -> Tensor:
     upper = torch.arange(1 << 15, dtype=torch.int32)
     upper = torch.where(upper < 1 << 14, upper, upper - (1 << 15))
     below = torch.searchsorted(ordered(edges), upper << 16, right=True).to(torch.int32)
-    next_one = torch.cat([ordered(edges), torch.tensor([torch.iinfo(torch.int32).max])])[below.long()]
+    next_one = torch.cat([ordered(edges), torch.tensor([torch.iinfo(torch.int32).max], dtype=torch.int32)])[
+        below.long()
+    ]
     lacks = torch.where(next_one >> 16 == upper, (1 << 16) - (next_one & 0xFFFF), 0)
     return ((below << 16) + lacks)[:, None]
 

@@ -253,6 +253,6 @@ def test_prompts_that_leave_no_room_are_said(place: Path, tmp_path: Path) -> Non
             self.said.append(text)
 
     heard = Heard()
-    with pytest.raises(UserError, match="fill seq_len 4"):
+    with pytest.raises(UserError, match="fills seq_len 4"):
         recipe.finetune(settings(place, tmp_path / "out", "dpo", seq_len=4), heard)
     assert not (tmp_path / "out").exists()

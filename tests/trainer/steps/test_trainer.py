@@ -400,7 +400,9 @@ def test_a_job_that_would_shard_nothing_is_refused_before_a_model_loads(monkeypa
 def test_engines_that_only_the_run_knows_of_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"fsdp: there is one process.*torchrun"):
         trainer(tmp_path, fsdp=True)
-    args = SimpleNamespace(gradient_release=False, gradient_sync="whole", fsdp=True, world_size=2, n_gpu=1)
+    args = SimpleNamespace(
+        gradient_release=False, offload_state=False, gradient_sync="whole", fsdp=True, world_size=2, n_gpu=1
+    )
     state = SimpleNamespace(distributed_type="MULTI_CPU", fsdp_plugin=SimpleNamespace(fsdp_version=1))
     run = SimpleNamespace(
         _strategy=create("mezo"),
