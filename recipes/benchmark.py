@@ -64,8 +64,8 @@ class Claim:
 
 CLAIMS = [
     Claim("lowmem adamw_8bit companded8", "torch AdamW fused", 3.0),
-    Claim("lowmem adamw_8bit int8", "bitsandbytes AdamW8bit", 4.0, at_least=True),
-    Claim("lowmem adamw_8bit int8", "torchao AdamW8bit", 4.0, at_least=True),
+    Claim("lowmem adamw_8bit int8", "bitsandbytes AdamW8bit", 6.0, at_least=True),
+    Claim("lowmem adamw_8bit int8", "torchao AdamW8bit", 6.0, at_least=True),
     Claim("lowmem galore, matrices", "two products", 1.25),
     Claim("lowmem galore, matrices", "galore-torch, matrices", 1.0, at_least=True),
     Claim("power iteration refresh", "SVD refresh", 0.1),
