@@ -16,15 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowmem.config import RunConfig, dump
 from lowmem.console import Console
 from lowmem.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 MEASURED = ("held_out", "general", "benchmarks")
 SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+
+from lowmem.memory.trace.replica import phase_hooks
+from lowmem.memory.trace.tracker import Tracker
 
 BASE = {
     "vocab_size": 512,
@@ -59,3 +62,27 @@ def batch(rows: int = 2, length: int = 48) -> dict[str, torch.Tensor]:
 def loss(made: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """As `Trainer.compute_loss`: the outputs are gone before backward."""
     return made(**inputs, use_cache=False, num_items_in_batch=torch.ones((), dtype=torch.long)).loss
+
+
+def peaks_of(
+    made: nn.Module,
+    checkpointing: bool = False,
+    inputs: dict[str, torch.Tensor] | None = None,
+    constants: Iterable[torch.Tensor] = (),
+) -> dict[str, dict[str, int]]:
+    """Phases of a real step by our tracker: bytes by category. Constants are held beside parameters."""
+    inputs = inputs or batch()
+    tracker = Tracker()
+    tracker.register([*made.parameters(), *made.buffers(), *constants], "weights")
+    tracker.register(inputs.values(), "activations")
+    for p in made.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: tracker.register([p.grad], "gradients"))
+    with tracker, phase_hooks(made, tracker, checkpointing=checkpointing):
+        tracker.enter("forward")
+        value = loss(made, inputs)
+        tracker.enter("loss backward", "logits")
+        value.backward()
+        del value
+        tracker.enter("optimizer step", "workspace")
+    return {name: dict(moment.bytes) for name, moment in tracker.moments().items()}

@@ -14,9 +14,8 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.memory.run import Run
 from lowmem.memory.trace import quantized
-from lowmem.memory.trace.replica import phase_hooks, trace
-from lowmem.memory.trace.tracker import Tracker
-from tests.memory.families import BASE, FAMILIES, batch, loss
+from lowmem.memory.trace.replica import trace
+from tests.memory.families import BASE, FAMILIES, peaks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 RUN = {
@@ -69,22 +68,7 @@ def real(folder: Path, family: str, *, double: bool, kbit: bool, dtype: torch.dt
 
 
 def measured(made: nn.Module) -> dict[str, dict[str, int]]:
-    tracker = Tracker()
-    tracker.register([*made.parameters(), *made.buffers()], "weights")
-    tracker.register([constant for _, constant in quantized.constants(made)], "weights")
-    inputs = batch()
-    tracker.register(inputs.values(), "activations")
-    for p in made.parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda p: tracker.register([p.grad], "gradients"))
-    with tracker, phase_hooks(made, tracker, checkpointing=False):
-        tracker.enter("forward")
-        value = loss(made, inputs)
-        tracker.enter("loss backward", "logits")
-        value.backward()
-        del value
-        tracker.enter("optimizer step", "workspace")
-    return {name: dict(moment.bytes) for name, moment in tracker.moments().items()}
+    return peaks_of(made, constants=[constant for _, constant in quantized.constants(made)])
 
 
 @pytest.mark.parametrize(

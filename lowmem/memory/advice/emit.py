@@ -16,8 +16,7 @@ from lowmem.errors import UserError
 from lowmem.memory.run import Run
 
 SAME = (
-    "task",
-    "dtype", "seq_len", "batch_size", "accumulation", "gradient_checkpointing", "gradient_release",
+    "task", "dtype", "seq_len", "batch_size", "accumulation", "gradient_checkpointing", "gradient_release",
     "activation_offload", "offload_state", "few_bit", "lora_rank", "lora_alpha", "lora_dropout",
     "lora_targets", "adapter", "adapter_args", "quantize", "weights", "int8_embeddings", "compile", "steps",
 )  # fmt: skip

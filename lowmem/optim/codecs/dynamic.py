@@ -69,10 +69,9 @@ def _sums(edges: Tensor) -> Tensor:
     """The table of `nearest_code` for these thresholds, (32768, 1) int32: the numbers in [-1, 1] and more."""
     upper = torch.arange(1 << 15, dtype=torch.int32)
     upper = torch.where(upper < 1 << 14, upper, upper - (1 << 15))
-    below = torch.searchsorted(ordered(edges), upper << 16, right=True).to(torch.int32)
-    next_one = torch.cat([ordered(edges), torch.tensor([torch.iinfo(torch.int32).max], dtype=torch.int32)])[
-        below.long()
-    ]
+    words = ordered(edges)
+    below = torch.searchsorted(words, upper << 16, right=True).to(torch.int32)
+    next_one = torch.cat([words, words.new_tensor([torch.iinfo(torch.int32).max])])[below]
     lacks = torch.where(next_one >> 16 == upper, (1 << 16) - (next_one & 0xFFFF), 0)
     return ((below << 16) + lacks)[:, None]
 

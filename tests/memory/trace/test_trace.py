@@ -14,7 +14,7 @@ from lowmem.memory.trace.tracker import Tracker
 from lowmem.models.attention import attend_by_example
 from lowmem.sources.directions import Pen
 from lowmem.strategies import create
-from tests.memory.families import FAMILIES, batch, loss, model
+from tests.memory.families import FAMILIES, batch, loss, model, peaks_of
 
 RUN = Run(batch_size=2, seq_len=48, dtype="float32", device="cpu", max_grad_norm=0.0)
 
@@ -22,26 +22,6 @@ RUN = Run(batch_size=2, seq_len=48, dtype="float32", device="cpu", max_grad_norm
 def real_peaks(family: str, dtype: torch.dtype, checkpointing: bool) -> dict[str, dict[str, int]]:
     """Phases of a real step by our tracker: bytes by category."""
     return peaks_of(model(family, dtype, checkpointing=checkpointing), checkpointing)
-
-
-def peaks_of(
-    made: torch.nn.Module, checkpointing: bool, inputs: dict[str, torch.Tensor] | None = None
-) -> dict[str, dict[str, int]]:
-    inputs = inputs or batch()
-    tracker = Tracker()
-    tracker.register([*made.parameters(), *made.buffers()], "weights")
-    tracker.register(inputs.values(), "activations")
-    for p in made.parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda p: tracker.register([p.grad], "gradients"))
-    with tracker, phase_hooks(made, tracker, checkpointing=checkpointing):
-        tracker.enter("forward")
-        value = loss(made, inputs)
-        tracker.enter("loss backward", "logits")
-        value.backward()
-        del value
-        tracker.enter("optimizer step", "workspace")
-    return {name: dict(moment.bytes) for name, moment in tracker.moments().items()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

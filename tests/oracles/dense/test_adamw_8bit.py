@@ -29,24 +29,44 @@ def moments(optimizer: Any, p: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def beside(
+    record: dict[str, Any], hyper: dict[str, Any], name: str, **options: Any
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights after each step of a record of torchao's, and the moments after the last."""
+    held: dict[str, torch.Tensor] = {}
+    weights = drive.follow(
+        name,
+        record["start"],
+        record["gradients"],
+        watch=lambda o, p: held.update(moments(o, p)),
+        hyper=hyper,
+        writer="nearest",
+        **options,
+    )
+    return weights, held
+
+
+def close_to(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], start: torch.Tensor, hyper: dict[str, Any]
+) -> None:
+    """Equal but for the correction in fp32, and values between two bf16 numbers, falling either way."""
+    slack, half = len(ours) * hyper["lr"] * FP32_CORRECTION, start.dtype == torch.bfloat16
+    for w, truth in zip(ours, theirs, strict=True):
+        off = (w.float() - truth.float()).abs()
+        assert int((off > slack).sum()) <= (w.numel() // 100 if half else 0)
+        assert off.max() <= (2.0**-8 * truth.abs().max() if half else slack)
+
+
 def test_codes_scales_and_weights_are_torchaos(torchao_record: dict[str, Any]) -> None:
     """Codes and scales of every block; weights but for its own fp32 bias correction.
 
     All elements but those of which torchao has made a second moment zero, which the reference finds
     and follows: no scale depends on them, and none of the others.
     """
+    hyper = torchao_record["hyper"]
     for label, record in torchao_record["runs"].items():
-        held: dict[str, torch.Tensor] = {}
-        ours = drive.follow(
-            "adamw_8bit",
-            record["start"],
-            record["gradients"],
-            watch=lambda o, p: held.update(moments(o, p)),  # noqa: B023
-            hyper=torchao_record["hyper"],
-            writer="nearest",
-            states="int8",
-        )
-        reference = AdamW8bit(record["start"], **torchao_record["hyper"], keeps=True)
+        ours, held = beside(record, hyper, "adamw_8bit", states="int8")
+        reference = AdamW8bit(record["start"], **hyper, keeps=True)
         followed = [reference.step(g) for g in record["gradients"]]
         same = ~reference.lost.view(-1)
         assert 0.99 < same.float().mean() < 1.0
@@ -55,37 +75,19 @@ def test_codes_scales_and_weights_are_torchaos(torchao_record: dict[str, Any]) -
             assert torch.equal(codes[same], record[f"{key}.codes"].view(-1)[same]), (label, name)
             assert torch.equal(codes, reference.state[key][0].view(-1)), (label, name)
             assert torch.equal(scale, record[f"{key}.scale"].view(-1)), (label, name)
-        slack = len(ours) * torchao_record["hyper"]["lr"] * FP32_CORRECTION
-        half = record["start"].dtype == torch.bfloat16  # a value between two bf16 numbers may fall either way
-        for w, truth, kept in zip(ours, record["weights"], followed, strict=True):
-            truth = torch.where(reference.lost, kept, truth)
-            off = (w.float() - truth.float()).abs()
-            assert int((off > slack).sum()) <= (w.numel() // 100 if half else 0)
-            assert off.max() <= (2.0**-8 * truth.abs().max() if half else slack)
+        both = zip(record["weights"], followed, strict=True)
+        close_to(ours, [torch.where(reference.lost, kept, w) for w, kept in both], record["start"], hyper)
 
 
 def test_4bit_codes_scales_and_weights_are_torchaos(torchao_record: dict[str, Any]) -> None:
     """Blocks of 128, two codes a byte; weights but for its own fp32 bias correction."""
     hyper = torchao_record["hyper"]
     for label, record in torchao_record["runs_4bit"].items():
-        held: dict[str, torch.Tensor] = {}
-        ours = drive.follow(
-            "adamw_4bit",
-            record["start"],
-            record["gradients"],
-            watch=lambda o, p: held.update(moments(o, p)),  # noqa: B023
-            hyper=hyper,
-            writer="nearest",
-        )
+        ours, held = beside(record, hyper, "adamw_4bit")
         for key, name in (("m", "exp_avg"), ("v", "exp_avg_sq")):
             for part in ("codes", "scale"):
                 assert torch.equal(held[f"{name}.{part}"].view(-1), record[f"{key}.{part}"].view(-1)), label
-        half = record["start"].dtype == torch.bfloat16  # a value between two bf16 numbers may fall either way
-        slack = len(ours) * hyper["lr"] * FP32_CORRECTION
-        for w, truth in zip(ours, record["weights"], strict=True):
-            off = (w.float() - truth.float()).abs()
-            assert int((off > slack).sum()) <= (w.numel() // 100 if half else 0)
-            assert off.max() <= (2.0**-8 * truth.abs().max() if half else slack)
+        close_to(ours, record["weights"], record["start"], hyper)
 
 
 @pytest.mark.parametrize("shape", [(4097,), (4351,), (64, 65), (67, 71), (5, 7, 11, 13)])

@@ -27,7 +27,15 @@ from lowmem.optim.subspace import Subspace
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.sources import Backprop
 from tests.oracles.low_rank import reference_grassmann as reference
-from tests.oracles.low_rank.test_subspaces import BETAS, EPS, LR, normal, optimizer_of, steps
+from tests.oracles.low_rank.test_subspaces import (
+    BETAS,
+    EPS,
+    LR,
+    normal,
+    optimizer_of,
+    steps,
+    through_a_checkpoint,
+)
 
 GAP, RANK = 3, 3
 SIDES = ["left", "right"]
@@ -212,19 +220,9 @@ def test_a_tracked_basis_stays_where_a_gradient_tells_nothing(bad: float) -> Non
 def test_what_resumes_ends_where_it_would_have(projector: Projector, stop: int) -> None:
     """Between refreshes and on one, bit for bit; and what is planned is what is held."""
     rule = Subspace(projector, coded(Adam()), ScaledRest(), on_refresh="rotate")
-    (through, p), (first, q) = (optimizer_of(rule, normal(6, 12)) for _ in range(2))
-    gradients = steps((6, 12), 9)
-    for t, g in enumerate(gradients):
-        if t == stop:
-            second, fresh = optimizer_of(rule, q.detach())
-            second.load_state_dict(first.state_dict())
-            first, q = second, fresh
-        for optimizer, weight in ((through, p), (first, q)):
-            weight.grad = g.clone()
-            optimizer.step()
-    assert torch.equal(p.detach(), q.detach())
+    resumed, p = through_a_checkpoint(rule, (6, 12), 9, stop)
     strategy = Strategy(rules={"matrix": rule, "other": rule}, source=Backprop())
-    held = sum(x.nbytes for x in first.state[q].values())
+    held = sum(x.nbytes for x in resumed.state[p].values())
     basis = 4 * 6 * RANK if isinstance(projector, Orthonormal) else 0
     assert state_bytes(strategy, (6, 12)) == held == basis + 8 * RANK * 12 + 8
 

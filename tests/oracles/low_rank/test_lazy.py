@@ -19,7 +19,14 @@ from lowmem.optim.strategy import Strategy
 from lowmem.optim.subspace import Subspace
 from lowmem.sources import Backprop
 from tests.oracles.low_rank.reference_subspaces import Adam as ReferenceAdam
-from tests.oracles.low_rank.test_subspaces import BETAS, EPS, LR, normal, optimizer_of, steps
+from tests.oracles.low_rank.test_subspaces import (
+    BETAS,
+    EPS,
+    LR,
+    normal,
+    optimizer_of,
+    through_a_checkpoint,
+)
 
 
 def rounded(basis: Tensor) -> Tensor:
@@ -106,18 +113,9 @@ def test_the_basis_stays_where_a_gradient_tells_nothing(bad: float) -> None:
 def test_what_resumes_ends_where_it_would_have(stop: int, shape: tuple[int, int]) -> None:
     """Bit for bit; and what is planned is what is held."""
     rule = Subspace(Lazy(Frame(3), update_proj_gap=2), coded(Adam(), "int8"), on_refresh="keep")
-    (through, p), (first, q) = (optimizer_of(rule, normal(*shape)) for _ in range(2))
-    for t, g in enumerate(steps(shape, 12)):
-        if t == stop:
-            second, fresh = optimizer_of(rule, q.detach())
-            second.load_state_dict(first.state_dict())
-            first, q = second, fresh
-        for optimizer, weight in ((through, p), (first, q)):
-            weight.grad = g.clone()
-            optimizer.step()
-    assert torch.equal(p.detach(), q.detach())
+    resumed, p = through_a_checkpoint(rule, shape, 12, stop)
     strategy = Strategy(rules={"matrix": rule, "other": rule}, source=Backprop())
-    held, numbers, moments = sum(x.nbytes for x in first.state[q].values()), 3 * min(shape), 3 * max(shape)
+    held, numbers, moments = sum(x.nbytes for x in resumed.state[p].values()), 3 * min(shape), 3 * max(shape)
     basis = -(-numbers // 2) + 8 * -(-numbers // 256) + 28
     assert state_bytes(strategy, shape) == held == basis + 2 * (moments + 4 * -(-moments // 256)) + 4
 

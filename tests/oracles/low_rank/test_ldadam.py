@@ -28,7 +28,16 @@ from lowmem.optim.subspace import Subspace
 from lowmem.sources import Backprop
 from tests.oracles.low_rank.reference_ldadam import LDAdam, efficiency
 from tests.oracles.low_rank.test_mlorc import waves
-from tests.oracles.low_rank.test_subspaces import BETAS, EPS, LR, near, normal, optimizer_of, steps
+from tests.oracles.low_rank.test_subspaces import (
+    BETAS,
+    EPS,
+    LR,
+    near,
+    normal,
+    optimizer_of,
+    steps,
+    through_a_checkpoint,
+)
 
 ADAM, RANK, GAP = coded(Adam()), 3, 4
 OWED = Feedback(momentum=True)
@@ -235,16 +244,7 @@ def test_what_resumes_ends_where_it_would_have(name: str, stop: int) -> None:
     """Bit for bit; and bytes are those of the closed form."""
     strategy = lowmem.create(name, rank=3)
     rule = strategy.rules["matrix"]
-    (through, p), (first, q) = (optimizer_of(rule, normal(9, 24)) for _ in range(2))
-    for t, g in enumerate(steps((9, 24), 8)):
-        if t == stop:
-            second, fresh = optimizer_of(rule, q.detach())
-            second.load_state_dict(first.state_dict())
-            first, q = second, fresh
-        for optimizer, weight in ((through, p), (first, q)):
-            weight.grad = g.clone()
-            optimizer.step()
-    assert torch.equal(p.detach(), q.detach())
+    through_a_checkpoint(rule, (9, 24), 8, stop)
     more = 4 * 9 * 24 if name == "ldadam" else 4 * 9 * 16
     assert lowmem.state_bytes(strategy, (9, 24)) == 4 * 9 * 3 + 8 * 3 * 24 + more + 4
 

@@ -52,6 +52,23 @@ def steps(shape: tuple[int, int], count: int) -> list[Tensor]:
     return [normal(*shape, seed=t + 1) * (1 + 3 * (t % 3)) for t in range(count)]
 
 
+def through_a_checkpoint(
+    rule: AnyRule, shape: tuple[int, int], count: int, stop: int
+) -> tuple[lowmem.LowMemOptimizer, nn.Parameter]:
+    """An optimizer that goes on from a state dict after `stop` steps: the bits of one that goes through."""
+    (through, p), (first, q) = (optimizer_of(rule, normal(*shape)) for _ in range(2))
+    for t, g in enumerate(steps(shape, count)):
+        if t == stop:
+            second, fresh = optimizer_of(rule, q.detach())
+            second.load_state_dict(first.state_dict())
+            first, q = second, fresh
+        for optimizer, weight in ((through, p), (first, q)):
+            weight.grad = g.clone()
+            optimizer.step()
+    assert torch.equal(p.detach(), q.detach())
+    return first, q
+
+
 def near(got: Tensor, expected: Tensor, start: Tensor, share: float) -> None:
     """The same up to a share of the way that was gone."""
     off = (got.double() - expected).norm() / (expected - start.double().view_as(expected)).norm()
