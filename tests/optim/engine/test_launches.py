@@ -44,8 +44,13 @@ class Launches(TorchDispatchMode):
         return super().__enter__()
 
     @property
+    def ages(self) -> int:
+        return self.counts["aten._foreach_add_.Scalar"]
+
+    @property
     def total(self) -> int:
-        return self.kernels + sum(self.counts.values())
+        """Of tensors: the ages of a step, moved together, are launches beside."""
+        return self.kernels + sum(self.counts.values()) - self.ages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -123,6 +128,7 @@ def test_a_large_tensor_is_one_launch_and_a_step_one_upload(
         advance(optimizer, 2)
     assert counted.kernels >= parameters(optimizer)
     assert counted.total <= 1.2 * parameters(optimizer)
+    assert counted.ages <= 1
     assert counted.uploads <= 1
 
 
@@ -163,7 +169,8 @@ GOES_BY_BLOCKS = {
 }  # fmt: skip
 """Methods whose launches still grow with the elements of a tensor: what they sum goes by row blocks."""
 PASSES = {
-    "adafactor": (2, 35), "ada_lomo": (3, 50), "came": (4, 50), "adam_mini": (2, 20), "lamb": (2, 24),
+    "adamw_4bit": (1, 4), "adafactor": (2, 35), "ada_lomo": (3, 50), "came": (4, 50), "adam_mini": (2, 20),
+    "lamb": (2, 24),
     "fira": (2, 66), "grass_walk": (2, 66), "grass_jump": (2, 75), "subtrack": (2, 66),
     "apollo": (2, 40), "apollo_mini": (2, 42), "spam": (1, 2), "galore": (1, 9), "golore": (1, 9),
     "dct": (1, 14), "q_galore": (1, 15),
@@ -192,6 +199,6 @@ def test_every_method_keeps_to_its_launches(
         advance(optimizer, step)
     with counted:
         advance(optimizer, between)
-    assert counted.uploads <= 1
+    assert max(counted.uploads, counted.ages) <= 1
     if name not in GOES_BY_BLOCKS:
         assert counted.total <= PASSES.get(name, (1, 1))[1]
