@@ -40,8 +40,8 @@ SHARED: dict[str, Any] = {
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"optim": "adamw", "lora_rank": 8, "lr": 5e-4, "steps": 100},
-    "adamw": {"optim": "adamw", "lr": 2e-5, "steps": 100},
-    "mezo": {"optim": "mezo", "optim_args": "noise=rademacher", "lr": 3e-5, "steps": 400},
+    "adamw": {"optim": "adamw", "lr": 3e-5, "steps": 50},
+    "mezo": {"optim": "mezo", "optim_args": "noise=rademacher", "lr": 3e-5, "steps": 240},
     "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 2e-3, "steps": 400},
     "fzoo": {"optim": "fzoo", "optim_args": "queries=4", "lr": 4e-4, "steps": 150},
 }
