@@ -126,10 +126,13 @@ class Product(Made):
 
     Args:
         pair: A and B, (m, k) and (k, n), fp32; dtype: precision of the product.
+        shape: (m, n) as a part of a larger matrix; that of the product, if None.
     """
 
-    def __init__(self, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        shape = (pair[0].shape[0], pair[1].shape[1])
+    def __init__(
+        self, pair: tuple[Tensor, Tensor], dtype: torch.dtype, shape: tuple[int, int] | None = None
+    ) -> None:
+        shape = (pair[0].shape[0], pair[1].shape[1]) if shape is None else shape
         super().__init__(shape, None, pair[0].device, takes=dtype.itemsize)
         self.pair, self.precision = pair, dtype
 

@@ -214,8 +214,5 @@ class SubsetNormed(Residual):
         sums, old = self.subsets.sums(split.g, split.hp), s["exp_avg_sq"]
         v = torch.where(split.ok & (sums <= LARGEST_MEAN), old + numbers[0] * (sums - old), old)
 
-        def rows(i: int, j: int) -> Tensor:
-            return split.lifted.rows(i, j) * split.scale + split.rest.rows(i, j)
-
-        step = self.subsets.divided(Blocks(split.g.shape, rows, split.g.device), v, numbers)
+        step = self.subsets.divided(split.with_rest(split.rest), v, numbers)
         return step, lambda: apply_in_place(s, {"exp_avg_sq": v, "age": age})
