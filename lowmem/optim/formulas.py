@@ -258,6 +258,12 @@ class ByBlocks:
         blocks = walk(x.ranges(), x.device)
         return torch.stack([f(*each(x.rows(i, j)), *whole, *fixed) for i, j in blocks])
 
+    def reckon(
+        self, f: Callable[..., None], tensors: Sequence[Tensor], fixed: tuple[Hashable, ...] = ()
+    ) -> None:
+        """What follows from vectors and numbers alone: f works in place, on `tensors` by `fixed`."""
+        f(*tensors, *fixed)
+
     def seen(self, x: Blocks) -> Blocks:
         """The matrix, for products: as many of its rows at a time as may be made at once."""
         return x

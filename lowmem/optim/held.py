@@ -63,7 +63,7 @@ class _Stored:
     shared: tuple[str, ...]
 
     def __call__(self, *given: Any) -> None:
-        """Rows of matrices; what is held of them; starts of rows, for noise; ok, keys, what f takes; tables."""
+        """Rows of matrices; what is held of them; starts of rows, for noise; ok, keys, more; tables."""
         keys, shared = tuple(self.codec.per), self.shared
         of, given = given[: self.matrices], given[self.matrices :]
         held, given = given[: len(keys)], given[len(keys) :]

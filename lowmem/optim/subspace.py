@@ -190,7 +190,7 @@ class Subspace(Rule):
 
     def _rounds(self, g: Blocks, hp: Hyper) -> bool:
         """Whether the basis is cast once: products alone read it, and a launch costs more than memory."""
-        products = isinstance(g, Dense) and g.dtype == hp.weight.dtype and not self._looks(g.shape)
+        products = isinstance(g, Dense) and g.dtype == hp.weight.dtype and not self.projector.follows
         return products and not sizes(g.device).at_hand
 
     def _carries_ages(self) -> bool:

@@ -76,6 +76,19 @@ class Passes(ByBlocks):
             self.call(name, step, [*leaf.rows(i, j), *whole, out[k] if count else out[k : k + 1]])
         return out
 
+    def reckon(
+        self, f: Callable[..., None], tensors: Sequence[Tensor], fixed: tuple[Hashable, ...] = ()
+    ) -> None:
+        """In one call, if that can be."""
+        if not self._at_once(tensors[0].device):
+            super().reckon(f, tensors, fixed)
+            return
+
+        def run(*given: Tensor) -> None:
+            f(*given, *fixed)
+
+        self.call(("reckon", f, fixed), run, tensors)
+
     def seen(self, x: Blocks) -> Blocks:
         """The matrix as `Seen`, where a call makes many of its rows."""
         leaf = None if isinstance(x, Dense | Seen) else self.leaf(x)
@@ -143,12 +156,18 @@ def _repeating(step: Kernel, order: tuple[int, ...]) -> Kernel:
 
 
 def alike(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
-    """What a kernel is made for, of tensors whose rows, those of the first, are left open."""
+    """What a kernel is made for, of tensors whose rows, those of the first if it has any, are left open."""
+    first = tensors[0]
+    open_rows = first.dim() > 1
     shapes = tuple(
-        (x.shape if x.dim() < 2 else x.shape[1:], x.dtype, () if x.is_contiguous() else x.stride())
+        (
+            x.shape[1:] if open_rows and x.dim() > 1 else x.shape,
+            x.dtype,
+            () if x.is_contiguous() else x.stride(),
+        )
         for x in tensors
     )
-    return shapes, tensors[0].shape[0] == 1, tensors[0].device
+    return shapes, open_rows and first.shape[0] == 1, first.device
 
 
 class Seen(Held):
