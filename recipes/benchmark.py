@@ -16,6 +16,7 @@ The set of weights is a Llama's: 8 layers of width 512 and an embedding, 42M.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -71,6 +72,8 @@ CLAIMS = [
     Claim("power iteration refresh", "SVD refresh", 0.1),
     Claim("lowmem adafactor", "transformers Adafactor", 2.0, at_least=True),
     Claim("forward and backward, int8 weights", "forward and backward, bf16 weights", 1.25),
+    Claim("mezo", "two values of the loss", 1.2),
+    Claim("mezo", "mezo in place", 1.0, at_least=True),
 ]
 
 
@@ -201,36 +204,6 @@ def _captured(g: Tensor, basis: Tensor, frame: Frame) -> float:
     return float(low.square().sum() / best)
 
 
-def passes(device: str, layers: int, tokens: int = 475) -> dict[str, Step]:
-    """Forward and backward of layers as wide as SmolLM2-135M's, with weights of two bytes and of one."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        pad_token_id=0,
-    )
-    ids = torch.arange(tokens, device=device)[None] % VOCABULARY
-
-    def both(coded: bool) -> Step:
-        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-        model = made.to(device)
-        if coded:
-            lowmem.quantize_weights_(model, "int8")
-
-        def run() -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
-            model.zero_grad(set_to_none=True)
-
-        return run
-
-    return {f"forward and backward, {word} weights": both(word == "int8") for word in ("bf16", "int8")}
-
-
 def measure(contestants: Mapping[str, Step], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of each contestant over rounds in which each runs once, after two warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -273,7 +246,9 @@ def benchmark(device: str = "cpu", rounds: int = 15, quick: bool = False) -> dic
     fast |= peers(params, matrices)
     slow, energy = refreshes(matrices)
     times = measure(fast, rounds, device) | measure(slow, max(1, rounds // 5), device)
-    times |= measure(passes(device, 2 if quick else LAYERS), max(3, rounds // 2), device)
+    whole = importlib.import_module("lowmem.recipes.passes")
+    for some in (whole.both_ways, whole.by_values):
+        times |= measure(some(device, 2 if quick else LAYERS), max(3, rounds // 2), device)
     load = os.getloadavg()[0]
     return {
         "device": torch.cuda.get_device_name()

@@ -75,7 +75,7 @@ FLOORS = {
         {"units", "document"},
         {"charts"},
         {"page"},
-        {"plan", "gpu", "quality"},
+        {"plan", "gpu", "quality", "accuracy"},
         {"profile", "compare"},
         {"run"},
         {"pages"},

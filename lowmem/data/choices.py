@@ -36,15 +36,22 @@ class Choices:
     data: Data
     sides: tuple[tuple[Tokens, ...], ...]
 
-    def dataset(self) -> Dataset:
-        """A `datasets.Dataset`: `input_ids` and `labels` of each candidate, and which is `right`."""
+    def dataset(self, *, by_length: bool = False) -> Dataset:
+        """A `datasets.Dataset`: `input_ids` and `labels` of each candidate, and which is `right`.
+
+        Args:
+            by_length: longest first, so that batches of rows that are judged one by one hold little padding.
+        """
         from datasets import Dataset
 
+        rows = list(zip(self.sides, (row["label"] for row in self.data.rows), strict=True))
+        if by_length:
+            rows.sort(key=lambda row: -max(len(side.ids) for side in row[0]))
         return Dataset.from_dict(
             {
-                "input_ids": [[side.ids.tolist() for side in sides] for sides in self.sides],
-                "labels": [[side.labels() for side in sides] for sides in self.sides],
-                "right": [row["label"] for row in self.data.rows],
+                "input_ids": [[side.ids.tolist() for side in sides] for sides, _ in rows],
+                "labels": [[side.labels() for side in sides] for sides, _ in rows],
+                "right": [right for _, right in rows],
             }
         )
 

@@ -21,6 +21,7 @@ from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.models.peft_methods import adapter_config
 from lowmem.optim.strategy import Strategy
 from lowmem.sources.quantized import misfit
+from lowmem.values import unallowed
 
 
 def model_config(model: Any) -> tuple[str, Any]:
@@ -110,7 +111,7 @@ def _check(run: Run) -> None:
         if value is None:
             continue
         if allowed and value not in allowed:
-            raise UserError(f"{f.name} {value!r} is not allowed; {nearest(str(value), allowed)}")
+            raise UserError(f"{f.name} {unallowed(str(value), allowed)}")
         if least is not None and not least <= value < f.metadata["below"]:
             limits = f"at least {least} and below {int(f.metadata['below'])}"
             raise UserError(f"{f.name} must be {limits}, got {value}")

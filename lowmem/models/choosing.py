@@ -13,34 +13,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lowmem.models.loss import IGNORE, supports
+from lowmem.models.loss import supports
 
 
 def candidate_scores(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Mean log-likelihood of the label tokens of each sequence, from fp32 logits.
+    """Mean log-likelihood of the tokens of each candidate, from fp32 logits.
 
     Args:
         model: causal language model.
-        inputs: its keyword arguments, with `labels` (sequences, length), unshifted, one or more in each.
+        inputs: `input_ids`, `attention_mask`; `keep`, a mask of the places whose next token is asked for;
+            `reads` (2, tokens), which of those places and which token; `means` (candidates, tokens).
 
     Returns:
-        (sequences,) fp32.
+        (candidates,) fp32.
 
-    Where the model can, logits exist at label positions only.
+    Where the model can, logits exist at the kept places only.
     """
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
-    keep = targets != IGNORE
-    sparse = {"logits_to_keep": keep} if supports(model) else {}
-    logits = model(**{**rest, "use_cache": False, **sparse}).logits
-    if logits.dim() == 3 and logits.shape[:2] == keep.shape:  # all of them
-        logits = logits[keep]
-    lost = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets[keep], reduction="none")
-    owner = keep.nonzero()[:, 0]
-    of = (owner == torch.arange(len(keep), device=owner.device)[:, None]).float()
-    return -(of @ lost) / of.sum(1)
+    of_model = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    keep, (place, token) = inputs["keep"], inputs["reads"]
+    if supports(model):
+        logits = model(**of_model, use_cache=False, logits_to_keep=keep).logits
+    else:  # virtual tokens may stand before a sequence
+        logits = model(**of_model, use_cache=False).logits[:, -keep.shape[1] :][keep]
+    likely = logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
+    scores: Tensor = inputs["means"] @ likely[place, token]
+    return scores
 
 
 def padded(scores: Tensor, counts: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class HeldMoment(Held):
             ok: 0-D bool; across: 0-D tensors.
         """
         rows, x = self._by_rows(), of[0] if len(of) == 1 else Formula(together, of)
-        if rows is None or self.hp.passes.leaf(x) is None:
+        if rows is None or self.codec.spills or self.hp.passes.leaf(x) is None:
             self.move_(lambda old, a, b: f(old, *(x.chunk(a, b).float() for x in of), *across), ok)
             return
         hp, streams = self.hp, self.codec.streams

@@ -81,8 +81,7 @@ class LowMemChoiceTrainer(Rows, LowMemSFTTrainer):  # type: ignore[misc]
 
     def scores(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """(rows, candidates), -inf where a row has fewer."""
-        of_model = {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}
-        return padded(candidate_scores(model, of_model), inputs["counts"])
+        return padded(candidate_scores(model, inputs), inputs["counts"])
 
     def _judged(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         scores = self.scores(model, inputs)
@@ -170,7 +169,7 @@ def make(
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if config.task == "classify":
         chosen = [choices(part, tokenizer, config.seq_len, console) for part in parts]
-        train, held_out = (part.dataset() for part in chosen)
+        train, held_out = chosen[0].dataset(), chosen[1].dataset(by_length=True)
         kept: list[Data] = [part.data for part in chosen]
         kind: type[Any] = LowMemChoiceTrainer
         more: dict[str, Any] = {}
@@ -207,7 +206,10 @@ def questions(examples: Sequence[Any], tokenizer: Any) -> Any:
 
 
 class Candidates:
-    """Rows with candidates as a batch: all candidates of all rows, padded on the right.
+    """Rows with candidates as a batch of what has to be read to score them.
+
+    The last token of a text says nothing of itself: it is left out. What is then the same for several
+    candidates, as for all of one token, is read once. Padded on the right.
 
     Args:
         tokenizer: says what pads.
@@ -217,20 +219,41 @@ class Candidates:
         self.tokenizer = tokenizer
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`input_ids`, `attention_mask`, `labels`; candidates of each row (`counts`), the `right` places."""
-        ids = [one for row in rows for one in row["input_ids"]]
-        labels = [one for row in rows for one in row["labels"]]
+        """What `candidate_scores` takes, candidates of each row (`counts`), `right` places, and `rows`."""
         texts = [list(self._texts(row)) for row in rows]
+        sides = [side for row in rows for side in zip(row["input_ids"], row["labels"], strict=True)]
         return {
-            "input_ids": _filled(ids, self.tokenizer.pad_token_id),
-            "attention_mask": _filled([[1] * len(one) for one in ids], 0),
-            "labels": _filled(labels, IGNORE),
+            **self._read(sides),
             "counts": torch.tensor([len(row["input_ids"]) for row in rows]),
             "right": torch.tensor([row["right"] for row in rows]),
             "rows": [
                 {"prompt": asked, "candidates": said, "answer": said[row["right"]]}
                 for row, (asked, *said) in zip(rows, texts, strict=True)
             ],
+        }
+
+    def _read(self, sides: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Tensor]:
+        """Sequences, the places of them that are kept, and what is read there; of (tokens, labels)."""
+        found: dict[tuple[int, ...], int] = {}
+        starts = [found.setdefault(tuple(ids[:-1]), len(found)) for ids, _ in sides]
+        said = [[i for i, label in enumerate(labels) if label != IGNORE] for _, labels in sides]
+        reads = [
+            (start, i - 1, ids[i], side)
+            for side, ((ids, _), start, places) in enumerate(zip(sides, starts, said, strict=True))
+            for i in places
+        ]
+        kept = {at: k for k, at in enumerate(sorted({(start, place) for start, place, *_ in reads}))}
+        keep = _filled([[False] * len(ids) for ids in found], False)
+        keep[tuple(torch.tensor(list(kept)).T)] = True
+        means = torch.zeros(len(sides), len(reads))
+        for k, (*_, side) in enumerate(reads):
+            means[side, k] = 1 / len(said[side])
+        return {
+            "input_ids": _filled(list(found), self.tokenizer.pad_token_id),
+            "attention_mask": _filled([[1] * len(ids) for ids in found], 0),
+            "keep": keep,
+            "reads": torch.tensor([(kept[start, place], token) for start, place, token, _ in reads]).T,
+            "means": means,
         }
 
     def _texts(self, row: Mapping[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lowmem
 from lowmem.errors import UserError
+from lowmem.memory.trace.tracker import Tracker
 from lowmem.optim.source import Query
 from lowmem.sources import SPSA, Scales
 from lowmem.sources.quantized import is_four_bit, scales, unsaved
@@ -117,6 +118,32 @@ def test_scales_are_seen_by_the_forward_pass_and_come_back() -> None:
     optimizer.backward(lambda: loss_of(model), model)
     optimizer.step()
     assert equal(absmax(model), before)
+
+
+def test_a_probe_takes_the_scales_of_one_layer_and_a_piece_of_noise_more_than_a_forward() -> None:
+    """Two layers of 2 MiB where they are decoded, with 32 KiB of scales each."""
+    model = nn.Sequential(linear(1024, 512, False), linear(512, 1024, False)).eval()
+    params = scales(model)
+    source, x = SPSA(eps=0.1, structure=Scales()), torch.randn(2, 512)
+
+    def loss() -> Tensor:
+        return model(x).square().mean()
+
+    def peak(run: Any) -> int:
+        run()  # what is made once is made here
+        tracker = Tracker()
+        tracker.register([p.data for _, p in params], "weights")
+        before = tracker.live
+        with tracker, torch.no_grad():
+            tracker.enter("probe", "workspace")
+            run()
+        tracker.stop()
+        return tracker.peak().total - before
+
+    forward = peak(loss)
+    probe = peak(lambda: source.backward(params, loss, model=model, query=Query(0, 0)))
+    scale = 4 * params[0][1].numel()
+    assert scale <= probe - forward <= 7 * scale  # a copy, and what Gaussian noise is made of on the way
 
 
 def test_the_step_is_relative_and_ends_at_zero() -> None:

@@ -46,6 +46,7 @@ from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.checks import pays
 
 EVALUATION = "evaluation"
+BUILT = "it cannot be built without weights"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     Raises:
         UserError: the architecture cannot be traced.
     """
-    tracker = Tracker(run.granularity)
+    tracker = _tracker(run)
     with _ready(config, run, tracker) as (model, batch, run):
         parameters = tuple(_parameters(model))
         aside = resting(strategy, parameters)
@@ -100,6 +101,22 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     depth = trainable.depth(config)
     kept = Trace(tracker.moments(), {}, parameters, total, depth, tracker, units, tuple(gradients))
     return let_go(kept) if run.gradient_release and gradients else kept
+
+
+def trained(config: Any, run: Run) -> tuple[Parameter, ...]:
+    """The trainable parameters, without a step.
+
+    Args:
+        config, run: as for `trace`.
+    """
+    with warnings.catch_warnings(), FakeTensorMode() as mode:
+        warnings.simplefilter("ignore")
+        with refusing(config, BUILT):
+            return tuple(_parameters(trainable.build(config, run, mode)))
+
+
+def _tracker(run: Run) -> Tracker:
+    return Tracker(run.granularity, kernels.scratch if run.device == "cuda" else None)
 
 
 def let_go(found: Trace) -> Trace:
@@ -157,10 +174,10 @@ def evaluation(config: Any, run: Run) -> Moment:
     Raises:
         UserError: the architecture cannot be traced.
     """
-    tracker = Tracker(run.granularity)
+    tracker = _tracker(run)
     with _ready(config, run, tracker) as (model, batch, run):
         model.eval()
-        with tracker, kernels.scratch(run.device), torch.no_grad():
+        with tracker, torch.no_grad():
             tracker.enter(EVALUATION)
             if run.task == "grpo":
                 generate(model, run, run.batch_size)
@@ -182,7 +199,7 @@ def _ready(config: Any, run: Run, tracker: Tracker) -> Iterator[tuple[nn.Module,
     )
     with warnings.catch_warnings(), real, FakeTensorMode() as mode:
         warnings.simplefilter("ignore")
-        with refusing(config, "it cannot be built without weights"):
+        with refusing(config, BUILT):
             model = trainable.build(config, run, mode)
         batch = losses.batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
@@ -236,7 +253,7 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
         hook = _on_gradient(name, tracker, gradients)
         p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     hooks = phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing)
-    with tracker, kernels.scratch(run.device), hooks:
+    with tracker, hooks:
         if run.task == "grpo":
             tracker.enter("generation")
             generate(model, run, run.batch_size * run.accumulation)
@@ -282,7 +299,7 @@ def _probe(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tra
     pay = run.device == "cuda" or pays(count, run.steps)
     compiled = run.compile == "on" or (run.compile == "auto" and pay)
     noise = kernels.fused_noise() if compiled else nullcontext()
-    with noise, tracker, kernels.scratch(run.device), phase_hooks(model, tracker, checkpointing=False):
+    with noise, tracker, phase_hooks(model, tracker, checkpointing=False):
         source.backward(params, loss_fn, model=model, query=Query(0, 0))
         tracker.enter("optimizer step", "workspace")
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class Codec(Protocol):
 
     @property
     def streams(self) -> tuple[str, ...]: ...
+    @property
+    def spills(self) -> int:
+        """Bytes for each element that one kernel of a card leaves the next, to make bytes of them."""
 
     def init(self, x: Tensor) -> State:
         """What is held for a tensor like x; decodes to zero."""
@@ -88,6 +91,7 @@ class Floats:
     stream: str = "moment"
     signed: bool = True
     grain: int = 1
+    spills: ClassVar[int] = 0
 
     @property
     def per(self) -> Mapping[str, int]:
@@ -151,6 +155,11 @@ class Blockwise:
     streams: tuple[str, ...] = ()
 
     @property
+    def spills(self) -> int:
+        """A code of 4 bits, before two of them make a byte."""
+        return 1 if self.bits == 4 else 0
+
+    @property
     def grain(self) -> int:
         """Elements of a block."""
         return 256 if self.bits == 8 else 128
@@ -178,7 +187,7 @@ class Blockwise:
         }
 
     def shared(self, x: Tensor) -> State:
-        """The map, and for 8 bits what finds the nearest entry without a search."""
+        """The map, and what finds the nearest entry without a search."""
         tables = dynamic_tables(self.bits, self.signed, x.device)
         return {f"{self._name}.{key}": table for key, table in tables.items()}
 
@@ -196,20 +205,16 @@ class Blockwise:
         """The code of the nearest entry; halfway goes up, and so does all that is above a map's zero."""
         blocks = _blocks(value, self.grain)
         scale = blocks.abs().amax(-1).clamp(min=1e-12)
-        if self.bits == 8:
-            sums = constants[f"{self._name}.sums"]
-            codes = nearest_code((blocks / scale.unsqueeze(-1)).flatten(-2), sums)
-            if not self.signed:
-                # asked of the value: the quotient of two numbers 38 decades apart is 0
-                codes = torch.maximum(codes, _above_zero(value))
-            return {"codes": codes.to(torch.uint8), "scale": scale}
-        y = (blocks / scale.unsqueeze(-1)).flatten(-2)
-        thresholds = constants[f"{self._name}.thresholds"]
-        codes = torch.zeros_like(y, dtype=torch.int32)
-        for k in range(15):
-            codes = codes + (y >= thresholds[k]).int()
-        first, second = _blocks(codes, 2).unbind(-1)
-        return {"codes": (first * 16 + second).to(torch.uint8), "scale": scale}
+        sums = constants[f"{self._name}.sums"]
+        codes = nearest_code((blocks / scale.unsqueeze(-1)).flatten(-2), sums)
+        if self.bits == 4:
+            # a byte is made of neighbours, by a kernel of its own on a card: it is to find bytes
+            first, second = _blocks(_once(codes.to(torch.uint8)), 2).unbind(-1)
+            return {"codes": first * 16 + second, "scale": scale}
+        if not self.signed:
+            # asked of the value: the quotient of two numbers 38 decades apart is 0
+            codes = torch.maximum(codes, _above_zero(value))
+        return {"codes": codes.to(torch.uint8), "scale": scale}
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,7 @@ class Companded:
     signed: bool = True
     grain: int = 32
     streams: tuple[str, ...] = ()
+    spills: ClassVar[int] = 0
 
     @property
     def per(self) -> Mapping[str, int]:

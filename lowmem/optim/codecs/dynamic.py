@@ -1,8 +1,8 @@
 """The dynamic map of 8-bit and 4-bit codes (arXiv 2110.02861), and how its nearest entry is found.
 
 Entries lie dense near zero and far apart near 1, so that numbers over seven decades
-have a code. The nearest one of 8 bits is found without a search and without a comparison:
-one small table, made once for each device, says it for the upper half of every fp32.
+have a code. The nearest one is found without a search and without a comparison: one
+small table, made once for each device, says it for the upper half of every fp32.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def ordered(x: Tensor) -> Tensor:
 
 
 def nearest_code(y: Tensor, sums: Tensor) -> Tensor:
-    """The entry of an 8-bit map that is nearest to y in [-1, 1]; halfway goes up.
+    """The entry of a map that is nearest to y in [-1, 1]; halfway goes up.
 
     Numbers whose words share their upper half have one threshold among them at most. `sums`
     holds 65536 times the entry below it, and what the lower half lacks to reach the next one.
@@ -78,11 +78,6 @@ def _sums(edges: Tensor) -> Tensor:
 
 @functools.cache
 def dynamic_tables(bits: int, signed: bool, device: torch.device) -> Mapping[str, Tensor]:
-    """The map, and what finds its nearest entry: `thresholds` for 4 bits, `sums` for 8 (see `nearest_code`).
-
-    Every optimizer on a device uses the same tensors.
-    """
+    """The map, and `sums`, which finds its nearest entry: made once for each device."""
     table = dynamic_map(bits, signed)
-    edges = _thresholds(table)
-    tables = {"map": table, "sums": _sums(edges)} if bits == 8 else {"map": table, "thresholds": edges}
-    return {key: table.to(device) for key, table in tables.items()}
+    return {"map": table.to(device), "sums": _sums(_thresholds(table)).to(device)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.formulas import Formula, Product
 from lowmem.optim.terms.hyper import Hyper
+
+Commit = Callable[[], None]
+"""What is left to do once the weight is written."""
 
 
 @dataclass(frozen=True)

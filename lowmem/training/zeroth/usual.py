@@ -6,10 +6,14 @@ weights (1e-5 to 1e-7, arXiv 2305.17333), and what 135 million take, lies about
 
     lr = 4000 / d                 along slopes
     lr = 5 / sqrt(d)              where the slope's size is divided out, so that lr itself is a length
+    lr = 280 / d^(2/3)            the same for the mean over several directions (fzoo)
     lr = 1e-4                     for adapters, whatever their size
+    lr = 120 / sqrt(d)            for scales of 4-bit weights, which are stepped in proportion to themselves
 
-never more than 1e-4 and 1e-3: models of a million weights take no rate a thousand times that of a billion;
-and for scales of 4-bit weights, which are stepped in proportion to themselves, it does not depend on d.
+two of them from what 135 million weights take (fzoo 1e-3, qzo 1e-2; with half and a fifth of it they learned
+a third as fast) and what the papers take: 5e-5 for 13 billion (arXiv 2506.09034), 2e-3 in these units for
+seven (arXiv 2505.13430). Never more than 1e-4, 1e-3 and 1e-2: models of a million weights take no rate a
+thousand times that of a billion.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from lowmem.optim.strategy import Strategy
 from lowmem.training.arguments import build_strategy
 
 FIRST_ORDER = ADAPTERS = 1e-4
-SCALES = 2e-3
-SLOPE, LENGTH, LONGEST = 4000.0, 5.0, 1e-3
+SLOPE = 4000.0
+LENGTH, MEAN, SCALES = (5.0, 1 / 2, 1e-3), (280.0, 2 / 3, 1e-3), (120.0, 1 / 2, 1e-2)
+"""Of rates that do not fall with the whole size: what over which power of it, and the most."""
 PAPERS = (20_000, 16)
 """Steps, and rows of each, of most of what the papers report."""
 
@@ -45,16 +50,16 @@ def usual_rate(config: RunConfig) -> float:
     strategy = build_strategy(config.optim, config.optim_args or None)
     if strategy.source.needs_autograd:
         return FIRST_ORDER
-    if strategy.source.quantized:
-        return SCALES
     if config.adapts:
         return ADAPTERS
     from lowmem.models.entries import parameter_count, resolve, skeleton
 
     entry = resolve(config.model)
     weights = entry.parameters or parameter_count(skeleton(entry))
-    if steps_a_length(strategy):
-        return float(f"{min(LENGTH / weights**0.5, LONGEST):.1e}")
+    if (scales := strategy.source.quantized) or steps_a_length(strategy):
+        averaged = strategy.options["source"] == "spread_spsa"
+        unit, power, most = SCALES if scales else MEAN if averaged else LENGTH
+        return float(f"{min(unit / weights**power, most):.1e}")
     return float(f"{min(SLOPE / weights, ADAPTERS):.1e}")
 
 

@@ -50,8 +50,13 @@ class Launches(TorchDispatchMode):
         return super().__enter__()
 
     @property
+    def ages(self) -> int:
+        return self.counts["aten._foreach_add_.Scalar"]
+
+    @property
     def total(self) -> int:
-        return self.kernels + sum(self.counts.values())
+        """Of tensors: the ages of a step, moved together, are launches beside."""
+        return self.kernels + sum(self.counts.values()) - self.ages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -129,6 +134,7 @@ def test_a_large_tensor_is_one_launch_and_a_step_one_upload(
         advance(optimizer, 2)
     assert counted.kernels >= parameters(optimizer)
     assert counted.total <= 1.2 * parameters(optimizer)
+    assert counted.ages <= 1
     assert counted.uploads <= 1
 
 
@@ -166,13 +172,13 @@ GOES_BY_BLOCKS = {
 }  # fmt: skip
 """Methods whose launches still grow with the elements of a tensor: what they sum goes by row blocks."""
 LAUNCHES = {
-    "spam": 2, "adafactor": 7, "galore": 9, "golore": 9, "scale": 10, "gravity": 11, "adam_mini": 13,
-    "grades": 13, "misa": 13, "apollo": 14, "dct": 14, "q_galore": 15, "mars": 16, "subset_norm": 17,
-    "fira": 19, "grass_walk": 19, "novograd": 19, "subtrack": 19, "apollo_mini": 20, "ada_lomo": 21,
-    "auon": 23, "lamb": 24, "tam": 24, "grass_jump": 30, "adam_cm": 31, "sm3": 31, "fadam": 32,
-    "sgd_sai": 35, "subspace_momentum": 35, "came": 37, "ldog": 38, "lotus": 38, "stable_spam": 47,
-    "dog": 50, "adamp": 51, "online_subspace": 53, "sinkgd": 55, "dion": 60, "sumo": 86, "muon": 112,
-    "ldadam": 139, "ada_muon": 160, "swan": 195, "mlorc": 239,
+    "spam": 2, "adamw_4bit": 4, "adafactor": 7, "galore": 9, "golore": 9, "scale": 10, "gravity": 11,
+    "adam_mini": 13, "grades": 13, "misa": 13, "apollo": 14, "dct": 14, "q_galore": 15, "mars": 16,
+    "subset_norm": 17, "fira": 19, "grass_walk": 19, "novograd": 19, "subtrack": 19, "apollo_mini": 20,
+    "ada_lomo": 21, "auon": 23, "lamb": 24, "tam": 24, "grass_jump": 30, "adam_cm": 31, "sm3": 31,
+    "fadam": 32, "sgd_sai": 35, "subspace_momentum": 35, "came": 37, "ldog": 38, "lotus": 38,
+    "stable_spam": 47, "dog": 50, "adamp": 51, "online_subspace": 53, "sinkgd": 55, "dion": 60,
+    "sumo": 86, "muon": 112, "ldadam": 139, "ada_muon": 160, "swan": 195, "mlorc": 239,
 }  # fmt: skip
 """For a 4096 x 11008 gradient between refreshes, of vectors and numbers too; 1 for all others."""
 
@@ -198,6 +204,6 @@ def test_every_method_keeps_to_its_launches(
         advance(optimizer, step)
     with counted:
         advance(optimizer, between)
-    assert counted.uploads <= 1
+    assert max(counted.uploads, counted.ages) <= 1
     if name not in GOES_BY_BLOCKS:
         assert counted.total <= LAUNCHES.get(name, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -240,3 +241,22 @@ def test_passes_compile_to_what_they_say(name: str) -> None:
     assert all(kernel._order for kernel in kernels)  # and are called directly
     for a, b in zip(left(blocks, params), left(whole, moved), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_what_a_card_skips_is_counted_by_rows_and_its_ages_move_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second tensor has more rows than the first; the third is a row and a bit."""
+    monkeypatch.setattr(chunks, "compiled", lambda step: step)
+    sizes = {"a": 1 << 18, "b": 1 << 19, "c": (1 << 18) + 77}
+    weights = {name: nn.Parameter(torch.ones(size)) for name, size in sizes.items()}
+    with policy("cuda"):
+        optimizer = lowmem.LowMemOptimizer(list(weights.items()), lowmem.create("adamw"), compile="on")
+        for step in range(3):
+            for i, w in enumerate(weights.values(), 1):
+                w.grad = torch.ones_like(w)
+                w.grad[-i:] = math.nan if step < 2 else 1.0
+            optimizer.step()
+        assert optimizer.nonfinite() == 2 * (1 + 2 + 3)
+    assert [int(optimizer.state[w]["age"]) for w in weights.values()] == [3, 3, 3]
+    assert optimizer.chunks.skipped.rows == (1 << 19) // 256

@@ -19,6 +19,7 @@ from lowmem.data.rows.fields import Fields, RowError
 from lowmem.data.rows.preferences import formats_of
 from lowmem.errors import UserError
 from lowmem.models.choosing import candidate_scores, choice_loss, f1, padded
+from lowmem.training.scored import Candidates
 from lowmem.training.zeroth.objectives import objective, scored
 
 recipe = importlib.import_module("lowmem.recipes.finetune")
@@ -64,19 +65,22 @@ def test_a_candidate_scores_the_mean_likelihood_of_its_own_tokens(place: Path) -
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.pad_token = tokenizer.eos_token
     sides = [([5, 6, 7, 8, 9], 3), ([5, 6, 7, 30], 3), ([40, 41, 42, 43, 44, 45], 2)]
-    ids, labels = torch.zeros(3, 6, dtype=torch.long), torch.full((3, 6), -100)
     expected = []
-    for row, (tokens, start) in enumerate(sides):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, start : len(tokens)] = torch.tensor(tokens[start:])
+    for tokens, start in sides:
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
         one = [float(logits[i - 1, tokens[i]]) for i in range(start, len(tokens))]
         expected.append(sum(one) / len(one))
-    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+    labelled = [{"input_ids": t, "labels": [-100] * n + t[n:]} for t, n in sides]
+    made = [
+        {key: [side[key] for side in some] for key in ("input_ids", "labels")} | {"right": 0}
+        for some in (labelled[:2], labelled[2:])
+    ]
     with torch.no_grad():
-        found = candidate_scores(model, batch)
+        found = candidate_scores(model, Candidates(tokenizer)(made))
     torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5)
     rows = padded(found, torch.tensor([2, 1]))
     assert rows.shape == (2, 2)
@@ -86,6 +90,25 @@ def test_a_candidate_scores_the_mean_likelihood_of_its_own_tokens(place: Path) -
         rows[:1], torch.tensor([1])
     )  # one candidate alone costs nothing
     torch.testing.assert_close(total, wanted)
+
+
+def test_candidates_of_one_token_are_one_sequence_of_the_prompt_alone(place: Path) -> None:
+    """Whatever their number: nothing is read twice, and no token that says nothing."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    asked = [[5, 6, 7], [8]]
+    rows = [
+        {"input_ids": [[*ids, x] for x in (30, 31, 32)], "right": 1,
+         "labels": [[-100] * len(ids) + [x] for x in (30, 31, 32)]}
+        for ids in asked
+    ]  # fmt: skip
+    batch = Candidates(tokenizer)(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["keep"].tolist() == [[False, False, True], [True, False, False]]
+    assert batch["input_ids"][0].tolist() == asked[0]
+    assert batch["counts"].tolist() == [3, 3]
 
 
 def test_f1_is_the_mean_over_the_labels_that_occur() -> None:
@@ -171,7 +194,7 @@ def test_what_cannot_be_scored_is_one_line_and_exit_code_two(place: Path, tmp_pa
         ([*mezo, *rows, "--task", "dpo", "--objective", "f1"], "task dpo has its own"),
         ([*mezo, *classify, *rows, "--max-completion", "4"], "max_completion: for task grpo"),
         ([*classify, *rows, "--optim", "qzo"], "give quantize: nf4"),
-        ([*classify, *rows, "--optim", "qzo", "--quantize", "hqq4"], "'hqq4' is not allowed"),
+        ([*classify, *rows, "--optim", "qzo", "--quantize", "hqq4"], "neither loads nor saves layers of HQQ"),
         ([*mezo, *classify, *rows, "--few-bit", "3"], "keeps no activations"),
     ):
         done = CliRunner().invoke(cli.app, ["finetune", *common, *flags])
