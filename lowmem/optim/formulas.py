@@ -126,10 +126,13 @@ class Product(Made):
 
     Args:
         pair: A and B, (m, k) and (k, n), fp32; dtype: precision of the product.
+        shape: (m, n) as a part of a larger matrix; that of the product, if None.
     """
 
-    def __init__(self, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        shape = (pair[0].shape[0], pair[1].shape[1])
+    def __init__(
+        self, pair: tuple[Tensor, Tensor], dtype: torch.dtype, shape: tuple[int, int] | None = None
+    ) -> None:
+        shape = (pair[0].shape[0], pair[1].shape[1]) if shape is None else shape
         super().__init__(shape, None, pair[0].device, takes=dtype.itemsize)
         self.pair, self.precision = pair, dtype
 
@@ -254,6 +257,12 @@ class ByBlocks:
         """
         blocks = walk(x.ranges(), x.device)
         return torch.stack([f(*each(x.rows(i, j)), *whole, *fixed) for i, j in blocks])
+
+    def reckon(
+        self, f: Callable[..., None], tensors: Sequence[Tensor], fixed: tuple[Hashable, ...] = ()
+    ) -> None:
+        """What follows from vectors and numbers alone: f works in place, on `tensors` by `fixed`."""
+        f(*tensors, *fixed)
 
     def seen(self, x: Blocks) -> Blocks:
         """The matrix, for products: as many of its rows at a time as may be made at once."""

@@ -63,16 +63,17 @@ class _Stored:
     shared: tuple[str, ...]
 
     def __call__(self, *given: Any) -> None:
-        """Rows of matrices; what is held of them; starts of rows; ok, keys, what else f takes; tables."""
+        """Rows of matrices; what is held of them; starts of rows, for noise; ok, keys, more; tables."""
         keys, shared = tuple(self.codec.per), self.shared
         of, given = given[: self.matrices], given[self.matrices :]
-        held, (first, ok, words, *rest) = given[: len(keys)], given[len(keys) :]
+        held, given = given[: len(keys)], given[len(keys) :]
+        first, (ok, words, *rest) = (given[0], given[1:]) if self.codec.streams else (None, given)
         more, tables = rest[: len(rest) - len(shared)], rest[len(rest) - len(shared) :]
         constants = {key: table[0] for key, table in zip(shared, tables, strict=True)}
         state = dict(zip(keys, held, strict=True))
         value = self.f(self.codec.decode(state, constants), *of, *more)
         column = torch.arange(value.shape[1], dtype=torch.int32, device=value.device)
-        place = first[:, None] + column if self.codec.streams else column
+        place = column if first is None else first[:, None] + column
         hp = ChunkHyper(ok, ok, ok, ok, ok, place, words, self.codec.streams)
         for key, kept in self.codec.encode(value, hp, constants).items():
             state[key].copy_(torch.where(ok, kept.view(state[key].shape), state[key]))
@@ -152,13 +153,13 @@ class HeldMoment(Held):
             ok: 0-D bool; across: 0-D tensors.
         """
         rows, x = self._by_rows(), of[0] if len(of) == 1 else Formula(together, of)
-        if rows is None or self.hp.passes.leaf(x) is None:
+        if rows is None or self.codec.spills or self.hp.passes.leaf(x) is None:
             self.move_(lambda old, a, b: f(old, *(x.chunk(a, b).float() for x in of), *across), ok)
             return
         hp, streams = self.hp, self.codec.streams
-        starts = noise.starts(self.shape, self.device) + hp.offset if streams else rows[0][:, 0]
+        starts = (noise.starts(self.shape, self.device) + hp.offset,) if streams else ()
         given = (ok, hp.keys(streams), *across, *self._tables())
-        hp.sweep(_Stored(self.codec, f, len(of), _shared(self.codec)), x, (*rows, starts), given)
+        hp.sweep(_Stored(self.codec, f, len(of), _shared(self.codec)), x, (*rows, *starts), given)
 
     def _tables(self) -> list[Tensor]:
         return [self.constants[key][None] for key in _shared(self.codec)]

@@ -271,7 +271,7 @@ class LowMemOptimizer(Informed):
             (self._begun.pop(p, None) or self._begin(p, g)).finish(self.chunks)
             return
         seat, fresh = self.ready(p)
-        observe_(self.strategy.schedule, seat, g)
+        observe_(self.strategy.schedule, seat, g, self.chunks.passes)
         for part in seat.parts:
             part.step_(self.chunks, p.detach(), g, self.hyper(p, part, fresh))
 
@@ -279,7 +279,7 @@ class LowMemOptimizer(Informed):
         self.home.refuse_spread()
         seat, fresh = self.ready(p)
         step = begin(seat, p, g, lambda part, weight, shard: self.hyper(p, part, fresh, weight, shard))
-        self._looks += observe_(self.strategy.schedule, seat, step.g)
+        self._looks += observe_(self.strategy.schedule, seat, step.g, self.chunks.passes)
         return step
 
     def _together(self, pairs: Params) -> Params:

@@ -190,7 +190,7 @@ class Subspace(Rule):
 
     def _rounds(self, g: Blocks, hp: Hyper) -> bool:
         """Whether the basis is cast once: products alone read it, and a launch costs more than memory."""
-        products = isinstance(g, Dense) and g.dtype == hp.weight.dtype and not self._looks(g.shape)
+        products = isinstance(g, Dense) and g.dtype == hp.weight.dtype and not self.projector.follows
         return products and not sizes(g.device).at_hand
 
     def _carries_ages(self) -> bool:
@@ -239,7 +239,7 @@ class Subspace(Rule):
         inner, rotates = scoped(s, "inner"), self.on_refresh == "rotate"
         moment = self.residual.takes if self._absorbs(g.shape) else ""
         before = self._lifted(moment, s, hp) if moment else None
-        seen = self._with_owed(g, s, hp)
+        seen = hp.seen(self._with_owed(g, s, hp))
         change = self.projector.refresh(scoped(s, "projector"), seen, hp, inner, say=rotates)
         if self.on_refresh != "keep":
             low = self.projector.low_shape(g.shape)
@@ -268,7 +268,7 @@ class Subspace(Rule):
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Project, step inside, lift, and add what the rest gives."""
-        whole = g if isinstance(g, Projected) else self._with_owed(g, s, hp)
+        whole = g if isinstance(g, Projected) else hp.seen(self._with_owed(g, s, hp))
         basis = self.projector.opened(scoped(s, "projector"), hp)
         if self._rounds(whole, hp):
             basis = self.projector.rounded(basis, whole.dtype)

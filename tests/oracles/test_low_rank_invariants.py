@@ -140,7 +140,7 @@ def test_a_tangent_lies_beside_the_basis_and_a_small_turn_is_none() -> None:
     g, hp = Dense(normal(9, 20)), hyper_of((9, 20), step=1)
     basis = basis_of(Orthonormal(Frame(RANK)), (9, 20), "w")
     other = torch.linalg.qr(normal(9, RANK, seed=5))[0]
-    t, _ = tangent(Frame(RANK), other, g)
+    t, _ = tangent(Frame(RANK), other, g, hp)
     assert float(t.norm()) > 0.1
     torch.testing.assert_close(other.mT @ t, torch.zeros(RANK, RANK), rtol=0, atol=1e-6)
     for find in (Track(1e-9), Walk(1e-9)):

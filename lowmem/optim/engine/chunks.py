@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,13 +30,14 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import cutting
 from lowmem.optim.engine.compiling import Kernel, compiled
-from lowmem.optim.engine.cutting import LADDER, Span, sizes, walk
+from lowmem.optim.engine.cutting import LADDER, MOST, Span, sizes, walk
 from lowmem.optim.engine.finite import Skipped, all_finite
 from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
-from lowmem.optim.engine.passes import Passes
-from lowmem.optim.engine.run import Pass
+from lowmem.optim.engine.passes import Passes, alike, reading_first
+from lowmem.optim.engine.run import Pass, precision, rates
 from lowmem.optim.engine.together import Together
+from lowmem.optim.formulas import Leaf
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
@@ -44,7 +45,6 @@ from lowmem.optim.writers import Nearest, Writer
 
 log = logging.getLogger(__name__)
 
-Act = Callable[[Tensor, Tensor, int, int], None]
 GRIDS = 64
 """Grids that are kept."""
 
@@ -110,7 +110,7 @@ class Chunks:
         policy = sizes(p.device)
         if policy.together and self._small.takes(rule, writer, p, g, s, extra, hp):
             return
-        ok, speeds = self.true(p.device), hp.rates(dtype=_precision(p))
+        ok, speeds = self.true(p.device), hp.rates(dtype=precision(p))
         alone = not policy.at_hand and self._alone(rule, g, p.numel(), writer)
         table = self._table(rule, s, hp) if alone else None
         if table is None:
@@ -119,7 +119,7 @@ class Chunks:
             speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
         p, extra = opened(p, extra)
         run = Pass(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
-        self._walk(run.step_weight, rule, p, g, writer)
+        self._walk(run, p, g)
         if table is not None:
             self._ages.append(s["age"])
             if not self._late:
@@ -169,12 +169,12 @@ class Chunks:
         rule, s = direction.then or (None, {})
         _age(s, ok)
         guard: Guard = "elements" if direction.ok is None else "given"
-        speeds = rates(hp, direction, _precision(p))
+        speeds = rates(hp, direction, precision(p))
         if rule is not None and rule.measures:
             speeds = self._measured(rule, p, direction.blocks, s, hp, speeds, ok, guard)
         p, extra = opened(p, extra)
         run = Pass(self, rule, writer, s, extra, hp, speeds, ok, guard)
-        self._walk(run.step_weight, rule, p, direction.blocks, writer)
+        self._walk(run, p, direction.blocks)
 
     def _measured(
         self, rule: Pointwise, p: Tensor, g: Blocks, s: State, hp: Hyper, rates: Tensor, ok: Tensor,
@@ -182,7 +182,7 @@ class Chunks:
     ) -> Tensor:  # fmt: skip
         """lr and decay, lr times the factor that takes a pass over the tensor to find."""
         run = Pass(self, rule, None, s, {}, hp, rates, ok, guard, "sums")
-        self._walk(run.measure, rule, p, g)
+        self._walk(run, p, g)
         return torch.stack((rates[0] * rule.factor_(s, ok, hp), rates[1]))
 
     @functools.cached_property
@@ -208,10 +208,13 @@ class Chunks:
         most = policy.made // rule.spills if rule and rule.spills else cutting.MOST
         return cutting.whole_spans(count, grain if grain > 1 else ROW, most)
 
-    def _walk(
-        self, act: Act, rule: Pointwise | None, p: Tensor, g: Blocks, writer: Writer | None = None
-    ) -> None:
-        """Act on a weight piece by piece: the weight, a piece of g, its first element, its padded size."""
+    def _walk(self, run: Pass, p: Tensor, g: Blocks) -> None:
+        """Take the pass over a weight piece by piece, or in rows of which the kernel itself reads g."""
+        if leaf := self._read_inside(run, p, g):
+            for i, j in self.passes.ranges(g, leaf):
+                run.rows(p, g.shape, leaf, i, j)
+            return
+        rule, writer, act = run.rule, run.writer, run.act
         look, count = self._look(rule, g), p.numel()
         if not look:
             for start, length, size in walk(self.spans(rule, count, p.device, writer=writer), p.device):
@@ -225,6 +228,12 @@ class Chunks:
             ):
                 act(p, seen[start : start + length], first + start, size)
             del seen  # before the next one is made
+
+    def _read_inside(self, run: Pass, p: Tensor, g: Blocks) -> Leaf | None:
+        """What the kernel reads of g, where a step goes by elements and a row may be of any length."""
+        if not (p.is_contiguous() and self.compiles(run.rule) and run.any_rows and 0 < p.numel() <= MOST):
+            return None
+        return self.passes.read_by_a_kernel(g)
 
     def _look(self, rule: Pointwise | None, g: Blocks) -> int:
         """Elements of g that may be made at once; 0 for those of a piece."""
@@ -251,6 +260,9 @@ class Chunks:
         asks: Asks,
         counts: bool,
         together: bool = False,
+        leaf: Leaf | None = None,
+        read: Sequence[Tensor] = (),
+        order: tuple[int, ...] = (),
     ) -> Kernel:
         """The kernel for (rows, width) chunks like these: made once, compiled where `live`."""
         # rule and writer fix what the state looks like; both outlive the frame, so their ids name them;
@@ -266,11 +278,13 @@ class Chunks:
             counts,
             together,
             w.shape[0] == 1,
+            leaf and (leaf.name, order, alike((w, *read))),
             live,
         )
         if name not in self._kernels:
             held = (*writer.init(torch.empty(1, dtype=w.dtype)), *writer.beside) if writer else ()
             step = body(rule, writer, keys, held, guard, asks, counts)
+            step = reading_first(step, leaf, order) if leaf else step
             if live and not any(known[-1] for known in self._kernels):
                 log.info("compiling the optimizer's kernels: the first step takes some seconds more")
             self._kernels[name] = compiled(step) if live else step
@@ -312,21 +326,6 @@ def opened(p: Tensor, extra: State) -> tuple[Tensor, State]:
 def _grain(rule: Pointwise | None, writer: Writer | None) -> int:
     """Elements that are stepped, and written, as one."""
     return math.lcm(rule.grain if rule else 1, writer.grain if writer else 1)
-
-
-def _precision(p: Tensor) -> torch.dtype:
-    """What a weight's step is computed in."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def rates(hp: Hyper, direction: Direction, dtype: torch.dtype = torch.float32) -> Tensor:
-    """lr and decay as (2,) on the device; a direction may bring its own."""
-    group = hp.rates(direction.scale, dtype)
-    if direction.lr is None and direction.decay is None:
-        return group
-    lr = group[0] if direction.lr is None else direction.lr * direction.scale
-    decay = group[1] if direction.decay is None else direction.decay
-    return torch.stack((lr.to(dtype), decay.to(dtype)))
 
 
 def _age(s: State, steps: int | Tensor) -> None:

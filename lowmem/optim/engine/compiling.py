@@ -252,10 +252,10 @@ def _forget_instructions() -> None:
 
 
 def _rows(tensors: Sequence[Tensor | None]) -> int:
-    """Rows of a chunk: its weight comes first."""
+    """Rows of a chunk: its weight comes first. A vector has none that are left open."""
     weight = tensors[0]
     assert weight is not None
-    return weight.shape[0]
+    return weight.shape[0] if weight.dim() > 1 else 1
 
 
 def _place_of_rows(tensor: Tensor, rows: int) -> int | None:

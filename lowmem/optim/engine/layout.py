@@ -42,7 +42,7 @@ class Layout:
         per, fill = (rule.per, rule.fill) if rule else ({}, {})
         self._parts = [(s[key], per.get(key, 0), fill.get(key, 0)) for key in self.keys]
         self._parts += [(tensor, writer.per.get(key, 1), 0) for key, tensor in extra.items() if writer]
-        self._views: dict[tuple[int, int], Views] = {}
+        self._views: dict[tuple[int, int, int], Views] = {}
 
     def width(self, size: int) -> int:
         """Elements of a row of a chunk."""
@@ -50,19 +50,21 @@ class Layout:
             return self.grain
         return ROW if self.live else size
 
-    def _seen(self, size: int, entries: int) -> tuple[int, int]:
+    @staticmethod
+    def _seen(rows: int, entries: int) -> tuple[int, int]:
         """A state of one dimension by the rows of a chunk, unless an entry is of several rows."""
-        rows = size // self.width(size)
         return (rows, entries // rows) if entries % rows == 0 else (entries, 1)
 
-    def cut(self, start: int, length: int, size: int) -> tuple[Views, Padded]:
+    def cut(self, start: int, length: int, size: int, width: int = 0) -> tuple[Views, Padded]:
         """Views of the state for one chunk; where it must be padded, copies and where they go back.
 
         Args:
             start, length: the elements of the chunk; size: with padding.
+            width: of a row; what is usual, if 0.
         """
-        if (start, size) in self._views:
-            return self._views[start, size], []
+        rows = size // (width or self.width(size))
+        if (start, size, rows) in self._views:
+            return self._views[start, size, rows], []
         views: Views = []
         back: Padded = []
         for tensor, per, fill in self._parts:
@@ -75,9 +77,9 @@ class Layout:
                 padded = pad(piece, entries, fill)
                 back.append((piece, padded))
                 piece = padded
-            views.append(piece.view(*self._seen(size, entries)) if piece.dim() == 1 else piece)
+            views.append(piece.view(*self._seen(rows, entries)) if piece.dim() == 1 else piece)
         if not back:
-            self._views[start, size] = views
+            self._views[start, size, rows] = views
         return views, back
 
 

@@ -33,10 +33,11 @@ class Passes(ByBlocks):
 
     def takes(self, x: Blocks) -> int:
         """Bytes that looking makes for each element: where one call does it, fp32 and what it reads."""
-        leaf = self._read_by_a_kernel(x)
+        leaf = self.read_by_a_kernel(x)
         return x.takes if leaf is None else 4 + leaf.takes
 
-    def _read_by_a_kernel(self, x: Blocks) -> Leaf | None:
+    def read_by_a_kernel(self, x: Blocks) -> Leaf | None:
+        """What a kernel takes of a matrix that is neither there nor made as it is."""
         leaf = self.leaf(x) if x.takes else None
         return None if leaf is None or leaf.down[:1] == (x,) else leaf
 
@@ -71,8 +72,22 @@ class Passes(ByBlocks):
         out = torch.empty((len(ranges), count) if count else len(ranges), dtype=dtype, device=x.device)
         name, step = ("parts", f, leaf.name, fixed), _finding(f, leaf, fixed)
         for k, (i, j) in enumerate(ranges):
-            self.call(name, step, [*leaf.rows(i, j), *whole, out[k]])
+            # torch 2.13 leaves an fp64 number alone that has no dimension
+            self.call(name, step, [*leaf.rows(i, j), *whole, out[k] if count else out[k : k + 1]])
         return out
+
+    def reckon(
+        self, f: Callable[..., None], tensors: Sequence[Tensor], fixed: tuple[Hashable, ...] = ()
+    ) -> None:
+        """In one call, if that can be."""
+        if not self._at_once(tensors[0].device):
+            super().reckon(f, tensors, fixed)
+            return
+
+        def run(*given: Tensor) -> None:
+            f(*given, *fixed)
+
+        self.call(("reckon", f, fixed), run, tensors)
 
     def seen(self, x: Blocks) -> Blocks:
         """The matrix as `Seen`, where a call makes many of its rows."""
@@ -89,7 +104,7 @@ class Passes(ByBlocks):
 
     def chunk(self, x: Blocks, start: int, stop: int) -> Tensor:
         """Flat row-major elements start..stop; made by one call, where that can be."""
-        leaf = self._read_by_a_kernel(x)
+        leaf = self.read_by_a_kernel(x)
         if leaf is None:
             return x.chunk(start, stop)
         n = x.shape[1]
@@ -113,19 +128,46 @@ class Passes(ByBlocks):
         """Call the kernel of a name. It holds nothing on the way; without memory there is nothing to do."""
         if tensors[0].is_meta:
             return
-        key = (*name, *alike(tensors))
+        found, order = once(tensors)
+        key = (*name, order, *alike(found))
         if key not in self._kernels:
-            self._kernels[key] = compiled(step)
-        self._kernels[key](*tensors)
+            self._kernels[key] = compiled(_repeating(step, order))
+        self._kernels[key](*found)
+
+
+def once(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Each tensor once, and which of them each was: a compiler takes two that are one for two."""
+    found: dict[Hashable, Tensor] = {}
+    keys = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype) for x in tensors]
+    for key, tensor in zip(keys, tensors, strict=True):
+        found.setdefault(key, tensor)
+    places = {key: i for i, key in enumerate(found)}
+    return list(found.values()), tuple(places[key] for key in keys)
+
+
+def _repeating(step: Kernel, order: tuple[int, ...]) -> Kernel:
+    if order == tuple(range(len(order))):
+        return step
+
+    def run(*found: Tensor) -> None:
+        step(*(found[k] for k in order))
+
+    return run
 
 
 def alike(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
-    """What a kernel is made for, of tensors whose rows, those of the first, are left open."""
+    """What a kernel is made for, of tensors whose rows, those of the first if it has any, are left open."""
+    first = tensors[0]
+    open_rows = first.dim() > 1
     shapes = tuple(
-        (x.shape if x.dim() < 2 else x.shape[1:], x.dtype, () if x.is_contiguous() else x.stride())
+        (
+            x.shape[1:] if open_rows and x.dim() > 1 else x.shape,
+            x.dtype,
+            () if x.is_contiguous() else x.stride(),
+        )
         for x in tensors
     )
-    return shapes, tensors[0].shape[0] == 1, tensors[0].device
+    return shapes, open_rows and first.shape[0] == 1, first.device
 
 
 class Seen(Held):
@@ -198,6 +240,22 @@ def _finding(f: Callable[..., Tensor], leaf: Leaf, fixed: tuple[Hashable, ...]) 
 
     def run(*tensors: Tensor) -> None:
         tensors[-1].copy_(f(*read(tensors), *tensors[count:-1], *fixed))
+
+    return run
+
+
+def reading_first(step: Kernel, leaf: Leaf, order: tuple[int, ...]) -> Kernel:
+    """The step of a chunk that reads its gradient itself.
+
+    Args:
+        step: of the weight, the gradient and the rest; leaf: of the gradient.
+        order: which of the first tensors are the weight, and what is read of the leaf, see `once`.
+    """
+    (_, read), count = reader(leaf), max(order) + 1
+
+    def run(*tensors: Tensor) -> None:
+        (matrix,) = read([tensors[k] for k in order[1:]])
+        step(tensors[0], matrix, *tensors[count:])
 
     return run
 

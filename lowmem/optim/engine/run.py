@@ -9,12 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowmem.optim.blocks import Direction
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.compiling import Kernel
 from lowmem.optim.engine.cutting import pad, read_flat, sizes, write_flat
 from lowmem.optim.engine.finite import Skipped
 from lowmem.optim.engine.kernels import Asks, Guard
 from lowmem.optim.engine.layout import layout
+from lowmem.optim.engine.passes import once
+from lowmem.optim.formulas import Leaf
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
@@ -36,6 +39,7 @@ class Kernels(Protocol):
     def kernel(
         self, rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], w: Tensor, g: Tensor,
         live: bool, guard: Guard, asks: Asks, counts: bool, together: bool = False,
+        leaf: Leaf | None = None, read: Sequence[Tensor] = (), order: tuple[int, ...] = (),
     ) -> Kernel: ...  # fmt: skip
 
 
@@ -65,6 +69,27 @@ class Pass:
         self.rowwise = frame.compiles(rule) and not sizes(self.device).at_hand
         self.skipped = frame.skipped.counter(self.device) if writer and not self.rowwise else None
         self._words: dict[int, Tensor] = {}
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether a chunk may have rows of any length: all goes by single elements."""
+        parts = [
+            *(self.rule.per.values() if self.rule else ()),
+            *(self.writer.per.values() if self.writer else ()),
+        ]
+        grain = max(x.grain for x in (self.rule, self.writer) if x)
+        return grain == 1 and {0, 1}.issuperset(parts) and not (self.writer and self.writer.beside)
+
+    def act(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
+        """Step or measure the weight's elements start..start+len(g), padded to size."""
+        (self.measure if self.asks == "sums" else self.step_weight)(p, g, start, size)
+
+    def rows(self, p: Tensor, shape: tuple[int, int], leaf: Leaf, i: int, j: int) -> None:
+        """Step or measure rows i..j of a weight of this shape, by what the kernel itself reads of a leaf."""
+        n = shape[1]
+        views, _ = self.layout.cut(i * n, (j - i) * n, (j - i) * n, n)
+        (w, *read), order = once([p.view(shape)[i:j], *leaf.rows(i, j)])
+        self._call(w, read, i * n, views, leaf, order)
 
     def step_weight(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
         """Step the weight's elements start..start+len(g), padded to size."""
@@ -102,19 +127,26 @@ class Pass:
         shaped = g.view(-1, width)
         weight = shaped if w is g else w.view(-1, width)
         views, back = self.layout.cut(start, length, size)
+        self._call(weight, [shaped], start, views)
+        for piece, padded in back:
+            piece.copy_(padded[: piece.shape[0]])
+
+    def _call(
+        self, w: Tensor, read: list[Tensor], start: int, views: Sequence[Tensor], leaf: Leaf | None = None,
+        order: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        """Call the kernel on a weight as rows, and on the gradient or what it is read from."""
         kernel = self.frame.kernel(
-            self.rule, self.writer, self.layout.keys, weight, shaped, self.live,
-            self.guard, self.asks, self.counts,
+            self.rule, self.writer, self.layout.keys, w, (w, *read)[-1], self.live,
+            self.guard, self.asks, self.counts, False, leaf, read, order,
         )  # fmt: skip
         # a sum over all rows would be a kernel of its own
         tallied = self.writer and self.rowwise
-        skipped = self.frame.skipped.tally(shaped.shape[0], self.device) if tallied else self.skipped
+        skipped = self.frame.skipped.tally(w.shape[0], self.device) if tallied else self.skipped
         kernel(
-            weight, shaped, self.rates, self.ok, skipped, self.scalars,
-            *self._places(start, *shaped.shape), self._keys(start), *views,
+            w, *read, self.rates, self.ok, skipped, self.scalars,
+            *self._places(start, *w.shape), self._keys(start), *views,
         )  # fmt: skip
-        for piece, padded in back:
-            piece.copy_(padded[: piece.shape[0]])
 
     def _places(self, start: int, rows: int, width: int) -> tuple[Tensor | None, ...]:
         """Where elements are in the tensor: the chunk, its rows, and the columns in a row."""
@@ -132,3 +164,18 @@ class Pass:
         if upper not in self._words:
             self._words[upper] = self.hp.keys(self.layout.streams, upper)
         return self._words[upper]
+
+
+def precision(p: Tensor) -> torch.dtype:
+    """What a weight's step is computed in."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def rates(hp: Hyper, direction: Direction, dtype: torch.dtype = torch.float32) -> Tensor:
+    """lr and decay as (2,) on the device; a direction may bring its own."""
+    group = hp.rates(direction.scale, dtype)
+    if direction.lr is None and direction.decay is None:
+        return group
+    lr = group[0] if direction.lr is None else direction.lr * direction.scale
+    decay = group[1] if direction.decay is None else direction.decay
+    return torch.stack((lr.to(dtype), decay.to(dtype)))

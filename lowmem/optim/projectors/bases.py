@@ -20,6 +20,7 @@ from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.shards import resized, shard_in, total, whole
 from lowmem.optim.terms.changes import Change, Rotation, Unrelated
+from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "auto")
@@ -143,10 +144,14 @@ def unit(x: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(ok, x.div_(top), fallback), ok
 
 
-def energy(g: Blocks, top: Tensor) -> Tensor:
+def energy(g: Blocks, top: Tensor, hp: Hyper) -> Tensor:
     """|G / top|^2 of all rows, 0-D fp32."""
-    own = g.sum(lambda rows: torch.linalg.vector_norm(rows / top, dtype=torch.float64).square())
-    return total(g.shape, own).float()
+    return total(g.shape, hp.parts(_energy, g, (top,)).sum(0)).float()
+
+
+def _energy(rows: Tensor, top: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(rows / top, dtype=torch.float64)
+    return norm.square()
 
 
 def orthonormal(x: Tensor) -> Tensor:

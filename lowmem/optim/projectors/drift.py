@@ -104,5 +104,5 @@ class Drift(Orthonormal):
             omega = hp.gaussian((columns, far), "path", 0)
         seen = self.frame.across(omega if self.axis(shape) == 0 else own_rows(omega.t(), shape), split.g)
         top, ok = largest(seen)
-        length = energy(split.g, top).sqrt()
+        length = energy(split.g, top, hp).sqrt()
         return {"path": torch.where(split.ok & ok, s["path"] + seen / top / length, s["path"])}

@@ -29,7 +29,7 @@ from lowmem.optim.projectors.dense import power_iteration
 from lowmem.optim.terms.hyper import Hyper
 
 
-def tangent(frame: Frame, basis: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
+def tangent(frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
     """T = 2 (A - P P'A) (P'A)', A = G / |G|, singular values at most 1; and whether G has one."""
     low = frame.down(basis, g)
     # in units of the largest number that P'G has, so that no square overflows
@@ -38,7 +38,7 @@ def tangent(frame: Frame, basis: Tensor, g: Blocks) -> tuple[Tensor, Tensor]:
     # P'G A' is exactly P' times this: the tangent has no part in the basis
     pulled = pulled.addmm_(basis, basis.t() @ pulled, alpha=-1.0)
     fine = largest(pulled)[1] & ok
-    return torch.where(fine, pulled.mul_(2.0 / energy(g, top)), 0.0), fine
+    return torch.where(fine, pulled.mul_(2.0 / energy(g, top, hp)), 0.0), fine
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Track:
         """See `dense.Find`."""
         if hp.first or hp.step == 0:
             return power_iteration(frame, basis, g, hp)
-        t, ok = tangent(frame, basis, g)
+        t, ok = tangent(frame, basis, g, hp)
         v = torch.linalg.eigh((t.t() @ t).double()).eigenvectors[:, -1:].float()
         u = t @ v
         sigma = torch.linalg.vector_norm(u)

@@ -96,7 +96,7 @@ class Online(Framed):
         top, ok = self.frame.largest(split.low, g)
         low = split.low.div_(top)  # the weight is written: nobody looks at R again
         pulled = self.frame.across(low, g).div_(top)  # G Y, as (s, r)
-        norm = energy(g, top)
+        norm = energy(g, top, split.hp)
         pulled = torch.where(ok & (norm > 0.0), pulled / norm, 0.0)
         overlap = basis.t() @ basis
         slope = basis @ (basis.t() @ pulled) + pulled @ overlap - 2.0 * pulled

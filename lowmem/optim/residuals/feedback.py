@@ -11,6 +11,7 @@ from torch import Tensor
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import Residual
+from lowmem.optim.formulas import Formula
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MOMENT
@@ -71,23 +72,33 @@ class Feedback(Residual):
     def inject(self, s: State, g: Blocks, hp: Hyper) -> Blocks:
         """G + E."""
         owed = self._owed(s, g.shape, hp)
-        return Blocks(g.shape, lambda i, j: g.rows(i, j) + owed.rows(i, j), g.device)
+        return Formula(torch.add, (g, owed))
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """No step; what is not seen is owed. What is not finite is left to the frame to refuse."""
-
-        def rest(old: Tensor, start: int, stop: int) -> Tensor:
-            new = split.rest.chunk(start, stop)
-            return torch.where(new.isfinite(), new.clamp(-LARGEST_MOMENT, LARGEST_MOMENT), old)
-
-        refused = None if split.sees else split.rest.map(lambda x: torch.where(x.isfinite(), 0.0, x))
-        return refused, lambda: self._owed(s, split.g.shape, split.hp).move_(rest, split.ok)
+        refused = None if split.sees else Formula(_refused, (split.rest,))
+        return refused, lambda: self._owed(s, split.g.shape, split.hp).moving(_rest, (split.rest,), split.ok)
 
     def take_(self, s: State, lost: Blocks, ok: Tensor, hp: Hyper) -> None:
         """What the momentum lost, in gradients."""
-        gradients = hp.betas[0] / (1.0 - hp.betas[0])
+        more = _More(hp.betas[0] / (1.0 - hp.betas[0]))
+        self._owed(s, lost.shape, hp).moving(more, (lost,), ok)
 
-        def more(old: Tensor, start: int, stop: int) -> Tensor:
-            return torch.add(old, lost.chunk(start, stop), alpha=gradients)
 
-        self._owed(s, lost.shape, hp).move_(more, ok)
+def _rest(old: Tensor, new: Tensor) -> Tensor:
+    return torch.where(new.isfinite(), new.clamp(-LARGEST_MOMENT, LARGEST_MOMENT), old)
+
+
+def _refused(rows: Tensor) -> Tensor:
+    """What is not finite, and nothing else."""
+    return torch.where(rows.isfinite(), 0.0, rows)
+
+
+@dataclass(frozen=True)
+class _More:
+    """What is owed and so many times what was lost."""
+
+    gradients: float
+
+    def __call__(self, old: Tensor, lost: Tensor) -> Tensor:
+        return torch.add(old, lost, alpha=self.gradients)

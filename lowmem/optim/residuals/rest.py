@@ -126,25 +126,25 @@ class ScaledRest(Residual):
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
         """The scaled step, and its norm for the next one."""
-        factors = self._factors(split).mul_(self.scale)
+        hp, factors = split.hp, self._factors(split)
         if not self.limit:
             return self._scaled(split, factors), None
         norms = torch.empty(split.g.shape[0], dtype=torch.float64, device=split.g.device)
-        split.hp.sweep(_note_norms, self._scaled(split, factors), (norms,))
-        norm = total(split.g.shape, norms.square().sum()).sqrt().float()
-        before, most = s["norm"], s["norm"] * self.limit
-        longer = (before > 0.0) & (norm > most)
-        factors.mul_(torch.where(longer, most / norm, 1.0))
-        new = torch.where(split.ok, torch.minimum(norm, torch.where(longer, most, norm)), before)
+        hp.sweep(_note_norms, self._scaled(split, factors), (norms,))
+        alone, new = shard_in(split.g.shape) is None, torch.empty_like(s["norm"])
+        squares = norms if alone else total(split.g.shape, norms.square().sum())
+        hp.reckon(_limit_, (factors, squares, s["norm"], split.ok, new), (self.limit, alone))
         return self._scaled(split, factors), lambda: apply_in_place(s, {"norm": new})
 
     def _factors(self, split: Split) -> Tensor:
-        """phi, one for each row or column of the gradient."""
+        """phi times the scale, one for each row or column of the gradient."""
+        if self.per == "channel":
+            factors = torch.empty(split.step.shape[1 - split.axis], device=split.step.device)
+            split.hp.reckon(_note_factors, (factors, split.step, split.low), (split.axis, self.scale))
+            return factors
         own, seen = (torch.linalg.vector_norm(x, dim=split.axis) for x in (split.step, split.low))
-        if self.per == "tensor":
-            own, seen = (_length(x, split).expand_as(own) for x in (own, seen))
-        factors: Tensor = own / (seen + 1e-8)
-        return factors
+        own, seen = (_length(x, split).expand_as(own) for x in (own, seen))
+        return (own / (seen + 1e-8)).mul_(self.scale)
 
     def _scaled(self, split: Split, factors: Tensor) -> Blocks:
         source = split.rest if self.lifts else split.g
@@ -161,6 +161,26 @@ def _length(channels: Tensor, split: Split) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(channels)
     shard = shard_in(split.g.shape)
     return norm if shard is None or split.axis == 0 else shard.total(norm.square()).sqrt()
+
+
+def _note_factors(factors: Tensor, step: Tensor, low: Tensor, axis: int, scale: float) -> None:
+    own, seen = (torch.linalg.vector_norm(x, dim=axis) for x in (step, low))
+    factors.copy_((own / (seen + 1e-8)).mul_(scale))
+
+
+def _limit_(
+    factors: Tensor, squares: Tensor, before: Tensor, ok: Tensor, new: Tensor, limit: float, alone: bool
+) -> None:
+    """Shorten a step that is longer than the one before allows, and note how long it is.
+
+    Args:
+        squares: the norms of the rows, where all rows are here (`alone`); the sum of their squares elsewhere.
+    """
+    norm = (squares.square().sum() if alone else squares).sqrt().float()
+    most = before * limit
+    longer = (before > 0.0) & (norm > most)
+    factors.mul_(torch.where(longer, most / norm, 1.0))
+    new.copy_(torch.where(ok, torch.minimum(norm, torch.where(longer, most, norm)), before))
 
 
 def _note_norms(rows: Tensor, norms: Tensor) -> None:
@@ -214,8 +234,5 @@ class SubsetNormed(Residual):
         sums, old = self.subsets.sums(split.g, split.hp), s["exp_avg_sq"]
         v = torch.where(split.ok & (sums <= LARGEST_MEAN), old + numbers[0] * (sums - old), old)
 
-        def rows(i: int, j: int) -> Tensor:
-            return split.lifted.rows(i, j) * split.scale + split.rest.rows(i, j)
-
-        step = self.subsets.divided(Blocks(split.g.shape, rows, split.g.device), v, numbers)
+        step = self.subsets.divided(split.with_rest(split.rest), v, numbers)
         return step, lambda: apply_in_place(s, {"exp_avg_sq": v, "age": age})

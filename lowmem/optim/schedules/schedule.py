@@ -20,6 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks
+from lowmem.optim.formulas import ByBlocks
 from lowmem.optim.terms.state import State
 
 
@@ -49,7 +50,7 @@ class Schedule:
         """What is held of a tensor like x that follows a rule; nothing."""
         return {}
 
-    def part(self, g: Blocks) -> Tensor:
+    def part(self, g: Blocks, passes: ByBlocks) -> Tensor:
         """What the rows of a gradient that are here add to what is observed, 0-D: it is summed over ranks."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine import noise
+from lowmem.optim.formulas import ByBlocks
 from lowmem.optim.schedules.schedule import Schedule
 from lowmem.optim.shards import whole
 from lowmem.optim.terms.state import State
@@ -74,6 +75,15 @@ class Watching(Schedule):
         return step - step % self.gap
 
 
+def _sizes(rows: Tensor) -> Tensor:
+    return rows.abs().sum(dtype=torch.float64)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
+    return norm.square()
+
+
 @functools.lru_cache(maxsize=16)
 def _read(decided: str) -> Any:
     """What was decided; not to be written to."""
@@ -112,9 +122,9 @@ class Converged(Watching):
         if self.by not in BY:
             raise UserError(f"unknown by {self.by!r}; {nearest(self.by, BY)}")
 
-    def part(self, g: Blocks) -> Tensor:
+    def part(self, g: Blocks, passes: ByBlocks) -> Tensor:
         """The sum of sizes."""
-        return g.sum(lambda rows: rows.abs().sum(dtype=torch.float64))
+        return passes.parts(_sizes, g).sum(0)
 
     def size(self, part: Tensor, shape: tuple[int, int]) -> Tensor:
         """The mean size of an element."""
@@ -175,9 +185,9 @@ class Important(Watching):
                 f"share must be in (0, 1] and eta at least 0, got share={self.share}, eta={self.eta}"
             )
 
-    def part(self, g: Blocks) -> Tensor:
+    def part(self, g: Blocks, passes: ByBlocks) -> Tensor:
         """The sum of squares."""
-        return g.sum(lambda rows: torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+        return passes.parts(_squares, g).sum(0)
 
     def size(self, part: Tensor, shape: tuple[int, int]) -> Tensor:
         """The norm."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.contract import AnyRule
+from lowmem.optim.formulas import ByBlocks
 from lowmem.optim.schedules.schedule import Schedule
 from lowmem.optim.shards import Shard, matrix, shard_in
 from lowmem.optim.strategy import Strategy
@@ -45,7 +46,7 @@ class Look(NamedTuple):
     shard: Shard
 
 
-def observe_(schedule: Schedule, seat: Seat, g: Blocks) -> list[Look]:
+def observe_(schedule: Schedule, seat: Seat, g: Blocks, passes: ByBlocks) -> list[Look]:
     """Show a gradient to a schedule that holds something of the tensor.
 
     Returns:
@@ -55,7 +56,7 @@ def observe_(schedule: Schedule, seat: Seat, g: Blocks) -> list[Look]:
         return []
     if seat.shard and seat.way == "stack" and isinstance(g, Dense):  # one tensor to a schedule
         g = Dense(g.tensor, g.factor, matrix(seat.shard))
-    state, part, shard = scoped(seat.held, "schedule"), schedule.part(g), shard_in(g.shape)
+    state, part, shard = scoped(seat.held, "schedule"), schedule.part(g, passes), shard_in(g.shape)
     if shard:
         return [Look(state, part, g.shape, shard)]
     schedule.observe_(state, part, g.shape)

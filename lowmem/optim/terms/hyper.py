@@ -187,6 +187,10 @@ class Hyper:
         """A pass over a matrix that finds numbers, see `ByBlocks.parts`."""
         return self.passes.parts(*asked, **more)
 
+    def reckon(self, *asked: Any) -> None:
+        """What follows from vectors and numbers alone, see `ByBlocks.reckon`."""
+        self.passes.reckon(*asked)
+
     def seen(self, x: Blocks) -> Blocks:
         """A matrix for products, see `ByBlocks.seen`."""
         return self.passes.seen(x)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import Blocks
-from lowmem.optim.formulas import Formula
+from lowmem.optim.blocks import Blocks, Dense
+from lowmem.optim.formulas import Formula, Product
 from lowmem.optim.terms.hyper import Hyper
 
 Commit = Callable[[], None]
@@ -51,5 +52,27 @@ class Split:
     hp: Hyper
 
     def with_rest(self, absorbed: Blocks) -> Blocks:
-        """scale up(N) and the step of the rest, row block by row block."""
-        return Formula(Sum(self.scale), (self.lifted, absorbed))
+        """scale up(N) and the step of the rest; step and low are used up where that saves a product."""
+        joined = self._joined(absorbed)
+        return Formula(Sum(self.scale), (self.lifted, absorbed)) if joined is None else joined
+
+    def _joined(self, absorbed: Blocks) -> Blocks | None:
+        """Of a rest that is multiplied by f, where kernels are compiled: P (scale N - R f) + G f."""
+        if not isinstance(absorbed, Formula) or absorbed.f is not torch.mul or absorbed.of != (self.rest,):
+            return None
+        if self.pair is None or self.hp.passes.leaf(self.g) is None:
+            return None
+        (a, b), down, across = self.pair, absorbed.down, absorbed.across
+        rows = (self.step, *(v[:, None] for v in down))
+        self.hp.sweep(_join_, Dense(self.low), rows, across, (self.scale,))
+        pair = (a, self.step) if self.axis == 0 else (self.step, b)
+        lifted = Product(pair, self.hp.weight.dtype, self.g.shape)
+        return Formula(_with, (lifted, self.g), down, across)
+
+
+def _join_(low: Tensor, step: Tensor, factors: Tensor, scale: float) -> None:
+    step.mul_(scale).sub_(low * factors)
+
+
+def _with(lifted: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+    return lifted + g * factors

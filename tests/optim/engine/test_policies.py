@@ -225,9 +225,12 @@ def test_products_of_what_is_made_are_those_by_blocks(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
-@pytest.mark.parametrize("name", ["adafactor", pytest.param("fira", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "name",
+    ["adafactor", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("fira", "stable_spam"))],
+)
 def test_passes_compile_to_what_they_say(name: str) -> None:
-    rank = {} if name == "adafactor" else {"rank": 8, "update_proj_gap": 2}
+    rank = {"rank": 8, "update_proj_gap": 2} if name == "fira" else {}
     blocks, params = start(name, rank, FP32)
     advance(blocks, params, range(3))
     with policy("cuda"):

@@ -23,7 +23,7 @@ the weight's size is allocated. Three things are decided here:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from lowmem.optim.blocks import BLOCK, Blocks, Dense, Direction
 from lowmem.optim.codecs.factored import Factored, RowCol
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
-from lowmem.optim.engine.ages import numbers_of
+from lowmem.optim.engine.ages import numbers_of, table
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.elementwise.moments import Momentum, Square
@@ -72,18 +72,58 @@ def quotient(g: Blocks, p: Tensor, q: Tensor, most: float, hp: Hyper) -> Blocks:
     """U = diag(p) G diag(q), shortened to an rms of `most`; takes a pass over G, and uses p up."""
     norms, rest = torch.empty_like(p), _kept(Formula(_times, (g,), across=(q,)))
     hp.sweep(_note_norms, rest, (norms,))
-    norms.mul_(p)
-    p.mul_(_shrink(torch.dot(norms, norms), g.shape, most, hp))
+    if hp.shard is None:
+        hp.reckon(_shorten_, (p, norms), (1.0 / (g.shape[0] * g.shape[1]) / most**2,))
+    else:
+        norms.mul_(p)
+        p.mul_(_shrink(torch.dot(norms, norms), g.shape, most, hp))
     if isinstance(rest, Dense):
         rest.tensor.mul_(p[:, None])
         return rest
     return Formula(between, (g,), (p,), (q,))
 
 
+def _shorten_(p: Tensor, norms: Tensor, share: float) -> None:
+    norms = norms * p
+    p.mul_((torch.dot(norms, norms) * share).rsqrt_().clamp_(max=1.0))
+
+
 def _kept(x: Blocks) -> Blocks:
     """A matrix that one row block is all of, made once instead of at every look; others as they are."""
     m, n = x.shape
     return Dense(x.rows(0, m), shape=x.shape) if sizes(x.device).at_hand and m * n <= BLOCK else x
+
+
+class Alone:
+    """What a factored moment asks of a step whose rows are all here."""
+
+    shard: ClassVar[None] = None
+
+    @staticmethod
+    def total(x: Tensor, op: str = "sum") -> Tensor:
+        """Of one."""
+        return x
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """A factored moment moves where what is new is sound, and the roots of what is held then are found."""
+
+    factored: Factored
+
+    def __call__(
+        self, row: Tensor, col: Tensor, new_row: Tensor, new_col: Tensor, age: Tensor, p: Tensor, q: Tensor,
+        ok: Tensor, rates: Tensor,
+    ) -> None:  # fmt: skip
+        alone = cast("Hyper", Alone)
+        held, new = {"row": row, "col": col}, {"row": new_row, "col": new_col}
+        sound = self.factored.sound(new, alone)
+        age.add_(sound)
+        rate = rates.index_select(0, age.view(1))[0, 0]
+        self.factored.average_(held, new, rate, sound)
+        for found, root in zip((p, q), self.factored.roots(held, alone), strict=True):
+            found.copy_(root)
+        ok.copy_(sound)
 
 
 @dataclass(frozen=True)
@@ -193,6 +233,12 @@ class Adafactor(Rule):
         held = part(s, "square")
         rule = cast("Square", self.square.rule)
         new = self.factored.reduce(g, rule.eps, hp)
+        if hp.shard is None and not sizes(g.device).at_hand:
+            p, q = (torch.empty_like(held[key]) for key in ("row", "col"))
+            ok = torch.empty((), dtype=torch.bool, device=g.device)
+            seen = (held["row"], held["col"], new["row"], new["col"])
+            hp.reckon(_Followed(self.factored), (*seen, s["age"], p, q, ok, table(rule, hp, g.device)))
+            return quotient(g, p, q, self.clip_threshold, hp), ok
         ok = self.factored.sound(new, hp)
         s["age"].add_(ok)
         self.factored.average_(held, new, numbers_of(rule, s["age"], hp)[0], ok)

@@ -24,7 +24,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction, matrix_shape
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula, Product
 from lowmem.optim.projectors.bases import Frame, orthonormal, own_rows, unit
 from lowmem.optim.shards import Shape, whole
 from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
@@ -87,41 +87,30 @@ class MLorc(Rule):
         s["age"].add_(ok)
         rate1, rate2, eps, correction1, correction2 = numbers_of(self, s["age"], hp).unbind()
         first, second = scoped(s, "exp_avg"), scoped(s, "exp_avg_sq")
-        plain = Blocks(g.shape, None, g.device)  # products of moments are fp32
-        instead = self._mean_below(second, plain, hp)
-
-        def average(i: int, j: int) -> Tensor:
-            return self._rows(first, i, j, plain).lerp_(g.rows(i, j), rate1)
-
-        def squares(i: int, j: int) -> Tensor:
-            old = self._rows(second, i, j, plain)
-            return torch.where(old < 0.0, instead, old).lerp_(g.rows(i, j).square(), rate2)
-
-        def step(i: int, j: int) -> Tensor:
-            return average(i, j).mul_(correction1).div_(squares(i, j).sqrt_().mul_(correction2).add_(eps))
+        old, before = self._product(first, g.shape), self._product(second, g.shape)
+        average = Formula(torch.lerp, (old, g), across=(rate1,))
+        squares = Formula(_averaged, (before, g), across=(self._mean_below(before, hp), rate2))
 
         def commit() -> None:
-            for held, look, name in ((first, average, MOMENTS[0]), (second, squares, MOMENTS[1])):
-                self._store(Blocks(g.shape, look, g.device), held, ok, name, hp)
+            for held, moment, name in ((first, average, MOMENTS[0]), (second, squares, MOMENTS[1])):
+                self._store(hp.seen(moment), held, ok, name, hp)
 
-        return Direction(Blocks(g.shape, step, g.device), ok=ok, commit=commit)
+        step = Formula(_quotient, (average, squares), across=(correction1, correction2, eps))
+        return Direction(step, ok=ok, commit=commit)
 
     @staticmethod
     def _sound(g: Blocks, hp: Hyper) -> Tensor:
         """No sum of squares can be infinite."""
         return hp.peak(g) <= math.sqrt(LARGEST_MEAN / math.prod(whole(g.shape)))
 
-    def _rows(self, held: State, i: int, j: int, like: Blocks) -> Tensor:
-        """Rows i..j of P R, in the precision of a matrix like it."""
-        return self.frame.up(held["basis"], held["low"], i, j, like)
+    def _product(self, held: State, shape: tuple[int, int]) -> Product:
+        """P R, in fp32 whatever the weight."""
+        return Product(self.frame.pair(held["basis"], held["low"], shape), torch.float32, shape)
 
-    def _mean_below(self, held: State, like: Blocks, hp: Hyper) -> Tensor:
+    @staticmethod
+    def _mean_below(held: Product, hp: Hyper) -> Tensor:
         """The mean magnitude of the negative elements of P R, 0-D; 0 where there is none."""
-        parts = []
-        for i, j in walk(like.ranges(), like.device):
-            below = self._rows(held, i, j, like).clamp_(max=0.0)
-            parts.append(torch.stack(((below < 0.0).sum().double(), -below.sum(dtype=torch.float64))))
-        count, total = hp.total(torch.stack(parts).sum(0)).unbind()
+        count, total = hp.total(hp.parts(_below, held, count=2).sum(0)).unbind()
         return (total / count.clamp(min=1.0)).float()
 
     def _store(self, x: Blocks, held: State, ok: Tensor, name: str, hp: Hyper) -> None:
@@ -137,3 +126,18 @@ class MLorc(Rule):
             low = self.frame.down(basis, x)
         for key, value in (("basis", basis), ("low", low)):
             torch.where(ok, value, held[key], out=held[key])
+
+
+def _averaged(old: Tensor, g: Tensor, instead: Tensor, rate: Tensor) -> Tensor:
+    """The average of squares; what stands for its negative elements is their mean magnitude."""
+    return torch.where(old < 0.0, instead, old).lerp_(g.square(), rate)
+
+
+def _quotient(m: Tensor, v: Tensor, correction1: Tensor, correction2: Tensor, eps: Tensor) -> Tensor:
+    return m.mul_(correction1).div_(v.sqrt_().mul_(correction2).add_(eps))
+
+
+def _below(rows: Tensor) -> Tensor:
+    """How many elements are negative, and the sum of their magnitudes."""
+    below = rows.clamp(max=0.0)
+    return torch.stack(((below < 0.0).sum().double(), -below.sum(dtype=torch.float64)))

@@ -17,8 +17,9 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.codecs.blockwise import Codec, codec
 from lowmem.optim.codecs.factored import RowCol
-from lowmem.optim.codecs.rankone import least, maxima
+from lowmem.optim.codecs.rankone import maxima
 from lowmem.optim.contract import Rule
+from lowmem.optim.formulas import Formula
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MEAN
@@ -90,11 +91,11 @@ class SM3(Rule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find the new maxima; the step is made from the old ones while it is written."""
         sums = scoped(s, "accumulator")
-        n = Blocks(g.shape, lambda i, j: least(sums, i, j).addcmul_(g.rows(i, j), g.rows(i, j)), g.device)
-        new = maxima(n, hp)
+        n = Formula(_grown, (g,), (sums["row"],), (sums["col"],))
+        new = maxima(hp.seen(n), hp)
         top = new["col"].amax()
         ok, small = top <= LARGEST_MEAN, self.floor * top + self.small
-        u = Blocks(g.shape, lambda i, j: g.rows(i, j) * n.rows(i, j).add_(small).rsqrt_(), g.device)
+        u = Formula(_divided, (g, n), across=(small,))
 
         def grow() -> None:
             for key, value in new.items():
@@ -110,3 +111,12 @@ class SM3(Rule):
             grow()
 
         return Direction(moment.towards(u, 1.0 - self.momentum), ok=ok, commit=commit)
+
+
+def _grown(g: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """N, fresh."""
+    return torch.minimum(row, col).addcmul_(g, g)
+
+
+def _divided(g: Tensor, n: Tensor, small: Tensor) -> Tensor:
+    return g * n.add_(small).rsqrt_()

@@ -24,6 +24,7 @@ from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import Rule
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.shards import Shape, whole
 from lowmem.optim.terms.fp32 import LARGEST_MEAN, LEAST_EPS
@@ -72,12 +73,9 @@ class Subsets:
         m, n = g.shape
         by_column = wide(g.shape)
         out = torch.zeros(n if by_column else m, device=g.device)
-        for i, j in walk(g.ranges(), g.device):
-            squares = g.rows(i, j).contiguous().square()
-            if by_column:
-                out += squares.sum(0)
-            else:
-                out[i:j] = squares.sum(1)
+        hp.sweep(
+            _add_squares_ if by_column else _note_squares, g, *(((), (out,)) if by_column else ((out,),))
+        )
         return hp.total(out) if by_column else out
 
     def shards(self, shape: Shape) -> bool:
@@ -106,15 +104,23 @@ class Subsets:
         _, eps, first, root = numbers.unbind()
         factors = first / (v.sqrt() * root + eps)
         n = x.shape[1]
+        if not self.size:
+            down, across = ((), (factors,)) if wide(x.shape) else ((factors,), ())
+            return Formula(torch.mul, (x,), down, across)
 
         def rows(i: int, j: int) -> Tensor:
-            if self.size:
-                own = factors[torch.arange(i * n, j * n, device=x.device) // self.size].view(j - i, n)
-            else:
-                own = factors if wide(x.shape) else factors[i:j, None]
+            own = factors[torch.arange(i * n, j * n, device=x.device) // self.size].view(j - i, n)
             return x.rows(i, j) * own
 
         return Blocks(x.shape, rows, x.device)
+
+
+def _add_squares_(rows: Tensor, out: Tensor) -> None:
+    out.add_(rows.contiguous().square().sum(0))
+
+
+def _note_squares(rows: Tensor, out: Tensor) -> None:
+    out.copy_(rows.contiguous().square().sum(1))
 
 
 @dataclass(frozen=True)
