@@ -85,7 +85,7 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
         UserError: the architecture cannot be traced.
     """
     tracker = Tracker(run.granularity)
-    with _ready(config, run, tracker) as (model, batch, run):
+    with _ready(config, run, tracker, fused=strategy is None or strategy.source.fused) as (model, batch, run):
         parameters = tuple(_parameters(model))
         aside = resting(strategy, parameters)
         for name, p in model.named_parameters():
@@ -172,9 +172,11 @@ def evaluation(config: Any, run: Run) -> Moment:
 
 
 @contextmanager
-def _ready(config: Any, run: Run, tracker: Tracker) -> Iterator[tuple[nn.Module, dict[str, Tensor], Run]]:
+def _ready(
+    config: Any, run: Run, tracker: Tracker, *, fused: bool = True
+) -> Iterator[tuple[nn.Module, dict[str, Tensor], Run]]:
     """Model and batch on fake tensors, known to the tracker, and the run as it is laid out for them."""
-    lengths = [run.seq_len] * run.batch_size if run.rows == "packed" else []
+    lengths = _texts(run, fused) if run.rows == "packed" else []
     if lengths:  # TRL lays the rows of a batch end to end
         run = replace(run, batch_size=1, seq_len=run.tokens, longest=run.longest or run.seq_len)
     real = kernels.semantics(
@@ -192,6 +194,13 @@ def _ready(config: Any, run: Run, tracker: Tracker) -> Iterator[tuple[nn.Module,
         tracker.register([library], "workspace")
         with refusing(config, "its training step does not run without data"), Patience(model).watching():
             yield model, batch, run
+
+
+def _texts(run: Run, fused: bool) -> list[int]:
+    """Lengths of the texts of packed rows; a row each where fused attention makes no difference of them."""
+    each = run.seq_len if fused or run.longest is None else min(run.longest, run.seq_len)
+    row = [each] * (run.seq_len // each) + [run.seq_len % each] * (run.seq_len % each > 0)
+    return row * run.batch_size
 
 
 def _parameters(model: nn.Module) -> Iterator[Parameter]:
