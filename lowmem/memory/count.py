@@ -199,15 +199,17 @@ class Workspace:
     Args:
         peak: bytes that live at most beside weight, gradient and state.
         grids: (rows, width) of the index grids among them: they are kept for the next step.
+        rows: in which a card counts what it skips: kept as well, in a tensor that all parameters share.
     """
 
     peak: int
     grids: frozenset[tuple[int, int]]
+    rows: int = 0
 
     @property
     def transient(self) -> int:
         """Bytes that are gone after the step."""
-        return self.peak - sum(4 * (rows + width) for rows, width in self.grids)
+        return self.peak - sum(4 * (rows + width) for rows, width in self.grids) - 4 * self.rows
 
 
 def workspace(
@@ -247,7 +249,7 @@ def measure_workspace(
         optimizer.step_param(p, gradient)
     peak = tracker.peak().total - before
     tracker.stop()
-    return Workspace(max(0, peak), frozenset(optimizer.chunks.grids))
+    return Workspace(max(0, peak), frozenset(optimizer.chunks.grids), optimizer.chunks.skipped.rows)
 
 
 def together_bytes(strategy: Strategy, tensors: Sequence[Tensor], roles: Sequence[str], compile: str) -> int:

@@ -56,7 +56,8 @@ class Footprint:
         tensors: size of each state tensor as the device rounds it.
         scratch: greatest transient bytes while a parameter is stepped, by its name.
         compiled: whether the step is compiled.
-        grids: size of each index grid that random rounding keeps from the first step on.
+        grids: size of each tensor that the frame keeps from the first step on: index grids of random
+            rounding, and a card's numbers of skipped elements.
         together: greatest transient bytes while small ones are stepped together.
         copied: what a state dict copies, to stand in a file as it does on any number of ranks.
         away: of the state, what is in the host's memory between steps; the slots it travels to are tensors.
@@ -114,7 +115,9 @@ def footprint(
     scratch = {name: one.transient for name, one in found.items()}
     ladder = compiled and run.device == "cpu"
     shapes = _grids({shape for one in found.values() for shape in one.grids}, ladder)
-    grids = tuple(-(-4 * side // grain) * grain for shape in shapes for side in shape)
+    sides = [side for shape in shapes for side in shape]
+    sides.append(max((one.rows for one in found.values()), default=0))
+    grids = tuple(-(-4 * side // grain) * grain for side in sides if side)
     smallest = _smallest(parameters, compiled, run.device) if steps == "all" else ()
     small = _together(strategy, smallest, compiled, run.device)
     return Footprint(strategy, best.total, rounded, scratch, compiled, grids, small, copied, best.away)
@@ -242,12 +245,14 @@ def _compiled(
 
 
 def _fused(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Kernels that a compiler fuses allocate nothing; the others are what they are."""
+    """Kernels that a compiler fuses allocate what they leave each other; the others are what they are."""
 
     def choose(self: Chunks, rule: Any, *rest: Any) -> Any:
-        if rule is None or rule.compilable:
-            return lambda *args: None
-        return kernel(self, rule, *rest)
+        if rule is not None and not rule.compilable:
+            return kernel(self, rule, *rest)
+
+        spills = rule.spills if rule else 0
+        return lambda w, g, *others: g.new_empty((spills, *g.shape), dtype=torch.uint8)
 
     return choose
 

@@ -26,6 +26,8 @@ from lowmem.optim.engine.cutting import walk
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.shards import Shape, matrix
 
+PANEL = 1 << 22
+"""Elements that are held at a time for a product of large matrices."""
 BLOCK = 1 << 20
 """Elements of a row block of which sums are added up, at most (one row at least); the same everywhere."""
 
@@ -55,7 +57,15 @@ class Blocks:
         device: where rows live.
         dtype: precision of matrix products with it (fp32, or bf16 where the data is bf16).
         takes: bytes that looking makes for each element, on the way; 0 where a chunk is a view.
+
+    Attributes:
+        panel: elements that may be held at a time for a product with it.
     """
+
+    @property
+    def panel(self) -> int:
+        """The same everywhere."""
+        return PANEL
 
     def __init__(
         self,
@@ -126,12 +136,13 @@ class Blocks:
         parts = [f(self.rows(i, j)) for i, j in self.ranges()]
         return torch.stack(parts).sum(0)
 
-    def peak(self) -> Tensor:
-        """The largest magnitude, 0-D; 0 where there are no elements."""
-        if not self.shape[0] * self.shape[1]:
-            return torch.zeros((), device=self.device)
-        parts = [self.rows(i, j).abs().amax() for i, j in walk(self.ranges(), self.device)]
-        return torch.stack(parts).amax()
+    def strips(self) -> list[tuple[int, int]]:
+        """Column ranges that `columns` makes as easily as rows; none where rows are all there is."""
+        return []
+
+    def columns(self, a: int, b: int) -> Tensor:
+        """Columns a..b in fp32, (m, b - a)."""
+        raise NotImplementedError(f"{type(self).__name__} is looked at row by row")
 
 
 class Dense(Blocks):

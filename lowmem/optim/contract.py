@@ -10,7 +10,7 @@ What a part needs or forbids is declared on it. It holds nothing itself: state i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, TypeGuard
 
 import torch
@@ -23,13 +23,10 @@ from lowmem.optim.shards import ByRows, Shape
 from lowmem.optim.terms.asks import Asks
 from lowmem.optim.terms.changes import Change, Unrelated
 from lowmem.optim.terms.hyper import ChunkHyper, Hyper
-from lowmem.optim.terms.split import Split
+from lowmem.optim.terms.split import Commit, Split
 from lowmem.optim.terms.state import Constants, State, reset_
 
-Commit = Callable[[], None]
-"""What is left to do once the weight is written."""
-SCRATCH = 64 << 20
-"""Bytes that a step may take beside what grows with a projected gradient."""
+SCRATCH = 64 << 20  # bytes that a step may take beside what grows with a projected gradient
 
 
 class AnyRule(ByRows, Asks):
@@ -110,9 +107,8 @@ class AnyRule(ByRows, Asks):
     def check_rebase(self, kind: str) -> None:
         """Raise where keep, reset, permute or rotate is not defined for what is held."""
         if kind in ("permute", "rotate"):
-            raise UserError(
-                f"on_refresh='rotate' is not defined for {type(self).__name__}; take 'keep' or 'reset'"
-            )
+            name = type(self).__name__
+            raise UserError(f"on_refresh='rotate' is not defined for {name}; take 'keep' or 'reset'")
 
 
 class Pointwise(AnyRule):
@@ -124,9 +120,9 @@ class Pointwise(AnyRule):
         fill: what an entry that pads a state tensor holds, where that is not 0.
         streams: names of the random streams that `step` uses.
         compilable: whether compiling the step pays.
+        spills: bytes for each element that kernels of a compiled step leave each other on a card.
         chunk: the most elements (a multiple of `grain`) that should fit the cache in an eager step.
-        measures: where `ChunkHyper.measures`, the new state has sums over the tensor in it, from which
-            `factor_` finds what the step is multiplied by. An element that is not finite counts as none.
+        measures: where `ChunkHyper.measures`, the new state has sums over the tensor in it: see `factor_`.
         readable: names of the moments that `moment` gives.
     """
 
@@ -156,6 +152,11 @@ class Pointwise(AnyRule):
         return True
 
     @property
+    def spills(self) -> int:
+        """Nothing, where all of a step is one kernel."""
+        return 0
+
+    @property
     def chunk(self) -> int:
         """As many as fit the cache with a few temporaries."""
         return LADDER[0]
@@ -179,7 +180,7 @@ class Pointwise(AnyRule):
         raise NotImplementedError(f"{type(self).__name__} holds no {name} that can be read")
 
     def factor_(self, s: State, ok: Tensor, hp: Hyper) -> Tensor:
-        """What all of the tensor's step is multiplied by, 0-D; takes the sums out of s."""
+        """Of sums without what is not finite, taken out of s: what the step is multiplied by, 0-D."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
     def scalars(self, s: State, hp: Hyper) -> Tensor | None:

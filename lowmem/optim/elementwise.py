@@ -222,6 +222,11 @@ class Coded(Pointwise):
         return math.lcm(*(held.grain * moment.each for _, moment, held in self._pairs()))
 
     @functools.cached_property
+    def spills(self) -> int:
+        """What the codecs leave."""
+        return sum(held.spills for held in self.codecs)
+
+    @functools.cached_property
     def per(self) -> Mapping[str, int]:
         """What the codecs hold is cut; the age and what is given are not."""
         return {k: n * m.each for name, m, held in self._pairs() for k, n in prefixed(name, held.per).items()}

@@ -4,7 +4,8 @@ A rule that needs a number of the whole tensor goes over it before it steps. On 
 row block (`Blocks.ranges`), whose copies stay in cache. On a card each block is a handful of launches, a
 hundred times over. What a compiler fuses needs no blocks there: nothing is held on the way. So a matrix says
 what it is made of (`Leaf`) where it can: tensors, vectors, and a function that its kernels are kept by. Who
-takes one pass (`Hyper.sweep`) gives a function that works in place, and does not hear how it is called.
+takes one pass (`Hyper.sweep`, `Hyper.parts`) gives a function, and does not hear how it is called. Products
+with a matrix that is a formula make some of its rows at a time (`Hyper.seen`).
 
 Compiled, sums over all rows at once have their terms in another order than those of blocks: their last bits
 are of the way that is taken. Eager ones go by the same blocks everywhere.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,25 +36,42 @@ class Leaf:
 
     Args:
         name: of `read`: equal ones read alike.
-        down: what has its rows: contiguous tensors, (m, n) or (m, 1), and products that are still to be made.
-        across: vectors (n,) and 0-D tensors.
+        down: what has its rows: contiguous tensors, (m, k), k numbers for n elements in their order, or one
+            for all of a row; and what is still to be made.
+        across: vectors (n,), 0-D tensors, and tables, (1, k).
         read: those to the matrix, (m, n) fp32.
     """
 
     name: Hashable
-    down: tuple[Tensor | Product, ...]
+    down: tuple[Tensor | Made, ...]
     across: tuple[Tensor, ...]
     read: Read
 
     @property
     def takes(self) -> int:
         """Bytes that are made for each element before it is read."""
-        return sum(x.takes for x in self.down if isinstance(x, Product))
+        return sum(x.takes for x in self.down if isinstance(x, Made))
+
+    def most(self, made: int) -> int:
+        """Elements that may be read at once where so many bytes may be made for it; 0 for all."""
+        kinds = [x for x in self.down if isinstance(x, Made)]
+        return min(x.most(made // len(kinds)) for x in kinds) if kinds else 0
 
     def rows(self, i: int, j: int) -> list[Tensor]:
         """What it takes of rows i..j."""
-        down = (x.made(i, j) if isinstance(x, Product) else x[i:j] for x in self.down)
+        down = (x.made(i, j) if isinstance(x, Made) else x[i:j] for x in self.down)
         return [*down, *self.across]
+
+    def columns(self, a: int, b: int, n: int) -> list[Tensor]:
+        """What it takes of columns a..b of n, where they begin and end with a block of what is held."""
+        cuts = [(x, x.shape[1]) for x in self.tensors]
+        down = [x if k == 1 else x[:, a * k // n : b * k // n] for x, k in cuts]
+        return [*down, *(v[a:b] if v.dim() == 1 else v for v in self.across)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What has its rows and is there."""
+        return [x for x in self.down if isinstance(x, Tensor)]
 
 
 class Held(Blocks):
@@ -61,6 +80,26 @@ class Held(Blocks):
     def leaf(self) -> Leaf | None:
         """None where it cannot."""
         raise NotImplementedError
+
+
+class Made(Held):
+    """A matrix whose rows are made before a kernel can take them.
+
+    Attributes:
+        takes: bytes of an element that is made.
+    """
+
+    def made(self, i: int, j: int) -> Tensor:
+        """Rows i..j in any floating dtype."""
+        raise NotImplementedError
+
+    def most(self, made: int) -> int:
+        """Elements of so many bytes."""
+        return made // self.takes
+
+    def leaf(self) -> Leaf:
+        """What is made, as it is."""
+        return Leaf("dense", (self,), (), _cast)
 
 
 def leaf_of(x: Blocks) -> Leaf | None:
@@ -82,7 +121,7 @@ def _cast_and_scaled(down: Sequence[Tensor], across: Sequence[Tensor]) -> Tensor
     return down[0].float() * across[0]
 
 
-class Product(Held):
+class Product(Made):
     """A B as rows that are made when they are looked at.
 
     Args:
@@ -116,22 +155,19 @@ class Product(Held):
         i = start // n
         return self.made(i, -(-stop // n)).view(-1)[start - i * n : stop - i * n]
 
-    def leaf(self) -> Leaf:
-        """The product, once it is made."""
-        return Leaf("dense", (self,), (), _cast)
-
 
 class Formula(Held):
     """A matrix whose rows are a function of those of others.
 
     Args:
-        f: rows of each matrix, (h, n), entries of each vector, (h, 1), and what is across, to (h, n). Of a
-            module, or a frozen value: kernels are kept by it.
+        f: rows of each matrix, (h, n), entries of each vector, (h, 1), and what is across, to (h, n), element
+            by element; or to several matrices, for a pass. Of a module, or a frozen value: kernels are kept
+            by it.
         of: matrices of one shape; down: vectors (m,); across: vectors (n,) and 0-D tensors.
     """
 
     def __init__(
-        self, f: Callable[..., Tensor], of: Sequence[Blocks], down: Sequence[Tensor] = (),
+        self, f: Callable[..., Any], of: Sequence[Blocks], down: Sequence[Tensor] = (),
         across: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         super().__init__(of[0].shape, None, of[0].device)
@@ -139,7 +175,9 @@ class Formula(Held):
 
     def rows(self, i: int, j: int) -> Tensor:
         """Rows i..j, made anew."""
-        return self.f(*(x.rows(i, j) for x in self.of), *(v[i:j, None] for v in self.down), *self.across)
+        of = (x.rows(i, j) for x in self.of)
+        found: Tensor = self.f(*of, *(v[i:j, None] for v in self.down), *self.across)
+        return found
 
     def leaf(self) -> Leaf | None:
         """That of its parts, one after the other."""
@@ -157,7 +195,8 @@ class Formula(Held):
             for each, (downs, acrosses) in zip(reads, sizes, strict=True):
                 found.append(each(down[a : a + downs], across[b : b + acrosses]))
                 a, b = a + downs, b + acrosses
-            return f(*found, *down[a:], *across[b:])
+            made: Tensor = f(*found, *down[a:], *across[b:])
+            return made
 
         return Leaf(name, down, across, read)
 
@@ -167,20 +206,55 @@ def minus(a: Tensor, b: Tensor) -> Tensor:
     return a - b
 
 
-def sweep(
-    f: Callable[..., None], x: Blocks | None, rows: Sequence[Tensor] = (), whole: Sequence[Tensor] = (),
-    fixed: tuple[Hashable, ...] = (),
-) -> None:  # fmt: skip
-    """A pass over a matrix, row block by row block.
+def together(*of: Tensor) -> tuple[Tensor, ...]:
+    """Several matrices for one pass, as a `Formula`."""
+    return of
 
-    Args:
-        f: rows (h, n), the entries of `rows` that belong to them, `whole` and `fixed`; it works in place, on
-            what it is given of both, and does not mix rows but by adding to what is whole.
-        x: the matrix; None where there is none to read, and the first of `rows` is filled.
-        rows: tensors with its rows, (m,) or (m, n); whole: vectors of other lengths, and keys.
-        fixed: numbers and such, that kernels are made for.
-    """
-    covered = Dense(rows[0]) if x is None else x
-    for i, j in walk(covered.ranges(), covered.device):
-        read = () if x is None else (x.rows(i, j),)
-        f(*read, *(v[i:j] for v in rows), *whole, *fixed)
+
+def each(read: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The matrices that a pass reads."""
+    return read if isinstance(read, tuple) else (read,)
+
+
+class ByBlocks:
+    """Passes over a matrix, row block by row block."""
+
+    def leaf(self, x: Blocks) -> Leaf | None:
+        """What a kernel takes of a matrix: there is none."""
+        return None
+
+    def sweep(
+        self, f: Callable[..., None], x: Blocks | None, rows: Sequence[Tensor] = (),
+        whole: Sequence[Tensor] = (), fixed: tuple[Hashable, ...] = (),
+    ) -> None:  # fmt: skip
+        """A pass that fills, or adds to, what it is given.
+
+        Args:
+            f: rows (h, n) of each matrix, the entries of `rows` that belong to them, `whole` and `fixed`; it
+                works in place, on what it is given of both, and does not mix rows but by adding to what is
+                whole.
+            x: the matrix; None where there is none to read, and the first of `rows` is filled.
+            rows: tensors with its rows, (m,) or (m, k); whole: vectors of other lengths, and keys.
+            fixed: numbers and such, that kernels are made for.
+        """
+        covered = Dense(rows[0]) if x is None else x
+        for i, j in walk(covered.ranges(), covered.device):
+            read = () if x is None else each(x.rows(i, j))
+            f(*read, *(v[i:j] for v in rows), *whole, *fixed)
+
+    def parts(
+        self, f: Callable[..., Tensor], x: Blocks, whole: Sequence[Tensor] = (),
+        fixed: tuple[Hashable, ...] = (), count: int = 0, dtype: torch.dtype = torch.float64,
+    ) -> Tensor:  # fmt: skip
+        """A pass that finds numbers, (parts, count); one for each part, (parts,), where count is 0.
+
+        Args:
+            f: rows (h, n) of each matrix, `whole` and `fixed` to the numbers of these rows.
+            x: the matrix; whole, fixed: as for `sweep`; count, dtype: of what f gives.
+        """
+        blocks = walk(x.ranges(), x.device)
+        return torch.stack([f(*each(x.rows(i, j)), *whole, *fixed) for i, j in blocks])
+
+    def seen(self, x: Blocks) -> Blocks:
+        """The matrix, for products: as many of its rows at a time as may be made at once."""
+        return x

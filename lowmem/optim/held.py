@@ -8,17 +8,18 @@ by blocks like a gradient, and moves it by blocks: decode, move, encode.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import BLOCK, Blocks, Dense
+from lowmem.optim.blocks import BLOCK, Blocks
 from lowmem.optim.codecs.blockwise import Codec
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import pad, pieces, walk
-from lowmem.optim.formulas import Formula, Held, Leaf, leaf_of
+from lowmem.optim.formulas import Formula, Held, Leaf, together
 from lowmem.optim.terms.changes import Permutation, Rotation
 from lowmem.optim.terms.hyper import ChunkHyper, Hyper
 from lowmem.optim.terms.state import Constant, Constants, State, part
@@ -47,8 +48,57 @@ class Towards:
         return old + self.rate * (new - old)
 
 
-def _move(new: Tensor, held: Tensor, ok: Tensor, rate: float) -> None:
-    held.copy_(torch.where(ok, held + rate * (new - held), held))
+@dataclass(frozen=True)
+class _Stored:
+    """A pass that moves a moment: decode, move, encode, where ok.
+
+    Args:
+        codec: how it is held; f: old rows, those of some matrices and what else to what is held.
+        matrices: how many; shared: keys of the tables.
+    """
+
+    codec: Codec
+    f: Callable[..., Tensor]
+    matrices: int
+    shared: tuple[str, ...]
+
+    def __call__(self, *given: Any) -> None:
+        """Rows of matrices; what is held of them; starts of rows; ok, keys, what else f takes; tables."""
+        keys, shared = tuple(self.codec.per), self.shared
+        of, given = given[: self.matrices], given[self.matrices :]
+        held, (first, ok, words, *rest) = given[: len(keys)], given[len(keys) :]
+        more, tables = rest[: len(rest) - len(shared)], rest[len(rest) - len(shared) :]
+        constants = {key: table[0] for key, table in zip(shared, tables, strict=True)}
+        state = dict(zip(keys, held, strict=True))
+        value = self.f(self.codec.decode(state, constants), *of, *more)
+        column = torch.arange(value.shape[1], dtype=torch.int32, device=value.device)
+        place = first[:, None] + column if self.codec.streams else column
+        hp = ChunkHyper(ok, ok, ok, ok, ok, place, words, self.codec.streams)
+        for key, kept in self.codec.encode(value, hp, constants).items():
+            state[key].copy_(torch.where(ok, kept.view(state[key].shape), state[key]))
+
+
+def _shared(codec: Codec) -> tuple[str, ...]:
+    """Keys of the tables of a codec."""
+    return _tables_of(cast("Hashable", codec))
+
+
+@functools.cache
+def _tables_of(codec: Any) -> tuple[str, ...]:
+    return tuple(codec.shared(torch.empty(0, device="meta")))
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What a kernel makes of what is held of rows."""
+
+    codec: Codec
+    shared: tuple[str, ...]
+
+    def __call__(self, held: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+        """Rows in fp32."""
+        constants = {key: table[0] for key, table in zip(self.shared, tables, strict=True)}
+        return self.codec.decode(dict(zip(self.codec.per, held, strict=True)), constants)
 
 
 class HeldMoment(Held):
@@ -92,35 +142,51 @@ class HeldMoment(Held):
             old = self.chunk(start, stop)
             self._store(start, torch.where(ok, f(old, start, stop), old), ok)
 
+    def moving(
+        self, f: Callable[..., Tensor], of: Sequence[Blocks], ok: Tensor, across: Sequence[Tensor] = ()
+    ) -> None:
+        """Replace the moment by f(old, *of, *across), element by element, where ok.
+
+        Args:
+            f: of a module, or a frozen value: rows to rows; of: the matrices that it takes beside the moment.
+            ok: 0-D bool; across: 0-D tensors.
+        """
+        rows, x = self._by_rows(), of[0] if len(of) == 1 else Formula(together, of)
+        if rows is None or self.hp.passes.leaf(x) is None:
+            self.move_(lambda old, a, b: f(old, *(x.chunk(a, b).float() for x in of), *across), ok)
+            return
+        hp, streams = self.hp, self.codec.streams
+        starts = noise.starts(self.shape, self.device) + hp.offset if streams else rows[0][:, 0]
+        given = (ok, hp.keys(streams), *across, *self._tables())
+        hp.sweep(_Stored(self.codec, f, len(of), _shared(self.codec)), x, (*rows, starts), given)
+
+    def _tables(self) -> list[Tensor]:
+        return [self.constants[key][None] for key in _shared(self.codec)]
+
+    def _by_rows(self) -> list[Tensor] | None:
+        """What is held as tensors with the rows of the matrix; None where a block is of more than one."""
+        (m, n), hp = self.shape, self.hp
+        held = [self.state[key] for key in self.codec.per]
+        split = not m * n or n % self.codec.grain or not all(x.is_contiguous() for x in held)
+        if split or hp.offset + m * n > 1 << 31:
+            return None
+        return [x.view(m, -1) for x in held]
+
     def towards(self, g: Blocks, rate: float) -> Blocks:
         """The average after g, old + rate (g - old), before it is encoded; the moment stays as it is."""
         return Formula(Towards(rate), (self, g))
 
     def following(self, g: Blocks, rate: float, ok: Tensor) -> Callable[[], None]:
         """What stores the average after g, where ok (0-D bool): the commit of a `Direction`."""
-
-        def moved(old: Tensor, start: int, stop: int) -> Tensor:
-            return old + rate * (g.chunk(start, stop).float() - old)
-
-        def commit() -> None:
-            if self._plain is None:
-                self.move_(moved, ok)
-            else:
-                self.hp.sweep(_move, g, (self._plain,), (ok,), (rate,))
-
-        return commit
-
-    @property
-    def _plain(self) -> Tensor | None:
-        """What is held, where that is the moment itself, in fp32."""
-        held = self.state.get("")
-        plain = held is not None and held.dtype == torch.float32 and held.is_contiguous()
-        return held.view(self.shape) if plain and held is not None else None
+        return lambda: self.moving(Towards(rate), (g,), ok)
 
     def leaf(self) -> Leaf | None:
-        """What is held, as it is."""
-        plain = self._plain
-        return None if plain is None else leaf_of(Dense(plain))
+        """What is held, and the tables."""
+        rows = self._by_rows()
+        if rows is None:
+            return None
+        read = _Decoded(self.codec, _shared(self.codec))
+        return Leaf(read, tuple(rows), tuple(self._tables()), read)
 
     def permute_(self, index: Tensor, axis: int, ok: Tensor) -> None:
         """Let each row or column be the one that was at its index, or zero where that is -1.

@@ -320,7 +320,7 @@ class LowMemOptimizer(Informed):
             if not self._evidence and not source.needs_autograd:
                 check_asked(self.strategy.name, self.param_groups)
                 self.init_state()  # torch's distributed checkpoint makes state by such a step, with lr 0
-            with self.chunks.together():
+            with self.chunks.together(ages=not self.home.travels):
                 found = source.gradients(self.named_parameters(), self._evidence)
                 for p, g in self._heard(self._together(found)):
                     self.step_param(p, g)
@@ -341,7 +341,7 @@ class LowMemOptimizer(Informed):
 
     def nonfinite(self) -> int:
         """Elements here that were not stepped: gradient or new fp16 weight not finite. Reads the device."""
-        return self.chunks.skipped()
+        return self.chunks.skipped.total()
 
     def state_bytes(self) -> int:
         """Bytes of state held now: every storage once, constants included."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, chained, matrix_shape
-from lowmem.optim.contract import AnyRule, Commit, Projector, Residual, Rule, is_pointwise
+from lowmem.optim.contract import AnyRule, Projector, Residual, Rule, is_pointwise
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.engine.finite import all_finite, unsound
 from lowmem.optim.formulas import Formula, Product, minus
@@ -34,7 +34,7 @@ from lowmem.optim.residuals.rest import Drop
 from lowmem.optim.shards import Shape, shard_in
 from lowmem.optim.terms.changes import Unrelated
 from lowmem.optim.terms.hyper import Hyper
-from lowmem.optim.terms.split import Split
+from lowmem.optim.terms.split import Commit, Split
 from lowmem.optim.terms.state import Constant, Constants, State, apply_in_place, prefixed, scoped
 
 T = TypeVar("T")

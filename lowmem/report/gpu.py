@@ -44,7 +44,14 @@ def _card(document: Mapping[str, Any]) -> list[str]:
     about, parts = document["machine"], document["parts"]
     versions = f"torch {about['torch']}, transformers {about['transformers']}, Python {about['python']}"
     lines = [f"## {about['device']}", "", f"{about['date']}; {versions}.", ""]
-    makers = {"tests": _tests, "steps": _steps, "plan": _plan, "train": _train, "fit": _fit}
+    makers = {
+        "tests": _tests,
+        "methods": _methods,
+        "steps": _steps,
+        "plan": _plan,
+        "train": _train,
+        "fit": _fit,
+    }
     for name, maker in makers.items():
         if name in parts and parts[name]["rows"]:
             lines += [*maker(parts[name]), ""]
@@ -61,6 +68,28 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _tests(part: Mapping[str, Any]) -> list[str]:
     found = part["rows"][0]
     return [f"`pytest -m cuda`: {found['closing'].strip('= ')}.", *(f"- {line}" for line in found["failed"])]
+
+
+def _methods(part: Mapping[str, Any]) -> list[str]:
+    """Compiled beside eager, and what a step asks for; what failed stands below."""
+    seen = [row for row in part["rows"] if "differ" in row]
+    head = (
+        "method",
+        "tensors",
+        "kernels of a step",
+        "eager",
+        "waits",
+        "compiled beside eager: largest, share",
+    )
+    table = _table(head, (_method(row) for row in seen))
+    failed = [f"- {row['name']}: {row['error']}" for row in part["rows"] if "error" in row]
+    return ["Every method on a small bf16 model.", "", *table, *([""] if failed else []), *failed]
+
+
+def _method(row: Mapping[str, Any]) -> tuple[str, ...]:
+    off = f"{row['largest_difference']:.1e}, {100 * row['differ']:.2f} %"
+    counts = (row[key] for key in ("tensors", "kernels_on", "kernels_off", "waits_on"))
+    return (row["name"], *map(str, counts), off)
 
 
 def _steps(part: Mapping[str, Any]) -> list[str]:

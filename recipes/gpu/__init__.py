@@ -5,6 +5,7 @@
     python recipes/gpu --output gpu.json --device cpu --small  # the same program anywhere, in a minute
 
 tests       the tests that need a GPU
+methods     every method, compiled beside eager, and what a step asks of the card; beside the tests
 calibrate   what CUDA and its libraries take for themselves
 steps       one optimizer step of every method and every peer that is installed, on 1.1B Llama-shaped weights
 plan        predicted beside measured memory; every second cell is marked as held out

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +36,8 @@ def tests(part: Part) -> None:
     where = ["tests/cuda"] if part.args.small else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-rfE", "-p", "no:cacheprovider", *where]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, min(4, (os.cpu_count() or 1) // 4)))]
     out = part.args.output.with_suffix(".tests.txt")
     with out.open("w", encoding="utf-8") as log:
         try:
@@ -51,10 +55,11 @@ def child(name: str, args: argparse.Namespace) -> None:
     """Run one part in this process."""
     room = {
         file: importlib.import_module(f"lowmem.recipes.gpu.{file}")
-        for file in ("part", "memory", "steps", "train")
+        for file in ("part", "memory", "methods", "steps", "train")
     }
     parts: dict[str, Callable[[Part], None]] = {
         "tests": tests,
+        "methods": room["methods"].methods,
         "calibrate": room["memory"].calibrate,
         "steps": room["steps"].steps,
         "plan": room["memory"].plan,
@@ -70,23 +75,37 @@ def child(name: str, args: argparse.Namespace) -> None:
 def parent(args: argparse.Namespace) -> int:
     """Start the parts in turn; what one of them breaks is written down, and the next one starts."""
     room = importlib.import_module("lowmem.recipes.gpu.part")
-    for name in args.parts:
-        command = [sys.executable, str(Path(__file__).parent), *sys.argv[1:], "--child", name]
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        try:
-            done = subprocess.run(
-                command, timeout=room.SHARES[name] + 30, stderr=subprocess.PIPE, text=True, check=False
-            )
-            problem = done.stderr.splitlines()[-12:] if done.returncode else []
-        except subprocess.TimeoutExpired:
-            problem = [f"stopped after {room.SHARES[name] + 30} seconds"]
-        if problem:
-            found = room.read(args.output)["parts"].get(name) or {"rows": [], "left_out": []}
-            failed = room.Part(name, args, found=found)
-            failed.found["error"] = problem
-            failed.write()
-            print("\n".join(problem), file=sys.stderr, flush=True)
+    beside = tuple(name for name in args.parts if name in room.BESIDE)
+    turns = ([beside] if beside else []) + [(name,) for name in args.parts if name not in beside]
+    for names in turns:
+        print(f"{' and '.join(names)} ...", file=sys.stderr, flush=True)
+        running = {name: start(name) for name in names}
+        for name, process in running.items():
+            if problem := ended(process, room.SHARES[name] + 30):
+                found = room.read(args.output)["parts"].get(name) or {"rows": [], "left_out": []}
+                failed = room.Part(name, args, found=found)
+                failed.found["error"] = problem
+                failed.write()
+                print("\n".join(problem), file=sys.stderr, flush=True)
+    args.output.with_suffix(".lock").unlink(missing_ok=True)
     return 0
+
+
+def start(name: str) -> subprocess.Popen[str]:
+    """A part in a process of its own, and all that it starts in a group of their own."""
+    command = [sys.executable, str(Path(__file__).parent), *sys.argv[1:], "--child", name]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ended(process: subprocess.Popen[str], seconds: int) -> list[str]:
+    """Wait for a part; its last lines where it failed, or what there is to say where it took too long."""
+    try:
+        said = process.communicate(timeout=seconds)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return [f"stopped after {seconds} seconds"]
+    return said.splitlines()[-12:] if process.returncode else []
 
 
 def page() -> str:
@@ -113,7 +132,8 @@ def main() -> int:
     parser.add_argument(
         "--methods", default="", help="whose steps are timed: NAME,NAME or all; by default one of each family"
     )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    for hidden in ("--child", "--worker"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = [name for name in args.parts if name not in shares]
     if unknown:
@@ -129,6 +149,10 @@ def main() -> int:
         parser.error("--output FILE is needed: where to write the JSON document")
     args.output = args.output.resolve()
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.worker:
+        worker = importlib.import_module("lowmem.recipes.gpu.methods").work
+        worker(args.worker, args.output, args.device, args.small)
+        return 0
     if args.child:
         child(args.child, args)
         return 0

@@ -29,13 +29,13 @@ def run(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict:
     output = tmp_path_factory.mktemp("gpu") / "found" / "gpu.json"
-    done = run(output, "--parts", "calibrate,steps,plan,train,fit")
+    done = run(output, "--parts", "methods,calibrate,steps,plan,train,fit")
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text(encoding="utf-8"))
 
 
 def test_every_part_comes_back_without_an_error(document: dict) -> None:
-    assert set(document["parts"]) == {"calibrate", "steps", "plan", "train", "fit"}
+    assert set(document["parts"]) == {"methods", "calibrate", "steps", "plan", "train", "fit"}
     assert not [part["error"] for part in document["parts"].values() if "error" in part]
     assert document["machine"]["torch"]
     assert document["machine"]["date"]
@@ -50,6 +50,15 @@ def test_every_method_with_a_step_is_measured_or_named(document: dict) -> None:
     assert wanted <= told
     assert {"torch AdamW fused", "torchao AdamW8bit"} <= told
     assert all(row["milliseconds"] > 0 and row["state_bytes"] >= 0 for row in steps["rows"])
+
+
+def test_every_method_is_stepped_or_named(document: dict) -> None:
+    import lowmem
+
+    found = document["parts"]["methods"]
+    assert [row["name"] for row in found["rows"]] == ["adamw", "adamw_8bit"]
+    assert all(row["not_finite_off"] == 0 for row in found["rows"])
+    assert len(found["rows"]) + len(found["left_out"]) == len(lowmem.available())
 
 
 def test_predicted_stands_beside_measured(document: dict) -> None:

@@ -186,8 +186,9 @@ class _Finder:
     def over(self, run: Run) -> Iterator[Found]:
         """A row for each method, with the cheapest levers that make it fit."""
         coded = "weights" not in self.decided and run.weights is not None
-        some = ADAPTED if run.adapts else CODED if coded else available()
-        for name in (name for name in some if name in (self.among or available())):
+        every = available()
+        some = ADAPTED if run.adapts else CODED if coded else every
+        for name in (name for name in some if name in (self.among or every)):
             strategy = create(name)
             if strategy.source.quantized:  # asked for by name, as it trains no weights: `gather.strategies`
                 continue

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem.memory.run import Run
+from lowmem.memory.trace import replica
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.replica import Trace, evaluation, let_go, on_rank, trace
 from lowmem.memory.trace.tracker import Moment
@@ -26,6 +27,7 @@ from lowmem.sources import Free
 from lowmem.strategies import create
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+LOSS = 4  # bytes of a loss
 PER_LAYER = ("layer_types", "layers_block_type", "sliding_window_pattern_list")
 
 
@@ -71,9 +73,12 @@ def _extrapolated(key: _Key) -> Trace:
         return remembered(config, run, strategy)
     if strategy is not None and _never_rests(config, run, strategy):
         return extrapolated(config, run, None)
-    a, b = (remembered(shallow(config, layers), run, strategy) for layers in (low, high))
+    few = _fewest(strategy, run)
+    a, b = (remembered(shallow(config, layers), run, few) for layers in (low, high))
     line = functools.partial(_line, depth=depth, low=low, high=high)
     moments = {name: line(a.moments[name], b.moments[name]) for name in b.moments if name in a.moments}
+    if few is not None and strategy is not None and few is not strategy:
+        moments = _lasting(moments, run, _passes(strategy) - _passes(few))
     first, second = _by_kind(a.releases), _by_kind(b.releases)
     releases = {kind: line(first[kind], second[kind]) for kind in second if kind in first}
     parameters = _deepen(b.parameters, depth, repeat)
@@ -81,12 +86,31 @@ def _extrapolated(key: _Key) -> Trace:
     return Trace(moments, releases, parameters, total, depth)
 
 
+def trained(config: Any, run: Run) -> tuple[Parameter, ...]:
+    """The trainable parameters of a run, whatever its batch and its levers are.
+
+    Args:
+        config: a transformers configuration; run: the options.
+    """
+    any_batch = replace(
+        run, batch_size=1, seq_len=2, gradient_checkpointing=False, gradient_release=False,
+        activation_offload=False, loss="plain", max_grad_norm=0.0, workspace=None,
+    )  # fmt: skip
+    return _trained(_Key(config, any_batch, None))
+
+
+@functools.lru_cache(maxsize=64)
+def _trained(key: _Key) -> tuple[Parameter, ...]:
+    _, high = _samples(key.config)
+    found = replica.trained(shallow(key.config, high), key.run)
+    return _deepen(found, int(key.config.num_hidden_layers), period(key.config))
+
+
 def _never_rests(config: Any, run: Run, strategy: Strategy) -> bool:
     """Whether every tensor of a strategy with gradients has one in the step that is traced."""
     if not strategy.source.needs_autograd:
         return False
-    plain = replace(run, gradient_checkpointing=False, gradient_release=False, activation_offload=False)
-    return not resting(strategy, extrapolated(config, plain, None).parameters)
+    return not resting(strategy, trained(config, run))
 
 
 def evaluated(config: Any, run: Run) -> Moment:
@@ -172,13 +196,41 @@ def remembered(config: Any, run: Run, strategy: Strategy | None = None) -> Trace
 
 
 def _alike(strategy: Strategy, run: Run) -> Strategy:
-    """One strategy for all that probe alike: a card writes what is displaced at once, whatever is drawn."""
+    """One strategy for all that probe alike."""
+    if not _probes(strategy, run):
+        return strategy
+    source: Any = strategy.source
+    return replace(create("mezo"), source=replace(source, structure=Free()))
+
+
+def _fewest(strategy: Strategy | None, run: Run) -> Strategy | None:
+    """The strategy of two passes, for all that look at one point after the other: a pass is like the next."""
+    if strategy is None or run.task != "sft" or not _probes(strategy, run):
+        return strategy
+    return create("mezo") if getattr(strategy.source, "at_once", 0) == 1 else strategy
+
+
+def _probes(strategy: Strategy, run: Run) -> bool:
+    """Whether points are probed whose copies a card writes at once, whatever is drawn."""
     source: Any = strategy.source
     if strategy.turns or source.quantized or run.device != "cuda" or run.compile == "off":
-        return strategy
-    if source.needs_autograd or not hasattr(source, "structure"):
-        return strategy
-    return replace(create("mezo"), source=replace(source, structure=Free()))
+        return False
+    return not source.needs_autograd and hasattr(source, "structure")
+
+
+def _passes(strategy: Strategy) -> int:
+    source: Any = strategy.source
+    return int(source.estimator.base) + int(source.queries) * len(source.estimator.sides)
+
+
+def _lasting(moments: Mapping[str, Moment], run: Run, more: int) -> dict[str, Moment]:
+    """The same with the losses of more passes, which wait for the last one."""
+    size = more * -(-LOSS // run.granularity) * run.granularity
+    last = moments["optimizer step"]
+    kept = {
+        name: replace(m, bytes={**m.bytes, "logits": m.bytes["logits"] + size}) for name, m in moments.items()
+    }
+    return kept | {last.event: last}
 
 
 def _line(a: Moment, b: Moment, *, depth: int, low: int, high: int) -> Moment:

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.models.attention import Attention, by_example, sdpa
 from lowmem.sources.directions import Pen, Perturbation, pieces
@@ -100,27 +99,17 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-class CudaScratch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Allocates what CUDA's softmax kernels allocate inside, so that a tracker around it sees that too.
+def scratch(func: Any, args: Any) -> tuple[Tensor, ...]:
+    """What CUDA's softmax kernels allocate inside an operation, beside what it returns.
 
     Backward multiplies gradient and output into a tensor of their own; the softmax of the math attention
-    keeps its result and a mask of its -inf beside what it returns.
+    keeps its result and a mask of its -inf.
     """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside: tuple[Tensor, ...] = ()
-        if func is torch.ops.aten._softmax_backward_data.default:
-            inside = (torch.empty_like(args[0]),)
-        elif func is torch.ops.aten._safe_softmax.default:
-            inside = (torch.empty_like(args[0]), torch.empty_like(args[0], dtype=torch.bool))
-        out = func(*args, **(kwargs or {}))
-        del inside
-        return out
-
-
-def scratch(device: str) -> AbstractContextManager[Any]:
-    """Within it, after the tracker, kernels allocate what those of the device do."""
-    return CudaScratch() if device == "cuda" else nullcontext()  # type: ignore[no-untyped-call]
+    if func is torch.ops.aten._softmax_backward_data.default:
+        return (torch.empty_like(args[0]),)
+    if func is torch.ops.aten._safe_softmax.default:
+        return torch.empty_like(args[0]), torch.empty_like(args[0], dtype=torch.bool)
+    return ()
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

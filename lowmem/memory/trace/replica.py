@@ -46,6 +46,7 @@ from lowmem.optim.tensors import roles
 from lowmem.optim.tensors.checks import pays
 
 EVALUATION = "evaluation"
+BUILT = "it cannot be built without weights"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     Raises:
         UserError: the architecture cannot be traced.
     """
-    tracker = Tracker(run.granularity)
+    tracker = _tracker(run)
     with _ready(config, run, tracker, fused=strategy is None or strategy.source.fused) as (model, batch, run):
         parameters = tuple(_parameters(model))
         aside = resting(strategy, parameters)
@@ -100,6 +101,22 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
     depth = trainable.depth(config)
     kept = Trace(tracker.moments(), {}, parameters, total, depth, tracker, units, tuple(gradients))
     return let_go(kept) if run.gradient_release and gradients else kept
+
+
+def trained(config: Any, run: Run) -> tuple[Parameter, ...]:
+    """The trainable parameters, without a step.
+
+    Args:
+        config, run: as for `trace`.
+    """
+    with warnings.catch_warnings(), FakeTensorMode() as mode:
+        warnings.simplefilter("ignore")
+        with refusing(config, BUILT):
+            return tuple(_parameters(trainable.build(config, run, mode)))
+
+
+def _tracker(run: Run) -> Tracker:
+    return Tracker(run.granularity, kernels.scratch if run.device == "cuda" else None)
 
 
 def let_go(found: Trace) -> Trace:
@@ -157,10 +174,10 @@ def evaluation(config: Any, run: Run) -> Moment:
     Raises:
         UserError: the architecture cannot be traced.
     """
-    tracker = Tracker(run.granularity)
+    tracker = _tracker(run)
     with _ready(config, run, tracker) as (model, batch, run):
         model.eval()
-        with tracker, kernels.scratch(run.device), torch.no_grad():
+        with tracker, torch.no_grad():
             tracker.enter(EVALUATION)
             if run.task == "grpo":
                 generate(model, run, run.batch_size)
@@ -176,7 +193,9 @@ def _ready(
     config: Any, run: Run, tracker: Tracker, *, fused: bool = True
 ) -> Iterator[tuple[nn.Module, dict[str, Tensor], Run]]:
     """Model and batch on fake tensors, known to the tracker, and the run as it is laid out for them."""
-    lengths = _texts(run, fused) if run.rows == "packed" else []
+    each = run.seq_len if fused else min(run.longest or run.seq_len, run.seq_len)  # fused: of no difference
+    texts = [min(each, run.seq_len - at) for at in range(0, run.seq_len, each)] * run.batch_size
+    lengths = texts if run.rows == "packed" else []
     if lengths:  # TRL lays the rows of a batch end to end
         run = replace(run, batch_size=1, seq_len=run.tokens, longest=run.longest or run.seq_len)
     real = kernels.semantics(
@@ -184,7 +203,7 @@ def _ready(
     )
     with warnings.catch_warnings(), real, FakeTensorMode() as mode:
         warnings.simplefilter("ignore")
-        with refusing(config, "it cannot be built without weights"):
+        with refusing(config, BUILT):
             model = trainable.build(config, run, mode)
         batch = losses.batch(run)
         tracker.register([*model.parameters(), *model.buffers()], "weights")
@@ -194,13 +213,6 @@ def _ready(
         tracker.register([library], "workspace")
         with refusing(config, "its training step does not run without data"), Patience(model).watching():
             yield model, batch, run
-
-
-def _texts(run: Run, fused: bool) -> list[int]:
-    """Lengths of the texts of packed rows; a row each where fused attention makes no difference of them."""
-    each = run.seq_len if fused or run.longest is None else min(run.longest, run.seq_len)
-    row = [each] * (run.seq_len // each) + [run.seq_len % each] * (run.seq_len % each > 0)
-    return row * run.batch_size
 
 
 def _parameters(model: nn.Module) -> Iterator[Parameter]:
@@ -245,7 +257,7 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
         hook = _on_gradient(name, tracker, gradients)
         p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     hooks = phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing)
-    with tracker, kernels.scratch(run.device), hooks:
+    with tracker, hooks:
         if run.task == "grpo":
             tracker.enter("generation")
             generate(model, run, run.batch_size * run.accumulation)
@@ -291,7 +303,7 @@ def _probe(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tra
     pay = run.device == "cuda" or pays(count, run.steps)
     compiled = run.compile == "on" or (run.compile == "auto" and pay)
     noise = kernels.fused_noise() if compiled else nullcontext()
-    with noise, tracker, kernels.scratch(run.device), phase_hooks(model, tracker, checkpointing=False):
+    with noise, tracker, phase_hooks(model, tracker, checkpointing=False):
         source.backward(params, loss_fn, model=model, query=Query(0, 0))
         tracker.enter("optimizer step", "workspace")
 

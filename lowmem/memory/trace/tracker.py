@@ -14,7 +14,7 @@ What happens inside a kernel (a workspace of cuBLAS, the scratch of a sort) is i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+Scratch = Callable[[Any, Any], tuple[Tensor, ...]]
+DEVICE = torch.ops.prim.device.default
+"""What half of all calls under fake tensors ask for: it makes no tensor, and needs no other mode."""
 CATEGORIES = ("weights", "gradients", "optimizer_state", "activations", "logits", "workspace")
 
 
@@ -73,6 +76,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         granularity: bytes to which each storage is rounded up: 512 as the CUDA allocator does, 1 on a CPU.
+        scratch: (operation, its arguments) -> what its kernel allocates beside what it returns.
 
     Storages that exist beforehand are `register`ed; `enter(phase, category)` says where the run is and what
     new storages count as until `claim` says better.
@@ -86,9 +90,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         print(tracker.peak().total)
     """
 
-    def __init__(self, granularity: int = 1) -> None:
+    def __init__(self, granularity: int = 1, scratch: Scratch | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granularity = granularity
+        self.scratch = scratch
         self.sizes: list[int] = []
         self.categories: list[str] = []
         self.stream: list[int] = []  # id + 1 at a birth, -(id + 1) at a death
@@ -155,6 +160,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._ids[key]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return args[0].device
+        inside = () if self.scratch is None else self.scratch(func, args)
+        for x in inside:
+            self._see(x.untyped_storage())
         out = func(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):

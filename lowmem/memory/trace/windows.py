@@ -7,11 +7,13 @@ its tensors alone, and layers above the first of them still pass gradients on.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 
@@ -52,7 +54,8 @@ def windows(strategy: Strategy, parameters: Sequence[Parameter]) -> Sequence[Map
 @functools.lru_cache(maxsize=256)
 def _windows(strategy: Strategy, parameters: tuple[Parameter, ...]) -> Sequence[Mapping[str, str]]:
     ordinary = {p.name: strategy.rule_name(p.role, p.shape, p.shard) for p in parameters}
-    steps = [0, *(s for s in range(1, FAR) if strategy.schedule.switches(s))][:MOST]
+    later = () if isinstance(strategy.schedule, Always) else range(1, FAR)
+    steps = [0, *itertools.islice(filter(strategy.schedule.switches, later), MOST - 1)]
     found = [strategy.rules_at(ordinary, step, 0) for step in steps]
     return list({tuple(rules.values()): rules for rules in found}.values())
 

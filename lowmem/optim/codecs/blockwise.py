@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class Codec(Protocol):
 
     @property
     def streams(self) -> tuple[str, ...]: ...
+    @property
+    def spills(self) -> int:
+        """Bytes for each element that one kernel of a card leaves the next, to make bytes of them."""
 
     def init(self, x: Tensor) -> State:
         """What is held for a tensor like x; decodes to zero."""
@@ -88,6 +91,7 @@ class Floats:
     stream: str = "moment"
     signed: bool = True
     grain: int = 1
+    spills: ClassVar[int] = 0
 
     @property
     def per(self) -> Mapping[str, int]:
@@ -149,6 +153,11 @@ class Blockwise:
     bits: int = 8
     signed: bool = True
     streams: tuple[str, ...] = ()
+
+    @property
+    def spills(self) -> int:
+        """A code of 4 bits, before two of them make a byte."""
+        return 1 if self.bits == 4 else 0
 
     @property
     def grain(self) -> int:
@@ -226,6 +235,7 @@ class Companded:
     signed: bool = True
     grain: int = 32
     streams: tuple[str, ...] = ()
+    spills: ClassVar[int] = 0
 
     @property
     def per(self) -> Mapping[str, int]:

@@ -78,6 +78,6 @@ def _sums(edges: Tensor) -> Tensor:
 
 @functools.cache
 def dynamic_tables(bits: int, signed: bool, device: torch.device) -> Mapping[str, Tensor]:
-    """The map, and `sums`, which finds its nearest entry; every optimizer on a device uses the same tensors."""
+    """The map, and `sums`, which finds its nearest entry: made once for each device."""
     table = dynamic_map(bits, signed)
     return {"map": table.to(device), "sums": _sums(_thresholds(table)).to(device)}

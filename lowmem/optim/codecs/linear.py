@@ -33,6 +33,7 @@ class Linear:
     per: ClassVar[Mapping[str, int]] = {"codes": 1, "scale": 2048}
     fill: ClassVar[Mapping[str, int]] = {}
     streams: ClassVar[tuple[str, ...]] = ()
+    spills: ClassVar[int] = 0
 
     def init(self, x: Tensor) -> State:
         """Codes and scales of zero."""

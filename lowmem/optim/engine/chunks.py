@@ -31,7 +31,7 @@ from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import cutting
 from lowmem.optim.engine.compiling import Kernel, compiled
 from lowmem.optim.engine.cutting import LADDER, Span, sizes, walk
-from lowmem.optim.engine.finite import all_finite
+from lowmem.optim.engine.finite import Skipped, all_finite
 from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.passes import Passes
@@ -69,26 +69,32 @@ class Chunks:
 
     compile: bool = False
     _kernels: dict[tuple[object, ...], Kernel] = field(default_factory=dict)
-    _skipped: dict[torch.device, Tensor] = field(default_factory=dict)
-    _judged: list[tuple[Tensor, int]] = field(default_factory=list)
+    skipped: Skipped = field(default_factory=Skipped)
+    _ages: list[Tensor] = field(default_factory=list)
     _true: dict[torch.device, Tensor] = field(default_factory=dict)
     _grids: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         keep_heap()
         self._small = Together(self)
+        self._late = False
         self.passes = Passes(self.compile)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Small tensors that are stepped inside may wait for each other, until the end of it at most."""
-        self._small.open = True
+    def together(self, ages: bool = True) -> Iterator[None]:
+        """Small tensors that are stepped inside may wait for each other, until the end of it at most.
+
+        Args:
+            ages: those that kernels do not move wait as well; False where states are elsewhere by then.
+        """
+        self._small.open, self._late = True, ages
         try:
             yield
             self._small.flush()
         finally:
             self._small = Together(self) if self._small.waits else self._small
-            self._small.open = False
+            self._small.open = self._late = False
+            self._move_ages()
 
     def apply_(
         self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, extra: State, hp: Hyper
@@ -114,6 +120,10 @@ class Chunks:
         p, extra = opened(p, extra)
         run = Pass(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
         self._walk(run.step_weight, rule, p, g, writer)
+        if table is not None:
+            self._ages.append(s["age"])
+            if not self._late:
+                self._move_ages()
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
         """Turn a projected gradient into its direction, in place, judged as a whole.
@@ -151,9 +161,7 @@ class Chunks:
         """Take a step that a rule has decided."""
         ok = self.true(p.device) if direction.ok is None else direction.ok
         if direction.ok is not None:
-            self._judged.append((ok, p.numel()))
-            if len(self._judged) >= 4096:
-                self._settle()
+            self.skipped.judge(ok, p.numel())
         plain = isinstance(writer, Nearest) and p.dtype == torch.float32 and p.dim() == 2
         if plain and direction.pair and direction.lr is None and direction.decay is None:
             _add_product_(p, direction.pair, -hp.lr * direction.scale, ok, hp)
@@ -197,7 +205,8 @@ class Chunks:
             return cutting.eager_spans(count, min(most, rule.chunk) if rule else most, grain)
         if policy.ladder:
             return cutting.compiled_spans(count)
-        return cutting.whole_spans(count, grain if grain > 1 else ROW)
+        most = policy.made // rule.spills if rule and rule.spills else cutting.MOST
+        return cutting.whole_spans(count, grain if grain > 1 else ROW, most)
 
     def _walk(
         self, act: Act, rule: Pointwise | None, p: Tensor, g: Blocks, writer: Writer | None = None
@@ -226,7 +235,7 @@ class Chunks:
         return not self._look(rule, g) and len(self.spans(rule, count, g.device, writer=writer)) == 1
 
     def _table(self, rule: Pointwise, s: State, hp: Hyper) -> Tensor | None:
-        """The scalars of all ages, where the kernel that takes all of a step moves the age on the way."""
+        """The scalars of all ages, where one kernel takes all of a step: it looks up those that it needs."""
         elsewhere = not sizes(hp.weight.device).at_hand
         return rule.table(s, hp) if elsewhere and self.compiles(rule) and not rule.measures else None
 
@@ -267,24 +276,11 @@ class Chunks:
             self._kernels[name] = compiled(step) if live else step
         return self._kernels[name]
 
-    def skipped(self) -> int:
-        """Elements that were not stepped because of what was not finite, so far. Reads from the device."""
-        self._settle()
-        return sum(int(count) for count in self._skipped.values())
-
-    def _settle(self) -> None:
-        """Count the elements of the tensors whose step turned out not ok."""
-        for device in {ok.device for ok, _ in self._judged}:
-            here = [(ok, count) for ok, count in self._judged if ok.device == device]
-            counts = torch.tensor([count for _, count in here]).to(device, non_blocking=True)
-            self.counter(device).add_((~torch.stack([ok for ok, _ in here]) * counts).sum())
-        self._judged.clear()
-
-    def counter(self, device: torch.device) -> Tensor:
-        """Elements skipped on a device."""
-        if device not in self._skipped:
-            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        return self._skipped[device]
+    def _move_ages(self) -> None:
+        """One step more for all that have been stepped: a launch for hundreds."""
+        ages, self._ages = self._ages, []
+        for device in {age.device for age in ages}:
+            torch._foreach_add_([age for age in ages if age.device == device], 1)
 
     def true(self, device: torch.device) -> Tensor:
         """A 0-D True, made once."""

@@ -134,16 +134,19 @@ def compiled_spans(count: int) -> tuple[Span, ...]:
 
 
 @functools.lru_cache(1 << 12)
-def whole_spans(count: int, width: int) -> tuple[Span, ...]:
+def whole_spans(count: int, width: int, most: int = MOST) -> tuple[Span, ...]:
     """As few pieces as possible, of whole rows; what does not fill a row comes padded, at the end.
 
     No piece has one row alone: a compiler would take that as another kernel.
+
+    Args:
+        count: elements; width: of a row; most: elements of a piece.
 
     >>> whole_spans(70_000, 256), whole_spans(300, 256)
     (((0, 69888, 69888), (69888, 112, 512)), ((0, 300, 512),))
     """
     full = count // width * width if count >= 2 * width else 0
-    most = MOST // width * width
+    most = most // width * width
     starts = range(0, full, most)
     cut = [(i, n, n) for i in starts for n in (min(most, full - i),)]
     if cut and cut[-1][1] == width:  # one row is left over

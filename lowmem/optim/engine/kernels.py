@@ -60,14 +60,16 @@ def body(
 ) -> Kernel:
     """A step of (rows, width) elements. Without a rule, g is the direction; without a writer, it becomes it.
 
-    The kernel takes the weight and the gradient; lr and decay, (2,); ok; the counter of skipped elements;
-    what `Pointwise.scalars` gave; the first element of the chunk, those of its rows, (rows, 1), and the
-    places in a row, (width,); the keys of the random streams; and the state. What nobody asks for is None.
+    The kernel takes the weight and the gradient; lr and decay, (2,); ok; the counter of skipped elements,
+    0-D or one for each row; what `Pointwise.scalars` gave; the first element of the chunk, those of its
+    rows, (rows, 1), and the places in a row, (width,); the keys of the random streams; and the state. What
+    nobody asks for is None.
 
     Args:
         keys: of the rule's state, in the order of the tensors; held: of the writer's, after them.
         guard: who says whether a step is taken; asks: for what.
-        counts: the kernel moves the age itself; the scalars are those of every age, (ages, k).
+        counts: the scalars are those of every age, (ages, k), and the age is not moved yet. Where the kernel
+            finds out whether a step is taken, it moves the age itself.
     """
     streams = (rule.streams if rule else ()) + (writer.streams if writer else ())
 
@@ -83,8 +85,10 @@ def body(
             if "age" in state and not counts:
                 state["age"].sub_((~ok).to(torch.int32))  # it has moved already
         if counts:
-            state["age"].add_(ok.to(torch.int32))
-            scalars = scalars.index_select(0, state["age"].view(1))[0]
+            age = state["age"] + ok.to(torch.int32)
+            if guard != "elements":
+                state["age"].copy_(age)
+            scalars = scalars.index_select(0, age.view(1))[0]
         gradient, finite = _guarded(gradient, ok, rule is not None)
         position = start if start is None else row + start + column
         seen = (writer.read(w, extra) if writer else w.float()) if rule and rule.reads_weight else None
@@ -104,9 +108,10 @@ def body(
                 kept = {name: torch.where(fits, value, extra[name]) for name, value in kept.items()}
                 finite = finite & fits
             # floats, row by row: a sum of booleans or over all at once is what would take the longest here
-            bad = torch.where(finite, 0.0, 1.0).sum(-1).sum()
+            bad = torch.where(finite, 0.0, 1.0).sum(-1, keepdim=True)
+            bad = bad if skipped.dim() else bad.sum()
             # a step that is refused as a whole is counted as a whole, and by another
-            skipped.add_((bad if guard == "elements" else torch.where(ok, bad, 0.0)).to(torch.int64))
+            skipped.add_((bad if guard == "elements" else torch.where(ok, bad, 0.0)).to(skipped.dtype))
             w.copy_(weight)
             for name, value in kept.items():
                 extra[name].copy_(value)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.compiling import Kernel
-from lowmem.optim.engine.cutting import pad, read_flat, write_flat
+from lowmem.optim.engine.cutting import pad, read_flat, sizes, write_flat
+from lowmem.optim.engine.finite import Skipped
 from lowmem.optim.engine.kernels import Asks, Guard
 from lowmem.optim.engine.layout import layout
 from lowmem.optim.int8.tensor import Int8Weight
@@ -25,7 +26,8 @@ class Kernels(Protocol):
 
     def compiles(self, rule: Pointwise | None) -> bool: ...
 
-    def counter(self, device: torch.device) -> Tensor: ...
+    @property
+    def skipped(self) -> Skipped: ...
 
     def true(self, device: torch.device) -> Tensor: ...
 
@@ -45,7 +47,7 @@ class Pass:
         rule, writer: what the kernel does; s, extra: their states.
         hp: of this step; rates: lr and decay, (2,).
         ok: 0-D bool; guard: what it says, see `kernels.Guard`; asks: what for, see `kernels.Asks`.
-        table: the scalars of all ages, where the kernel moves the age.
+        table: the scalars of all ages, where the age has not been moved.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class Pass:
         self.live = self.layout.live and self.device.type != "meta"
         self.counts = table is not None
         self.scalars = rule.scalars(s, hp) if rule and table is None else table
-        self.skipped = frame.counter(self.device) if writer else None
+        self.rowwise = frame.compiles(rule) and not sizes(self.device).at_hand
+        self.skipped = frame.skipped.counter(self.device) if writer and not self.rowwise else None
         self._words: dict[int, Tensor] = {}
 
     def step_weight(self, p: Tensor, g: Tensor, start: int, size: int) -> None:
@@ -103,8 +106,11 @@ class Pass:
             self.rule, self.writer, self.layout.keys, weight, shaped, self.live,
             self.guard, self.asks, self.counts,
         )  # fmt: skip
+        # a sum over all rows would be a kernel of its own
+        tallied = self.writer and self.rowwise
+        skipped = self.frame.skipped.tally(shaped.shape[0], self.device) if tallied else self.skipped
         kernel(
-            weight, shaped, self.rates, self.ok, self.skipped, self.scalars,
+            weight, shaped, self.rates, self.ok, skipped, self.scalars,
             *self._places(start, *shaped.shape), self._keys(start), *views,
         )  # fmt: skip
         for piece, padded in back:

@@ -173,7 +173,7 @@ class Together:
         keys = torch.stack([one.hp.keys(streams) for one in waiting]) if streams else None
         kernel(
             w, g, waiting[0].hp.rates(dtype=torch.promote_types(w.dtype, torch.float32)),
-            frame.true(w.device), frame.counter(w.device), self._scalars(rule, waiting, rows),
+            frame.true(w.device), frame.skipped.counter(w.device), self._scalars(rule, waiting, rows),
             *((rows.start, rows.first, rows.column) if streams else (None, None, None)),
             None if keys is None else rows.spread(keys), *views,
         )  # fmt: skip

@@ -138,6 +138,7 @@ class Modified(Wrapped, Pointwise):
     streams = its("rule")
     compilable = its("rule")
     chunk = its("rule")
+    spills = its("rule")
     readable = its("rule")
 
     @property

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.codecs.blockwise import Codec, Floats, codec
-from lowmem.optim.contract import Commit, Residual
+from lowmem.optim.contract import Residual
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.shards import Shape
 from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
-from lowmem.optim.terms.split import Split
+from lowmem.optim.terms.split import Commit, Split
 from lowmem.optim.terms.state import Constants, State, part, prefixed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks
-from lowmem.optim.contract import AnyRule, Commit, Residual, Rule
+from lowmem.optim.contract import AnyRule, Residual, Rule
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.formulas import Formula
@@ -23,7 +23,7 @@ from lowmem.optim.rules.compact.subsets import Subsets
 from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.shards import Shape, shard_in, total
 from lowmem.optim.terms.fp32 import LARGEST_MEAN
-from lowmem.optim.terms.split import Split
+from lowmem.optim.terms.split import Commit, Split
 from lowmem.optim.terms.state import State, apply_in_place
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ class Home:
         """One for a copy of the optimizer."""
         return self
 
+    travels: ClassVar[bool] = False
+    """Whether the tensors that are stepped hold a parameter's state for no longer than its step."""
     grown: Callable[[], None] = _nothing
 
     def maker(self, p: Tensor) -> str:
@@ -124,6 +126,7 @@ class Away(Home):
         262144
     """
 
+    travels: ClassVar[bool] = True
     transfer: Transfer
     least: int = LEAST
     grown: Callable[[], None] = field(default=_nothing, repr=False)

@@ -102,7 +102,7 @@ def hyper(
         weight_decay=float(group["weight_decay"]),
         weight=weight,
         advance=chunks.advance_,
-        sweep=chunks.passes.sweep,
+        passes=chunks.passes,
         first=first,
         heads=place.heads,
         constant=constant,

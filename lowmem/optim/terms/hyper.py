@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.optim import formulas
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.engine.parcel import Contents, Parcel
+from lowmem.optim.formulas import ByBlocks
 from lowmem.optim.shards import Shard, shard_in
 from lowmem.optim.terms.overall import Overall
 
@@ -71,7 +71,7 @@ class Hyper:
         lr, betas, eps, weight_decay: of the group, as floats.
         weight: the weight before the step, (m, n); its dtype is the precision of large products.
         advance: the frame's `Chunks.advance_`, for rules that hold a pointwise rule.
-        sweep: takes a pass over a matrix, see `formulas`; the frame's `Passes.sweep`.
+        passes: who takes a pass over a matrix, see `formulas`; the frame's `Passes`.
         first: the state was created for this step.
         heads: into which the weight's rows are cut, where it makes queries or keys; 0 elsewhere.
         shard: which rows of the tensor these are, where they are spread over ranks.
@@ -90,7 +90,7 @@ class Hyper:
     weight_decay: float
     weight: Blocks
     advance: Callable[..., Tensor]
-    sweep: Callable[..., None] = formulas.sweep
+    passes: ByBlocks = field(default_factory=ByBlocks)
     first: bool = False
     heads: int = 0
     constant: Lookup = field(default_factory=Lookup)
@@ -179,6 +179,24 @@ class Hyper:
             raise ValueError(f"total over shards: op is 'sum' or 'max', got {op!r}")
         return x if self.shard is None else self.shard.total(x, op)
 
+    def sweep(self, *asked: Any) -> None:
+        """A pass over a matrix that fills what it is given, see `ByBlocks.sweep`."""
+        self.passes.sweep(*asked)
+
+    def parts(self, *asked: Any, **more: Any) -> Tensor:
+        """A pass over a matrix that finds numbers, see `ByBlocks.parts`."""
+        return self.passes.parts(*asked, **more)
+
+    def seen(self, x: Blocks) -> Blocks:
+        """A matrix for products, see `ByBlocks.seen`."""
+        return self.passes.seen(x)
+
+    def peak(self, x: Blocks) -> Tensor:
+        """The largest magnitude over the shards of the tensor, 0-D; 0 where there are no elements."""
+        if not x.shape[0] * x.shape[1]:
+            return self.total(torch.zeros((), device=x.device), "max")
+        return self.total(self.parts(_largest, x, dtype=torch.float32).amax(), "max")
+
     def gaussian(self, shape: tuple[int, int], use: str, gap: int = 1) -> Tensor:
         """A standard normal matrix named by (seed, window of `gap` steps or 0 for all, parameter, use)."""
         device = self.weight.device
@@ -195,6 +213,10 @@ class Hyper:
         again = functools.partial(_normal_of, self.group, *asked)
         contents = (self.seed, self.window(gap), self.name, use)
         return self._sent(contents, _normal_words, ("normal", *asked), again).view(2, 2)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return rows.abs().amax()
 
 
 def _rates_of(group: Mapping[str, Any], scale: float, coded: str) -> Contents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.formulas import Formula
 from lowmem.optim.terms.hyper import Hyper
+
+Commit = Callable[[], None]
+"""What is left to do once the weight is written."""
 
 
 @dataclass(frozen=True)

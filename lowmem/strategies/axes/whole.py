@@ -15,7 +15,8 @@ from lowmem.optim.rules.compact.smmf import SMMF
 from lowmem.optim.rules.compact.subsets import SubsetNorm
 from lowmem.optim.rules.measured.layerwise import NovoGrad, SGDSaI, StableSPAM
 from lowmem.optim.rules.normalised.orthonormal import AdaMuon, Dion
-from lowmem.optim.rules.normalised.rows import SWAN, AuON, Scaled, SinkGD
+from lowmem.optim.rules.normalised.rows import AuON, Scaled, SinkGD
+from lowmem.optim.rules.normalised.whitened import SWAN
 from lowmem.strategies.options import Limits, Size, SubsetSize
 from lowmem.strategies.parts import part
 

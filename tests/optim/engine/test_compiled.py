@@ -68,7 +68,7 @@ def steps(chunks: Chunks, rule: Any, writer: str, dtype: torch.dtype, rows: int,
             chunks.apply_(rule, stored, w, Dense(g), state, extra, hp)
         else:
             left += [chunks.advance_(rule, g, state, hp), g]
-    return [*left, torch.tensor(chunks.skipped())]
+    return [*left, torch.tensor(chunks.skipped.total())]
 
 
 def forbid_torch_compile(kernel: Any) -> None:

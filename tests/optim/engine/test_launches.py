@@ -44,8 +44,13 @@ class Launches(TorchDispatchMode):
         return super().__enter__()
 
     @property
+    def ages(self) -> int:
+        return self.counts["aten._foreach_add_.Scalar"]
+
+    @property
     def total(self) -> int:
-        return self.kernels + sum(self.counts.values())
+        """Of tensors: the ages of a step, moved together, are launches beside."""
+        return self.kernels + sum(self.counts.values()) - self.ages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -123,6 +128,7 @@ def test_a_large_tensor_is_one_launch_and_a_step_one_upload(
         advance(optimizer, 2)
     assert counted.kernels >= parameters(optimizer)
     assert counted.total <= 1.2 * parameters(optimizer)
+    assert counted.ages <= 1
     assert counted.uploads <= 1
 
 
@@ -156,19 +162,19 @@ def test_small_tensors_are_stepped_together(counted: Launches) -> None:
 
 
 GOES_BY_BLOCKS = {
-    "ada_muon", "adam_cm", "adamp", "adamw_4bit_rank1", "auon", "dion", "dog", "fadam", "fish_mask", "frugal",
-    "grades", "gravity", "ldadam", "ldog", "lotus", "mars", "microadam", "misa", "mlorc", "muon", "muon_8bit",
-    "novograd", "online_subspace", "scale", "sgd_sai", "sinkgd", "sm3", "smmf", "stable_spam", "subset_norm",
-    "subspace_momentum", "sumo", "swan", "tam",
+    "adamw_4bit_rank1", "fish_mask", "frugal", "grades", "ldadam", "lotus", "microadam", "misa",
+    "mlorc", "muon_8bit", "online_subspace", "sm3", "smmf", "subset_norm", "subspace_momentum", "sumo",
 }  # fmt: skip
 """Methods whose launches still grow with the elements of a tensor: what they sum goes by row blocks."""
-PASSES = {
-    "adafactor": (2, 35), "ada_lomo": (3, 50), "came": (4, 50), "adam_mini": (2, 20), "lamb": (2, 24),
-    "fira": (2, 66), "grass_walk": (2, 66), "grass_jump": (2, 75), "subtrack": (2, 66),
-    "apollo": (2, 40), "apollo_mini": (2, 42), "spam": (1, 2), "galore": (1, 9), "golore": (1, 9),
-    "dct": (1, 14), "q_galore": (1, 15),
+LAUNCHES = {
+    "spam": 2, "adamw_4bit": 4, "galore": 9, "golore": 9, "gravity": 11, "dct": 14, "q_galore": 15,
+    "mars": 16, "scale": 17, "novograd": 19, "adam_mini": 20, "lamb": 24, "tam": 24, "auon": 30,
+    "adam_cm": 31, "fadam": 32, "adafactor": 35, "sgd_sai": 35, "apollo": 39, "apollo_mini": 41, "ldog": 45,
+    "ada_lomo": 49, "came": 49, "stable_spam": 54, "dog": 57, "adamp": 58, "dion": 60, "sinkgd": 62,
+    "fira": 66, "grass_walk": 66, "subtrack": 66, "grass_jump": 75, "muon": 112, "ada_muon": 174,
+    "swan": 195,
 }  # fmt: skip
-"""Passes over a 4096 x 11008 gradient before and with the write, and all that is launched, of vectors too."""
+"""For a 4096 x 11008 gradient between refreshes, of vectors and numbers too; 1 for all others."""
 
 
 def gradient_methods() -> list[str]:
@@ -192,6 +198,6 @@ def test_every_method_keeps_to_its_launches(
         advance(optimizer, step)
     with counted:
         advance(optimizer, between)
-    assert counted.uploads <= 1
+    assert max(counted.uploads, counted.ages) <= 1
     if name not in GOES_BY_BLOCKS:
-        assert counted.total <= PASSES.get(name, (1, 1))[1]
+        assert counted.total <= LAUNCHES.get(name, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +33,7 @@ CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
     ("fira", {"rank": 8, "update_proj_gap": 2}, BF16),
     ("adafactor", {"beta1": 0.9}, BF16),
     ("microadam", {}, BF16),
+    ("dion", {"rank": 8, "states": "int8"}, BF16),
 ]
 
 COMPILED: list[tuple[str, dict[str, Any], torch.dtype]] = [
@@ -115,7 +118,21 @@ def test_compiled_steps_are_the_same_bits(name: str, options: dict[str, Any], dt
     assert_same(left(one, params), left(other, moved))
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "galore", "fira", "dct", "online_subspace", "adafactor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw_8bit",
+        "galore",
+        "fira",
+        "dct",
+        "online_subspace",
+        "adafactor",
+        "muon",
+        "ada_muon",
+        "swan",
+        "dion",
+    ],
+)
 def test_a_card_is_planned_by_its_own_pieces_inside_the_bound(name: str) -> None:
     """Compiled or not; what a refresh takes beside it is that of a basis."""
     strategy, shape = lowmem.create(name), (4096, 11008)
@@ -141,6 +158,28 @@ def test_tensors_that_step_together_are_planned_together() -> None:
     assert copies <= card.together == card.worst <= 64 << 20
 
 
+def assert_close_to_blocks(
+    name: str, options: dict[str, Any], made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that are not compiled take whole passes, of which so many bytes may be made."""
+    blocks, params = start(name, options, FP32)
+    advance(blocks, params, range(3))
+    calls: list[int] = []
+
+    def as_it_is(step: Any) -> Any:
+        return lambda *tensors: (calls.append(1), step(*tensors))[1]
+
+    monkeypatch.setattr(passes, "compiled", as_it_is)
+    monkeypatch.setattr(chunks, "compiled", lambda step: step)
+    monkeypatch.setitem(cutting.POLICIES, "cuda", replace(cutting.POLICIES["cuda"], made=made))
+    with policy("cuda"):
+        whole, moved = start(name, options, FP32, compile="on")
+        advance(whole, moved, range(3))
+    assert calls
+    for a, b in zip(left(blocks, params), left(whole, moved), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -158,22 +197,30 @@ def test_passes_at_once_are_those_by_blocks(
 ) -> None:
     """What a card's kernels compute, uncompiled: sums of all rows at once differ from those of blocks in the
     last bits alone, products are made in pieces, and a gradient that is not finite is refused alike."""
-    blocks, params = start(name, options, FP32)
-    advance(blocks, params, range(3))
-    calls: list[int] = []
+    assert_close_to_blocks(name, options, 1 << 20, monkeypatch)
 
-    def as_it_is(step: Any) -> Any:
-        return lambda *tensors: (calls.append(1), step(*tensors))[1]
 
-    monkeypatch.setattr(passes, "compiled", as_it_is)
-    monkeypatch.setattr(chunks, "compiled", lambda step: step)
-    monkeypatch.setitem(cutting.POLICIES, "cuda", replace(cutting.POLICIES["cuda"], made=1 << 20))
-    with policy("cuda"):
-        whole, moved = start(name, options, FP32, compile="on")
-        advance(whole, moved, range(3))
-    assert calls
-    for a, b in zip(left(blocks, params), left(whole, moved), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+SMALL = {"odd.weight": (130, 130), "wide.weight": (64, 256), "tall.weight": (300, 96), "bias": (77,)}
+MATRICES: list[tuple[str, dict[str, Any]]] = [
+    ("muon", {}),
+    ("muon", {"states": "bf16"}),
+    ("muon", {"states": "int8"}),
+    ("dion", {"rank": 8}),
+    ("swan", {}),
+    ("sinkgd", {}),
+    ("scale", {}),
+    ("auon", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), MATRICES, ids=str)
+def test_products_of_what_is_made_are_those_by_blocks(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In strips and panels of a few rows, here, which a card has in millions of elements."""
+    monkeypatch.setattr(sys.modules[__name__], "SHAPES", SMALL)
+    monkeypatch.setattr(passes, "COLUMNS", 256 if options.get("states") == "int8" else 32)
+    assert_close_to_blocks(name, options, 1 << 15, monkeypatch)
 
 
 @pytest.mark.slow
@@ -191,3 +238,22 @@ def test_passes_compile_to_what_they_say(name: str) -> None:
     assert all(kernel._order for kernel in kernels)  # and are called directly
     for a, b in zip(left(blocks, params), left(whole, moved), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_what_a_card_skips_is_counted_by_rows_and_its_ages_move_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second tensor has more rows than the first; the third is a row and a bit."""
+    monkeypatch.setattr(chunks, "compiled", lambda step: step)
+    sizes = {"a": 1 << 18, "b": 1 << 19, "c": (1 << 18) + 77}
+    weights = {name: nn.Parameter(torch.ones(size)) for name, size in sizes.items()}
+    with policy("cuda"):
+        optimizer = lowmem.LowMemOptimizer(list(weights.items()), lowmem.create("adamw"), compile="on")
+        for step in range(3):
+            for i, w in enumerate(weights.values(), 1):
+                w.grad = torch.ones_like(w)
+                w.grad[-i:] = math.nan if step < 2 else 1.0
+            optimizer.step()
+        assert optimizer.nonfinite() == 2 * (1 + 2 + 3)
+    assert [int(optimizer.state[w]["age"]) for w in weights.values()] == [3, 3, 3]
+    assert optimizer.chunks.skipped.rows == (1 << 19) // 256

@@ -109,7 +109,7 @@ class MLorc(Rule):
     @staticmethod
     def _sound(g: Blocks, hp: Hyper) -> Tensor:
         """No sum of squares can be infinite."""
-        return hp.total(g.peak(), "max") <= math.sqrt(LARGEST_MEAN / math.prod(whole(g.shape)))
+        return hp.peak(g) <= math.sqrt(LARGEST_MEAN / math.prod(whole(g.shape)))
 
     def _rows(self, held: State, i: int, j: int, like: Blocks) -> Tensor:
         """Rows i..j of P R, in the precision of a matrix like it."""

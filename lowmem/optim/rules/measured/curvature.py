@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.elementwise import Beside, Coded, Elementwise, Moment, Moments, coded
+from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.measured.measured import Measured
 from lowmem.optim.terms.changes import Rotation
 from lowmem.optim.terms.hyper import Hyper
@@ -97,10 +99,18 @@ class Sophia(Measured):
 
     def sense_(self, g: Blocks, s: State, hp: Hyper, count: Tensor) -> None:
         """Move the curvature; a probe in which an element is not finite says nothing."""
-        squared = g.map(lambda rows: rows.square() * count.float())
-        ok = g.sum(lambda rows: (~rows.isfinite()).sum()) == 0
+        squared = Formula(_counted, (g,), across=(count.float(),))
+        ok = hp.parts(_broken, g, dtype=torch.int64).sum() == 0
         self.moment("hessian", g, s, hp).following(squared, 1.0 - hp.betas[1], ok)()
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Left to the write."""
         return Direction(g, then=(self.held, {key: s[key] for key in sorted(s)}))
+
+
+def _counted(rows: Tensor, count: Tensor) -> Tensor:
+    return rows.square() * count
+
+
+def _broken(rows: Tensor) -> Tensor:
+    return (~rows.isfinite()).sum()

@@ -12,7 +12,6 @@ tensor in which one element is not finite takes no step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.rules.elementwise.moments import Average, Sum
 from lowmem.optim.shards import Shape, whole
@@ -67,12 +66,13 @@ class Layerwise(Rule):
 
 def sums(g: Blocks, hp: Hyper) -> Tensor:
     """The sum of the elements and that of their squares, (2,) float64."""
-    parts = []
-    for i, j in walk(g.ranges(), g.device):
-        rows = g.rows(i, j).contiguous()
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        parts.append(torch.stack((rows.sum(dtype=torch.float64), norms.square().sum())))
-    return hp.total(torch.stack(parts).sum(0))
+    return hp.total(hp.parts(_both, g, count=2).sum(0))
+
+
+def _both(rows: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return torch.stack((rows.sum(dtype=torch.float64), norms.square().sum()))
 
 
 @dataclass(frozen=True)
@@ -241,14 +241,14 @@ class StableSPAM(Rule):
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Clip, normalise, and let Adam step while it is written."""
-        largest = hp.total(g.peak(), "max")
+        largest = hp.peak(g)
         ok = largest.isfinite()
         age = (s["seen"] + 1).double()
         most = self.theta * s["numbers"][0] + (1.0 - self.theta) * largest.double()
         limit = (most / (1.0 - self.theta**age)).float()
         shrink = torch.where(largest > limit, limit / largest, 1.0)
-        clipped = g.map(lambda rows: torch.where(rows.abs() > limit, rows * shrink, rows))
-        norm = hp.total(self._over(clipped, _squares).sum()).sqrt()
+        clipped = Formula(_clipped, (g,), across=(limit, shrink))
+        norm = hp.total(hp.parts(_squares, clipped).sum()).sqrt()
         shares = hp.vector(*self.gammas)
         means = shares * s["numbers"][1:] + (1.0 - shares) * torch.stack((norm, norm.square()))
         mean, square = (means / (1.0 - shares**age)).unbind()
@@ -258,12 +258,12 @@ class StableSPAM(Rule):
         s["numbers"].copy_(torch.where(ok, new, s["numbers"]))
         s["seen"].add_(ok)
         held = {key: s[key] for key in sorted(s) if key not in ("numbers", "seen")}
-        return Direction(clipped.map(lambda rows: rows * scale), ok=ok, then=(self.adam, held))
+        step = Formula(torch.mul, (clipped,), across=(scale,))
+        return Direction(step, ok=ok, then=(self.adam, held))
 
-    @staticmethod
-    def _over(g: Blocks, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """A number for each block of rows."""
-        return torch.stack([f(g.rows(i, j)) for i, j in walk(g.ranges(), g.device)])
+
+def _clipped(rows: Tensor, limit: Tensor, shrink: Tensor) -> Tensor:
+    return torch.where(rows.abs() > limit, rows * shrink, rows)
 
 
 def _squares(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ while the step is written. A tensor in which one element is not finite takes no 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Beside, Coded, Elementwise, Moment, Moments, coded
 from lowmem.optim.engine.ages import numbers_of
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula, together
 from lowmem.optim.held import HeldMoment
 from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.shards import Shape
@@ -101,11 +101,22 @@ class Measured(Rule):
         return Direction(g, ok=ok, then=(self.held, {**held, **given}))
 
 
-def total(g: Blocks, hp: Hyper, *terms: Callable[[int, int], Tensor]) -> tuple[Tensor, ...]:
-    """Sums over the tensor of what each term gives for rows i..j; 0-D fp64."""
-    blocks = walk(g.ranges(), g.device)
-    parts = [torch.stack([term(i, j).double().sum() for term in terms]) for i, j in blocks]
-    return hp.total(torch.stack(parts).sum(0)).unbind()
+def total(
+    terms: Callable[..., tuple[Tensor, ...]], of: Sequence[Blocks], hp: Hyper, *across: Tensor, count: int = 1
+) -> tuple[Tensor, ...]:
+    """Sums over the tensor of `count` terms, made of rows of some matrices and of what is across; fp64."""
+    x = of[0] if len(of) == 1 else Formula(together, of)
+    return hp.total(hp.parts(_Summed(terms), x, across, count=count).sum(0)).unbind()
+
+
+@dataclass(frozen=True)
+class _Summed:
+    """The sum of each term."""
+
+    terms: Callable[..., tuple[Tensor, ...]]
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        return torch.stack([term.double().sum() for term in self.terms(*given)])
 
 
 def size(g: Blocks, hp: Hyper) -> int:
@@ -113,9 +124,14 @@ def size(g: Blocks, hp: Hyper) -> int:
     return math.prod(g.shape if hp.shard is None else hp.shard.full)
 
 
-def squares(x: Blocks) -> Callable[[int, int], Tensor]:
+def square(rows: Tensor) -> Tensor:
     """The term whose sum is the squared norm."""
-    return lambda i, j: x.rows(i, j).contiguous().double().square()
+    return rows.contiguous().double().square()
+
+
+def squares(*of: Tensor) -> tuple[Tensor, ...]:
+    """Those of some matrices."""
+    return tuple(square(rows) for rows in of)
 
 
 @dataclass(frozen=True)
@@ -183,12 +199,14 @@ class MARS(Measured):
         """The clip factor."""
         correction, before = self.numbers(s, hp)[5], self.moment("previous", g, s, hp)
 
-        def corrected(i: int, j: int) -> Tensor:
-            rows = g.rows(i, j).double()
-            return rows + correction * (rows - before.rows(i, j))
-
-        (norm,) = total(g, hp, lambda i, j: corrected(i, j).square())
+        (norm,) = total(_corrected, (g, before), hp, correction)
         return {"clip": norm.clamp(min=1.0).rsqrt().float()}, norm.isfinite()
+
+
+def _corrected(rows: Tensor, before: Tensor, correction: Tensor) -> tuple[Tensor, ...]:
+    """The squares of what is corrected."""
+    rows = rows.double()
+    return ((rows + correction * (rows - before)).square(),)
 
 
 @dataclass(frozen=True)
@@ -253,17 +271,18 @@ class FAdam(Measured):
     def found(self, g: Blocks, s: State, hp: Hyper) -> Found:
         """The floor of the root; then the clip factor, which depends on it."""
         count = size(g, hp)
-        (norm,) = total(g, hp, squares(g))
+        (norm,) = total(squares, (g,), hp)
         floor = (0.01 * (norm / count).sqrt()).clamp(max=hp.eps).clamp(min=LEAST_EPS).float()
         rate, before = self.numbers(s, hp)[1], self.moment("fisher", g, s, hp)
 
-        def natural(i: int, j: int) -> Tensor:
-            rows, old = g.rows(i, j), before.rows(i, j)
-            return rows / (torch.addcmul(old, rows * rows - old, rate).sqrt() + floor)
-
-        (made,) = total(g, hp, squares(Blocks(g.shape, natural, g.device)))
+        (made,) = total(_natural, (g, before), hp, rate, floor)
         clip = self.clip * (made / count).sqrt().clamp(min=self.clip).reciprocal()
         return {"floor": floor, "clip": clip.float()}, norm.isfinite() & made.isfinite()
+
+
+def _natural(rows: Tensor, old: Tensor, rate: Tensor, floor: Tensor) -> tuple[Tensor, ...]:
+    """The squares of a natural gradient."""
+    return (square(rows / (torch.addcmul(old, rows * rows - old, rate).sqrt() + floor)),)
 
 
 @dataclass(frozen=True)
@@ -313,5 +332,5 @@ class Gravity(Measured):
 
     def found(self, g: Blocks, s: State, hp: Hyper) -> Found:
         """The largest element."""
-        top = hp.total(g.peak(), "max")
+        top = hp.peak(g)
         return {"top": top}, top.isfinite()

@@ -86,12 +86,17 @@ class TAM(Measured):
     def found(self, g: Blocks, s: State, hp: Hyper) -> Found:
         """How far the gradient counts."""
         m = self.moment(next(iter(self.held.rule.moments)), g, s, hp)
-        dot, gg, mm = total(g, hp, lambda i, j: g.rows(i, j).double() * m.rows(i, j), squares(g), squares(m))
+        dot, gg, mm = total(_aligned, (g, m), hp, count=3)
         length, ok = (gg * mm).sqrt(), gg.isfinite()
         cosine = torch.where(length > 0.0, dot / length, 0.0)
         alignment = (self.gamma * s["alignment"] + (1.0 - self.gamma) * cosine).float()
         s["alignment"].copy_(torch.where(ok, alignment, s["alignment"]))
         return {"rate": hp.eps + (1.0 + s["alignment"]) / 2.0}, ok
+
+
+def _aligned(g: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+    """<M, G> and both squares."""
+    return g.double() * m, *squares(g, m)
 
 
 SLOTS = 5
@@ -173,7 +178,7 @@ class CriticalAdam(Measured):
 
     def found(self, g: Blocks, s: State, hp: Hyper) -> Found:
         """Which place the new momentum takes, if any; how many there are."""
-        (square,) = total(g, hp, squares(g))
+        (square,) = total(squares, (g,), hp)
         norm, ok, priority = square.sqrt().clamp(max=LARGEST_MOMENT).float(), square.isfinite(), s["priority"]
         places = torch.arange(SLOTS, device=g.device)
         taken = (places == priority.argmin()) & (norm > priority) & ok

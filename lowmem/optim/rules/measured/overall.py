@@ -10,7 +10,6 @@ precision. Every tensor holds a copy of the numbers that all share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,7 +21,7 @@ from lowmem.optim.blocks import Blocks, Dense, Direction
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.ages import numbers_of
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula
 from lowmem.optim.held import HeldMoment
 from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.rules.elementwise.moments import Average
@@ -77,9 +76,8 @@ class LDoG(Rule):
 
     def terms(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """Squared norms: of the gradient with the decay, of the weight, of the way."""
-        w, start = hp.weight, Dense(s["initial"])
-        apart = Blocks(g.shape, lambda i, j: w.rows(i, j) - start.rows(i, j), g.device)
-        square, length, way = total(g, hp, squares(self._decayed(g, hp)), squares(w), squares(apart))
+        of = (self._decayed(g, hp), hp.weight, Dense(s["initial"], shape=g.shape))
+        square, length, way = total(_lengths, of, hp, count=3)
         return torch.stack((square, length, torch.where(s["squares"] > 0.0, way, 0.0)))
 
     def heard(self, g: Blocks, s: State, hp: Hyper) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,9 +88,7 @@ class LDoG(Rule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Move both numbers; remember the weight until there is a gradient to begin with."""
         (square, length, way), (before, distance), ok = self.heard(g, s, hp)
-        held, own = s["initial"].view(g.shape), s["squares"] > 0.0
-        for i, j in walk(g.ranges(), g.device):
-            held[i:j] = torch.where(own, held[i:j], hp.weight.rows(i, j).to(held.dtype))
+        hp.sweep(_remember, hp.weight, (s["initial"].view(g.shape),), (s["squares"] > 0.0,))
         first = self.reps_rel * (1.0 + length.sqrt())
         distance = torch.where(before > 0.0, torch.maximum(distance, way.sqrt()), first)
         s["distance"].copy_(torch.where(ok, distance, s["distance"]))
@@ -105,8 +101,26 @@ class LDoG(Rule):
     @staticmethod
     def _decayed(g: Blocks, hp: Hyper) -> Blocks:
         """H."""
-        w, wd = hp.weight, hp.weight_decay
-        return Blocks(g.shape, lambda i, j: g.rows(i, j) + wd * w.rows(i, j), g.device) if wd else g
+        return Formula(_Decayed(hp.weight_decay), (g, hp.weight)) if hp.weight_decay else g
+
+
+@dataclass(frozen=True)
+class _Decayed:
+    """A gradient with the decay."""
+
+    weight_decay: float
+
+    def __call__(self, g: Tensor, w: Tensor) -> Tensor:
+        return g + self.weight_decay * w
+
+
+def _lengths(g: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, ...]:
+    """The squares of a gradient, of the weight, and of the way."""
+    return squares(g, w, w - start)
+
+
+def _remember(w: Tensor, held: Tensor, own: Tensor) -> None:
+    held.copy_(torch.where(own, held, w.to(held.dtype)))
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,21 @@ class DoG(LDoG):
         """Those of the model."""
         sums, held, ok = self.known(hp)
         return sums.to(g.device), held.to(g.device), ok
+
+
+def _along(g: Tensor, w: Tensor, old: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+    """<g, w>, <m, w> and <m, m>, of the average after g."""
+    m = old + share * (g - old)
+    return g.double() * w, m.double() * w, m.double().square()
+
+
+def _adapted(
+    g: Tensor, w: Tensor, old: Tensor, v: Tensor, share: Tensor, rate: Tensor, eps: Tensor, correction: Tensor
+) -> tuple[Tensor, ...]:
+    """The same with <m, m / D>."""
+    product, along, length = _along(g, w, old, share)
+    root = torch.addcmul(eps, (v + rate * (g.square() - v)).sqrt(), correction)
+    return product, along, length / root.double()
 
 
 @dataclass(frozen=True)
@@ -199,36 +228,13 @@ class MoMo(Rule):
 
     def terms(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """<g, w>, <m, w> and <m, m / D>, of the average after g."""
-        w, share = hp.weight, self._share(s["seen"], hp).float()
+        share = self._share(s["seen"], hp).float()
         first = self._moment(next(iter(self.held.rule.moments)), g, s, hp)
-        root = self._root(g, s, hp)
-
-        def moved(i: int, j: int) -> Tensor:
-            old = first.rows(i, j)
-            return old + share * (g.rows(i, j) - old)
-
-        def long(i: int, j: int) -> Tensor:
-            m = moved(i, j)
-            return m.double().square() / (1.0 if root is None else root.rows(i, j).double())
-
-        def along(x: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
-            return lambda i, j: x(i, j).double() * w.rows(i, j)
-
-        return torch.stack(total(g, hp, along(g.rows), along(moved), long))
-
-    def _root(self, g: Blocks, s: State, hp: Hyper) -> Blocks | None:
-        """D, or None for ones."""
         if not self.adaptive:
-            return None
+            return torch.stack(total(_along, (g, hp.weight, first), hp, share, count=3))
         _, rate, eps, _, correction = numbers_of(self.held.rule, s["age"] + 1, hp)
-        old = self._moment("exp_avg_sq", g, s, hp)
-
-        def rows(i: int, j: int) -> Tensor:
-            v = old.rows(i, j)
-            new = v + rate * (g.rows(i, j).square() - v)
-            return torch.addcmul(eps, new.sqrt(), correction)
-
-        return Blocks(g.shape, rows, g.device)
+        of = (g, hp.weight, first, self._moment("exp_avg_sq", g, s, hp))
+        return torch.stack(total(_adapted, of, hp, share, rate, eps, correction, count=3))
 
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Move the averages of loss and product, and find the rate."""

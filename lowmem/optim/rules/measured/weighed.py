@@ -19,7 +19,7 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import Rule
 from lowmem.optim.elementwise import Coded, coded
 from lowmem.optim.engine.ages import numbers_of
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula, together
 from lowmem.optim.held import HeldMoment
 from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.rules.measured.measured import size
@@ -92,23 +92,13 @@ class AdamP(Rule):
             HeldMoment(codec, part(s, name), s, g.shape, hp)
             for name, codec in zip(Adam.moments, self.held.codecs, strict=True)
         )
-        squared, w = g.map(torch.square), hp.weight
-
-        def adam(i: int, j: int) -> Tensor:
-            m, v = (x.towards(y, r).rows(i, j) for x, y, r in ((first, g, rate1), (second, squared, rate2)))
-            return m * correction1 / (v.sqrt() * correction2 + eps)
-
-        def dots(i: int, j: int) -> Tensor:
-            y = w.rows(i, j)
-            taken = (adam(i, j) * y).contiguous().sum(1, dtype=torch.float64)
-            x, y = g.rows(i, j).double(), y.double()
-            return torch.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1), taken])
-
-        found = torch.zeros(4, g.shape[0], dtype=torch.float64, device=g.device)
-        for i, j in walk(g.ranges(), g.device):
-            found[:, i:j] = dots(i, j)
-        share, near, ok = self._share(found, g, hp)
-        blocks = Blocks(g.shape, lambda i, j: adam(i, j) - share[i:j] * w.rows(i, j), g.device)
+        squared, w = Formula(torch.square, (g,)), hp.weight
+        moved = (first.towards(g, rate1), second.towards(squared, rate2))
+        adam = Formula(_adam, moved, across=(eps, correction1, correction2))
+        found = torch.zeros(g.shape[0], 4, dtype=torch.float64, device=g.device)
+        hp.sweep(_note_dots, Formula(together, (g, w, adam)), (found,))
+        share, near, ok = self._share(found.t(), g, hp)
+        blocks = Formula(_less, (adam, w), (share,))
         usual = hp.rates(dtype=torch.float64)[1]
         less = 1.0 - (1.0 - usual) * self.wd_ratio
 
@@ -120,7 +110,7 @@ class AdamP(Rule):
         return Direction(blocks, decay=torch.where(near, less, usual), ok=ok, commit=commit)
 
     def _share(self, dots: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor, Tensor]:
-        """What of each row's weight is taken out of its step, (m, 1); whether any is; whether all is finite.
+        """What of each row's weight is taken out of its step, (m,); whether any is; whether all is finite.
 
         Args:
             dots: <g, g>, <g, w>, <w, w> and <u, w> of each row, (4, m) fp64.
@@ -134,7 +124,22 @@ class AdamP(Rule):
         near = (rows | tensor) & (whole[0, 0] > 0.0) & ok
         each, one = (x[3] / (x[2].sqrt() + hp.eps).square().clamp(min=LEAST_SQUARE) for x in (dots, whole))
         share = torch.where(near, torch.where(rows, each, one), 0.0)
-        return share.float()[:, None], near, ok
+        return share.float(), near, ok
+
+
+def _adam(m: Tensor, v: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor) -> Tensor:
+    return m * correction1 / (v.sqrt() * correction2 + eps)
+
+
+def _less(step: Tensor, w: Tensor, share: Tensor) -> Tensor:
+    return step - share * w
+
+
+def _note_dots(g: Tensor, w: Tensor, step: Tensor, found: Tensor) -> None:
+    """<g, g>, <g, w>, <w, w> and <u, w> of rows."""
+    taken = (step * w).contiguous().sum(1, dtype=torch.float64)
+    x, y = g.double(), w.double()
+    found.copy_(torch.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1), taken], 1))
 
 
 def _cosine(dots: Tensor) -> Tensor:

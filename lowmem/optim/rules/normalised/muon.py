@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.blocks import Blocks, Dense, Direction, Slice
+from lowmem.optim.blocks import PANEL, Blocks, Dense, Direction, Slice
 from lowmem.optim.codecs.blockwise import Codec, codec
 from lowmem.optim.codecs.blockwise import Floats as Uncoded
 from lowmem.optim.codecs.linear import Linear
 from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula, Made
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.shards import Shape, shard_in, total, whole
 from lowmem.optim.terms.changes import Change, Rotation
@@ -39,8 +40,6 @@ from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
 
 SCALES = ("rms", "aspect")
-PANEL = 1 << 22
-"""Elements that are held at a time for a product of large matrices."""
 STEP = (3.4445, -4.7750, 2.0315)
 """(a, b, c): five such steps make all singular values above 1e-3 of the norm about one."""
 
@@ -123,19 +122,15 @@ class Muon(Rule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Find the polynomial; the product with X is left to the write."""
         moment = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp)
-
-        def moved(old: Tensor, start: int, stop: int) -> Tensor:
-            return old + (1.0 - self.momentum) * (g.chunk(start, stop).float() - old)
-
-        seen = self._seen(g, moment)
-        top = hp.total(seen.peak(), "max")
+        seen: Blocks = Formula(Seen(self.momentum, self.nesterov), (g, moment))
+        top = hp.peak(seen)
         ok = top <= torch.finfo(torch.float32).max
         # scaled by its largest element, so that no square overflows or vanishes
-        x = seen.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0))
+        x = Formula(torch.div, (seen,), across=(torch.where(ok & (top > TINY), top, 1.0),))
         if self.sign:  # once it is known to be finite: signs are
-            x = x.map(torch.sign)
-        scale = self._scale(whole(g.shape))
-        return Direction(self._made(x, ok), scale=scale, ok=ok, commit=lambda: moment.move_(moved, ok))
+            x = Formula(torch.sign, (x,))
+        commit = moment.following(g, 1.0 - self.momentum, ok)
+        return Direction(self._made(hp.seen(x), ok), scale=self._scale(whole(g.shape)), ok=ok, commit=commit)
 
     def shards(self, shape: Shape) -> bool:
         """Where shards start on a block: Gram matrices of columns are summed, those of rows need all of X."""
@@ -147,24 +142,13 @@ class Muon(Rule):
         if not self.iterations:
             return Product(polar(x.map(lambda rows: torch.where(ok, rows, 0.0))), x)
         if shard is None or m > n:
-            return Product(self._polynomial(total(x.shape, gram(x))), x)
+            return Product(self._polynomial(total(x.shape, gram(x)), x.panel), x)
         every = Dense(shard.gathered(torch.cat([x.rows(i, j) for i, j in x.ranges()])))
-        return Slice(Product(self._polynomial(gram(every)), every), shard.shape)
+        return Slice(Product(self._polynomial(gram(every), x.panel), every), shard.shape)
 
-    def _seen(self, g: Blocks, moment: Blocks) -> Blocks:
-        """What is made orthogonal: the momentum after this gradient, or a look ahead of it."""
-        share = 1.0 - self.momentum
-
-        def rows(i: int, j: int) -> Tensor:
-            new, old = g.rows(i, j), moment.rows(i, j)
-            average = old + share * (new - old)
-            return new + self.momentum * (average - new) if self.nesterov else average
-
-        return Blocks(g.shape, rows, g.device)
-
-    def _polynomial(self, a: Tensor) -> Tensor:
+    def _polynomial(self, a: Tensor, panel: int) -> Tensor:
         """T with X after the iterations = T X, from A = X X' (used up), and the division by |X|."""
-        return newton_schulz(a, a.diagonal().sum().sqrt() + 1e-7, [STEP] * self.iterations)[0]
+        return newton_schulz(a, a.diagonal().sum().sqrt() + 1e-7, [STEP] * self.iterations, panel)[0]
 
     def check_rebase(self, kind: str) -> None:
         """A momentum is linear: it rotates, where it is held as it is."""
@@ -185,6 +169,19 @@ class Muon(Rule):
     def _scale(self, shape: tuple[int, int]) -> float:
         m, n = shape
         return 0.2 * math.sqrt(max(m, n)) if self.scaling == "rms" else math.sqrt(max(1.0, m / n))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is made orthogonal: the momentum after this gradient, or a look ahead of it."""
+
+    momentum: float
+    nesterov: bool
+
+    def __call__(self, new: Tensor, old: Tensor) -> Tensor:
+        """Of rows of the gradient and of the momentum before it."""
+        average = old + (1.0 - self.momentum) * (new - old)
+        return new + self.momentum * (average - new) if self.nesterov else average
 
 
 def panels(x: Blocks) -> list[tuple[int, int]]:
@@ -211,15 +208,21 @@ def gram(x: Blocks) -> Tensor:
         for i, j in walk(x.ranges(), x.device):
             rows = x.rows(i, j)
             out.addmm_(rows.t(), rows)
+            del rows  # before the next ones are made
         return out
-    for i, j in walk(panels(x), x.device):
+    strips = x.strips()
+    for a, b in walk(strips, x.device):
+        strip = x.columns(a, b)
+        out.addmm_(strip, strip.t())
+        del strip  # before the next one is made
+    for i, j in walk([] if strips else panels(x), x.device):
         panel = whole_rows(x, i, j)
         for a, b in walk(x.ranges(), x.device):
             out[i:j, a:b] = panel @ x.rows(a, b).t()
     return out
 
 
-class Product(Blocks):
+class Product(Made):
     """T X of a wide matrix, X T of a tall one, made where it is looked at.
 
     A row of T X takes all of X: so many rows are made at once, and kept until others are asked for.
@@ -229,7 +232,7 @@ class Product(Blocks):
     """
 
     def __init__(self, polynomial: Tensor, x: Blocks) -> None:
-        super().__init__(x.shape, None, x.device)
+        super().__init__(x.shape, None, x.device, takes=16 if x.panel == PANEL else 4)
         self.polynomial, self.x = polynomial, x
         self._first, self._panel = 0, torch.empty(0, x.shape[1], device=x.device)
 
@@ -242,8 +245,23 @@ class Product(Blocks):
             self._make(i, j)
         return self._panel[i - self._first : j - self._first]
 
+    def made(self, i: int, j: int) -> Tensor:
+        """Rows i..j."""
+        return self.rows(i, j)
+
+    def most(self, made: int) -> int:
+        """Elements that are made at once: two of three matrices of the short side are gone by then.
+
+        Of a tall matrix as many of X are beside them; of a wide one, what `Seen` makes at once.
+        """
+        m, n = whole(self.shape)
+        gone = 8 * self.polynomial.numel()
+        return (max(made // 2, gone // 2) if m > n else max(made // 4, gone)) // self.takes
+
     def _make(self, i: int, j: int) -> None:
-        last = min(self.shape[0], max(j, i + max(1, PANEL // self.shape[1])))
+        self._panel = torch.empty(0, self.shape[1], device=self.device)  # before another is made
+        most = PANEL if self.x.panel == PANEL else self.most(4 * self.x.panel)
+        last = min(self.shape[0], max(j, i + max(1, most // self.shape[1])))
         self._first = i
         self._panel = torch.zeros(last - i, self.shape[1], device=self.device)
         for a, b in walk(self.x.ranges(), self.device):
@@ -251,13 +269,13 @@ class Product(Blocks):
 
 
 def newton_schulz(
-    a: Tensor, norm: Tensor, steps: Sequence[tuple[float, float, float]]
+    a: Tensor, norm: Tensor, steps: Sequence[tuple[float, float, float]], panel: int = PANEL
 ) -> tuple[Tensor, Tensor, Tensor]:
     """T of X <- (a + b A + c A^2) X, A = X X', once for each (a, b, c), from X over its norm.
 
     Args:
         a: X X', (s, s); used up. norm: 0-D, no smaller than the largest singular value.
-        steps: at least one.
+        steps: at least one. panel: elements that are multiplied at a time.
 
     Returns:
         T; P, what the last step multiplied by, and A before it: P A P is the Gram matrix of T X.
@@ -267,25 +285,25 @@ def newton_schulz(
     p = a
     for k, (first, second, third) in enumerate(steps):
         if k:  # powers of one matrix: they commute
-            left_(p, a)
-            right_(a, p)
+            left_(p, a, panel)
+            right_(a, p, panel)
             del p  # of the short side squared
         p = torch.addmm(a, a, a, beta=second, alpha=third) if third else a * second
         p.diagonal().add_(first)
-        left_(p, t)
+        left_(p, t, panel)
     return t, p, a
 
 
-def left_(p: Tensor, x: Tensor) -> None:
+def left_(p: Tensor, x: Tensor, panel: int) -> None:
     """x <- p x, some columns at a time."""
-    width = max(1, PANEL // p.shape[0])
+    width = max(1, panel // p.shape[0])
     for j in walk(range(0, x.shape[1], width), x.device):
         x[:, j : j + width] = p @ x[:, j : j + width]
 
 
-def right_(x: Tensor, p: Tensor) -> None:
+def right_(x: Tensor, p: Tensor, panel: int) -> None:
     """x <- x p, some rows at a time."""
-    height = max(1, PANEL // p.shape[0])
+    height = max(1, panel // p.shape[0])
     for i in walk(range(0, x.shape[0], height), x.device):
         x[i : i + height] = x[i : i + height] @ p
 

@@ -20,7 +20,7 @@ from lowmem.optim.blocks import Blocks, Direction, matrix_shape
 from lowmem.optim.codecs.blockwise import Codec, Floats, codec
 from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.ages import numbers_of
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.formulas import Formula, Product
 from lowmem.optim.held import HeldMoment, tables
 from lowmem.optim.rules.normalised.muon import Muon
 from lowmem.optim.rules.normalised.rows import inverse, row_squares
@@ -98,23 +98,46 @@ class AdaMuon(Rule):
         s["age"].add_(ok)
         correction, eps = numbers_of(self, s["age"], hp).unbind()
         second = HeldMoment(self.held, part(s, "exp_avg_sq"), s, g.shape, hp)
-
-        def rows(i: int, j: int) -> Tensor:
-            step, v = o.rows(i, j), second.rows(i, j)
-            v = v + rate * (step.square() - v)
-            return step / (v.sqrt_().mul_(correction).add_(eps))
-
-        n = Blocks(g.shape, rows, g.device)
-        squares = torch.stack([row_squares(n.rows(i, j)).sum() for i, j in walk(n.ranges(), g.device)]).sum()
+        n = Formula(_Adapted(rate), (o, second), across=(correction, eps))
+        squares = hp.parts(_squares, n, dtype=torch.float32).sum()
         length = self.rms * inverse(hp.total(squares), math.prod(whole(g.shape)))
-        follow = second.following(o.map(torch.square), rate, ok)
+        follow = second.following(Formula(torch.square, (o,)), rate, ok)
 
         def commit() -> None:
             follow()  # reads the momentum before this gradient
             if made.commit:
                 made.commit()
 
-        return Direction(n.map(lambda rows: rows * length), ok=ok, commit=commit)
+        return Direction(Formula(torch.mul, (n,), across=(length,)), ok=ok, commit=commit)
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """O over the root of the average of its squares."""
+
+    rate: float
+
+    def __call__(self, step: Tensor, v: Tensor, correction: Tensor, eps: Tensor) -> Tensor:
+        v = v + self.rate * (step.square() - v)
+        return step / (v.sqrt_().mul_(correction).add_(eps))
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return row_squares(rows).sum()
+
+
+def _divided(rows: Tensor, top: Tensor, ok: Tensor) -> Tensor:
+    return torch.where(ok, rows / top, 0.0)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The momentum without what was seen of it."""
+
+    share: float
+
+    def __call__(self, old: Tensor, new: Tensor, seen: Tensor, top: Tensor) -> Tensor:
+        return old + new - self.share * top * seen
 
 
 @dataclass(frozen=True)
@@ -196,11 +219,11 @@ class Dion(Rule):
     def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
         """Both factors; their product is left to the write."""
         moment, basis = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp), s["basis"]
-        b = Blocks(g.shape, lambda i, j: moment.rows(i, j) + g.rows(i, j), g.device)
-        top = hp.total(b.peak(), "max")
+        b = Formula(torch.add, (moment, g))
+        top = hp.peak(b)
         ok = top <= LARGEST
         top = torch.where(ok & (top > TINY), top, 1.0)
-        x = b.map(lambda rows: torch.where(ok, rows / top, 0.0))
+        x = hp.seen(Formula(_divided, (b,), across=(top, ok)))
         start = (
             hp.gaussian((basis.shape[1], basis.shape[0]), "basis").t() if hp.first or hp.step == 0 else basis
         )
@@ -210,17 +233,14 @@ class Dion(Rule):
         strong = norms > self.noise * norms.amax()
         share = torch.where(strong, 1.0 / norms, 0.0)
 
-        def moved(old: Tensor, first: int, last: int) -> Tensor:
-            new = old + g.chunk(first, last).float()
-            return new - (1.0 - self.momentum) * top * seen.chunk(first, last)
+        seen = Product((p, low), torch.float32)
 
         def commit() -> None:
-            moment.move_(moved, ok)
+            moment.moving(_Left(1.0 - self.momentum), (g, seen), ok, (top,))
             new = torch.where(strong[:, None], low * share[:, None], start)
             basis.copy_(torch.where(ok, new, basis))
 
-        seen = Blocks(g.shape, lambda i, j: p[i:j] @ low, g.device)
-        d = Blocks(g.shape, lambda i, j: (p[i:j] * share) @ low, g.device)
+        d = Product((p * share, low), torch.float32)
         m, n = whole(g.shape)
         return Direction(d, scale=math.sqrt(m / n), ok=ok, commit=commit)
 

@@ -3,7 +3,6 @@
     SinkGD    rows and columns in turn, until all have size one
     Scaled    rows, or columns, once; SCALE takes a momentum for the head alone
     AuON      a momentum, as a whole, to norm one
-    SWAN      rows around their mean, then all singular values
 
 What is divided is seen over its largest element, so that no square overflows or
 vanishes: the size of a gradient does not matter, however small. A row or column of
@@ -13,6 +12,7 @@ zeros stays zero. A tensor in which one element is not finite takes no step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,11 +22,9 @@ from torch import Tensor
 from lowmem.errors import UserError, nearest
 from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.codecs.blockwise import Codec, codec
-from lowmem.optim.contract import SCRATCH, Rule
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.contract import Rule
+from lowmem.optim.formulas import Formula
 from lowmem.optim.held import HeldMoment, tables
-from lowmem.optim.rules.measured.layerwise import LEAST_SPREAD
-from lowmem.optim.rules.normalised.muon import Product, gram, left_, newton_schulz
 from lowmem.optim.shards import Shape, whole
 from lowmem.optim.terms.fp32 import LARGEST, TINY
 from lowmem.optim.terms.hyper import Hyper
@@ -35,9 +33,9 @@ from lowmem.optim.terms.state import Constants, State, part, prefixed
 
 def unit(g: Blocks, hp: Hyper) -> tuple[Blocks, Tensor]:
     """The matrix over its largest element, and a 0-D bool: all of it is finite."""
-    top = hp.total(g.peak(), "max")
+    top = hp.peak(g)
     ok = top <= LARGEST
-    return g.map(lambda rows: rows / torch.where(ok & (top > TINY), top, 1.0)), ok
+    return Formula(torch.div, (g,), across=(torch.where(ok & (top > TINY), top, 1.0),)), ok
 
 
 def inverse(squares: Tensor, size: float) -> Tensor:
@@ -100,13 +98,20 @@ class SinkGD(Rule):
         a, b = torch.zeros(m, device=g.device), torch.ones(n, device=g.device)
         for _ in range(self.iterations):
             columns = torch.zeros_like(b)
-            for i, j in walk(g.ranges(), g.device):
-                rows = x.rows(i, j) * b
-                a[i:j] = inverse(row_squares(rows), n)
-                columns += rows.mul_(a[i:j, None]).square_().sum(0)
+            hp.sweep(_scale_rows_, x, (a,), (b, columns), (n,))
             b = b * inverse(hp.total(columns), whole(g.shape)[0])
-        blocks = Blocks(g.shape, lambda i, j: (x.rows(i, j) * b).mul_(a[i:j, None]), g.device)
-        return Direction(blocks, scale=self.alpha, ok=ok)
+        return Direction(Formula(_between, (x,), (a,), (b,)), scale=self.alpha, ok=ok)
+
+
+def _scale_rows_(rows: Tensor, a: Tensor, b: Tensor, columns: Tensor, n: int) -> None:
+    """Find what makes rows equally long, and add up the squares of columns once they are."""
+    rows = rows * b
+    a.copy_(inverse(row_squares(rows), n))
+    columns.add_(rows.mul_(a[:, None]).square_().sum(0))
+
+
+def _between(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return (rows * b).mul_(a)
 
 
 @dataclass(frozen=True)
@@ -177,12 +182,20 @@ class Scaled(Rule):
         """Rows, or columns, over their rms."""
         m, n = whole(x.shape)
         if not self.columns:
-            return x.map(lambda rows: rows * inverse(row_squares(rows), n)[:, None])
+            sizes = torch.zeros(x.shape[0], device=x.device)
+            hp.sweep(_note_inverse, x, (sizes,), (), (n,))
+            return Formula(torch.mul, (x,), (sizes,))
         squares = torch.zeros(n, device=x.device)
-        for i, j in walk(x.ranges(), x.device):
-            squares += x.rows(i, j).square().sum(0)
-        q = inverse(hp.total(squares), m)
-        return x.map(lambda rows: rows * q)
+        hp.sweep(_add_squares_, x, (), (squares,))
+        return Formula(torch.mul, (x,), across=(inverse(hp.total(squares), m),))
+
+
+def _note_inverse(rows: Tensor, sizes: Tensor, n: int) -> None:
+    sizes.copy_(inverse(row_squares(rows), n))
+
+
+def _add_squares_(rows: Tensor, squares: Tensor) -> None:
+    squares.add_(rows.square().sum(0))
 
 
 @dataclass(frozen=True)
@@ -254,78 +267,37 @@ class AuON(Rule):
         share = 1.0 - self.momentum
         moment = HeldMoment(self.held, part(s, "momentum"), s, g.shape, hp)
         average = moment.towards(g, share)
-        u = Blocks(g.shape, lambda i, j: g.rows(i, j).lerp(average.rows(i, j), self.momentum), g.device)
+        u = Formula(_Ahead(self.momentum), (g, average))
         x, ok = unit(u, hp)
-        over = inverse(_sum(x.map(torch.square), hp), 1.0)
-        wide = x.map(lambda rows: (rows * (self.gamma * over)).cosh_().square_())
+        over = inverse(_sum(_squared, x, hp), 1.0)
         m, n = whole(g.shape)
-        spread = (_sum(wide, hp) / (m * n)).rsqrt()
+        spread = (_sum(_wide, x, hp, self.gamma * over) / (m * n)).rsqrt()
         if self.scaling == "released":
-            return Direction(u.map(lambda rows: rows * spread), ok=ok, commit=moment.following(g, share, ok))
+            step = Formula(torch.mul, (u,), across=(spread,))
+            return Direction(step, ok=ok, commit=moment.following(g, share, ok))
         scale = math.sqrt(max(1.0, m / n)) if self.scaling == "aspect" else 0.2 * math.sqrt(m * n)
-        step = x.map(lambda rows: rows * (over * spread))
+        step = Formula(torch.mul, (x,), across=(over * spread,))
         return Direction(step, scale=scale, ok=ok, commit=moment.following(g, share, ok))
 
 
-def _sum(x: Blocks, hp: Hyper) -> Tensor:
-    """The sum of all elements, 0-D."""
-    return hp.total(torch.stack([x.rows(i, j).sum(1).sum() for i, j in walk(x.ranges(), x.device)]).sum())
-
-
 @dataclass(frozen=True)
-class SWAN(Rule):
-    """The gradient with rows of mean 0 and rms 1, then with equal singular values (arXiv 2412.13148).
+class _Ahead:
+    """What the momentum will be after this gradient, looked ahead of by it."""
 
-        X = (G - row means) / row deviations
-        D = (X X')^(-1/2) X |X| / |(X X')^(-1/2) X|,  by Newton and Schulz
+    momentum: float
 
-    D has rms 1. A tall X has rank n - 1, for its rows have mean 0: what is made equal are the singular
-    values that are not 0. Those below 1 / 1.5^iterations of the norm of X X' (its root) stay smaller. Rows
-    of equal elements stand still. Holds 0 bytes for an (m, n) weight; the workspace is 12 s^2 bytes beside
-    that of every step, s the short side.
-
-    Args:
-        iterations: of Newton and Schulz, at least 1.
-
-    Raises:
-        UserError: a number outside its range.
-
-    Example:
-        >>> SWAN().init(torch.zeros(3, 5))
-        {}
-    """
-
-    iterations: int = 10
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise UserError(f"iterations must be at least 1, got {self.iterations}")
-
-    @property
-    def uses(self) -> frozenset[str]:
-        """Neither."""
-        return frozenset()
-
-    def scratch(self, shape: tuple[int, int]) -> int:
-        """Three matrices of the short side."""
-        return SCRATCH + 12 * min(shape) ** 2
-
-    def update(self, g: Blocks, s: State, hp: Hyper) -> Direction:
-        """Find what X is multiplied by; the product is left to the write."""
-        x, ok = unit(g, hp)
-        x = x.map(_standardised)
-        a = gram(x)
-        squares, norm = a.diagonal().sum(), torch.linalg.matrix_norm(a).sqrt().clamp(min=TINY**0.5)
-        t, p, last = newton_schulz(a, norm, [(1.5, -0.5, 0.0)] * self.iterations)
-        left_(p, last)
-        equal = torch.dot(last.view(-1), p.view(-1))  # the trace of P A P, the squared norm of T X
-        t.mul_(torch.where(equal > 0.0, (squares / equal).sqrt(), 0.0))
-        return Direction(Product(t, x), ok=ok)
+    def __call__(self, new: Tensor, average: Tensor) -> Tensor:
+        return new.lerp(average, self.momentum)
 
 
-def _standardised(rows: Tensor) -> Tensor:
-    """Rows less their mean over their deviation; of equal elements, 0."""
-    centred = rows - rows.mean(1, keepdim=True)
-    squares = row_squares(centred)
-    spread = squares > LEAST_SPREAD * row_squares(rows)
-    return centred * torch.where(spread, inverse(squares, rows.shape[1]), 0.0)[:, None]
+def _squared(rows: Tensor) -> Tensor:
+    return rows.square().sum(1).sum()
+
+
+def _wide(rows: Tensor, factor: Tensor) -> Tensor:
+    return (rows * factor).cosh_().square_().sum(1).sum()
+
+
+def _sum(f: Callable[..., Tensor], x: Blocks, hp: Hyper, *across: Tensor) -> Tensor:
+    """The sum of what f gives of rows, 0-D."""
+    return hp.total(hp.parts(f, x, across, dtype=torch.float32).sum())
