@@ -15,6 +15,7 @@ from lowmem.errors import UserError
 from lowmem.report.accuracy import markdown
 from lowmem.training.zeroth.usual import usual_rate
 
+ROOT = Path(__file__).parents[2]
 recipe = importlib.import_module("lowmem.recipes.accuracy")
 
 
@@ -98,6 +99,12 @@ def test_values_of_the_loss_are_told_beside_adapters() -> None:
     )
     assert "- `mezo`: -10.0 points after 20 values of the loss, in 40% of its memory" in page
     assert "Not yet run" not in page
+
+
+def test_the_page_is_what_the_kept_document_says() -> None:
+    """When this fails, run the recipe with --page docs/accuracy.md --of configs/measured/accuracy.json."""
+    document = json.loads((ROOT / "configs" / "measured" / "accuracy.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8") == markdown(document)
 
 
 def test_a_rate_that_is_not_given_falls_with_the_models_size(tmp_path: Path) -> None:
