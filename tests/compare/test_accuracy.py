@@ -89,7 +89,14 @@ def test_values_of_the_loss_are_told_beside_adapters() -> None:
         {**common, "name": "lora", "values": 0, "accuracy": 0.8, "measured_bytes": 1000},
         {**common, "name": "mezo", "values": 20, "accuracy": 0.7, "measured_bytes": 400},
     ]
-    about = {"rows": 100, "words": 9, "batch_size": 4, "zero_shot": 0.5, "missing": []}
+    about = {
+        "rows": 100,
+        "words": 9,
+        "batch_size": 4,
+        "zero_shot": 0.5,
+        "missing": [],
+        "recomputed_bytes": 512,
+    }
     page = markdown(
         {
             **about,
@@ -98,6 +105,7 @@ def test_values_of_the_loss_are_told_beside_adapters() -> None:
         }
     )
     assert "- `mezo`: -10.0 points after 20 values of the loss, in 40% of its memory" in page
+    assert "the same steps of LoRA peak at 512 B" in page
     assert "Not yet run" not in page
 
 
