@@ -235,3 +235,23 @@ def test_a_compiled_step_runs_on_the_current_stream() -> None:
     weights[1].grad.fill_(1.0)
     two.step()
     assert torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion"])
+def test_a_large_tensor_is_one_kernel(name: str) -> None:
+    """What a compiler makes of a step is not split, and all ages move by one kernel more."""
+    from torch.profiler import ProfilerActivity, profile
+
+    weights = [nn.Parameter(torch.ones(1024, 1024, device="cuda", dtype=torch.bfloat16)) for _ in range(4)]
+    named = [(f"w{i}", w) for i, w in enumerate(weights)]
+    optimizer = lowmem.LowMemOptimizer(named, lowmem.create(name), lr=1e-3, compile="on")
+    for _ in range(3):
+        for w in weights:
+            w.grad = torch.ones_like(w)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            optimizer.step()
+    there = [e.name for e in seen.events() if str(e.device_type).endswith("CUDA")]
+    kernels = [name for name in there if not name.startswith("Mem")]
+    assert len(weights) <= len(kernels) <= len(weights) + 1, kernels
