@@ -43,8 +43,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": {"optim": "adamw", "lora_rank": 8, "lr": 5e-4, "steps": 100},
     "adamw": {"optim": "adamw", "lr": 3e-5, "steps": 50},
     "mezo": {"optim": "mezo", "optim_args": "noise=rademacher", "lr": 3e-5, "steps": 150},
-    "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 1e-2, "steps": 140},
-    "fzoo": {"optim": "fzoo", "optim_args": "queries=4", "lr": 1e-3, "steps": 40},
+    "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 1e-2, "steps": 160, "schedule": "linear"},
+    "fzoo": {"optim": "fzoo", "optim_args": "queries=4", "lr": 1e-3, "steps": 60},
 }
 """What is compared, and how each is run; the steps of forward passes are more, and cheaper in memory."""
 RECOMPUTED = {**RUNS["lora"], "gradient_checkpointing": True, "steps": 3, "eval_rows": 16}
@@ -182,6 +182,7 @@ def _row(name: str, some: Sequence[Mapping[str, Any]], zero: float, rows: int) -
         "name": name,
         "options": RUNS[name].get("optim_args", ""),
         "lr": RUNS[name]["lr"],
+        "schedule": {**SHARED, **RUNS[name]}["schedule"],
         "values": VALUES.get(name, 0) * some[0]["steps"],
         "seeds": [one["seed"] for one in some],
         "accuracy": right,

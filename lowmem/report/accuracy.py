@@ -59,7 +59,7 @@ def _about(document: Mapping[str, Any]) -> list[str]:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         f"{row['name']} (`{row['options']}`)" if row["options"] else row["name"],
-        f"{row['lr']:g}",
+        f"{row['lr']:g}, {row['schedule']}",
         f"{row['steps']:,}",
         f"{row['accuracy']:.1%} +- {row['error']:.1%}",
         f"{row['above_zero_shot']:+.1f}",
