@@ -78,6 +78,7 @@ def arguments(config: RunConfig) -> Any:
 
     from lowmem.outside import bring
     from lowmem.training.arguments import trl_config
+    from lowmem.training.folder.settings import checkpointing
     from lowmem.training.tasks import options, refuse
     from lowmem.training.zeroth.usual import settled
 
@@ -100,7 +101,7 @@ def arguments(config: RunConfig) -> Any:
         "compile": config.compile,
         "gradient_release": config.gradient_release,
         "offload_state": config.offload_state,
-        "activation_checkpointing": config.gradient_checkpointing,
+        checkpointing(): config.gradient_checkpointing,
         "max_steps": config.steps or -1,
         "num_train_epochs": config.epochs or 1.0,
         "per_device_train_batch_size": config.batch_size,

@@ -13,7 +13,7 @@ from .._report import tabulated
 NAMED = 3  # methods that a reason is said of by name
 
 if TYPE_CHECKING:
-    from lowmem.memory.advice.search import Found
+    from lowmem.memory.advice.found import Found
     from lowmem.memory.device.gpus import Budget
     from lowmem.memory.plan import Plan
 

@@ -19,7 +19,7 @@ from ..app import Json, Plugins
 from . import _search
 
 if TYPE_CHECKING:
-    from lowmem.memory.advice.search import Found
+    from lowmem.memory.advice.found import Found
     from lowmem.memory.advice.solve import Solution
     from lowmem.memory.lengths import Lengths
     from lowmem.memory.plan import Plan, StrategyPlan

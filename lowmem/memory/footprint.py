@@ -204,11 +204,13 @@ def _copies(
 def _workspace(strategy: Strategy, p: Parameter, compiled: bool, device: str) -> Workspace:
     if p.shard is not None:
         return _of_rows(strategy, p, p.shard, compiled, device)
+    ends = {strategy.rule_name(role, p.shape) for role in ("embedding", "head") if p.role == "head"}
+    role = "embedding" if len(ends) == 1 else p.role  # one rule takes one step
     if compiled:
-        return _compiled(strategy, p.shape, p.dtype, p.role, device, p.coded)
+        return _compiled(strategy, p.shape, p.dtype, role, device, p.coded)
     if not strategy.source.needs_autograd and device == "cpu":  # noise is drawn in smaller pieces there
-        return _drawn(strategy, p.shape, p.dtype, p.role)
-    return count.workspace(strategy, p.shape, p.dtype, p.role, True, device, p.coded)
+        return _drawn(strategy, p.shape, p.dtype, role)
+    return count.workspace(strategy, p.shape, p.dtype, role, True, device, p.coded)
 
 
 def _of_rows(strategy: Strategy, p: Parameter, shard: Shard, compiled: bool, device: str) -> Workspace:

@@ -51,12 +51,15 @@ class Source(Protocol):
 
     Attributes:
         needs_autograd: whether a graph is recorded; without it no activation is saved.
+        fused: whether fused attention runs under it; else its scores exist.
         quantized: whether it trains the scales of quantized weights instead of a model's parameters.
         holds: whether it holds a state of its own for each tensor, that steps change.
     """
 
     @property
     def needs_autograd(self) -> bool: ...
+    @property
+    def fused(self) -> bool: ...
     @property
     def quantized(self) -> bool: ...
     @property

@@ -33,7 +33,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         return "\n".join([*lines, "Not yet measured.", ""])
     lines += [*_about(document), "", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in document["runs"]]
-    told = _beside_lora(document["runs"])
+    told = _beside_lora(document["runs"], document.get("recomputed_bytes"))
     if document["missing"]:
         told.append(f"Not yet run: {', '.join(document['missing'])}.")
     return "\n".join([*lines, *(line for one in told for line in ("", one))]) + "\n"
@@ -59,7 +59,7 @@ def _about(document: Mapping[str, Any]) -> list[str]:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         f"{row['name']} (`{row['options']}`)" if row["options"] else row["name"],
-        f"{row['lr']:g}",
+        f"{row['lr']:g}, {row['schedule']}",
         f"{row['steps']:,}",
         f"{row['accuracy']:.1%} +- {row['error']:.1%}",
         f"{row['above_zero_shot']:+.1f}",
@@ -69,8 +69,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _beside_lora(runs: Sequence[Row]) -> list[str]:
-    """Where values of the loss stand beside adapters; each row by itself."""
+def _beside_lora(runs: Sequence[Row], recomputed: int | None) -> list[str]:
+    """Where values of the loss stand beside adapters; each row by itself, then at the same memory."""
     lora = next((row for row in runs if row["name"] == "lora"), None)
     others = [row for row in runs if row["values"]] if lora else []
     if lora is None or not others:
@@ -80,17 +80,17 @@ def _beside_lora(runs: Sequence[Row]) -> list[str]:
         f"{row['values']:,} values of the loss{_share(row, lora)}"
         for row in others
     ]
-    return ["Beside LoRA, which took " + f"{lora['steps']:,} steps:\n\n" + "\n".join(lines), SAID]
+    told = ["Beside LoRA, which took " + f"{lora['steps']:,} steps:\n\n" + "\n".join(lines)]
+    if recomputed:
+        told.append(
+            f"With gradient checkpointing the same steps of LoRA peak at {format_bytes(recomputed)}. So at "
+            "nearly the memory of forward passes LoRA is ahead by as much: take it wherever a backward pass "
+            "through adapters fits."
+        )
+    return told
 
 
 def _share(row: Row, lora: Row) -> str:
     if not (row["measured_bytes"] and lora["measured_bytes"]):
         return ""
     return f", in {row['measured_bytes'] / lora['measured_bytes']:.0%} of its memory"
-
-
-SAID = (
-    "Where a backward pass through adapters fits, take it: gradient checkpointing and 4-bit weights bring "
-    "its memory near that of forward passes, and a few dozen steps reach what values of the loss come to "
-    "slowly."
-)

@@ -40,19 +40,26 @@ def build(data: Mapping[str, Any]) -> Report:
     budget = data.get("budget_bytes")
     names = labels(plans)
     verdict, tone = say(plans, names, budget)
+    room = for_tensors(data)
     sections = [
         _search(data),
         _ranked(plans, names),
         _at_peak(plans, names, budget),
-        _waterfall(data, budget),
-        _maps(data, budget),
-        _timeline(plans, names, budget),
+        _waterfall(data, room),
+        _maps(data, room),
+        _timeline(plans, names, room),
         *_why(plans, names),
         *closing(data),
     ]
     return Report(
         f"Memory plan: {subject(data)}", verdict, tone, [s for s in sections if s is not None], _lean(data)
     )
+
+
+def for_tensors(data: Mapping[str, Any]) -> int | None:
+    """Bytes of the budget without what lies outside torch's allocator; None where there is no budget."""
+    budget, context = data.get("budget_bytes"), (data.get("gpu") or {}).get("context") or (0,)
+    return None if budget is None else budget - sum(context) // len(context)
 
 
 def subject(data: Mapping[str, Any]) -> str:
@@ -125,6 +132,12 @@ def _without_budget(plans: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
 def _single(plan: Mapping[str, Any], budget: int) -> tuple[str, str]:
     head = plan["headroom_bytes"]
     where = f"Binding event: {words(plan['event'])}.{_lever(plan)}"
+    if plan.get("verdict") == "fits with retries":
+        more = format_bytes(-head)
+        return (
+            f"Fits with retries, which does not count as fitting: {more} more would spare them. {where}",
+            "warn",
+        )
     if plan["fits"]:
         tone = "good" if head >= 0.03 * budget else "warn"
         return (
@@ -239,7 +252,7 @@ def _waterfall(data: Mapping[str, Any], budget: int | None) -> Section | None:
     )
 
 
-def _maps(data: Mapping[str, Any], budget: int | None) -> Section | None:
+def _maps(data: Mapping[str, Any], room: int | None) -> Section | None:
     grids = data.get("grid")
     if not grids:
         return None
@@ -250,37 +263,38 @@ def _maps(data: Mapping[str, Any], budget: int | None) -> Section | None:
         ("m-thin", "less than 3 % free"),
         ("m-over", "does not fit"),
     ]
-    legend = shades if budget is not None else []
-    figures = [Figure(heat_map(g, budget), legend, title=str(g.get("strategy", ""))) for g in grids]
-    if budget is None:
+    legend = shades if room is not None else []
+    figures = [Figure(heat_map(g, room), legend, title=str(g.get("strategy", ""))) for g in grids]
+    if room is None:
         return Section("Sequence length and batch size", "Allocated bytes at the peak.", figures)
     columns = ["strategy", *(f"batch {b}" for b in grids[0]["batch_sizes"])]
-    rows = [[str(g.get("strategy", "")), *frontier(g, budget)] for g in grids]
+    rows = [[str(g.get("strategy", "")), *frontier(g, room)] for g in grids]
     text = (
-        f"Allocated bytes at the peak; the heavy line is the frontier of {format_bytes(budget)}. "
-        "The table: longest sequence of the map that fits."
+        f"Allocated bytes at the peak; the heavy line is the frontier of the {format_bytes(room)} that there "
+        "are for tensors. The table: longest sequence of the map whose tensors have room; whether they have "
+        "it side by side, the verdicts above say."
     )
     table = [Table(columns, rows)] if all(g["batch_sizes"] == grids[0]["batch_sizes"] for g in grids) else []
-    lines = [_frontiers(grids, budget)] if len(grids) > 1 else []
+    lines = [_frontiers(grids, room)] if len(grids) > 1 else []
     return Section("Sequence length and batch size", text, [*[f for f in lines if f], *figures], table)
 
 
-def _frontiers(grids: Sequence[Mapping[str, Any]], budget: int) -> Figure | None:
+def _frontiers(grids: Sequence[Mapping[str, Any]], room: int) -> Figure | None:
     series = []
     for grid in grids:
-        fits = zip(grid["batch_sizes"], frontier(grid, budget), strict=True)
+        fits = zip(grid["batch_sizes"], frontier(grid, room), strict=True)
         series.append(Curve(str(grid.get("strategy", "")), [(float(b), float(n)) for b, n in fits if n]))
     if not any(curve.points for curve in series):
         return None
     return Figure(
-        curves(series, ("batch size", "longest sequence that fits"), "Frontier of the budget", log=True),
-        title="Frontier of the budget",
+        curves(series, ("batch size", "longest sequence with room"), "Frontier of the tensors", log=True),
+        title="Frontier of the tensors",
     )
 
 
-def _timeline(plans: Sequence[Mapping[str, Any]], names: Sequence[str], budget: int | None) -> Section | None:
+def _timeline(plans: Sequence[Mapping[str, Any]], names: Sequence[str], room: int | None) -> Section | None:
     shown = [(p["timeline"], n) for p, n in zip(plans, names, strict=True) if p.get("timeline")][:TIMELINES]
-    figures = [Figure(picture(line, capacity=budget), LEGEND[:-1], title=name) for line, name in shown]
+    figures = [Figure(picture(line, capacity=room), LEGEND[:-1], title=name) for line, name in shown]
     return Section("One step", "Live bytes of one training step.", figures) if figures else None
 
 

@@ -20,6 +20,7 @@ class Backprop:
     """`loss.backward()`; the evidence is `p.grad`."""
 
     needs_autograd: bool = True
+    fused: bool = True
     quantized: bool = False
     holds: bool = False
 

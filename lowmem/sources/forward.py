@@ -75,6 +75,7 @@ class ForwardGradient(Along):
     clip: float = 0.0
     structure: Structure = field(default_factory=Free)
     needs_autograd: bool = False
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.queries < 1:

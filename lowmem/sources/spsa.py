@@ -84,6 +84,7 @@ class SPSA(Along):
     at_once: int = 1
     structure: Structure = field(default_factory=Free)
     needs_autograd: bool = False
+    fused: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.eps < math.inf:

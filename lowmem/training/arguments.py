@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 from lowmem import several
 from lowmem.errors import ConfigError, UserError, nearest
 from lowmem.optim.tensors.checks import idle
+from lowmem.training.folder.settings import checkpointing, checkpoints
 from lowmem.training.ranks.low_rank_sync import of_exchange
 from lowmem.training.ranks.sharding import of_arguments
 
@@ -241,7 +242,6 @@ def _released(args: Any, strategy: Strategy) -> list[str]:
 def _gradient_free(args: Any) -> list[str]:
     """Problems of a strategy that takes no backward pass."""
     name = args.optim
-    checkpointing = args.activation_checkpointing or args.gradient_checkpointing
     rules = [
         (
             args.first_order,
@@ -249,8 +249,8 @@ def _gradient_free(args: Any) -> list[str]:
             "use another strategy, such as galore",
         ),
         (
-            checkpointing,
-            f"activation_checkpointing: {name} takes no backward pass; set it to False",
+            checkpoints(args),
+            f"{checkpointing()}: {name} takes no backward pass; set it to False",
         ),
         (args.gradient_release, f"gradient_release: {name} has no gradients to release; leave it out"),
         (args.offload_state, f"offload_state: {name} holds next to no state; leave it out"),
@@ -288,12 +288,12 @@ class TrlFields(LowMemFields):
     )
 
     def _default_checkpointing(self) -> None:
-        given: tuple[Any, Any] = (self.activation_checkpointing, self.gradient_checkpointing)
-        if given == (None, None):
+        name = checkpointing()
+        if (getattr(self, name), self.gradient_checkpointing) == (None, None):
             try:
-                self.activation_checkpointing: Any = self.strategy().source.needs_autograd
+                setattr(self, name, self.strategy().source.needs_autograd)
             except UserError:  # reported with everything else
-                self.activation_checkpointing = False
+                setattr(self, name, False)
 
     def to_dict(self) -> dict[str, Any]:
         """The stock dictionary; the stock one hides tokens of the vocabulary as if they were passwords."""

@@ -86,10 +86,11 @@ def test_what_does_not_fit_says_what_would_help() -> None:
 def test_levers_turn_from_the_cheapest_to_the_dearest() -> None:
     every = [names for _, names in ways(Run(), LEVERS)]
     assert every[:4] == [(), ("release",), ("checkpointing",), ("release", "checkpointing")]
-    assert every[4:] == [
+    assert every[4:6] == [
         ("checkpointing", "activation offload"),
         ("release", "checkpointing", "activation offload"),
     ]
+    assert every[6:] == [(*names, "state offload") for names in every[:6]]  # what costs most turns last
     alone = [names for _, names in ways(Run(), [LEVERS[2]])]  # the user has decided on the others
     assert alone == [(), ("activation offload",)]
 
@@ -107,6 +108,25 @@ def test_activations_leave_where_recomputing_them_is_not_enough() -> None:
     room = int((most + least) / 2 / (1 - searching.ROOM))
     (row,) = search(LLAMA, Budget(room, (0, 0), 0), wish, **ONE)
     assert (row.levers, row.verdict) == (("checkpointing", "activation offload"), "fits")
+
+
+def test_state_leaves_where_nothing_fits_without() -> None:
+    wish: dict[str, Any] = {**WISH, "gradient_checkpointing": True, "gradient_release": True}
+    (here,), (away,) = (
+        search(LLAMA, card(1 << 14), {**wish, "offload_state": off, "lora_rank": 0}, **ONE)
+        for off in (False, True)
+    )
+    assert away.peak.allocated < here.peak.allocated
+    room = int((away.peak.allocated + here.peak.allocated) / 2 / (1 - searching.ROOM))
+    tight = Budget(room, (0, 0), 0)
+    (row,) = search(LLAMA, tight, {**wish, "lora_rank": 0}, among=["adamw"], top=1)
+    assert (row.levers[-1], row.verdict, row.checked) == ("state offload", "fits", True)
+    rows = search(LLAMA, tight, wish, top=0)  # of which some need no transfers
+    assert not any("state offload" in row.levers for row in rows)
+    for run, device in ((Run(), replace(tight, unified=True)), (Run(device="cpu"), tight)):
+        assert refused(LEVERS[-1], run, create("adamw"), device)
+    assert "next to no state" in refused(LEVERS[-1], Run(), create("sgd"), tight)
+    assert "adapters" in refused(LEVERS[-1], Run(lora_rank=8), create("adamw"), tight)
 
 
 def test_a_refused_lever_says_why() -> None:

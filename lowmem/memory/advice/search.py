@@ -7,6 +7,7 @@ planned in full, with the allocator simulated at the limit, until some of them h
 
     order = verdict, kind (what is kept of Adam's moments), recomputation, bytes to spare
 
+Only where no method fits, its state is tried in the host's memory, which it crosses in every step.
 Kinds are an order of expectation, not of measurement: what a method costs in quality depends on the data
 (`lowmem compare` measures it).
 """
@@ -24,8 +25,9 @@ from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.advice import wording
 from lowmem.memory.advice.cards import wider
-from lowmem.memory.advice.kinds import KINDS, kind_of
-from lowmem.memory.advice.ways import LEVERS, Choice, Way, problem, refused, time, ways
+from lowmem.memory.advice.found import Found
+from lowmem.memory.advice.kinds import kind_of
+from lowmem.memory.advice.ways import LEVERS, Choice, Way, problem, refused, ways
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
@@ -45,69 +47,8 @@ CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd"
 RANK = 16  # of adapters, where none is given
 ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
 HALVINGS = 3
+LAST = {lever.name for lever in LEVERS if lever.last}
 TOP, CHECKED = 1, 3  # rows that are planned in full, and the runs that are tried for them
-
-
-@dataclass(frozen=True)
-class Found:
-    """One way to train the model on the card.
-
-    Args:
-        strategy: the method; mode: what is trained; run: the same with its levers.
-        kind: of `KINDS`; levers: their names.
-        peak: bytes by row at the peak, and the event; state_bytes: of the optimizer.
-        verdict: fits, fits with retries or out of memory; headroom_bytes: to spare, or missing.
-        checked: the allocator was simulated over the whole model; otherwise the verdict is an estimate.
-        needs: what would make it fit, "" where it does.
-        ranks_needed: cards over which it would fit, 0 where no number does; None where that was not asked.
-        refused: levers that it does not take and why, where it does not fit.
-        largest_batch: that the tensors leave room for, by a line; None where it was not looked for.
-        command: that plans it in full; None for a model without a name.
-    """
-
-    strategy: Strategy
-    mode: Run
-    run: Run
-    kind: str
-    levers: tuple[str, ...]
-    peak: Peak
-    state_bytes: int
-    verdict: str
-    headroom_bytes: int
-    checked: bool = False
-    needs: str = ""
-    ranks_needed: int | None = None
-    refused: Mapping[str, str] = field(default_factory=dict)
-    largest_batch: int | None = None
-    command: str | None = None
-
-    @property
-    def trains(self) -> str:
-        """What is trained, in two words."""
-        if not self.run.adapts:
-            return f"all weights, {self.run.weights}" if self.run.weights else "all weights"
-        over = ", 4-bit base" if self.run.quantize else ""
-        return f"LoRA {self.run.lora_rank}{over}" if self.run.lora_rank else f"{self.run.adapter}{over}"
-
-    @property
-    def order(self) -> tuple[int, int, int, int, bool]:
-        """Smaller is better."""
-        word = (FITS, RETRIES, OUT).index(self.verdict)
-        kind = 0 if word else KINDS.index(self.kind)  # where nothing fits, what misses least comes first
-        plain = self.strategy.name != "adamw"  # of equals, what everybody knows
-        return word, kind, 0 if word else time(self.run), -self.headroom_bytes, plain
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, sizes in bytes."""
-        return {
-            "strategy": self.strategy.name, "options": dict(self.strategy.options), "trains": self.trains,
-            "kind": self.kind, "levers": list(self.levers), "batch_size": self.run.batch_size,
-            "seq_len": self.run.seq_len, "loss": self.run.loss, "state_bytes": self.state_bytes,
-            "allocated": self.peak.allocated, "event": self.peak.event, "fits": self.verdict == FITS,
-            "verdict": self.verdict, "headroom_bytes": self.headroom_bytes, "checked": self.checked,
-            "needs": self.needs, "ranks_needed": self.ranks_needed, "refused": dict(self.refused),
-            "largest_batch_size": self.largest_batch, "command": self.command,
-        }  # fmt: skip
 
 
 def search(
@@ -140,7 +81,7 @@ def search(
     decided = {key: value for key, value in options.items() if value is not None}
     finder = _Finder(config, limit, decided, among, top)
     rows = [row for run in finder.modes(full) for row in finder.over(run)]
-    rows = finder.confirmed(sorted(rows, key=lambda row: row.order))
+    rows = finder.confirmed(sorted(finder.eased(rows), key=lambda row: row.order))
     named = model if isinstance(model, str) else None
     return tuple(
         replace(row, command=wording.command(named, finder.asked(row.run), [row.strategy], budget, gpu))
@@ -210,16 +151,28 @@ class _Finder:
         best = min(tried, key=lambda row: (row.order[0], -row.headroom_bytes))
         return self._short(best) if best.verdict == OUT else best
 
+    def eased(self, rows: list[Found]) -> list[Found]:
+        """The rows; where nothing fits, with the last levers where those make them fit."""
+        return rows if any(row.verdict == FITS for row in rows) else [self._eased(row) for row in rows]
+
+    def _eased(self, row: Found) -> Found:
+        every = [way for way in self._levered(row.mode, row.strategy, True) if set(way[1]) & LAST]
+        if not every or self._hopeless(every[-1][0], row.strategy):
+            return row
+        tried = (self._row(row.strategy, row.mode, *way) for way in every)
+        return next((one for one in tried if one.verdict == FITS), row)
+
     def _hopeless(self, run: Run, strategy: Strategy) -> bool:
         """Whether weights and state alone are too much, whatever the levers."""
         found = self._mode(run)
         weights = min(moment.bytes.get("weights", 0) for moment in found.moments.values())
         return weights + self._held(strategy, run, found, "none").held > self.limit.capacity
 
-    def _levered(self, run: Run, strategy: Strategy) -> list[Way]:
+    def _levered(self, run: Run, strategy: Strategy, last: bool = False) -> list[Way]:
         """The run under each lever that is open, cheapest first."""
         run = self._with_loss(planning.suited(run, strategy), strategy.source.needs_autograd)
-        return list(ways(run, [lever for lever in LEVERS if not self._refused(lever, run, strategy)]))
+        some = [lever for lever in LEVERS if last or not lever.last]
+        return list(ways(run, [lever for lever in some if not self._refused(lever, run, strategy)]))
 
     def _refused(self, lever: Choice, run: Run, strategy: Strategy) -> str:
         """Why a lever is not open; "" where it is."""
@@ -264,8 +217,8 @@ class _Finder:
         return combine(found, held), held
 
     def _held(self, strategy: Strategy, run: Run, found: Trace, steps: Steps) -> Footprint:
-        """What a strategy adds; levers change nothing of it."""
-        key = (strategy, run.lora_rank, run.adapter, run.quantize, run.weights, steps)
+        """What a strategy adds; of the levers, one changes it."""
+        key = (strategy, run.lora_rank, run.adapter, run.quantize, run.weights, run.offload_state, steps)
         if key not in self.footprints:
             self.footprints[key] = footprint(strategy, found.parameters, run, steps=steps)
         return self.footprints[key]
@@ -323,7 +276,7 @@ class _Finder:
 
     def _further(self, row: Found) -> Found:
         """The same method with more levers, where the allocator finds no room for what the tensors take."""
-        every = self._levered(row.mode, row.strategy)
+        every = self._levered(row.mode, row.strategy, bool(set(row.levers) & LAST))
         place = next(i for i, (_, levers) in enumerate(every) if levers == row.levers)
         for run, levers in every[place + 1 :]:
             further = self._row(row.strategy, row.mode, run, levers)

@@ -15,6 +15,7 @@ from typing import Any
 
 from lowmem.errors import UserError
 from lowmem.memory import gather
+from lowmem.memory.advice.kinds import kind_of
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.run import Run
 from lowmem.optim.strategy import Strategy
@@ -33,6 +34,7 @@ class Choice:
         beside: another option that it is taken with, where that one is open: alone it costs more and spares
             less.
         time: what it costs of it, against the others; 0 for nothing worth ranking by.
+        last: taken only where no method fits without it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Choice:
     idle: Callable[[Run, Strategy, Budget], str] = lambda run, strategy, card: ""
     beside: str = ""
     time: int = 0
+    last: bool = False
 
 
 def _waits(run: Run, strategy: Strategy, card: Budget) -> str:
@@ -56,10 +59,19 @@ def _near(run: Run, strategy: Strategy, card: Budget) -> str:
     return ""
 
 
+def _stays(run: Run, strategy: Strategy, card: Budget) -> str:
+    if run.adapts:
+        return "state of adapters is small"
+    if kind_of(strategy, run) == "no moments":
+        return "there is next to no state"
+    return _near(run, strategy, card)
+
+
 LEVERS = (
     Choice("release", "gradient_release", _waits),
     Choice("checkpointing", "gradient_checkpointing", time=1),
     Choice("activation offload", "activation_offload", _near, "gradient_checkpointing", time=2),
+    Choice("state offload", "offload_state", _stays, time=4, last=True),
 )
 """From what costs least time to what costs most."""
 

@@ -167,8 +167,9 @@ class _Key:
     """A configuration and run as a dictionary key: configurations do not hash."""
 
     def __init__(self, config: Any, run: Run, strategy: Strategy | None) -> None:
-        self.config, self.run, self.strategy = config, run, strategy
-        self._id = (json.dumps(config.to_dict(), sort_keys=True, default=str), run, strategy)
+        self.config, self.strategy = config, strategy
+        self.run = replace(run, offload_state=False)  # where state is makes no difference to a trace
+        self._id = (json.dumps(config.to_dict(), sort_keys=True, default=str), self.run, strategy)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self._id == other._id

@@ -86,7 +86,7 @@ def trace(config: Any, run: Run, strategy: Strategy | None = None) -> Trace:
         UserError: the architecture cannot be traced.
     """
     tracker = _tracker(run)
-    with _ready(config, run, tracker) as (model, batch, run):
+    with _ready(config, run, tracker, fused=strategy is None or strategy.source.fused) as (model, batch, run):
         parameters = tuple(_parameters(model))
         aside = resting(strategy, parameters)
         for name, p in model.named_parameters():
@@ -189,9 +189,13 @@ def evaluation(config: Any, run: Run) -> Moment:
 
 
 @contextmanager
-def _ready(config: Any, run: Run, tracker: Tracker) -> Iterator[tuple[nn.Module, dict[str, Tensor], Run]]:
+def _ready(
+    config: Any, run: Run, tracker: Tracker, *, fused: bool = True
+) -> Iterator[tuple[nn.Module, dict[str, Tensor], Run]]:
     """Model and batch on fake tensors, known to the tracker, and the run as it is laid out for them."""
-    lengths = [run.seq_len] * run.batch_size if run.rows == "packed" else []
+    each = run.seq_len if fused else min(run.longest or run.seq_len, run.seq_len)  # fused: of no difference
+    texts = [min(each, run.seq_len - at) for at in range(0, run.seq_len, each)] * run.batch_size
+    lengths = texts if run.rows == "packed" else []
     if lengths:  # TRL lays the rows of a batch end to end
         run = replace(run, batch_size=1, seq_len=run.tokens, longest=run.longest or run.seq_len)
     real = kernels.semantics(

@@ -149,7 +149,7 @@ def waterfall(rows: Sequence[Mapping[str, object]], capacity: float | None = Non
 
     Args:
         rows: {"lever": name, "peak": bytes, "event": name or absent}, each with all levers above it.
-        capacity: bytes of the line.
+        capacity: bytes of the line: what there is for tensors.
     """
     before: float | None = None
     drawn = []
@@ -157,7 +157,7 @@ def waterfall(rows: Sequence[Mapping[str, object]], capacity: float | None = Non
         peak = float(row["peak"])  # type: ignore[arg-type]
         drawn.append(_lever(str(row["lever"]), peak, before))
         before = peak
-    return bars(drawn, "Peak memory after each lever", capacity)
+    return bars(drawn, "Peak memory after each lever", capacity, "for tensors")
 
 
 def _lever(name: str, peak: float, before: float | None) -> Bar:

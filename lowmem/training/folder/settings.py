@@ -26,6 +26,19 @@ TUNED = (*HYPER, *SCHEDULED, "max_grad_norm", "clip", "gradient_release", "gradi
 LENGTH = ("steps", "epochs")
 
 
+def checkpointing() -> str:
+    """The name that arguments have for activation checkpointing: another one before transformers 5.23."""
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing"
+    return new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+
+
+def checkpoints(args: Any) -> bool:
+    """Whether activations are made again in the backward pass, by either name."""
+    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+
+
 def of_arguments(args: Any) -> dict[str, Any]:
     """Settings of a run that a checkpoint keeps, as plain values.
 
@@ -46,7 +59,7 @@ def of_arguments(args: Any) -> dict[str, Any]:
         "max_grad_norm": args.max_grad_norm,
         "clip": args.clip,
         "gradient_release": args.gradient_release,
-        "gradient_checkpointing": bool(args.activation_checkpointing or args.gradient_checkpointing),
+        "gradient_checkpointing": checkpoints(args),
         "seed": args.seed,
         "data_seed": args.data_seed,
         "compile": args.compile,

@@ -69,7 +69,7 @@ class ZerothOrder:
         trainer = cast(Any, self)
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_items)
-        scaled = trainer.loss_is_scaled_for_ga
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers 5.23 brings it
         if scaled is None:
             counted = trainer.model_accepts_loss_kwargs and num_items is not None
             scaled = counted or trainer.compute_loss_func is not None

@@ -92,6 +92,7 @@ def test_recomputation_waits_until_the_answers_are_there() -> None:
         ({"rows": "packed"}, "pads its rows"),
         ({"ranks": 2}, "planned on one card"),
         ({"task": "reward", "lora_rank": 2, "quantize": "nf4"}, "over 4-bit weights is not planned"),
+        ({"task": "classify"}, "is not planned: how many candidates .* plan it as sft, each candidate"),
     ],
 )
 def test_what_a_task_does_not_do_is_refused(options: dict[str, Any], match: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -251,3 +253,20 @@ def test_a_large_tangent_is_drawn_at_once(monkeypatch):
     found = trace(config, run, create("forward_gradient"))
     weights = found.moments["forward"].bytes["weights"]
     assert sum(found.moments["forward"].bytes.values()) - weights >= 0.99 * weights  # a tangent for each
+
+
+def test_scores_of_packed_rows_are_those_of_their_texts_where_weights_carry_tangents():
+    """Fused attention knows no tangents: the scores exist, as many as the longest text has tokens squared."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    run = Run(seq_len=512, rows="packed", loss="labels", label_tokens=8, device="cpu")
+
+    def activations(strategy, longest):
+        found = trace(config, dataclasses.replace(run, longest=longest), create(strategy))
+        return found.moments["forward"].bytes["activations"]
+
+    scores = 4 * 4 * 512 * 512  # bytes of the scores of four heads in fp32, of one text
+    assert activations("forward_gradient", 512) > 2 * scores  # and a tangent
+    assert activations("forward_gradient", 32) < scores / 4
+    assert activations("mezo", 512) == activations("mezo", 32)
