@@ -52,7 +52,7 @@ FLOORS = {
         {"terms.split", "terms.asks", "projectors.bases", "int8.writer"},
         {"contract"},
         {"codecs", "writers"},
-        {"engine"},
+        {"engine", "terms.codes"},
         {"held"},
         {"elementwise"},
         {"rules"},
