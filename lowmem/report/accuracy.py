@@ -15,6 +15,9 @@ HEAD = (
     "s a step",
 )  # fmt: skip
 
+ENOUGH = 3
+"""Standard errors of the difference that a row must stand above zero-shot."""
+
 Row = Mapping[str, Any]
 
 
@@ -34,6 +37,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines += [*_about(document), "", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in document["runs"]]
     told = _beside_lora(document["runs"], document.get("recomputed_bytes"))
+    if short := [row["name"] for row in document["runs"] if row["above_zero_shot"] <= ENOUGH]:
+        told.append(
+            f"Not {ENOUGH} standard errors above zero-shot, so not shown to have learned: {', '.join(short)}."
+        )
     if document["missing"]:
         told.append(f"Not yet run: {', '.join(document['missing'])}.")
     return "\n".join([*lines, *(line for one in told for line in ("", one))]) + "\n"

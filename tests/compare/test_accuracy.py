@@ -97,15 +97,13 @@ def test_values_of_the_loss_are_told_beside_adapters() -> None:
         "zero_shot": 0.5,
         "missing": [],
         "recomputed_bytes": 512,
+        "machine": dict.fromkeys(("device", "date", "torch", "transformers", "python"), "x"),
     }
-    page = markdown(
-        {
-            **about,
-            "machine": dict.fromkeys(("device", "date", "torch", "transformers", "python"), "x"),
-            "runs": runs,
-        }
-    )
+    page = markdown({**about, "runs": runs})
     assert "- `mezo`: -10.0 points after 20 values of the loss, in 40% of its memory" in page
+    assert "Not 3 standard errors" not in page
+    below = markdown({**about, "runs": [runs[0], {**runs[1], "above_zero_shot": 2.9}]})
+    assert "Not 3 standard errors above zero-shot, so not shown to have learned: mezo." in below
     assert "the same steps of LoRA peak at 512 B" in page
     assert "Not yet run" not in page
 
