@@ -56,8 +56,7 @@ class Footprint:
         tensors: size of each state tensor as the device rounds it.
         scratch: greatest transient bytes while a parameter is stepped, by its name.
         compiled: whether the step is compiled.
-        grids: size of each tensor that the frame keeps from the first step on: index grids of random
-            rounding, and a card's numbers of skipped elements.
+        grids: size of each tensor that the frame keeps: index grids of rounding, a card's tally of rows.
         together: greatest transient bytes while small ones are stepped together.
         copied: what a state dict copies, to stand in a file as it does on any number of ranks.
         away: of the state, what is in the host's memory between steps; the slots it travels to are tensors.
@@ -97,8 +96,7 @@ def footprint(
     Where a schedule decides which tensors hold state, the step with the most is taken.
 
     Args:
-        steps: whose scratch is counted: of all tensors, of the large ones, or of none. Counting is what
-            takes time, and a norm's scratch decides nothing.
+        steps: whose scratch is counted, which takes time: of all tensors, of the large ones, or of none.
     """
     elements = sum(_product(p.shape) for p in parameters)
     compiled = run.compile == "on" or (run.compile == "auto" and pays(elements, run.steps))
@@ -115,9 +113,9 @@ def footprint(
     scratch = {name: one.transient for name, one in found.items()}
     ladder = compiled and run.device == "cpu"
     shapes = _grids({shape for one in found.values() for shape in one.grids}, ladder)
-    sides = [side for shape in shapes for side in shape]
-    sides.append(max((one.rows for one in found.values()), default=0))
-    grids = tuple(-(-4 * side // grain) * grain for side in sides if side)
+    tally = max((one.rows for one in found.values()), default=0)
+    sides = [side for shape in (*shapes, (tally,)) for side in shape if side]
+    grids = tuple(-(-4 * side // grain) * grain for side in sides)
     smallest = _smallest(parameters, compiled, run.device) if steps == "all" else ()
     small = _together(strategy, smallest, compiled, run.device)
     return Footprint(strategy, best.total, rounded, scratch, compiled, grids, small, copied, best.away)

@@ -159,6 +159,23 @@ class Product(Made):
         return self.made(i, -(-stop // n)).view(-1)[start - i * n : stop - i * n]
 
 
+class Lifted(Made):
+    """Rows that a projector lifts in a way of its own when they are looked at.
+
+    Args:
+        shape: (m, n); up: maps (i, j) to the rows i..j; device: where they live.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], up: Callable[[int, int], Tensor], device: torch.device
+    ) -> None:
+        super().__init__(shape, up, device, takes=6)  # places beside what is lifted
+
+    def made(self, i: int, j: int) -> Tensor:
+        """Rows i..j."""
+        return self.rows(i, j)
+
+
 class Formula(Held):
     """A matrix whose rows are a function of those of others.
 

@@ -8,21 +8,24 @@ by blocks like a gradient, and moves it by blocks: decode, move, encode.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import BLOCK, Blocks
+from lowmem.optim.blocks import BLOCK, Blocks, Dense
 from lowmem.optim.codecs.blockwise import Codec
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.cutting import pad, pieces, walk
 from lowmem.optim.formulas import Formula, Held, Leaf, together
 from lowmem.optim.terms.changes import Permutation, Rotation
+from lowmem.optim.terms.codes import Decoded, Gathered, Stored, Towards, finer, shared
 from lowmem.optim.terms.hyper import ChunkHyper, Hyper
 from lowmem.optim.terms.state import Constant, Constants, State, part
+
+LEAST = 32
+"""Elements of a part of a block, at least, that is read with the scale of its block."""
 
 
 def tables(codec: Codec) -> Constants:
@@ -35,71 +38,6 @@ def tables(codec: Codec) -> Constants:
 
 def _table(codec: Codec, key: str, device: torch.device) -> Tensor:
     return codec.shared(torch.empty(0, device=device))[key]
-
-
-@dataclass(frozen=True)
-class Towards:
-    """old + rate (new - old)."""
-
-    rate: float
-
-    def __call__(self, old: Tensor, new: Tensor) -> Tensor:
-        """Of row blocks."""
-        return old + self.rate * (new - old)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A pass that moves a moment: decode, move, encode, where ok.
-
-    Args:
-        codec: how it is held; f: old rows, those of some matrices and what else to what is held.
-        matrices: how many; shared: keys of the tables.
-    """
-
-    codec: Codec
-    f: Callable[..., Tensor]
-    matrices: int
-    shared: tuple[str, ...]
-
-    def __call__(self, *given: Any) -> None:
-        """Rows of matrices; what is held of them; starts of rows, for noise; ok, keys, more; tables."""
-        keys, shared = tuple(self.codec.per), self.shared
-        of, given = given[: self.matrices], given[self.matrices :]
-        held, given = given[: len(keys)], given[len(keys) :]
-        first, (ok, words, *rest) = (given[0], given[1:]) if self.codec.streams else (None, given)
-        more, tables = rest[: len(rest) - len(shared)], rest[len(rest) - len(shared) :]
-        constants = {key: table[0] for key, table in zip(shared, tables, strict=True)}
-        state = dict(zip(keys, held, strict=True))
-        value = self.f(self.codec.decode(state, constants), *of, *more)
-        column = torch.arange(value.shape[1], dtype=torch.int32, device=value.device)
-        place = column if first is None else first[:, None] + column
-        hp = ChunkHyper(ok, ok, ok, ok, ok, place, words, self.codec.streams)
-        for key, kept in self.codec.encode(value, hp, constants).items():
-            state[key].copy_(torch.where(ok, kept.view(state[key].shape), state[key]))
-
-
-def _shared(codec: Codec) -> tuple[str, ...]:
-    """Keys of the tables of a codec."""
-    return _tables_of(cast("Hashable", codec))
-
-
-@functools.cache
-def _tables_of(codec: Any) -> tuple[str, ...]:
-    return tuple(codec.shared(torch.empty(0, device="meta")))
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """What a kernel makes of what is held of rows."""
-
-    codec: Codec
-    shared: tuple[str, ...]
-
-    def __call__(self, held: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
-        """Rows in fp32."""
-        constants = {key: table[0] for key, table in zip(self.shared, tables, strict=True)}
-        return self.codec.decode(dict(zip(self.codec.per, held, strict=True)), constants)
 
 
 class HeldMoment(Held):
@@ -153,16 +91,33 @@ class HeldMoment(Held):
             ok: 0-D bool; across: 0-D tensors.
         """
         rows, x = self._by_rows(), of[0] if len(of) == 1 else Formula(together, of)
+        other = None if rows or self.hp.passes.leaf(x) is None else self._by_blocks(of)
+        if other:
+            other.moving(
+                f,
+                [Dense(y.tensor.view(other.shape), y.factor) for y in of if isinstance(y, Dense)],
+                ok,
+                across,
+            )
+            return
         if rows is None or self.codec.spills or self.hp.passes.leaf(x) is None:
             self.move_(lambda old, a, b: f(old, *(x.chunk(a, b).float() for x in of), *across), ok)
             return
         hp, streams = self.hp, self.codec.streams
         starts = (noise.starts(self.shape, self.device) + hp.offset,) if streams else ()
         given = (ok, hp.keys(streams), *across, *self._tables())
-        hp.sweep(_Stored(self.codec, f, len(of), _shared(self.codec)), x, (*rows, *starts), given)
+        hp.sweep(Stored(self.codec, f, len(of), shared(self.codec)), x, (*rows, *starts), given)
+
+    def _by_blocks(self, of: Sequence[Blocks]) -> HeldMoment | None:
+        """The moment with a block for a row, beside matrices that can be seen so; None where they cannot."""
+        count, grain = self.shape[0] * self.shape[1], self.codec.grain
+        seen = all(isinstance(x, Dense) and x.tensor.is_contiguous() for x in of)
+        if not seen or count % grain or self.shape[1] == grain:
+            return None
+        return HeldMoment(self.codec, self.state, self.constants, (count // grain, grain), self.hp)
 
     def _tables(self) -> list[Tensor]:
-        return [self.constants[key][None] for key in _shared(self.codec)]
+        return [self.constants[key][None] for key in shared(self.codec)]
 
     def _by_rows(self) -> list[Tensor] | None:
         """What is held as tensors with the rows of the matrix; None where a block is of more than one."""
@@ -185,9 +140,25 @@ class HeldMoment(Held):
         """What is held, and the tables."""
         rows = self._by_rows()
         if rows is None:
-            return None
-        read = _Decoded(self.codec, _shared(self.codec))
+            return self._leaf_across_blocks()
+        read = Decoded(self.codec, shared(self.codec))
         return Leaf(read, tuple(rows), tuple(self._tables()), read)
+
+    def _leaf_across_blocks(self) -> Leaf | None:
+        """What is held where blocks do not end with rows: elements as they are, all that blocks have."""
+        (m, n), codec = self.shape, self.codec
+        each = [key for key, per in codec.per.items() if per < codec.grain]
+        whole = [key for key in codec.per if key not in each]
+        some = math.gcd(n, codec.grain)
+        if some < LEAST or m * n % codec.grain or self.hp.offset + m * n > 1 << 31 or len(whole) != 1:
+            return None
+        read = Gathered(codec, finer(codec, some), tuple(each), whole[0], shared(codec))
+        place = torch.arange(n, dtype=torch.int32, device=self.device)
+        down = (
+            *(self.state[key].view(m, -1) for key in each),
+            noise.starts(self.shape, self.device)[:, None],
+        )
+        return Leaf(read, down, (place, self.state[whole[0]][None], *self._tables()), read)
 
     def permute_(self, index: Tensor, axis: int, ok: Tensor) -> None:
         """Let each row or column be the one that was at its index, or zero where that is -1.

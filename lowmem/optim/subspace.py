@@ -29,7 +29,7 @@ from lowmem.optim.blocks import Blocks, Dense, Direction, Projected, chained, ma
 from lowmem.optim.contract import AnyRule, Projector, Residual, Rule, is_pointwise
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.engine.finite import all_finite, unsound
-from lowmem.optim.formulas import Formula, Product, minus
+from lowmem.optim.formulas import Formula, Lifted, Product, minus
 from lowmem.optim.residuals.rest import Drop
 from lowmem.optim.shards import Shape, shard_in
 from lowmem.optim.terms.changes import Unrelated
@@ -260,7 +260,7 @@ class Subspace(Rule):
         pair, up = self.projector.pair(basis, low, shape), self.projector.up
         if pair is not None:
             return Product(pair, hp.weight.dtype)
-        return Blocks(shape, lambda i, j: up(basis, low, i, j, hp), low.device)
+        return Lifted(shape, lambda i, j: up(basis, low, i, j, hp), low.device)
 
     def project(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """down(G) for accumulation over micro-batches; fp32."""

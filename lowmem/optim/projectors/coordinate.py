@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
+from lowmem.optim.blocks import BLOCK, Blocks, Dense, matrix_shape
 from lowmem.optim.contract import Projector
 from lowmem.optim.engine import noise
+from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.projectors.bases import check_rank
 from lowmem.optim.projectors.dense import check_gap
 from lowmem.optim.shards import Shape, resized, shard_in
@@ -100,6 +101,9 @@ class Columns(Coordinates):
 
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The active columns."""
+        if isinstance(g, Dense) and g.tensor.is_contiguous() and not sizes(g.device).at_hand:
+            picked = g.tensor.view(g.shape).index_select(1, s["index"]).float()
+            return picked if g.factor is None else picked.mul_(g.factor)
         return torch.cat([g.rows(i, j).index_select(1, s["index"]) for i, j in g.ranges()])
 
     def up(self, s: State, low: Tensor, i: int, j: int, hp: Hyper) -> Tensor:

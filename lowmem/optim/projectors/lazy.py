@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
+from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.projectors.dense import Orthonormal
 from lowmem.optim.terms.changes import Change, Rotation
 from lowmem.optim.terms.hyper import Hyper
@@ -117,4 +118,13 @@ class Lazy(Orthonormal):
 
     def opened(self, s: State, hp: Hyper) -> State:
         """The basis, decoded once for a step."""
-        return {"basis": dequantized(s, *self.frame.size(hp.weight.shape))}
+        side, rank = self.frame.size(hp.weight.shape)
+        if sizes(hp.weight.device).at_hand:
+            return {"basis": dequantized(s, side, rank)}
+        basis = torch.empty(rank, side, device=hp.weight.device).t()
+        hp.reckon(_note_basis, (s["codes"], s["low"], s["step"], basis), (side, rank))
+        return {"basis": basis}
+
+
+def _note_basis(codes: Tensor, low: Tensor, step: Tensor, basis: Tensor, side: int, rank: int) -> None:
+    basis.copy_(dequantized({"codes": codes, "low": low, "step": step}, side, rank))

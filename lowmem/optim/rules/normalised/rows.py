@@ -99,7 +99,7 @@ class SinkGD(Rule):
         for _ in range(self.iterations):
             columns = torch.zeros_like(b)
             hp.sweep(_scale_rows_, x, (a,), (b, columns), (n,))
-            b = b * inverse(hp.total(columns), whole(g.shape)[0])
+            hp.reckon(_scale_columns_, (b, hp.total(columns)), (whole(g.shape)[0],))
         return Direction(Formula(_between, (x,), (a,), (b,)), scale=self.alpha, ok=ok)
 
 
@@ -108,6 +108,10 @@ def _scale_rows_(rows: Tensor, a: Tensor, b: Tensor, columns: Tensor, n: int) ->
     rows = rows * b
     a.copy_(inverse(row_squares(rows), n))
     columns.add_(rows.mul_(a[:, None]).square_().sum(0))
+
+
+def _scale_columns_(b: Tensor, columns: Tensor, m: int) -> None:
+    b.mul_(inverse(columns, m))
 
 
 def _between(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
