@@ -91,8 +91,8 @@ def _beside_lora(runs: Sequence[Row], recomputed: int | None) -> list[str]:
     if recomputed:
         told.append(
             f"With gradient checkpointing the same steps of LoRA peak at {format_bytes(recomputed)}. So at "
-            "nearly the memory of forward passes over bf16 weights LoRA is ahead by as much: take it wherever "
-            "a backward pass through adapters fits."
+            "nearly the memory of forward passes over bf16 weights LoRA is ahead by as much: take it "
+            "wherever a backward pass through adapters fits."
         )
     return told
 
