@@ -44,7 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"optim": "adamw", "lr": 3e-5, "steps": 50},
     "mezo": {"optim": "mezo", "optim_args": "noise=rademacher", "lr": 3e-5, "steps": 150},
     "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 1e-2, "steps": 160, "schedule": "linear"},
-    "fzoo": {"optim": "fzoo", "optim_args": "queries=4", "lr": 1e-3, "steps": 60},
+    "fzoo": {"optim": "fzoo", "optim_args": "queries=4", "lr": 1e-3, "steps": 150},
 }
 """What is compared, and how each is run; the steps of forward passes are more, and cheaper in memory."""
 RECOMPUTED = {**RUNS["lora"], "gradient_checkpointing": True, "steps": 3, "eval_rows": 16}
