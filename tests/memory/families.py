@@ -69,20 +69,33 @@ def peaks_of(
     checkpointing: bool = False,
     inputs: dict[str, torch.Tensor] | None = None,
     constants: Iterable[torch.Tensor] = (),
+    released: bool = False,
 ) -> dict[str, dict[str, int]]:
-    """Phases of a real step by our tracker: bytes by category. Constants are held beside parameters."""
+    """Phases of a real step by our tracker: bytes by category. Constants are held beside parameters.
+
+    Released gradients are gone as soon as they are there, and nothing is left to step.
+    """
     inputs = inputs or batch()
     tracker = Tracker()
     tracker.register([*made.parameters(), *made.buffers(), *constants], "weights")
     tracker.register(inputs.values(), "activations")
+
+    def keep(p: torch.Tensor) -> None:
+        tracker.register([p.grad], "gradients")
+
+    def let_go(p: torch.Tensor) -> None:
+        tracker.claim(p.grad, "gradients")
+        p.grad = None
+
     for p in made.parameters():
         if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda p: tracker.register([p.grad], "gradients"))
+            p.register_post_accumulate_grad_hook(let_go if released else keep)
     with tracker, phase_hooks(made, tracker, checkpointing=checkpointing):
         tracker.enter("forward")
         value = loss(made, inputs)
         tracker.enter("loss backward", "logits")
         value.backward()
         del value
-        tracker.enter("optimizer step", "workspace")
+        if not released:
+            tracker.enter("optimizer step", "workspace")
     return {name: dict(moment.bytes) for name, moment in tracker.moments().items()}

@@ -205,7 +205,7 @@ class Chunks:
             return cutting.eager_spans(count, min(most, rule.chunk) if rule else most, grain)
         if policy.ladder:
             return cutting.compiled_spans(count)
-        most = policy.made // rule.spills if rule and rule.spills else cutting.MOST
+        most = policy.made // rule.spills if rule and rule.spills else MOST
         return cutting.whole_spans(count, grain if grain > 1 else ROW, most)
 
     def _walk(self, run: Pass, p: Tensor, g: Blocks) -> None:

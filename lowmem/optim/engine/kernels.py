@@ -49,6 +49,17 @@ def _guarded(gradient: Tensor, ok: Tensor, bounded: bool) -> tuple[Tensor, Tenso
     return torch.where(finite, gradient, 0.0), finite
 
 
+def _count_(skipped: Tensor, finite: Tensor, ok: Tensor | None) -> None:
+    """Count elements that are not finite: all of them, or those of each row; none where not ok.
+
+    A step that is refused as a whole is counted as a whole, and by another.
+    """
+    # floats, row by row: a sum of booleans or over all at once is what would take the longest here
+    bad = torch.where(finite, 0.0, 1.0).sum(-1, keepdim=True)
+    bad = bad if skipped.dim() else bad.sum()
+    skipped.add_((bad if ok is None else torch.where(ok, bad, 0.0)).to(skipped.dtype))
+
+
 def body(
     rule: Pointwise | None,
     writer: Writer | None,
@@ -107,11 +118,7 @@ def body(
                 weight = torch.where(fits, weight, w)
                 kept = {name: torch.where(fits, value, extra[name]) for name, value in kept.items()}
                 finite = finite & fits
-            # floats, row by row: a sum of booleans or over all at once is what would take the longest here
-            bad = torch.where(finite, 0.0, 1.0).sum(-1, keepdim=True)
-            bad = bad if skipped.dim() else bad.sum()
-            # a step that is refused as a whole is counted as a whole, and by another
-            skipped.add_((bad if guard == "elements" else torch.where(ok, bad, 0.0)).to(skipped.dtype))
+            _count_(skipped, finite, None if guard == "elements" else ok)
             w.copy_(weight)
             for name, value in kept.items():
                 extra[name].copy_(value)

@@ -66,8 +66,6 @@ class Pass:
         self.live = self.layout.live and self.device.type != "meta"
         self.counts = table is not None
         self.scalars = rule.scalars(s, hp) if rule and table is None else table
-        self.rowwise = frame.compiles(rule) and not sizes(self.device).at_hand
-        self.skipped = frame.skipped.counter(self.device) if writer and not self.rowwise else None
         self._words: dict[int, Tensor] = {}
 
     @property
@@ -140,13 +138,18 @@ class Pass:
             self.rule, self.writer, self.layout.keys, w, (w, *read)[-1], self.live,
             self.guard, self.asks, self.counts, False, leaf, read, order,
         )  # fmt: skip
-        # a sum over all rows would be a kernel of its own
-        tallied = self.writer and self.rowwise
-        skipped = self.frame.skipped.tally(w.shape[0], self.device) if tallied else self.skipped
         kernel(
-            w, *read, self.rates, self.ok, skipped, self.scalars,
+            w, *read, self.rates, self.ok, self._skipped(w.shape[0]), self.scalars,
             *self._places(start, *w.shape), self._keys(start), *views,
         )  # fmt: skip
+
+    def _skipped(self, rows: int) -> Tensor | None:
+        """What counts elements that are not stepped: on a card by rows, or it would take a kernel more."""
+        if self.writer is None:
+            return None
+        by_rows = self.frame.compiles(self.rule) and not sizes(self.device).at_hand
+        skipped = self.frame.skipped
+        return skipped.tally(rows, self.device) if by_rows else skipped.counter(self.device)
 
     def _places(self, start: int, rows: int, width: int) -> tuple[Tensor | None, ...]:
         """Where elements are in the tensor: the chunk, its rows, and the columns in a row."""
