@@ -93,6 +93,7 @@ FLOORS = {
         {"plan"},
         {"pictures", "advice.solve", "advice.emit"},
         {"advice.search"},
+        {"advice.beside"},
         {"predict", "measure"},
     ],
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import UserError
@@ -14,6 +16,7 @@ NAMED = 3  # methods that a reason is said of by name
 
 if TYPE_CHECKING:
     from lowmem.memory.advice.found import Found
+    from lowmem.memory.advice.search import Rows
     from lowmem.memory.device.gpus import Budget
     from lowmem.memory.plan import Plan
 
@@ -22,18 +25,35 @@ def searched(
     model: str, gpu: str | None, budget: str | None, flags: Mapping[str, Any], *, full: bool, advise: bool
 ) -> tuple[Plan, tuple[Found, ...]]:
     """The rows of a search, and the plan of the first; its levers cost some seconds more."""
-    from lowmem.memory import plan as planning
-    from lowmem.memory.advice.search import search
     from lowmem.memory.device.gpus import limit_of
 
     limit = limit_of(gpu, budget, flags.get("compute_capability"))
     if limit is None:
         raise UserError("what fits depends on the card: give --gpu NAME or --budget 23.5GiB, or --optim NAME")
-    found = search(model, limit, flags, full=full, gpu=gpu, budget=budget)
+    with _sharing(model=model, limit=limit, options=dict(flags), full=full) as beside:
+        from lowmem.memory import plan as planning
+        from lowmem.memory.advice.search import search
+
+        found = search(model, limit, flags, full=full, gpu=gpu, budget=budget, beside=beside)
     best = found[0]
     run = {name: getattr(best.run, name) for name in best.run.__dataclass_fields__}
     planned = planning.plan(model, best.strategy, gpu=gpu, budget=budget, advise=advise, **run)
     return planned, found
+
+
+@contextmanager
+def _sharing(**asked: Any) -> Iterator[Callable[[], Rows]]:
+    """A second process for the search, where there is a core for it."""
+    from lowmem.memory.advice.beside import Beside
+
+    if (os.cpu_count() or 1) < 2:
+        yield dict
+        return
+    beside = Beside(**asked)
+    try:
+        yield beside.rows
+    finally:
+        beside.stop()
 
 
 def tables(planned: Plan, found: Sequence[Found], limit: Budget) -> list[Any]:

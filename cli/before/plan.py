@@ -77,8 +77,6 @@ def command(
     _check_search(looking, full, optim_args)
     if looking and limit_of(gpu, budget, None):  # a card that is not known is said first
         render.say(f"{model}: looking for what fits {gpu or budget}, method by method")
-    from lowmem.memory import plan as planning
-
     from .._progress import Bars
 
     bring(plugin or ())
@@ -88,6 +86,8 @@ def command(
         if looking:
             planned, ways = _search.searched(model, gpu, budget, flags, full=full, advise=html is not None)
         else:
+            from lowmem.memory import plan as planning
+
             planned = planning.plan(
                 model, optim or "adamw", options=optim_args or None, budget=budget, gpu=gpu, **flags
             )

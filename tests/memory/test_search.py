@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 import lowmem.cli as cli
 from lowmem.errors import UserError
 from lowmem.memory.advice import search as searching
+from lowmem.memory.advice.beside import Beside
+from lowmem.memory.advice.found import Found
 from lowmem.memory.advice.kinds import KINDS
 from lowmem.memory.advice.search import search
 from lowmem.memory.advice.ways import LEVERS, refused, ways
@@ -196,3 +198,42 @@ def test_a_search_is_asked_for_rightly(flags: list[str], said: str) -> None:
     done = CliRunner().invoke(cli.app, ["plan", "--model", "gpt2", *flags])
     assert done.exit_code == 2
     assert said in done.stderr
+
+
+def test_rows_of_a_second_process_are_those_that_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {
+        "model": LLAMA,
+        "limit": card(260),
+        "options": WISH,
+        "among": ["adamw", "galore"],
+    }
+    alone = search(**asked)
+    beside = Beside(**asked)
+    try:
+        beside._process.join(timeout=300)
+        given = beside.rows()
+    finally:
+        beside.stop()
+    shares = {(row.trains, row.strategy.name) for row in given.values()}
+    assert shares == {(row.trains, row.strategy.name) for row in alone if row.trains != "all weights"}
+    looked: list[str] = []
+    cheapest = searching._Finder.cheapest
+
+    def counted(self: Any, run: Run, strategy: Any) -> Found:
+        looked.append(strategy.name)
+        return cheapest(self, run, strategy)
+
+    monkeypatch.setattr(searching._Finder, "cheapest", counted)
+    assert search(**asked, beside=lambda: given) == alone
+    assert looked == ["adamw", "galore"]
+
+
+def test_a_second_process_that_fails_leaves_all_to_the_first() -> None:
+    asked: dict[str, Any] = {"limit": card(260), "options": WISH, "among": ["adamw"]}
+    beside = Beside(model="no-such-model", **asked)
+    try:
+        beside._process.join(timeout=300)
+        assert beside.rows() == {}
+        assert search(LLAMA, **asked, beside=beside.rows) == search(LLAMA, **asked)
+    finally:
+        beside.stop()

@@ -14,7 +14,7 @@ Kinds are an order of expectation, not of measurement: what a method costs in qu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +47,9 @@ CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd"
 RANK = 16  # of adapters, where none is given
 ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
 HALVINGS = 3
+Task = tuple[Run, Strategy]
+Rows = dict[tuple[Run, str], Found]
+"""By what is trained and the name of the method."""
 LAST = {lever.name for lever in LEVERS if lever.last}
 TOP, CHECKED = 1, 3  # rows that are planned in full, and the runs that are tried for them
 
@@ -54,6 +57,7 @@ TOP, CHECKED = 1, 3  # rows that are planned in full, and the runs that are trie
 def search(
     model: Any, limit: Budget, options: Mapping[str, Any], *, full: bool = False, gpu: str | None = None,
     budget: str | int | None = None, among: Collection[str] = (), top: int = TOP,
+    beside: Callable[[], Rows] = dict,
 ) -> tuple[Found, ...]:  # fmt: skip
     """Every method on a card, best first.
 
@@ -64,6 +68,7 @@ def search(
         full: all weights must be trained.
         among: methods to look at; all, if empty.
         top: rows that are planned in full.
+        beside: gives rows that others have found since it was asked last (`advice.beside`).
 
     Raises:
         UserError: as `plan`; a model object, which is planned as it is.
@@ -73,20 +78,52 @@ def search(
         >>> search("smollm2-135m", gpu("t4"), {"seq_len": 256, "dtype": "float16"})[0].verdict
         'fits'
     """
-    _, config = gather.model_config(model)
-    if hasattr(config, "skeleton"):
-        raise UserError(
-            "a model object is planned as it is: name its optimizer, or search by the model's name"
-        )
-    decided = {key: value for key, value in options.items() if value is not None}
-    finder = _Finder(config, limit, decided, among, top)
-    rows = [row for run in finder.modes(full) for row in finder.over(run)]
+    finder = _finder(model, limit, options, among, top)
+    rows = finder.rows(list(finder.tasks(full)), beside)
     rows = finder.confirmed(sorted(finder.eased(rows), key=lambda row: row.order))
     named = model if isinstance(model, str) else None
     return tuple(
         replace(row, command=wording.command(named, finder.asked(row.run), [row.strategy], budget, gpu))
         for row in rows
     )
+
+
+def aside(
+    model: Any, limit: Budget, options: Mapping[str, Any], *, full: bool = False, among: Collection[str] = ()
+) -> Iterator[Rows]:
+    """Rows of a search from the shares that come after the first, a share at a time.
+
+    Args:
+        model, limit, options, full, among: as `search`.
+    """
+    finder = _finder(model, limit, options, among)
+    for share in _shares(list(finder.tasks(full)))[1:]:
+        yield {_key(task): finder.cheapest(*task) for task in share}
+
+
+def _key(task: Task) -> tuple[Run, str]:
+    return task[0], task[1].name
+
+
+def _shares(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks that have their traces in common, those with adapters early as packages are loaded for them."""
+    shares: dict[Any, list[Task]] = {}
+    for run, strategy in tasks:
+        shares.setdefault((run, special(strategy)), []).append((run, strategy))
+    first, others = list(shares.values())[:1], list(shares.values())[1:]
+    return first + sorted(others, key=lambda share: not share[0][0].adapts)
+
+
+def _finder(
+    model: Any, limit: Budget, options: Mapping[str, Any], among: Collection[str] = (), top: int = TOP
+) -> _Finder:
+    _, config = gather.model_config(model)
+    if hasattr(config, "skeleton"):
+        raise UserError(
+            "a model object is planned as it is: name its optimizer, or search by the model's name"
+        )
+    decided = {key: value for key, value in options.items() if value is not None}
+    return _Finder(config, limit, decided, among, top)
 
 
 @dataclass(frozen=True)
@@ -119,13 +156,25 @@ class _Finder:
                 raise UserError("--full trains all weights: leave out the options of adapters")
             yield run
 
+    def tasks(self, full: bool) -> Iterator[Task]:
+        """What is looked at: each method over each run."""
+        return ((run, strategy) for run in self.modes(full) for strategy in self._over(run))
+
+    def rows(self, tasks: Sequence[Task], beside: Callable[[], Rows]) -> list[Found]:
+        """A row for each task; what is beside comes from the other end of the shares."""
+        shares, found = _shares(tasks), Rows()
+        for share in (*shares[:1], *reversed(shares[1:])):
+            found |= beside()
+            found |= {_key(task): self.cheapest(*task) for task in share if _key(task) not in found}
+        return [found[_key(task)] for task in tasks]
+
     def asked(self, run: Run) -> Run:
         """A run without what it has from the card."""
         of_card: dict[str, Any] = {key: self.decided.get(key) for key in ("compute_capability", "workspace")}
         return replace(run, **of_card)
 
-    def over(self, run: Run) -> Iterator[Found]:
-        """A row for each method, with the cheapest levers that make it fit."""
+    def _over(self, run: Run) -> Iterator[Strategy]:
+        """The methods that go with a run."""
         coded = "weights" not in self.decided and run.weights is not None
         every = available()
         some = ADAPTED if run.adapts else CODED if coded else every
@@ -136,9 +185,9 @@ class _Finder:
             if run.accumulation > 1 and not strategy.source.needs_autograd:
                 continue
             if not problem(run, strategy):
-                yield self._cheapest(run, strategy)
+                yield strategy
 
-    def _cheapest(self, run: Run, strategy: Strategy) -> Found:
+    def cheapest(self, run: Run, strategy: Strategy) -> Found:
         """The row with the cheapest levers that make it fit; where none do, the one that misses least."""
         tried: list[Found] = []
         every = self._levered(run, strategy)
