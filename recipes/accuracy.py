@@ -43,7 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": {"optim": "adamw", "lora_rank": 8, "lr": 5e-4, "steps": 100},
     "adamw": {"optim": "adamw", "lr": 3e-5, "steps": 50},
     "mezo": {"optim": "mezo", "optim_args": "noise=rademacher", "lr": 3e-5, "steps": 150},
-    "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 1e-2, "steps": 160, "schedule": "linear"},
+    "qzo nf4": {"optim": "qzo", "quantize": "nf4", "lr": 1e-2, "steps": 600},
     "fzoo": {"optim": "fzoo", "optim_args": "queries=4", "lr": 1e-3, "steps": 150},
 }
 """What is compared, and how each is run; the steps of forward passes are more, and cheaper in memory."""

@@ -11,9 +11,9 @@ weights (1e-5 to 1e-7, arXiv 2305.17333), and what 135 million take, lies about
     lr = 0.54 / d^(1/4)           for scales of 4-bit weights, which are stepped in proportion to themselves
 
 two of them from what 135 million weights take and what the papers take: fzoo 1e-3 (0.4 of it learned a third
-as fast) and 5e-5 for 13 billion (arXiv 2506.09034); qzo 5e-3 (itself not tried: 1e-2 learned five times as
-fast as 2e-3 for sixty steps, and then no more) and 2e-3 for seven, in these units (arXiv 2505.13430). Never
-more than 1e-4, 1e-3 and 1e-2: models of a million weights take no rate a thousand times that of a billion.
+as fast) and 5e-5 for 13 billion (arXiv 2506.09034); qzo 5e-3 (1e-2 learned somewhat faster and well for 600
+steps, 2e-3 a fifth as fast) and 2e-3 for seven, in these units (arXiv 2505.13430). Never more than 1e-4,
+1e-3 and 1e-2: models of a million weights take no rate a thousand times that of a billion.
 """
 
 from __future__ import annotations
