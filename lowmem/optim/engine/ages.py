@@ -19,7 +19,7 @@ from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.terms.hyper import Hyper
 
 ROWS = 1024
-"""The table grows by so many ages."""
+"""Ages of the first table; when they are outgrown they double, as kernels are made for a length."""
 
 
 class Numbered(Protocol):
@@ -63,6 +63,6 @@ def table(rule: Numbered, hp: Hyper, device: torch.device) -> Tensor:
     if key not in tables or tables[key].shape[0] <= last:
         if len(tables) > 64:  # a scheduler that moves the betas makes one for every step
             tables.clear()
-        numbers = [_row(rule, t, hp) for t in range((last // ROWS + 1) * ROWS)]
+        numbers = [_row(rule, t, hp) for t in range(max(ROWS, 1 << last.bit_length()))]
         tables[key] = torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
     return tables[key]

@@ -9,7 +9,7 @@ It asks for the current stream at every call and was made for one device, whatev
 The number of rows is left open, where tensors have any: one kernel serves chunks of all sizes.
 
 The ways to what was generated are no public ones. This file alone knows them; where one is not
-there, or sizes are not those of the first call, the public call serves as well, only later.
+there the public call serves as well, only later.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ PRIVATE = (
     "torch._dynamo.mark_dynamic",
 )
 """All names that are not public; each may be gone in another version."""
+VARIANTS = 16
+"""Kernels of one step, for sizes that were taken as fixed."""
 ABSENT = object()
 _NUMBERS = itertools.count()
 
@@ -83,7 +85,7 @@ def compiled(step: Kernel) -> Kernel:
 
 
 class Compiled:
-    """A kernel that compiles itself when it is first called.
+    """A kernel that compiles itself when it is first called, and anew for sizes that were taken as fixed.
 
     Args:
         step: works in place on what it is given; the rows of its first tensor are the number left open.
@@ -101,18 +103,40 @@ class Compiled:
         self._taken: list[Tensor | int] = []
         self._order: list[int] = []
         self._fixed: list[tuple[int, torch.Size]] = []
+        self._open: list[tuple[int, int]] = []
+        self._others: list[Compiled] = []
         self._direct: Kernel = self._whole
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        if self._order and self._fits(tensors):
+        if not self._order:
+            self._begin(tensors)
+        elif self._fits(tensors):
             rows = _rows(tensors)
             self._direct([rows if i < 0 else tensors[i] for i in self._order])
-            return
-        rows = _leave_rows_open(tensors)
+        else:
+            self._other(tensors)(*tensors)
+
+    def _begin(self, tensors: Sequence[Tensor | None]) -> None:
+        """Compile; what the compiler is told of sizes is not left on the caller's tensors."""
+        seen = {id(x): x.detach() for x in tensors if x is not None}
+        told = [None if x is None else seen[id(x)] for x in tensors]
+        rows = _leave_rows_open(told)
         self._taken = []
-        self._call(*tensors)
-        if not self._order:
-            self._remember(tensors, rows)
+        self._call(*told)
+        self._remember(told, rows)
+
+    def _other(self, tensors: Sequence[Tensor | None]) -> Kernel:
+        """The kernel for sizes that this one was not made for; too many of them go by the public call."""
+        for other in self._others:
+            if not other._order or other._fits(tensors):
+                self._others.remove(other)
+                self._others.insert(0, other)
+                return other
+        if len(self._others) == VARIANTS:
+            _say("a kernel is called with too many sizes: called publicly")
+            return self._whole
+        self._others.insert(0, type(self)(self._step))
+        return self._others[0]
 
     def _call(self, *tensors: Tensor | None) -> None:
         """By what is public; nothing has been written where compiling fails."""
@@ -142,11 +166,13 @@ class Compiled:
             return
         self._order = found
         opened = rows if -1 in found else -1
-        self._fixed = [
-            (i, tensor.shape)
-            for i, tensor in enumerate(tensors)
-            if tensor is not None and _place_of_rows(tensor, opened) is None
-        ]
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
+            if (place := _place_of_rows(tensor, opened)) is None:
+                self._fixed.append((i, tensor.shape))
+            else:
+                self._open.append((i, place))
         # past the wrapper around it, which serves caches and profilers of torch.compile
         within = _look(self._graphs[0], "current_callable")
         if within is ABSENT:
@@ -154,11 +180,15 @@ class Compiled:
         self._direct = self._graphs[0] if within is ABSENT else within
 
     def _fits(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether what is not cut into rows is as large as at the first call."""
+        """Whether what is cut into rows has as many as the weight, and all else its first size."""
+        rows = _rows(tensors)
+        for i, place in self._open:  # one that had as many by chance does not later
+            tensor = tensors[i]
+            if tensor is None or tensor.shape[place] != rows:
+                return False
         for i, shape in self._fixed:
             tensor = tensors[i]
             if tensor is None or tensor.shape != shape:
-                _say("a kernel is called with sizes that it was not made for: called publicly")
                 return False
         return True
 

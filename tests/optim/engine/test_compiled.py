@@ -207,19 +207,52 @@ def test_a_private_name_that_is_gone_is_done_without(
     assert not gone.endswith(needed) or said
 
 
-def test_sizes_that_a_kernel_was_not_made_for_go_by_the_public_call(caplog: pytest.LogCaptureFixture) -> None:
-    """Columns with ages of their own: as many as the rank, which need not be that of the matrix before."""
+def kernels_of(kernel: Any) -> list[Any]:
+    """A kernel, and those for other sizes."""
+    return [kernel, *kernel._others]
+
+
+@pytest.mark.parametrize(
+    "sizes", [((5, 3), (5, 7), (4, 7), (5, 9), (4, 3)), ((3, 3), (3, 7), (3, 3), (3, 9))]
+)
+def test_sizes_that_a_kernel_was_not_made_for_have_one_of_their_own(
+    sizes: tuple[tuple[int, int], ...],
+) -> None:
+    """As many columns as the rank; and a table that has as many rows as the first weight, by chance."""
 
     def step(w: Tensor, g: Tensor, numbers: Tensor) -> None:
         w.add_(g * numbers.sum())
 
     kernel = Compiled(step)
-    for columns, rows in ((5, 3), (5, 7), (4, 7), (5, 9), (4, 3)):
-        w, g, numbers = normal(rows, ROW), normal(rows, ROW, seed=1), normal(columns, seed=2).round()
-        expected = w + g * numbers.sum()
-        kernel(w, g, numbers)
-        torch.testing.assert_close(w, expected, rtol=0, atol=1e-6)
-    assert kernel._order
+    for turn in range(2):
+        for entries, rows in sizes:
+            w, g, numbers = normal(rows, ROW), normal(rows, ROW, seed=1), normal(entries, 2, seed=2).round()
+            expected = w + g * numbers.sum()
+            kernel(w, g, numbers)
+            torch.testing.assert_close(w, expected, rtol=0, atol=1e-6)
+            assert not vars(numbers)  # nothing is left on it
+        for one in kernels_of(kernel) if not turn else ():
+            assert one._order
+            forbid_torch_compile(one)
+    assert len(kernels_of(kernel)) == 2
+
+
+def test_a_kernel_of_too_many_sizes_goes_by_the_public_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step(w: Tensor, numbers: Tensor) -> None:
+        w.add_(numbers.sum())
+
+    monkeypatch.setattr(compiling, "VARIANTS", 1)
+    monkeypatch.setattr(compiling, "_say", functools.cache(compiling._say.__wrapped__))
+    caplog.set_level("DEBUG", logger=compiling.log.name)
+    kernel = Compiled(step)
+    for entries in (3, 4, 5, 3, 4, 5, 6):
+        w = torch.zeros(7, ROW)
+        kernel(w, torch.ones(entries))
+        assert torch.equal(w, torch.full_like(w, entries))
+    assert len(kernels_of(kernel)) == 2
+    assert "too many sizes" in caplog.text
 
 
 @pytest.fixture(params=["-mavx", "-mavx512vnni*|*-mavx512bf16"], ids=["all", "newest"])

@@ -246,6 +246,30 @@ def test_passes_compile_to_what_they_say(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
+def test_a_tensor_of_as_many_rows_as_ages_are_in_the_table_is_one_of_many() -> None:
+    """And the table grows in the middle of the run: kernels are called directly before and after."""
+    shapes = {"a": (512, 512), "b": (512, 1376), "c": (4, 1 << 16)}
+    generator = torch.Generator().manual_seed(0)
+    first = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    left_by = []
+    for named in ("cpu", "cuda"):
+        weights = {name: nn.Parameter(w.clone()) for name, w in first.items()}
+        with policy(named):
+            optimizer = lowmem.LowMemOptimizer(list(weights.items()), lowmem.create("adamw"), compile="on")
+            for step in (0, 1, 1022, 1023, 1024):
+                optimizer.param_groups[0]["step"] = step
+                for w in weights.values():
+                    w.grad = first["a"].mean() + 0.01 * w.detach()
+                optimizer.step()
+        left_by.append(weights)
+        kernels = optimizer.chunks._kernels.values()
+        assert all(one._order for kernel in kernels for one in (kernel, *kernel._others))
+    for name in shapes:
+        torch.testing.assert_close(left_by[0][name], left_by[1][name], rtol=0, atol=0)
+
+
 def test_what_a_card_skips_is_counted_by_rows_and_its_ages_move_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
