@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.contract import Projector
-from lowmem.optim.engine.cutting import walk
+from lowmem.optim.engine.cutting import sizes, walk
 from lowmem.optim.projectors.bases import check_rank
 from lowmem.optim.projectors.coordinate import count_of
 from lowmem.optim.terms.changes import Change, Unrelated
@@ -82,11 +82,13 @@ class Fisher(Projector):
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Choose, where nothing is chosen yet; an element that is not finite is not."""
-        index = s["index"]
+        index, nothing = s["index"], Unrelated(torch.zeros((), dtype=torch.bool, device=g.device))
+        if sizes(index.device).at_hand and not index.is_meta and int(index[0]) >= 0:
+            return nothing
         found = largest(g, index)
         chosen = (index[0] < 0) & (found[0] >= 0)
         index.add_(found.sub_(index).mul_(chosen))
-        return Unrelated(torch.zeros((), dtype=torch.bool, device=g.device))
+        return nothing
 
     def down(self, s: State, g: Blocks, hp: Hyper) -> Tensor:
         """The chosen elements; zeros before there are any."""
