@@ -270,6 +270,35 @@ def test_a_tensor_of_as_many_rows_as_ages_are_in_the_table_is_one_of_many() -> N
         torch.testing.assert_close(left_by[0][name], left_by[1][name], rtol=0, atol=0)
 
 
+LARGE = {"a": (512, 512), "b": (512, 1376), "c": (1376, 512), "lora": (16, 512), "norm": (512,)}
+"""Three that a card steps alone, of which the first has 1024 rows of 256; and two that step together."""
+
+
+def by_gradient() -> list[str]:
+    found = {name: lowmem.create(name) for name in lowmem.available()}
+    own_loop = ("momo", "momo_adam", "sophia")
+    return [name for name, of in found.items() if of.source.needs_autograd and name not in own_loop]
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
+@pytest.mark.parametrize("name", by_gradient())
+def test_every_method_compiles_for_a_card_and_steps_as_ever(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SHAPES", LARGE)
+    gap = dict(lowmem.create(name).options).get("update_proj_gap", 1)
+    options = {"update_proj_gap": 2} if gap > 2 else {}
+    eager, params = start(name, options, FP32, compile="off")
+    advance(eager, params, range(4))
+    with policy("cuda"):
+        card, moved = start(name, options, FP32, compile="on")
+        advance(card, moved, range(4))
+    begun = start(name, options, FP32)[1]
+    for p, q, first in zip(params, moved, begun, strict=True):
+        assert (p - q).norm() <= 0.02 * (p - first).norm()  # codes at a tie fall to either side
+
+
 def test_what_a_card_skips_is_counted_by_rows_and_its_ages_move_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
