@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,27 +50,49 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A method as it is compared: as `lowmem finetune` takes it, and the rates among which it is chosen."""
+    """A method as it is compared: as `lowmem finetune` takes it, and the first rate that is tried."""
 
     optim: str
-    rates: tuple[float, ...]
+    lr: float
     options: str = ""
     others: tuple[tuple[str, Any], ...] = ()
 
 
 PURPOSES = {"demo": "fine-tuning", "scratch": "pre-training"}
 USUAL = {"demo": 1e-4, "scratch": 1e-3}
-"""The rate of a method that recommends none."""
-FACTORS = (1.0, 3.0, 10.0)
-"""Of a recommended rate, which is mostly for models of 7B: these are small and take more."""
+"""The first rate of a method that recommends none."""
+MOST = 6
+"""Rates that are tried of a method."""
 METHODS = {
-    "adamw": {"demo": Row("adamw", (1e-4,)), "scratch": Row("adamw", (2e-3,))},
-    "galore": {"demo": Row("galore", (5e-4,)), "scratch": Row("galore", (5e-3,))},
-    "galore_roles": {"demo": Row("galore", (5e-4,), "states=int8,embedding=adafactor")},
-    "q_galore": {"demo": Row("q_galore", (5e-4,)), "scratch": Row("q_galore", (5e-3,))},
-    "q_galore_roles": {"demo": Row("q_galore", (5e-4,), "embedding=adafactor")},
-}
+    "adamw": {"demo": Row("adamw", 1e-4), "scratch": Row("adamw", 1e-3)},
+    "galore": {"demo": Row("galore", 5e-4), "scratch": Row("galore", 5e-3)},
+    "galore_roles": {"demo": Row("galore", 5e-4, "states=int8,embedding=adafactor")},
+    "q_galore": {"demo": Row("q_galore", 5e-4), "scratch": Row("q_galore", 5e-3)},
+    "q_galore_roles": {"demo": Row("q_galore", 5e-4, "embedding=adafactor")},
+    **{
+        name: {"demo": Row(name, demo), "scratch": Row(name, scratch)}
+        for name, demo, scratch in (
+            ("ada_lomo", 1e-3, 1e-2), ("auon", 1e-3, 1e-2), ("dion", 1e-3, 1e-2), ("lion", 3e-5, 3e-4),
+            ("lomo", 0.1, 1.0), ("muon", 1e-3, 1e-2), ("muon_8bit", 1e-3, 1e-2), ("ada_muon", 1e-4, 1e-3),
+            ("scale", 1e-3, 1e-2), ("sgd", 0.1, 1.0), ("signsgd", 3e-5, 3e-4), ("sinkgd", 1e-3, 1e-2),
+            ("sumo", 1e-3, 1e-2), ("swan", 1e-3, 1e-2), ("momo_adam", 1e-3, 1e-2), ("momo", 1.0, 1.0),
+            ("sgd_sai", 1e-3, 1e-2), ("apollo", 1e-3, 1e-2), ("apollo_mini", 1e-3, 1e-2),
+        )
+    },
+}  # fmt: skip
 """Settings of this recipe; any other method has those that its record recommends."""
+
+_INSIDE = (
+    "steps inside a subspace that the first gradients decide; what lies outside waits for refreshes that "
+    "so few steps do not reach"
+)
+REASONS = {
+    **dict.fromkeys(("galore", "galore_roles", "q_galore", "q_galore_roles", "golore", "lotus"), _INSIDE),
+    **dict.fromkeys(("grass_walk", "subtrack", "subspace_momentum", "online_subspace"), _INSIDE),
+    "adamw_4bit": "moments of 4 bits, at AdamW's own rate",
+    "apollo_mini": "one row of noise per matrix says how long a step is",
+}
+"""Why a method learns less than AdamW in so few steps."""
 
 
 def row(setting: str, method: str) -> Row:
@@ -84,10 +107,16 @@ def row(setting: str, method: str) -> Row:
         return found
     advice = [advice for advice in entry(method).recommended if advice.purpose == PURPOSES[setting]]
     values = dict(advice[0].values) if advice else {}
-    lr = values.pop("lr", USUAL[setting])
+    lr = _on_grid(values.pop("lr", USUAL[setting]))
     others = tuple((name, values.pop(name)) for name in ("betas", "eps", "weight_decay") if name in values)
     options = ",".join(f"{key}={str(value).lower()}" for key, value in values.items())
-    return Row(method, tuple(float(f"{lr * factor:.3g}") for factor in FACTORS), options, others)
+    return Row(method, lr, options, others)
+
+
+def _on_grid(lr: float) -> float:
+    """The nearest of 1, 3, 10, 30, ...: methods that are much alike are to be tried at the same rates."""
+    k = round(2 * math.log10(lr))
+    return rated(1.0, k)
 
 
 VARIANTS: dict[str, dict[str, str]] = {
@@ -163,18 +192,45 @@ class Quality:
             **dict(of.others), "optim": of.optim, "optim_args": ",".join(options),
             "lr": case.lr, "seed": case.seed, "output_dir": str(self.folder / "runs" / case.name),
         }  # fmt: skip
-        if self.forgetting and case.setting == "demo":
+        if self.forgetting and case.setting == "demo" and case.split == "heldout":
             values["forgetting"] = True
         return build({**values, "steps": self.steps} if self.steps else values)
 
     def rate(self, setting: str, method: str) -> float:
-        """The learning rate with the least validation loss, of bf16 weights and seed 0."""
-        rates = row(setting, method).rates
-        asked = [Case(setting, method, "bf16", lr, 0, "validation") for lr in rates]
-        if len(asked) == 1:
-            return asked[0].lr
-        found = self.measure(asked)
-        return float(min(found, key=lambda run: run["held_out"]["after"])["lr"])
+        """The learning rate of the least validation loss: up or down from the first, until the next is worse.
+
+        Raises:
+            UserError: no run of those tried has a finite loss.
+        """
+        losses: dict[int, float] = {}
+
+        def loss(k: int) -> float:
+            if k not in losses and len(losses) < MOST:
+                losses[k] = self._validated(Case(setting, method, "bf16", rated(first, k), 0, "validation"))
+            return losses.get(k, math.inf)
+
+        first, best = row(setting, method).lr, 0
+        while loss(best) == math.inf and len(losses) < MOST:
+            best -= 1
+        for way in (1, -1):
+            while loss(best + way) < loss(best):
+                best += way
+        if loss(best) == math.inf:
+            raise UserError(f"{method}: no run from lr {first:g} on ended; see {self.folder / 'runs'}")
+        return rated(first, best)
+
+    def _validated(self, case: Case) -> float:
+        """The loss of a run; infinite where it broke off, as one of too high a rate does."""
+        try:
+            return float(self.measure([case])[0]["held_out"]["after"])
+        except UserError:
+            return math.inf
+
+
+def rated(first: float, k: int) -> float:
+    """A rate so many places above the first: 1, 3, 10, 30, ... times it; from 3 on, 3, 10, 30, 100, ..."""
+    half = 10 / 3 if f"{first:e}".startswith("3.0") else 3
+    return float(f"{first * 10 ** (k // 2) * (half if k % 2 else 1):.3g}")
 
 
 def _places(case: Case, folder: Path) -> dict[str, Any]:
@@ -238,7 +294,8 @@ def quality(
         seeds: each runs once with each; steps, jobs and forgetting: as in `Quality`.
 
     Returns:
-        {"runs": [{"setting", "method", "variant", "split", "lr", "seed", "held_out", ...}]}, all of a folder.
+        {"runs": [{"setting", "method", "variant", "split", "lr", "seed", "held_out", ...}], all of a folder,
+        "reasons": of methods that learn less}.
 
     Raises:
         UserError: a name that there is not, or a run that fails.
@@ -249,9 +306,13 @@ def quality(
     for setting, method in itertools.product(settings, methods):
         row(setting, method)  # an unknown name is told before the first run
     asked = Quality(folder, steps, jobs, forgetting)
-    rates = {(s, m): asked.rate(s, m) for s in settings for m in methods}
+    every = list(itertools.product(settings, methods))
+    for setting, method in every[:: len(methods)]:
+        asked.config(Case(setting, method, "bf16", 1.0, 0))  # which makes text and model once
+    with ThreadPoolExecutor(jobs) as pool:
+        rates = dict(zip(every, pool.map(lambda one: asked.rate(*one), every), strict=True))
     asked.measure([Case(s, m, v, rates[s, m], seed) for seed in seeds for s, m in rates for v in variants])
-    found = {"runs": list(kept(folder / "runs"))}
+    found = {"runs": list(kept(folder / "runs")), "reasons": REASONS}
     (folder / "quality.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
 

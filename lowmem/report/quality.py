@@ -1,8 +1,9 @@
 """What methods learn and forget, as one Markdown page made from the document of `recipes/quality`.
 
-A table for each beginning: a row is a method with weights held in one way, its loss the mean over seeds and
-the spread the largest distance from that. A row in int8 weights says how far it is from the same method's in
-bf16, over the seeds that both have.
+Two tables for each beginning. One compares methods, each at the rate that the validation split chose, by
+their distance from AdamW; the other compares ways to hold the weights of one method, at one rate, by their
+distance from bf16. A loss is the mean over seeds, its spread the largest distance from that; a distance is
+taken over the seeds that both rows have.
 """
 
 from __future__ import annotations
@@ -15,31 +16,52 @@ Run = Mapping[str, Any]
 
 
 def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """The table's numbers of judged runs: means over the seeds."""
+    """The numbers of judged runs: means over the seeds, and `above` that of bf16 weights."""
+    groups = _judged(runs)
+    return [_row(some, groups.get((*key[:2], "bf16", key[3]), [])) for key, some in groups.items()]
+
+
+def methods(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of methods in bf16 weights whose rate was chosen, by `above`: their distance from AdamW."""
+    groups = _judged(runs)
+    rates = chosen(runs)
+    of = {key[:2]: some for key, some in groups.items() if key[2] == "bf16" and rates.get(key[:2]) == key[3]}
+    found = [_row(some, of.get((key[0], BESIDE), [])) for key, some in of.items()]
+    return sorted(found, key=lambda row: float(row["above"] or 0.0))
+
+
+def chosen(runs: Iterable[Run]) -> dict[tuple[str, str], float]:
+    """The rate of the least validation loss, by beginning and method."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for run in runs:
+        if run["split"] == "validation":
+            key, this = (run["setting"], run["method"]), (run["held_out"]["after"], run["lr"])
+            best[key] = min(best.get(key, this), this)
+    return {key: lr for key, (_, lr) in best.items()}
+
+
+def _judged(runs: Iterable[Run]) -> dict[tuple[str, str, str, float], list[Run]]:
     found: dict[tuple[str, str, str, float], list[Run]] = {}
     for run in runs:
         if run["split"] == "heldout":
             key = (run["setting"], run["method"], run["variant"], run["lr"])
             found.setdefault(key, []).append(run)
-    return [_row(some, found.get((*key[:2], "bf16", key[3]), [])) for key, some in found.items()]
+    return found
 
 
 def _row(some: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
     losses = {run["seed"]: run["held_out"]["after"] for run in some}
     beside = {run["seed"]: run["held_out"]["after"] for run in plain}
     both = [losses[seed] / beside[seed] - 1 for seed in losses if seed in beside]
-    mean = statistics.fmean(losses.values())
-    one = some[0]
+    mean, one = statistics.fmean(losses.values()), some[0]
+    kept = ("setting", "method", "variant", "lr", "steps", "state_bytes", "optim", "options")
     return {
-        **{
-            key: one[key]
-            for key in ("setting", "method", "variant", "lr", "steps", "state_bytes", "optim", "options")
-        },
+        **{key: one[key] for key in kept},
         "seeds": sorted(losses),
         "before": one["held_out"]["before"],
         "loss": mean,
         "spread": max(abs(loss - mean) for loss in losses.values()),
-        "above": statistics.fmean(both) if both and one["variant"] != "bf16" else None,
+        "above": statistics.fmean(both) if both and some is not plain else None,
         "forgotten": _forgotten(some),
         "seconds": statistics.median(run["seconds"] / run["steps"] for run in some),
     }
@@ -57,9 +79,12 @@ ABOUT = {
     "scratch": "A Llama of 9.7M parameters from random weights, on the reference that ships with Python. "
     "Held-out are topics that it does not read.",
 }
-HEAD = (
-    "method", "weights", "lr", "seeds", "held-out loss", "of bf16's", "forgotten", "state MiB", "s a step",
-)  # fmt: skip
+UNKNOWN = "no reason is known"
+BESIDE = "adamw"
+FAR = 0.01
+"""Above AdamW's loss, a distance that wants a reason."""
+HEAD = ("method", "lr", "seeds", "held-out loss", "of AdamW's", "forgotten", "state MiB", "s a step")
+HELD = ("method", "weights", "lr", "seeds", "held-out loss", "of bf16's", "state MiB", "s a step")
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -78,29 +103,54 @@ def markdown(document: Mapping[str, Any]) -> str:
         return "\n".join([*lines, "Not yet measured.", ""])
     lines += [
         f"Made by `{COMMAND}`, then `--page docs/quality.md --of configs/measured/quality.json`.",
-        "All runs of a table see the same rows and steps. The learning rate is the recipe's; of several, the "
-        "one of the least loss on the validation split, with bf16 weights and seed 0: see below a table.",
+        "All runs of a table see the same rows and steps. A method has the learning rate of the least loss "
+        "on the validation split, with bf16 weights and seed 0, among those listed below its table.",
+        "Losses of different seeds belong to different rows: compare by the distance from AdamW's, which is "
+        "taken over the same seeds. Rates are a factor of three apart, which alone moves a loss by some "
+        "percent.",
         "Runs share the cores with whatever else goes on, so seconds say little: `lowmem.recipes.benchmark` "
         "measures steps.",
         "",
     ]
     for setting in dict.fromkeys(run["setting"] for run in runs):
-        lines += [*_setting(setting, [run for run in runs if run["setting"] == setting]), ""]
+        some = [run for run in runs if run["setting"] == setting]
+        lines += [*_setting(setting, some, document.get("reasons", {})), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _setting(setting: str, runs: Sequence[Run]) -> list[str]:
-    """The table of one beginning, what it was measured on, and the grid behind the rates."""
-    found = rows(runs)
+def _setting(setting: str, runs: Sequence[Run], reasons: Mapping[str, str]) -> list[str]:
+    """The tables of one beginning, what it was measured on, and the grid behind the rates."""
     lines = [f"## {setting}", "", ABOUT.get(setting, ""), *_measured_on(runs), ""]
-    lines += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in sorted(found, key=lambda row: _order(row))]
-    grid = sorted((r["method"], r["lr"], r["held_out"]["after"]) for r in runs if r["split"] == "validation")
-    if grid:
-        told = "; ".join(f"{method} {lr:g}: {loss:.4f}" for method, lr, loss in grid)
-        return [*lines, "", f"Validation loss of the grids: {told}."]
-    only = "No rate was chosen here: compare ways to hold weights and states of one method, not methods."
-    return [*lines, "", only]
+    if found := methods(runs):
+        lines += _table(HEAD, [_of_method(row) for row in found])
+        lines += [*_far(found, reasons), "", f"Validation losses: {_grids(runs)}.", ""]
+    several = {(run["method"], run["lr"]) for run in runs if run["variant"] != "bf16"}
+    held = [row for row in rows(runs) if (row["method"], row["lr"]) in several]
+    if held:
+        lines += ["Ways to hold the weights of a method, at one rate:", ""]
+        lines += _table(HELD, [_of_weights(row) for row in sorted(held, key=_order)])
+    return lines
+
+
+def _table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in cells)]
+
+
+def _far(found: Iterable[Mapping[str, Any]], reasons: Mapping[str, str]) -> list[str]:
+    """Methods that learn less than AdamW, by the reason."""
+    named: dict[str, list[str]] = {}
+    for row in found:
+        if (row["above"] or 0) > FAR:
+            named.setdefault(reasons.get(row["method"], UNKNOWN), []).append(f"`{row['method']}`")
+    said = [f"- {', '.join(names)}: {reason}" for reason, names in named.items()]
+    return ["", f"More than {FAR:.0%} above AdamW's loss:", "", *said] if said else []
+
+
+def _grids(runs: Iterable[Run]) -> str:
+    grid: dict[str, list[str]] = {}
+    for run in sorted((r for r in runs if r["split"] == "validation"), key=lambda r: (r["method"], r["lr"])):
+        grid.setdefault(run["method"], []).append(f"{run['lr']:g}: {run['held_out']['after']:.4f}")
+    return "; ".join(f"{method} {', '.join(told)}" for method, told in grid.items())
 
 
 def _measured_on(runs: Sequence[Run]) -> list[str]:
@@ -127,16 +177,29 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 WEIGHTS = ("bf16", "int8", "int8 eco", "int8 nearest")
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    spread = f" +- {row['spread']:.4f}" if len(row["seeds"]) > 1 else ""
+def _of_method(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        f"`{row['optim']}({row['options']})`" if row["options"] else f"`{row['optim']}`",
-        row["variant"],
-        f"{row['lr']:g}",
-        str(len(row["seeds"])),
-        f"{row['loss']:.4f}{spread}",
-        "" if row["above"] is None else f"{row['above']:+.2%}",
+        *_name(row),
+        *_loss(row),
         "" if row["forgotten"] is None else f"{row['forgotten']:+.4f}",
-        f"{row['state_bytes'] / 2**20:.1f}",
-        f"{row['seconds']:.1f}",
+        *_cost(row),
     )
+
+
+def _of_weights(row: Mapping[str, Any]) -> tuple[str, ...]:
+    name, rate, seeds = _name(row)
+    return (name, row["variant"], rate, seeds, *_loss(row), *_cost(row))
+
+
+def _name(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    options = f"({row['options']})" if row["options"] else ""
+    return f"`{row['optim']}{options}`", f"{row['lr']:g}", str(len(row["seeds"]))
+
+
+def _loss(row: Mapping[str, Any]) -> tuple[str, str]:
+    spread = f" +- {row['spread']:.4f}" if len(row["seeds"]) > 1 else ""
+    return f"{row['loss']:.4f}{spread}", "" if row["above"] is None else f"{row['above']:+.2%}"
+
+
+def _cost(row: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{row['state_bytes'] / 2**20:.1f}", f"{row['seconds']:.1f}"
