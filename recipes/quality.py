@@ -32,6 +32,7 @@ from lowmem.config import RunConfig, build
 from lowmem.errors import UserError
 from lowmem.report.quality import markdown
 from lowmem.training.comparing.once import once
+from lowmem.training.comparing.rates import least, on_grid
 from lowmem.training.comparing.reading import small_model, texts
 
 SHARED: dict[str, Any] = {
@@ -76,7 +77,9 @@ METHODS = {
             ("lomo", 0.1, 1.0), ("muon", 1e-3, 1e-2), ("muon_8bit", 1e-3, 1e-2), ("ada_muon", 1e-4, 1e-3),
             ("scale", 1e-3, 1e-2), ("sgd", 0.1, 1.0), ("signsgd", 3e-5, 3e-4), ("sinkgd", 1e-3, 1e-2),
             ("sumo", 1e-3, 1e-2), ("swan", 1e-3, 1e-2), ("momo_adam", 1e-3, 1e-2), ("momo", 1.0, 1.0),
-            ("sgd_sai", 1e-3, 1e-2), ("apollo", 1e-3, 1e-2), ("apollo_mini", 1e-3, 1e-2),
+            ("sgd_sai", 1e-3, 1e-2), ("apollo", 1e-3, 1e-2), ("apollo_mini", 1e-3, 1e-2), ("tam", 0.1, 1.0),
+            ("gravity", 0.1, 1.0), ("subset_norm", 1e-3, 1e-2), ("subspace_momentum", 1e-3, 1e-2),
+            ("novograd", 1e-3, 1e-2), ("sm3", 1e-3, 1e-2), ("lamb", 1e-3, 1e-3),
         )
     },
 }  # fmt: skip
@@ -107,16 +110,10 @@ def row(setting: str, method: str) -> Row:
         return found
     advice = [advice for advice in entry(method).recommended if advice.purpose == PURPOSES[setting]]
     values = dict(advice[0].values) if advice else {}
-    lr = _on_grid(values.pop("lr", USUAL[setting]))
+    lr = on_grid(values.pop("lr", USUAL[setting]))
     others = tuple((name, values.pop(name)) for name in ("betas", "eps", "weight_decay") if name in values)
     options = ",".join(f"{key}={str(value).lower()}" for key, value in values.items())
     return Row(method, lr, options, others)
-
-
-def _on_grid(lr: float) -> float:
-    """The nearest of 1, 3, 10, 30, ...: methods that are much alike are to be tried at the same rates."""
-    k = round(2 * math.log10(lr))
-    return rated(1.0, k)
 
 
 VARIANTS: dict[str, dict[str, str]] = {
@@ -202,22 +199,15 @@ class Quality:
         Raises:
             UserError: no run of those tried has a finite loss.
         """
-        losses: dict[int, float] = {}
+        first = row(setting, method).lr
 
-        def loss(k: int) -> float:
-            if k not in losses and len(losses) < MOST:
-                losses[k] = self._validated(Case(setting, method, "bf16", rated(first, k), 0, "validation"))
-            return losses.get(k, math.inf)
+        def loss(lr: float) -> float:
+            return self._validated(Case(setting, method, "bf16", lr, 0, "validation"))
 
-        first, best = row(setting, method).lr, 0
-        while loss(best) == math.inf and len(losses) < MOST:
-            best -= 1
-        for way in (1, -1):
-            while loss(best + way) < loss(best):
-                best += way
-        if loss(best) == math.inf:
+        found = least(first, loss, MOST)
+        if found is None:
             raise UserError(f"{method}: no run from lr {first:g} on ended; see {self.folder / 'runs'}")
-        return rated(first, best)
+        return found
 
     def _validated(self, case: Case) -> float:
         """The loss of a run; infinite where it broke off, as one of too high a rate does."""
@@ -225,12 +215,6 @@ class Quality:
             return float(self.measure([case])[0]["held_out"]["after"])
         except UserError:
             return math.inf
-
-
-def rated(first: float, k: int) -> float:
-    """A rate so many places above the first: 1, 3, 10, 30, ... times it; from 3 on, 3, 10, 30, 100, ..."""
-    half = 10 / 3 if f"{first:e}".startswith("3.0") else 3
-    return float(f"{first * 10 ** (k // 2) * (half if k % 2 else 1):.3g}")
 
 
 def _places(case: Case, folder: Path) -> dict[str, Any]:

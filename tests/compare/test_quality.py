@@ -14,6 +14,7 @@ import pytest
 from lowmem.config import load
 from lowmem.errors import UserError
 from lowmem.report.quality import UNKNOWN, markdown, methods, rows
+from lowmem.training.comparing.rates import rated
 
 ROOT = Path(__file__).resolve().parents[2]
 recipe = importlib.import_module("lowmem.recipes.quality")
@@ -133,7 +134,7 @@ def test_a_method_without_settings_here_has_what_its_record_recommends(tmp_path:
     made = recipe.row("scratch", "mars")
     assert made.lr == 1e-2  # of 6e-3, on the grid of all
     assert recipe.row("demo", "adamw_8bit").lr == 3e-5
-    assert [recipe.rated(3e-5, k) for k in (-2, -1, 0, 1, 2)] == [3e-6, 1e-5, 3e-5, 1e-4, 3e-4]
+    assert [rated(3e-5, k) for k in (-2, -1, 0, 1, 2)] == [3e-6, 1e-5, 3e-5, 1e-4, 3e-4]
     assert dict(made.others) == {"betas": (0.95, 0.99), "weight_decay": 1e-2}
     assert recipe.row("demo", "mars").lr == recipe.USUAL["demo"]  # nothing is recommended there
     config = recipe.Quality(tmp_path).config(recipe.Case("demo", "fish_mask", "bf16", 1e-4, 0))
