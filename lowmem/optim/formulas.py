@@ -1,8 +1,8 @@
-"""Matrices made of others, and passes over them: what a card can do in one call, and a CPU block by block.
+"""Matrices made of others, and passes over them: what a compiler fuses in one call, the rest block by block.
 
-A rule that needs a number of the whole tensor goes over it before it steps. On a CPU that goes row block by
-row block (`Blocks.ranges`), whose copies stay in cache. On a card each block is a handful of launches, a
-hundred times over. What a compiler fuses needs no blocks there: nothing is held on the way. So a matrix says
+A rule that needs a number of the whole tensor goes over it before it steps. Eager, that goes row block by row
+block (`Blocks.ranges`): copies stay in a CPU's cache, but on a card each block is a handful of launches, a
+hundred times over. What a compiler fuses needs no blocks: nothing is held on the way. So a matrix says
 what it is made of (`Leaf`) where it can: tensors, vectors, and a function that its kernels are kept by. Who
 takes one pass (`Hyper.sweep`, `Hyper.parts`) gives a function, and does not hear how it is called. Products
 with a matrix that is a formula make some of its rows at a time (`Hyper.seen`).

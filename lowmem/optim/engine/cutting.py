@@ -45,6 +45,7 @@ class Sizes:
         eager: most elements of a piece that is not compiled. Its temporaries take up to 36 bytes for each.
         made: bytes that may be made at once of a step to be written, such as a lifted product, where the
             writer is compiled; made_eager: where it is not. 0 for those of a piece alone.
+        passes: fewest elements of a matrix whose passes are compiled; smaller ones go block by block.
         drawn: elements of pieces of noise, largest first; few, as each takes a second or two to compile.
         together: tensors with fewer elements step together; 0 for none.
         at_hand: what a tensor holds can be read on the host without waiting, and uploads are free.
@@ -54,6 +55,7 @@ class Sizes:
     eager: int
     made: int
     made_eager: int
+    passes: int
     drawn: tuple[int, ...]
     together: int
     at_hand: bool
@@ -65,11 +67,12 @@ class Sizes:
 
 POLICIES = {
     "cpu": Sizes(
-        LADDER, eager=LADDER[0], made=0, made_eager=0, drawn=(1 << 16, 1 << 12), together=0, at_hand=True
+        LADDER, eager=LADDER[0], made=8 << 20, made_eager=0, passes=1 << 18, drawn=(1 << 16, 1 << 12),
+        together=0, at_hand=True,
     ),
     "cuda": Sizes(
-        (), eager=LADDER[0], made=48 << 20, made_eager=8 << 20, drawn=(1 << 20, 1 << 16, 1 << 12),
-        together=1 << 18, at_hand=False,
+        (), eager=LADDER[0], made=48 << 20, made_eager=8 << 20, passes=0,
+        drawn=(1 << 20, 1 << 16, 1 << 12), together=1 << 18, at_hand=False,
     ),
 }  # fmt: skip
 """By type of device; other accelerators are like CUDA, and meta is like the CPU until one is named."""

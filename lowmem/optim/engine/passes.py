@@ -1,4 +1,4 @@
-"""Passes over a whole matrix in one call, where a card's kernels are compiled; see `formulas`."""
+"""Passes over a whole matrix in one call, where kernels are compiled and it is large; see `formulas`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Passes(ByBlocks):
 
     def leaf(self, x: Blocks) -> Leaf | None:
         """What a kernel takes of a matrix; None where it goes block by block."""
-        return leaf_of(x) if self._at_once(x.device) else None
+        m, n = x.shape
+        return leaf_of(x) if self.compile and m * n >= sizes(x.device).passes else None
 
     def takes(self, x: Blocks) -> int:
         """Bytes that looking makes for each element: where one call does it, fp32 and what it reads."""

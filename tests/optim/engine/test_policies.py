@@ -17,6 +17,7 @@ from lowmem.memory.count import workspace_bytes
 from lowmem.memory.footprint import _compiled, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.trace.replica import Parameter
+from lowmem.optim.blocks import Dense
 from lowmem.optim.engine import chunks, cutting, passes
 from lowmem.optim.engine.cutting import policy
 
@@ -159,7 +160,7 @@ def test_tensors_that_step_together_are_planned_together() -> None:
 
 
 def assert_close_to_blocks(
-    name: str, options: dict[str, Any], made: int, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], made: int, monkeypatch: pytest.MonkeyPatch, named: str = "cuda"
 ) -> None:
     """Kernels that are not compiled take whole passes, of which so many bytes may be made."""
     blocks, params = start(name, options, FP32)
@@ -171,8 +172,9 @@ def assert_close_to_blocks(
 
     monkeypatch.setattr(passes, "compiled", as_it_is)
     monkeypatch.setattr(chunks, "compiled", lambda step: step)
-    monkeypatch.setitem(cutting.POLICIES, "cuda", replace(cutting.POLICIES["cuda"], made=made))
-    with policy("cuda"):
+    sizes = replace(cutting.POLICIES[named], made=made, passes=0)
+    monkeypatch.setitem(cutting.POLICIES, named, sizes)
+    with policy(named):
         whole, moved = start(name, options, FP32, compile="on")
         advance(whole, moved, range(3))
     assert calls
@@ -180,24 +182,40 @@ def assert_close_to_blocks(
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+SUMMED: list[tuple[str, dict[str, Any]]] = [
+    ("adafactor", {"scale_parameter": True}),
+    ("came", {}),
+    ("adam_mini", {}),
+    ("fira", {"rank": 8, "update_proj_gap": 2}),
+    ("apollo", {"rank": 8, "update_proj_gap": 2}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "named"),
     [
-        ("adafactor", {"scale_parameter": True}),
-        ("came", {}),
-        ("adam_mini", {}),
-        ("fira", {"rank": 8, "update_proj_gap": 2}),
-        ("apollo", {"rank": 8, "update_proj_gap": 2}),
-        ("frugal", {"rank": 8, "update_proj_gap": 2, "projector": "power"}),
+        *((*one, named) for one in SUMMED for named in ("cpu", "cuda")),
+        ("frugal", {"rank": 8, "update_proj_gap": 2, "projector": "power"}, "cuda"),
     ],
     ids=str,
 )
 def test_passes_at_once_are_those_by_blocks(
-    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a card's kernels compute, uncompiled: sums of all rows at once differ from those of blocks in the
+    """What compiled kernels compute, uncompiled: sums of all rows at once differ from those of blocks in the
     last bits alone, products are made in pieces, and a gradient that is not finite is refused alike."""
-    assert_close_to_blocks(name, options, 1 << 20, monkeypatch)
+    assert_close_to_blocks(name, options, 1 << 20, monkeypatch, named)
+
+
+def test_a_cpu_compiles_the_passes_of_large_matrices_alone() -> None:
+    """A kernel takes a second to compile, and saves some milliseconds of each step that is long."""
+    frame = passes.Passes(compile=True)
+    least = cutting.POLICIES["cpu"].passes
+    for rows, cols, at_once in ((least // 256, 256, True), (least // 256 - 1, 256, False)):
+        assert (frame.leaf(Dense(torch.zeros(rows, cols))) is not None) == at_once
+    with policy("cuda"):
+        assert frame.leaf(Dense(torch.zeros(2, 2))) is not None
+    assert passes.Passes(compile=False).leaf(Dense(torch.zeros(least // 256, 256))) is None
 
 
 SMALL = {"odd.weight": (130, 130), "wide.weight": (64, 256), "tall.weight": (256, 96), "bias": (77,)}
