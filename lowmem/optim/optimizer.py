@@ -218,17 +218,18 @@ class LowMemOptimizer(Informed):
 
     def ready(self, p: Tensor) -> tuple[Seat, bool]:
         """What a parameter's step needs, and whether its state is new."""
-        self._switch(self.place(p).group["step"])
+        place = self.place(p)
+        self._switch(place.group["step"])
         rule_name = self.rule_name(p)
         held = cast("dict[str, Tensor]", self.state[p])
-        if fresh := not held:
-            held.update(self.place(p).fresh(self.strategy, rule_name, p, self.home.maker(p)))
+        known = self._seats.get(p)
+        if fresh := not held and not (known and known.fits(rule_name, held)):  # some never hold anything
+            held.update(place.fresh(self.strategy, rule_name, p, self.home.maker(p)))
             self.home.hold_(p, held)
         name, here = self.home.here(p, held, self.state)
         known = self._seats.get(name)
         if known is None or not known.fits(rule_name, here):
-            known = seat(self.strategy, self.place(p), rule_name, p, here, self.constants(p))
-            self._seats[name] = known
+            known = self._seats[name] = seat(self.strategy, place, rule_name, p, here, self.constants(p))
         return known, fresh
 
     def _switch(self, step: int) -> None:

@@ -222,6 +222,20 @@ def test_state_may_be_moved_away_and_back(case: Case) -> None:
     assert same(state_of(optimizer), state_of(other))
 
 
+def test_a_tensor_that_holds_nothing_is_not_asked_for_its_state_in_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    optimizer = lowmem.optimizer(params := [nn.Parameter(torch.ones(4, 4)) for _ in range(3)], "signsgd")
+    asked, init = [], lowmem.Strategy.init
+    monkeypatch.setattr(lowmem.Strategy, "init", lambda *given: (asked.append(given), init(*given))[1])
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert len(asked) == len(params)
+    assert not optimizer.state_bytes()
+
+
 @some_cases
 def test_entries_of_no_parameter_are_kept(case: Case) -> None:
     optimizer, model = started(case)

@@ -104,15 +104,17 @@ class Roster:
         self._names: dict[tuple[str, int], tuple[str, ...]] = {}
 
     def __getitem__(self, p: Tensor) -> Place:
-        if p not in self.places:
+        found = self.places.get(p)
+        if found is None:
             raise UserError(
                 f"a tensor of shape {tuple(p.shape)} is in no group of this optimizer; add it first"
             )
-        return self.places[p]
+        return found
 
     def rule_at(self, p: Tensor, step: int) -> str:
         """The name of the rule that a parameter follows after so many completed steps."""
-        place, group = self[p], self[p].group
+        place = self[p]
+        group = place.group
         names = self._taking_part(place.rule, step)
         return self.schedule.role(place.name, place.rule, names, step, group["seed"], group["decided"])
 
