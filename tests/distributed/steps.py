@@ -90,6 +90,13 @@ def exact(optimizer: lowmem.LowMemOptimizer, p: Tensor) -> bool:
     return seat.way != "rows" or (is_pointwise(rule) and not rule.measures)
 
 
+def apart(optimizer: lowmem.LowMemOptimizer, p: Tensor, name: str) -> float:
+    """How far steps may be apart, as a share of the way."""
+    if exact(optimizer, p) and name not in TWO_PATHS:
+        return 0.0
+    return ROUNDED if dict(optimizer.strategy.options).get("products") == "bf16" else REORDERED
+
+
 def cut(optimizer: lowmem.LowMemOptimizer, p: Tensor) -> bool:
     """Whether a tensor follows the rule of small ones because its shards do not start on a block."""
     ordinary = optimizer.strategy.rule_name(optimizer.place(p).role, p.shape)
@@ -110,11 +117,13 @@ SUMMED = [
         "lotus",
         "sm3",
     )
-]
+] + [cases.case("muon", products="bf16")]
 """What is found of all rows by sums, maxima or products of a few columns, some ranks without any."""
 
 REORDERED = 1e-4
 """How far apart fp32 steps may be whose sums have another order, as a share of the way."""
+ROUNDED = 2e-2
+"""The same of steps whose products are rounded to bf16."""
 WORSE = 1.5
 """How much further from the steps in fp32 those in bf16 may be than on one device."""
 TWO_PATHS = ("diffgrad",)

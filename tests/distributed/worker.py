@@ -48,15 +48,15 @@ def one(case: Case, dtype: torch.dtype, folder: Path, mesh: Any) -> Found:
         said = f"small {name}" if steps.cut(optimizer, p) else name
         own, one_device, in_fp32 = p.detach().to_local(), *(rows(x[said], p) for x in (wanted, plain))
         moved = float((wanted[said].float() - start[name].detach().float()).norm())
-        apart = float((own.float() - one_device.float()).norm())
+        off = float((own.float() - one_device.float()).norm())
         if not steps.exact(optimizer, p) and dtype != torch.float32:
             for i, weight in enumerate((own, one_device)):
                 noise[i] += float((weight.float() - in_fp32).square().sum())
             continue
-        most = 0.0 if steps.exact(optimizer, p) and case.name not in steps.TWO_PATHS else steps.REORDERED
-        if not apart <= most * moved:
+        most = steps.apart(optimizer, p, case.name)
+        if not off <= most * moved:
             way = optimizer.ready(p)[0].way
-            found.append(f"{name} by {way}: {apart / moved:.1e} of the way apart, {most:.0e} allowed")
+            found.append(f"{name} by {way}: {off / moved:.1e} of the way apart, {most:.0e} allowed")
     decided = steps.decided(optimizer)
     where = {"ranks": mesh.size(), "rank": mesh.get_rank(), "step": steps.STEPS - 1, "decided": decided}
     planned = model_state_bytes(case.create(), Zoo().to(dtype), **where)

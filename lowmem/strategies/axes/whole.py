@@ -140,6 +140,7 @@ def ada_muon(
     nesterov: bool = True,
     iterations: Annotated[int, Limits(least=0)] = 5,
     sign: bool = True,
+    products: Literal["fp32", "bf16"] = "fp32",
 ) -> AnyRule:
     """AdaMuon: Muon's step over the root of the average of its squares.
 
@@ -148,8 +149,11 @@ def ada_muon(
         nesterov: Look ahead by the fresh gradient.
         iterations: Of Newton and Schulz; 0 for the exact factor, by eigenvectors.
         sign: Make the signs of the momentum orthogonal, as in the paper, instead of the momentum.
+        products: Precision of those of Newton and Schulz; bf16 is much faster on a card.
     """
-    return AdaMuon.of(states, momentum=momentum, nesterov=nesterov, iterations=iterations, sign=sign)
+    return AdaMuon.of(
+        states, momentum=momentum, nesterov=nesterov, iterations=iterations, sign=sign, products=products
+    )
 
 
 @part("rule")

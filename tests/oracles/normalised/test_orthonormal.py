@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory import count
 from lowmem.optim.blocks import Dense
-from lowmem.optim.rules.normalised.muon import Product, newton_schulz, polar
+from lowmem.optim.rules.normalised.muon import Product, polar
+from lowmem.optim.rules.normalised.schulz import polynomial
 from tests.oracles import drive
 from tests.oracles.normalised import reference_orthonormal as reference
 from tests.oracles.normalised.test_normalised import gradient_of, matrix, weight_of
@@ -157,16 +158,57 @@ def test_newton_and_schulz_tell_the_size_of_the_result(monkeypatch: pytest.Monke
     x = torch.randn(5, 8)
     for panel in (1 << 22, 10):
         monkeypatch.setattr("lowmem.optim.rules.normalised.muon.PANEL", panel)
-        t, p, a = newton_schulz(x @ x.mT, x.norm(), [(1.5, -0.5, 0.0)] * 3)
+        t, p, a = polynomial(x @ x.mT, x.norm(), [(1.5, -0.5, 0.0)] * 3)
         torch.testing.assert_close(p @ a @ p, t @ x @ x.mT @ t.mT, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["muon", "swan"])
-def test_three_matrices_of_the_short_side_are_all(name: str) -> None:
-    """Large enough for the rest of the workspace not to hide a fourth."""
-    strategy, shape = lowmem.create(name), (6144, 8192)
+@pytest.mark.parametrize(
+    ("name", "options", "of_sides"),
+    [
+        ("muon", {}, 12 * 6144**2),
+        ("swan", {}, 12 * 6144**2),
+        ("muon", {"products": "bf16"}, 2 * 6144 * 8192 + 6 * 6144**2),
+    ],
+    ids=str,
+)
+def test_matrices_of_the_short_side_are_all(name: str, options: dict[str, Any], of_sides: int) -> None:
+    """Large enough for the rest of the workspace not to hide one more."""
+    strategy, shape = lowmem.create(name, **options), (6144, 8192)
     taken = count.workspace_bytes(strategy, shape, torch.bfloat16, "matrix", False)
-    assert taken <= strategy.rules["matrix"].scratch(shape) == (64 << 20) + 12 * 6144**2
+    assert taken <= strategy.rules["matrix"].scratch(shape) == (64 << 20) + of_sides
+
+
+def of_spectrum(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A matrix with these singular values, (short side,)."""
+    u, _, vh = torch.linalg.svd(torch.randn(shape).double(), full_matrices=False)
+    return ((u * values) @ vh).float()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("power", [None, 0.5, 1.0, 2.0])
+def test_bf16_products_are_as_near_as_those_of_torch(power: float | None, wide: bool) -> None:
+    """To exact arithmetic: what bf16 costs is the distance of both (told with -s)."""
+    shape = (160, 320)
+    values = None if power is None else torch.arange(1, shape[0] + 1).double() ** -power
+    wide_one = torch.randn(shape) if values is None else of_spectrum(values, shape)
+    g = wide_one if wide else wide_one.mT.contiguous()
+    exact = -0.2 * shape[1] ** 0.5 * reference.newton_schulz(g.double())
+    w = nn.Parameter(torch.zeros_like(g))
+    theirs = torch.optim.Muon([w], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    w.grad = g.clone()
+    theirs.step()
+    hyper = {"lr": 1.0}
+    ours = drive.follow("muon", torch.zeros_like(g), [g], hyper=hyper, products="bf16")[0]
+    found, published = (float((x - exact).norm() / exact.norm()) for x in (ours.double(), w.detach()))
+    print(f"{power}: {found:.4f} for {published:.4f}")
+    assert 1e-3 < found < 1.2 * published
+
+
+def test_bf16_products_of_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="products='bf16' has no effect on eigenvectors"):
+        lowmem.create("muon", iterations=0, products="bf16")
+    with pytest.raises(UserError, match="products"):
+        lowmem.create("muon", products="fp16")
 
 
 @pytest.mark.parametrize("sign", [True, False])

@@ -17,8 +17,8 @@ are not raised to one in five iterations.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,7 @@ from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.formulas import Formula, Made
 from lowmem.optim.held import HeldMoment, tables
+from lowmem.optim.rules.normalised import schulz
 from lowmem.optim.shards import Shape, shard_in, total, whole
 from lowmem.optim.terms.changes import Change, Rotation
 from lowmem.optim.terms.fp32 import TINY
@@ -40,6 +41,7 @@ from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constants, State, part, prefixed
 
 SCALES = ("rms", "aspect")
+PRODUCTS = ("fp32", "bf16")
 STEP = (3.4445, -4.7750, 2.0315)
 """(a, b, c): five such steps make all singular values above 1e-3 of the norm about one."""
 
@@ -49,8 +51,8 @@ class Muon(Rule):
     """Momentum with equal singular values, for matrices.
 
     Bytes for an (m, n) weight: what the codec takes (4 m n in fp32, m n in 8 bits).
-    Workspace: 12 s^2 bytes beside that of every step, s the short side; where rows are spread, and
-    there are no more of them than columns, 4 m n for all of X on every rank.
+    Workspace: 12 s^2 bytes beside that of every step, s the short side, or 2 m n + 6 s^2 with products of
+    bf16; where rows are spread, and there are no more of them than columns, 4 m n for all of X on every rank.
 
     Args:
         held: codec of the momentum.
@@ -59,9 +61,10 @@ class Muon(Rule):
         iterations: of Newton and Schulz; 0 for the exact factor, by eigenvectors of the Gram matrix.
         scaling: rms (steps as long as AdamW's) or aspect (longer for tall matrices only).
         sign: make the signs of the momentum orthogonal, instead of itself.
+        products: precision of those of Newton and Schulz, fp32 or bf16, see `schulz`.
 
     Raises:
-        UserError: a number or word outside its range.
+        UserError: a number or word outside its range, or bf16 products where there are none.
 
     Example:
         >>> sorted(Muon.of("int8").init(torch.zeros(3, 5)))
@@ -74,6 +77,7 @@ class Muon(Rule):
     iterations: int = 5
     scaling: str = "rms"
     sign: bool = False
+    products: str = "fp32"
     reads_later: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +85,12 @@ class Muon(Rule):
             f"momentum must be in [0, 1), got {self.momentum}": not 0.0 <= self.momentum < 1.0,
             f"iterations must be at least 0, got {self.iterations}": self.iterations < 0,
             f"unknown scaling {self.scaling!r}; {nearest(self.scaling, SCALES)}": self.scaling not in SCALES,
+            f"unknown products {self.products!r}; {nearest(self.products, PRODUCTS)}": (
+                self.products not in PRODUCTS
+            ),
+            "products='bf16' has no effect on eigenvectors (iterations=0); leave one of the two out": (
+                self.products == "bf16" and self.iterations == 0
+            ),
         }
         if any(bad.values()):
             raise UserError("; ".join(sentence for sentence, wrong in bad.items() if wrong))
@@ -88,7 +98,7 @@ class Muon(Rule):
     @classmethod
     def of(
         cls, states: str, *, momentum: float = 0.95, nesterov: bool = True, iterations: int = 5,
-        scaling: str = "rms", codes: str = "dynamic", sign: bool = False,
+        scaling: str = "rms", codes: str = "dynamic", sign: bool = False, products: str = "fp32",
     ) -> Muon:  # fmt: skip
         """Muon with its momentum held as `states` says, and 8-bit codes `dynamic` or `linear`.
 
@@ -100,7 +110,7 @@ class Muon(Rule):
             if states != "int8":
                 raise UserError(f"codes='linear' are of states='int8', got {states!r}; take one of the two")
             held = Linear()
-        return cls(held, momentum, nesterov, iterations, scaling, sign)
+        return cls(held, momentum, nesterov, iterations, scaling, sign, products)
 
     @property
     def uses(self) -> frozenset[str]:
@@ -108,8 +118,8 @@ class Muon(Rule):
         return frozenset()
 
     def scratch(self, shape: tuple[int, int]) -> int:
-        """Three matrices of the short side."""
-        return SCRATCH + 12 * min(shape) ** 2
+        """Three matrices of the short side; with products of bf16 X, and three of half the size."""
+        return SCRATCH + (schulz.scratch(shape) if self.products == "bf16" else 12 * min(shape) ** 2)
 
     def init(self, x: Tensor) -> State:
         """A momentum of zero."""
@@ -141,14 +151,25 @@ class Muon(Rule):
         (m, n), shard = whole(x.shape), shard_in(x.shape)
         if not self.iterations:
             return Product(polar(x.map(lambda rows: torch.where(ok, rows, 0.0))), x)
+        if self.products == "bf16":
+            return self._rounded(x)
         if shard is None or m > n:
             return Product(self._polynomial(total(x.shape, gram(x)), x.panel), x)
         every = Dense(shard.gathered(torch.cat([x.rows(i, j) for i, j in x.ranges()])))
         return Slice(Product(self._polynomial(gram(every), x.panel), every), shard.shape)
 
+    def _rounded(self, x: Blocks) -> Blocks:
+        """X with equal singular values as a tensor, by products of bf16."""
+        (m, n), shard, steps = whole(x.shape), shard_in(x.shape), [STEP] * self.iterations
+        if shard is None or m > n:
+            sums = functools.partial(total, x.shape)
+            return Dense(schulz.rounded(x, steps, x.panel, m > n, sums), shape=x.shape)
+        every = Dense(shard.gathered(torch.cat([x.rows(i, j) for i, j in x.ranges()])))
+        return Slice(Dense(schulz.rounded(every, steps, x.panel, tall=False)), shard.shape)
+
     def _polynomial(self, a: Tensor, panel: int) -> Tensor:
         """T with X after the iterations = T X, from A = X X' (used up), and the division by |X|."""
-        return newton_schulz(a, a.diagonal().sum().sqrt() + 1e-7, [STEP] * self.iterations, panel)[0]
+        return schulz.polynomial(a, a.diagonal().sum().sqrt() + 1e-7, [STEP] * self.iterations, panel)[0]
 
     def check_rebase(self, kind: str) -> None:
         """A momentum is linear: it rotates, where it is held as it is."""
@@ -266,46 +287,6 @@ class Product(Made):
         self._panel = torch.zeros(last - i, self.shape[1], device=self.device)
         for a, b in walk(self.x.ranges(), self.device):
             self._panel.addmm_(self.polynomial[i:last, a:b], self.x.rows(a, b))
-
-
-def newton_schulz(
-    a: Tensor, norm: Tensor, steps: Sequence[tuple[float, float, float]], panel: int = PANEL
-) -> tuple[Tensor, Tensor, Tensor]:
-    """T of X <- (a + b A + c A^2) X, A = X X', once for each (a, b, c), from X over its norm.
-
-    Args:
-        a: X X', (s, s); used up. norm: 0-D, no smaller than the largest singular value.
-        steps: at least one. panel: elements that are multiplied at a time.
-
-    Returns:
-        T; P, what the last step multiplied by, and A before it: P A P is the Gram matrix of T X.
-    """
-    a.div_(norm.square())
-    t = torch.eye(a.shape[0], device=a.device).div_(norm)
-    p = a
-    for k, (first, second, third) in enumerate(steps):
-        if k:  # powers of one matrix: they commute
-            left_(p, a, panel)
-            right_(a, p, panel)
-            del p  # of the short side squared
-        p = torch.addmm(a, a, a, beta=second, alpha=third) if third else a * second
-        p.diagonal().add_(first)
-        left_(p, t, panel)
-    return t, p, a
-
-
-def left_(p: Tensor, x: Tensor, panel: int) -> None:
-    """x <- p x, some columns at a time."""
-    width = max(1, panel // p.shape[0])
-    for j in walk(range(0, x.shape[1], width), x.device):
-        x[:, j : j + width] = p @ x[:, j : j + width]
-
-
-def right_(x: Tensor, p: Tensor, panel: int) -> None:
-    """x <- x p, some rows at a time."""
-    height = max(1, panel // p.shape[0])
-    for i in walk(range(0, x.shape[0], height), x.device):
-        x[i : i + height] = x[i : i + height] @ p
 
 
 def polar(x: Blocks) -> Tensor:

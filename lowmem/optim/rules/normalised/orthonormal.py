@@ -38,8 +38,8 @@ class AdaMuon(Rule):
         N = O / (sqrt(V / (1 - beta2^t)) + eps),  D = N with an rms of 0.2
 
     Published code takes the momentum in the place of its sign. beta2 and eps are those of the group.
-    Bytes for an (m, n) weight: what the codecs take for both moments, 8 m n in fp32, and 4. Workspace: 12 s^2
-    bytes beside that of every step, s the short side.
+    Bytes for an (m, n) weight: what the codecs take for both moments, 8 m n in fp32, and 4.
+    Workspace: Muon's.
 
     Args:
         muon: the momentum, and how it is made orthogonal.
@@ -64,9 +64,12 @@ class AdaMuon(Rule):
         nesterov: bool = True,
         iterations: int = 5,
         sign: bool = True,
+        products: str = "fp32",
     ) -> AdaMuon:
         """AdaMuon with both moments held as `states` says; the rest is Muon's."""
-        muon = Muon.of(states, momentum=momentum, nesterov=nesterov, iterations=iterations, sign=sign)
+        muon = Muon.of(
+            states, momentum=momentum, nesterov=nesterov, iterations=iterations, sign=sign, products=products
+        )
         return cls(muon, codec(states, signed=False, stream="exp_avg_sq"))
 
     def scratch(self, shape: tuple[int, int]) -> int:

@@ -12,8 +12,9 @@ from lowmem.optim.blocks import Blocks, Direction
 from lowmem.optim.contract import SCRATCH, Rule
 from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.measured.layerwise import LEAST_SPREAD
-from lowmem.optim.rules.normalised.muon import Product, gram, left_, newton_schulz
+from lowmem.optim.rules.normalised.muon import Product, gram
 from lowmem.optim.rules.normalised.rows import inverse, row_squares, unit
+from lowmem.optim.rules.normalised.schulz import left_, polynomial
 from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State
@@ -65,7 +66,7 @@ class SWAN(Rule):
         x = hp.seen(Formula(_standardised, (x,), (mean, sizes)))
         a = gram(x)
         squares, norm = a.diagonal().sum(), torch.linalg.matrix_norm(a).sqrt().clamp(min=TINY**0.5)
-        t, p, last = newton_schulz(a, norm, [(1.5, -0.5, 0.0)] * self.iterations, x.panel)
+        t, p, last = polynomial(a, norm, [(1.5, -0.5, 0.0)] * self.iterations, x.panel)
         left_(p, last, x.panel)
         equal = torch.dot(last.view(-1), p.view(-1))  # the trace of P A P, the squared norm of T X
         t.mul_(torch.where(equal > 0.0, (squares / equal).sqrt(), 0.0))
