@@ -77,7 +77,7 @@ def method(entry: Any) -> str:
     lines = [f"# {entry.name}", "", summary, "", _blocks(doc), ""]
     lines += [f"Paper: [arXiv {entry.paper}](https://arxiv.org/abs/{entry.paper})", ""]
     lines += ["```bash", f"lowmem finetune --model MODEL --optim {entry.name} --data FILE", "```", ""]
-    lines += _advice(entry)
+    lines += [*_advice(entry), *_measured(entry)]
     lines += [f"## State of a {SHAPE[0]} x {SHAPE[1]} bfloat16 weight", "", *_precisions(entry), ""]
     lines += ["## Options", "", "| option | values | default | |", "|---|---|---|---|"]
     lines += [_option(option) for option in entry.options.values()]
@@ -89,6 +89,16 @@ def _advice(entry: Any) -> list[str]:
         return []
     rows = [f"| {advice.purpose} | `{advice}` | {advice.source} |" for advice in entry.recommended]
     return ["## Recommended", "", "| for | values | by |", "|---|---|---|", *rows, ""]
+
+
+def _measured(entry: Any) -> list[str]:
+    from lowmem.report.quality import TOLD, measured, told
+
+    if not (found := measured(entry.name)):
+        return []
+    head = ["## Measured", "", f"| {' | '.join(TOLD)} |", "|---|---|---|---|"]
+    rows = [f"| {' | '.join(told(row))} |" for row in found]
+    return [*head, *rows, "", "All methods, and how their rates were chosen: [quality](../quality.md).", ""]
 
 
 def _blocks(doc: str) -> str:

@@ -173,7 +173,9 @@ class Quality:
     def _one(self, case: Case, config: RunConfig) -> dict[str, Any]:
         about = {"setting": case.setting, "method": case.method, "variant": case.variant, "split": case.split}
         made = row(case.setting, case.method)
+        hyper = ", ".join(f"{key}={value}" for key, value in made.others)
         of = {**about, "optim": made.optim, "options": made.options, "lr": case.lr, "seed": case.seed}
+        of["hyper"] = hyper
         found: dict[str, Any] = once(
             config, self.folder / "runs", lambda result, _: {**of, **_kept(result)}, tidy=True
         )

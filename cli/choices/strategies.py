@@ -107,7 +107,10 @@ def _detail(entry: Any) -> dict[str, Any]:
     axes = [option for option in options if option["name"] in entry.axes]
     others = [option for option in options if option["name"] not in entry.axes]
     advice = [{"purpose": a.purpose, "source": a.source, "values": dict(a.values)} for a in entry.recommended]
-    return {**_summary(entry), "doc": entry.doc, "recommended": advice, "axes": axes, "options": others}
+    from lowmem.report.quality import measured
+
+    known = {"recommended": advice, "measured": measured(entry.name)}
+    return {**_summary(entry), "doc": entry.doc, **known, "axes": axes, "options": others}
 
 
 def _rows(options: Iterable[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -136,6 +139,7 @@ def _detail_table(document: dict[str, Any]) -> list[Any]:
     return [
         f"{document['name']}{paper}: {document['doc']}\n\n{bytes_held} in bfloat16",
         *_advice(document["recommended"]),
+        *_measured(document["measured"]),
         *([axes] if document["axes"] else []),
         *([options] if document["options"] else []),
         *(roles if document["axes"] else []),
@@ -149,6 +153,12 @@ def _advice(recommended: list[dict[str, Any]]) -> list[Any]:
         for a in recommended
     ]
     return [render.table("", ["recommended for", "values", "by"], rows)] if rows else []
+
+
+def _measured(found: list[dict[str, Any]]) -> list[Any]:
+    from lowmem.report.quality import TOLD, told
+
+    return [render.table("", list(TOLD), [told(row) for row in found])] if found else []
 
 
 def _parts() -> dict[str, list[dict[str, Any]]]:

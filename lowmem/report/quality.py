@@ -8,6 +8,7 @@ taken over the seeds that both rows have.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,33 @@ def methods(runs: Sequence[Run]) -> list[dict[str, Any]]:
     of = {key[:2]: some for key, some in groups.items() if key[2] == "bf16" and rates.get(key[:2]) == key[3]}
     found = [_row(some, of.get((key[0], BESIDE), [])) for key, some in of.items()]
     return sorted(found, key=lambda row: float(row["above"] or 0.0))
+
+
+def measured(strategy: str) -> list[dict[str, Any]]:
+    """What was measured of a strategy, with each of the options that were tried; the document comes along.
+
+    Returns:
+        [{"setting", "options", "lr", "hyper", "seeds", "loss", "above", "state_bytes", ...}], `above` as a
+        share of AdamW's loss, None for itself.
+
+    Example:
+        >>> [row["above"] for row in measured("adamw") if row["setting"] == "demo"]
+        [None]
+    """
+    from importlib import resources
+
+    kept = resources.files("lowmem.configs") / "measured" / "quality.json"
+    found = methods(json.loads(kept.read_text(encoding="utf-8"))["runs"])
+    return [row for row in found if row["optim"] == strategy]
+
+
+def told(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """A row of `measured` in words: the task, options and rate, the loss beside AdamW's, and MiB of state."""
+    options = "".join(f", {row[key]}" for key in ("hyper", "options") if row[key])
+    seeds = f"{len(row['seeds'])} seeds" if len(row["seeds"]) > 1 else "1 seed"
+    loss = f"{row['loss']:.4f}" if row["above"] is None else f"{row['loss']:.4f} ({row['above']:+.1%})"
+    task = TASKS.get(row["setting"], row["setting"])
+    return task, f"lr={row['lr']:g}{options}", f"{loss}, {seeds}", _mib(row)
 
 
 def chosen(runs: Iterable[Run]) -> dict[tuple[str, str], float]:
@@ -57,6 +85,7 @@ def _row(some: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
     kept = ("setting", "method", "variant", "lr", "steps", "state_bytes", "optim", "options")
     return {
         **{key: one[key] for key in kept},
+        "hyper": one.get("hyper", ""),
         "seeds": sorted(losses),
         "before": one["held_out"]["before"],
         "loss": mean,
@@ -79,6 +108,8 @@ ABOUT = {
     "scratch": "A Llama of 9.7M parameters from random weights, on the reference that ships with Python. "
     "Held-out are topics that it does not read.",
 }
+TASKS = {"demo": "SmolLM2-135M on the demo", "scratch": "9.7M Llama from scratch"}
+TOLD = ("measured", "with", "held-out loss (beside adamw)", "MiB of state")
 UNKNOWN = "no reason is known"
 BESIDE = "adamw"
 FAR = 0.01
@@ -193,7 +224,8 @@ def _of_weights(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _name(row: Mapping[str, Any]) -> tuple[str, str, str]:
     options = f"({row['options']})" if row["options"] else ""
-    return f"`{row['optim']}{options}`", f"{row['lr']:g}", str(len(row["seeds"]))
+    rate = f"{row['lr']:g}" + (f", {row['hyper']}" if row["hyper"] else "")
+    return f"`{row['optim']}{options}`", rate, str(len(row["seeds"]))
 
 
 def _loss(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -201,5 +233,9 @@ def _loss(row: Mapping[str, Any]) -> tuple[str, str]:
     return f"{row['loss']:.4f}{spread}", "" if row["above"] is None else f"{row['above']:+.2%}"
 
 
+def _mib(row: Mapping[str, Any]) -> str:
+    return f"{row['state_bytes'] / 2**20:.1f}"
+
+
 def _cost(row: Mapping[str, Any]) -> tuple[str, str]:
-    return f"{row['state_bytes'] / 2**20:.1f}", f"{row['seconds']:.1f}"
+    return _mib(row), f"{row['seconds']:.1f}"

@@ -13,7 +13,7 @@ import pytest
 
 from lowmem.config import load
 from lowmem.errors import UserError
-from lowmem.report.quality import UNKNOWN, markdown, methods, rows
+from lowmem.report.quality import UNKNOWN, markdown, measured, methods, rows, told
 from lowmem.training.comparing.rates import rated
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +78,13 @@ def test_the_rate_is_chosen_on_the_validation_split_and_nothing_runs_twice(
 def test_a_page_names_what_its_figures_belong_to(calls: list[Any], tmp_path: Path) -> None:
     found = recipe.quality(tmp_path, methods=["adamw"], variants=["bf16", "int8"], seeds=[0, 1])
     text = markdown(found)
-    for told in ("## demo", "1 thread a run", "2.0000", "| `adamw` | int8 | 0.0001 | 2 | 1.6550 +- 0.0050 |"):
-        assert told in text
+    for words in (
+        "## demo",
+        "1 thread a run",
+        "2.0000",
+        "| `adamw` | int8 | 0.0001 | 2 | 1.6550 +- 0.0050 |",
+    ):
+        assert words in text
     assert "Validation losses: adamw 3e-05: 1.5229, 0.0001: 1.0000, 0.0003: 1.4771, " in text
 
 
@@ -104,6 +109,19 @@ def test_methods_are_compared_at_their_rates_and_what_is_far_off_has_a_reason() 
     assert "| `sgd` | 0.1 | 1 | 1.1000 | +10.00% |" in text
     assert "- `sgd`: it has no moments." in text
     assert "lion" not in text
+
+
+def test_a_strategy_is_told_what_was_measured_of_it() -> None:
+    kept = json.loads((ROOT / "configs" / "measured" / "quality.json").read_text(encoding="utf-8"))
+    found = measured("galore")
+    assert {row["method"] for row in found} >= {"galore", "galore_roles"}
+    assert all(row in methods(kept["runs"]) for row in found)
+    assert not measured("mezo")
+    row = {"setting": "demo", "options": "rank=4", "hyper": "eps=1e-16", "lr": 1e-3, "seeds": [0, 1]}
+    words = told({**row, "loss": 1.0, "above": 0.021, "state_bytes": 2**20})
+    assert words == (
+        "SmolLM2-135M on the demo", "lr=0.001, eps=1e-16, rank=4", "1.0000 (+2.1%), 2 seeds", "1.0",
+    )  # fmt: skip
 
 
 def test_rates_at_which_runs_break_off_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
