@@ -30,7 +30,7 @@ from typing import Any
 
 from lowmem.config import RunConfig, build
 from lowmem.errors import UserError
-from lowmem.report.quality import markdown
+from lowmem.report.quality import REASONS, markdown
 from lowmem.training.comparing.once import once
 from lowmem.training.comparing.rates import least, on_grid
 from lowmem.training.comparing.reading import small_model, texts
@@ -84,18 +84,6 @@ METHODS = {
     },
 }  # fmt: skip
 """Settings of this recipe; any other method has those that its record recommends."""
-
-_INSIDE = (
-    "steps inside a subspace that the first gradients decide; what lies outside waits for refreshes that "
-    "so few steps do not reach"
-)
-REASONS = {
-    **dict.fromkeys(("galore", "galore_roles", "q_galore", "q_galore_roles", "golore", "lotus"), _INSIDE),
-    **dict.fromkeys(("grass_walk", "subtrack", "subspace_momentum", "online_subspace"), _INSIDE),
-    "adamw_4bit": "moments of 4 bits, at AdamW's own rate",
-    "apollo_mini": "one row of noise per matrix says how long a step is",
-}
-"""Why a method learns less than AdamW in so few steps."""
 
 
 def row(setting: str, method: str) -> Row:
@@ -212,11 +200,12 @@ class Quality:
         return found
 
     def _validated(self, case: Case) -> float:
-        """The loss of a run; infinite where it broke off, as one of too high a rate does."""
+        """The loss of a run; infinite where it broke off, or only rose, as at too high a rate."""
         try:
-            return float(self.measure([case])[0]["held_out"]["after"])
+            held = self.measure([case])[0]["held_out"]
         except UserError:
             return math.inf
+        return float(held["after"]) if held["after"] < held["before"] else math.inf
 
 
 def _places(case: Case, folder: Path) -> dict[str, Any]:

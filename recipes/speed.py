@@ -38,10 +38,10 @@ bench = importlib.import_module("lowmem.recipes.benchmark")
 others = importlib.import_module("lowmem.recipes.peers")
 GAP, NEVER = others.GAP, others.NEVER
 
-_SUMS = "goes by sums over the tensor, which are several eager passes on a CPU (a call or two on a card)"
+_SUMS = "goes by sums over the tensor: passes over the gradient, or the momentum, before the step"
 _ROOM = "two products for each matrix and a step inside"
 _HOST = "Python takes a tenth of a millisecond for each tensor; fused kernels take a list of them"
-_GRAM = "iterates on the Gram matrix in fp32, without a copy of the weight; the packages multiply in bf16"
+_GRAM = "iterates on the Gram matrix in fp32; the packages multiply in bf16, as products=bf16 does here"
 _TURNS = "its basis moves in every step: QR and products of its own"
 _REASONS = {
     _HOST: ("adamw", "amsgrad", "sgd"),
@@ -49,7 +49,7 @@ _REASONS = {
         "adam_cm", "adam_mini", "adamp", "auon", "came", "dog", "fadam", "ldog", "mars", "novograd",
         "sgd_sai", "sm3", "smmf", "stable_spam", "subset_norm", "tam",
     ),
-    _ROOM: ("dct", "galore", "grass_walk", "grass_jump", "lotus", "subspace_momentum", "subtrack"),
+    _ROOM: ("dct", "galore", "golore", "grass_walk", "grass_jump", "lotus", "subspace_momentum", "subtrack"),
     _GRAM: ("ada_muon", "muon", "muon_8bit", "swan"),
     _TURNS: ("dion", "ldadam", "mlorc", "online_subspace"),
     "a product for each matrix, with a basis that is drawn anew in every step; the package holds it": (
@@ -58,6 +58,7 @@ _REASONS = {
     f"{_ROOM}, and the rest is measured before it is written: the second product is made twice": ("fira",),
     f"{_ROOM}; the basis of 4 bits is decoded in every step": ("q_galore",),
     f"{_ROOM}, of which one is made orthogonal": ("sumo",),
+    "moments of 4 bits are looked up, and the nearest codes found among sixteen": ("adamw_4bit",),
     "four-bit codes beside maxima of rows and columns are found in several eager passes": (
         "adamw_4bit_rank1",
     ),

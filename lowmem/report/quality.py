@@ -110,6 +110,26 @@ ABOUT = {
 }
 TASKS = {"demo": "SmolLM2-135M on the demo", "scratch": "9.7M Llama from scratch"}
 TOLD = ("measured", "with", "held-out loss (beside adamw)", "MiB of state")
+_INSIDE = (
+    "steps inside a subspace that the first gradients decide; what lies outside waits for refreshes that "
+    "so few steps do not reach"
+)
+_TURNS = "a few tensors, or layers, at a time: in so few steps most of them never move, or hardly"
+_SHARED = "one second moment for a row, a column or a head, whose elements differ much in a trained model"
+REASONS = {
+    **dict.fromkeys(("galore", "galore_roles", "q_galore", "q_galore_roles", "golore", "lotus"), _INSIDE),
+    **dict.fromkeys(("grass_walk", "subtrack", "subspace_momentum", "online_subspace"), _INSIDE),
+    **dict.fromkeys(("dct", "ldadam", "mlorc"), _INSIDE),
+    **dict.fromkeys(("badam", "lisa", "misa"), _TURNS),
+    **dict.fromkeys(("adam_mini", "subset_norm"), _SHARED),
+    "adamw_4bit": "moments of 4 bits, at AdamW's own rate",
+    "adan": "averages the difference of gradients, which is noise where every batch is one row",
+    "apollo_mini": "one row of noise per matrix says how long a step is",
+    "came": "steps by how much updates differ, which is noise where every batch is one row",
+    "diffgrad": "steps by how much gradients differ, which is noise where every batch is one row",
+    "microadam": "a hundredth of each block's elements move in a step; the rest waits in the error",
+}
+"""Why a method learns less than AdamW in so few steps."""
 UNKNOWN = "no reason is known"
 BESIDE = "adamw"
 FAR = 0.01
