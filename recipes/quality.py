@@ -162,8 +162,8 @@ class Quality:
         about = {"setting": case.setting, "method": case.method, "variant": case.variant, "split": case.split}
         made = row(case.setting, case.method)
         hyper = ", ".join(f"{key}={value}" for key, value in made.others)
-        of = {**about, "optim": made.optim, "options": made.options, "lr": case.lr, "seed": case.seed}
-        of["hyper"] = hyper
+        told = {"optim": made.optim, "options": made.options, "hyper": hyper}
+        of = {**about, **told, "lr": case.lr, "seed": case.seed}
         found: dict[str, Any] = once(
             config, self.folder / "runs", lambda result, _: {**of, **_kept(result)}, tidy=True
         )

@@ -222,8 +222,8 @@ class LowMemOptimizer(Informed):
         self._switch(place.group["step"])
         rule_name = self.rule_name(p)
         held = cast("dict[str, Tensor]", self.state[p])
-        known = self._seats.get(p)
-        if fresh := not held and not (known and known.fits(rule_name, held)):  # some never hold anything
+        known = None if held else self._seats.get(p)  # some never hold anything
+        if fresh := not held and (known is None or not known.fits(rule_name, held)):
             held.update(place.fresh(self.strategy, rule_name, p, self.home.maker(p)))
             self.home.hold_(p, held)
         name, here = self.home.here(p, held, self.state)

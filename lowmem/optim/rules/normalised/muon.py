@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -151,21 +152,17 @@ class Muon(Rule):
         (m, n), shard = whole(x.shape), shard_in(x.shape)
         if not self.iterations:
             return Product(polar(x.map(lambda rows: torch.where(ok, rows, 0.0))), x)
-        if self.products == "bf16":
-            return self._rounded(x)
         if shard is None or m > n:
-            return Product(self._polynomial(total(x.shape, gram(x)), x.panel), x)
+            return self._factor(x, x.panel, functools.partial(total, x.shape))
         every = Dense(shard.gathered(torch.cat([x.rows(i, j) for i, j in x.ranges()])))
-        return Slice(Product(self._polynomial(gram(every), x.panel), every), shard.shape)
+        return Slice(self._factor(every, x.panel, lambda found: found), shard.shape)
 
-    def _rounded(self, x: Blocks) -> Blocks:
-        """X with equal singular values as a tensor, by products of bf16."""
-        (m, n), shard, steps = whole(x.shape), shard_in(x.shape), [STEP] * self.iterations
-        if shard is None or m > n:
-            sums = functools.partial(total, x.shape)
-            return Dense(schulz.rounded(x, steps, x.panel, m > n, sums), shape=x.shape)
-        every = Dense(shard.gathered(torch.cat([x.rows(i, j) for i, j in x.ranges()])))
-        return Slice(Dense(schulz.rounded(every, steps, x.panel, tall=False)), shard.shape)
+    def _factor(self, x: Blocks, panel: int, sums: Callable[[Tensor], Tensor]) -> Blocks:
+        """X with equal singular values; `sums` adds up what was found of the rows here."""
+        if self.products == "bf16":
+            (m, n), steps = whole(x.shape), [STEP] * self.iterations
+            return Dense(schulz.rounded(x, steps, panel, m > n, sums), shape=x.shape)
+        return Product(self._polynomial(sums(gram(x)), panel), x)
 
     def _polynomial(self, a: Tensor, panel: int) -> Tensor:
         """T with X after the iterations = T X, from A = X X' (used up), and the division by |X|."""

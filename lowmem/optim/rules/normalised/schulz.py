@@ -70,7 +70,7 @@ def rounded(
     steps: Sequence[tuple[float, float, float]],
     panel: int,
     tall: bool,
-    total: Callable[[Tensor], Tensor] = lambda found: found,
+    total: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """X after the steps from X over its norm, by products of bf16; (m, n) bf16.
 
