@@ -45,7 +45,7 @@ FLOORS = {
             "terms.state",
             "shards",
         },
-        {"int8"},
+        {"int8", "terms.products"},
         {"blocks"},
         {"formulas"},
         {"terms.hyper", "terms.changes"},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.models.loss import supports
+from lowmem.models.computing.loss import supports
 
 
 def candidate_scores(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -89,6 +89,8 @@ def answer(
     """
     import torch
 
+    from lowmem.models.computing.wide import wide
+
     chosen = sampling or Sampling()
     inputs = _encode(tokenizer, asked).to(model.device)
     count = int(inputs["input_ids"].shape[1])
@@ -99,7 +101,7 @@ def answer(
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), wide(model), torch.random.fork_rng(devices=devices):
             torch.random.manual_seed(chosen.seed)
             output = model.generate(
                 **inputs, **_settings(chosen, tokenizer), streamer=_streamer(tokenizer, tell)

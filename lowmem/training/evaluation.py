@@ -17,7 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowmem.console import Console
-from lowmem.models.loss import IGNORE
+from lowmem.models.computing.loss import IGNORE
+from lowmem.models.computing.wide import wide
 from lowmem.training.ranks.processes import own_batches, summed
 
 _SHOWN = {  # what TRL's evaluations call it -> here
@@ -168,7 +169,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
 
 def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     inputs = _asked(tokenizer, prompts).to(model.device)
-    with torch.no_grad():
+    with torch.no_grad(), wide(model):
         output = model.generate(**inputs, **greedy(tokenizer), max_new_tokens=max_new_tokens)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]

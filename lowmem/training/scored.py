@@ -23,7 +23,8 @@ from lowmem.data.fitting import fitting
 from lowmem.data.load import Data
 from lowmem.errors import UserError
 from lowmem.models.choosing import candidate_scores, choice_loss, f1, padded
-from lowmem.models.loss import IGNORE
+from lowmem.models.computing.loss import IGNORE
+from lowmem.models.computing.wide import wide
 from lowmem.training.evaluation import evaluation_batches, greedy
 from lowmem.training.ranks.processes import joined
 from lowmem.training.trainer import LowMemSFTTrainer
@@ -97,7 +98,8 @@ class LowMemChoiceTrainer(Rows, LowMemSFTTrainer):  # type: ignore[misc]
         """Loss, accuracy and macro F1 over the evaluation rows; what the objective says, if there is one."""
         found: list[tuple[float, list[int], list[int], list[float]]] = []
         for inputs, counts in evaluation_batches(self, console):
-            scores, right = self.scores(self.model, inputs), inputs["right"]
+            with self.compute_loss_context_manager():
+                scores, right = self.scores(self.model, inputs), inputs["right"]
             worth = self._worth(inputs["rows"], scores) if self.objective else []
             loss = float(choice_loss(scores, right))
             found += [(loss, scores.argmax(1).tolist(), right.tolist(), worth)] if counts else []
@@ -129,7 +131,10 @@ class LowMemAnswerTrainer(Rows, LowMemSFTTrainer):  # type: ignore[misc]
     def said(self, model: Any, inputs: Mapping[str, Any]) -> list[str]:
         """Greedy answers to a batch."""
         asked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        made = model.generate(**asked, **greedy(self.processing_class), max_new_tokens=self.max_completion)
+        with wide(model):
+            made = model.generate(
+                **asked, **greedy(self.processing_class), max_new_tokens=self.max_completion
+            )
         new = made[:, asked["input_ids"].shape[1] :]
         texts = self.processing_class.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,9 +24,10 @@ from transformers import Trainer
 
 from lowmem import several
 from lowmem.errors import ConfigError, UserError
-from lowmem.models.attention import applies, attend_by_example
+from lowmem.models.computing.attention import applies, attend_by_example
+from lowmem.models.computing.loss import label_loss, pays, supports
+from lowmem.models.computing.wide import wide
 from lowmem.models.int8.convert import late
-from lowmem.models.loss import label_loss, pays, supports
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import gathered
 from lowmem.optim.tensors import resting
@@ -117,11 +118,21 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
             return self._divergence.see(self._probe(model, inputs, num_items_in_batch, last))
         if self._release is not None:
             self._release.sync = last
-        with own_name(self.args):
+        with own_name(self.args), self._wide():
             tell_curvature(self, model, inputs)
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         self.lowmem_optimizer.add_loss(loss)
         return self._divergence.see(loss)
+
+    def _wide(self) -> AbstractContextManager[Any]:
+        args = self.args
+        return wide(self.model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
+
+    def compute_loss_context_manager(self) -> Any:
+        """The Trainer's own, and products in fp32 where the processor has none of 16 bits."""
+        stack = super().compute_loss_context_manager()  # type: ignore[misc]
+        stack.enter_context(self._wide())
+        return stack
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip all gradients together where that is the policy."""

@@ -35,7 +35,7 @@ from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.windows import resting, special
-from lowmem.models import loss
+from lowmem.models.computing import loss
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 from lowmem.strategies import available, create

@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowmem.models.attention import Attention, by_example, sdpa
+from lowmem.memory.run import Run
+from lowmem.models.computing.attention import Attention, by_example, sdpa
+from lowmem.models.computing.wide import wide
 from lowmem.sources.directions import Pen, Perturbation, pieces
 
 EXAMPLES = "lowmem_examples"
@@ -211,3 +213,9 @@ def semantics(
             for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
                 stack.enter_context(patch.object(kernels, name, lambda *args, **kwargs: None))
         yield
+
+
+def products(model: nn.Module, run: Run) -> AbstractContextManager[Any]:
+    """How a model's products are taken: as on this processor, where it is one that the plan is for."""
+    dtype = getattr(torch, run.autocast_dtype) if run.autocast else None
+    return nullcontext() if run.device == "cuda" else wide(model, dtype)

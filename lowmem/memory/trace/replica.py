@@ -177,7 +177,7 @@ def evaluation(config: Any, run: Run) -> Moment:
     tracker = _tracker(run)
     with _ready(config, run, tracker) as (model, batch, run):
         model.eval()
-        with tracker, torch.no_grad():
+        with tracker, kernels.products(model, run), torch.no_grad():
             tracker.enter(EVALUATION)
             if run.task == "grpo":
                 generate(model, run, run.batch_size)
@@ -225,8 +225,7 @@ def _parameters(model: nn.Module) -> Iterator[Parameter]:
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Any:
     """The model's output with its loss: what else it holds dies with it, unless the loop keeps it."""
-    amp = torch.autocast("cpu", getattr(torch, run.autocast_dtype)) if run.autocast else nullcontext()
-    with amp:
+    with torch.autocast("cpu", getattr(torch, run.autocast_dtype), enabled=run.autocast):
         if run.task != "sft":
             return SimpleNamespace(loss=losses.loss(model, batch, run))
         if run.loss == "labels":
@@ -254,10 +253,12 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Trac
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients: list[Gradient] = []
     for name, p in trainable.items():
-        hook = _on_gradient(name, tracker, gradients)
-        p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    hooks = phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing)
-    with tracker, hooks:
+        p.register_post_accumulate_grad_hook(_on_gradient(name, tracker, gradients))  # type: ignore[no-untyped-call]
+    with (
+        tracker,
+        kernels.products(model, run),
+        phase_hooks(model, tracker, checkpointing=run.gradient_checkpointing),
+    ):
         if run.task == "grpo":
             tracker.enter("generation")
             generate(model, run, run.batch_size * run.accumulation)
@@ -303,7 +304,7 @@ def _probe(model: nn.Module, batch: Mapping[str, Tensor], run: Run, tracker: Tra
     pay = run.device == "cuda" or pays(count, run.steps)
     compiled = run.compile == "on" or (run.compile == "auto" and pay)
     noise = kernels.fused_noise() if compiled else nullcontext()
-    with noise, tracker, phase_hooks(model, tracker, checkpointing=False):
+    with noise, tracker, kernels.products(model, run), phase_hooks(model, tracker, checkpointing=False):
         source.backward(params, loss_fn, model=model, query=Query(0, 0))
         tracker.enter("optimizer step", "workspace")
 

@@ -23,7 +23,7 @@ from lowmem.memory.trace import kernels, quantized
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.quantized import Linear4bit
 from lowmem.memory.trace.tasks import kinds
-from lowmem.models import attention
+from lowmem.models.computing import attention
 from lowmem.models.entries import skeleton
 from lowmem.models.few_bit import keep_few_bits_
 from lowmem.models.int8.convert import quantize_weights_

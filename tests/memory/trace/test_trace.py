@@ -13,7 +13,7 @@ from lowmem.errors import UserError
 from lowmem.memory.run import Run
 from lowmem.memory.trace.replica import trace
 from lowmem.memory.trace.tracker import Tracker
-from lowmem.models.attention import attend_by_example
+from lowmem.models.computing.attention import attend_by_example
 from lowmem.sources.directions import Pen
 from lowmem.strategies import create
 from tests.memory.families import FAMILIES, batch, loss, model, peaks_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, tiny
 
-from lowmem.models import loss as ours
+from lowmem.models.computing import loss as ours
 
 
 def batch(rows: int = 3, length: int = 20, seed: int = 1) -> dict[str, torch.Tensor]:

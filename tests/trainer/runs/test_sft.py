@@ -12,7 +12,7 @@ from tiny_folder import make_model, tokenizer
 from tiny_runs import BASE, assert_equal, keep_only, logged, weights
 
 from lowmem import hf_optimizer
-from lowmem.models.attention import PACKED
+from lowmem.models.computing.attention import PACKED
 from lowmem.training.arguments import LowMemSFTConfig
 from lowmem.training.trainer import LowMemSFTTrainer
 
@@ -87,7 +87,7 @@ def test_bf16_resume_is_bit_exact(tmp_path, folder, packing):
 
 
 def test_large_logits_go_through_trls_tiles(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr("lowmem.models.loss.LIMIT", 1000)
+    monkeypatch.setattr("lowmem.models.computing.loss.LIMIT", 1000)
     made = sft(tmp_path, folder, max_steps=1)
     made.train()
     assert len(logged(made, "entropy")) == 1

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.models.attention import base, is_prompted
+from lowmem.models.computing.attention import base, is_prompted
 
 IGNORE = -100
 LIMIT = 512 << 20
