@@ -189,9 +189,10 @@ class LowMemOptimizer(Informed):
 
     def place(self, p: Tensor) -> Place:
         """The group, name and role of a parameter."""
-        if p not in self.roster.places:  # accelerate swaps the tensors in param_groups
+        found = self.roster.places.get(p)
+        if found is None:  # accelerate swaps the tensors in param_groups
             self._roster = None
-        return self.roster[p]
+        return found or self.roster[p]
 
     def named_parameters(self) -> Named:
         """Names and parameters, group by group."""
@@ -220,7 +221,7 @@ class LowMemOptimizer(Informed):
         """What a parameter's step needs, and whether its state is new."""
         place = self.place(p)
         self._switch(place.group["step"])
-        rule_name = self.rule_name(p)
+        rule_name = self.roster.rule_of(place, place.group["step"])
         held = cast("dict[str, Tensor]", self.state[p])
         known = None if held else self._seats.get(p)  # some never hold anything
         if fresh := not held and (known is None or not known.fits(rule_name, held)):
@@ -259,14 +260,13 @@ class LowMemOptimizer(Informed):
         Raises:
             UserError: a gradient of another shape or device, sparse, or not of real numbers.
         """
-        if p.numel():
-            with self._at_work():
-                self._step_param(p, g)
-
-    def _step_param(self, p: nn.Parameter, g: Tensor | Blocks) -> None:
         g = Dense(g) if isinstance(g, Tensor) else g
         check_gradient(self.place(p).name, p, g.tensor if isinstance(g, Dense) else None)
-        if self.resting(p):
+        with self._at_work():
+            self._step_param(p, g)
+
+    def _step_param(self, p: nn.Parameter, g: Blocks) -> None:
+        if not p.numel() or self.resting(p):
             return
         if self.roster.spread:
             (self._begun.pop(p, None) or self._begin(p, g)).finish(self.chunks)
@@ -315,7 +315,7 @@ class LowMemOptimizer(Informed):
         with torch.enable_grad():
             loss = None if closure is None else closure() if source.needs_autograd else self.backward(closure)
         self.add_loss(loss if self._loss is None else None)
-        self._roster = None  # the caller may have changed the groups
+        self._roster = self._roster and self._roster.still(self.param_groups)
         with self._at_work():
             check_gradients(self.named_parameters())  # before any tensor is stepped
             if not self._evidence and not source.needs_autograd:
@@ -324,7 +324,7 @@ class LowMemOptimizer(Informed):
             with self.chunks.together(ages=not self.home.travels):
                 found = source.gradients(self.named_parameters(), self._evidence)
                 for p, g in self._heard(self._together(found)):
-                    self.step_param(p, g)
+                    self._step_param(p, cast("Blocks", g))
             together_(self.strategy.schedule, self._looks)
             source.settle_(self.named_parameters(), self._evidence)
         self._evidence.clear()

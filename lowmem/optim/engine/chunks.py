@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import Blocks, Direction
+from lowmem.optim.blocks import Blocks, Dense, Direction
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import cutting
 from lowmem.optim.engine.compiling import Kernel, compiled
@@ -35,12 +35,12 @@ from lowmem.optim.engine.finite import Skipped, all_finite
 from lowmem.optim.engine.kernels import Asks, Guard, body
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.passes import Passes, alike, reading_first
-from lowmem.optim.engine.run import Pass, precision, rates
+from lowmem.optim.engine.run import Course, Pass, precision, rates
 from lowmem.optim.engine.together import Together
 from lowmem.optim.formulas import Leaf
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.terms.hyper import Hyper
-from lowmem.optim.terms.state import State
+from lowmem.optim.terms.state import Held, State
 from lowmem.optim.writers import Nearest, Writer
 
 log = logging.getLogger(__name__)
@@ -115,15 +115,34 @@ class Chunks:
         table = self._table(rule, s, hp) if alone else None
         if table is None:
             _age(s, 1)
-        if rule.measures:
-            speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
-        p, extra = opened(p, extra)
-        run = Pass(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
-        self._walk(run, p, g)
+        if not self._again(rule, writer, p, g, s, hp, speeds, table):
+            if rule.measures:
+                speeds = self._measured(rule, p, g, s, hp, speeds, ok, "elements")
+            weight, extra = opened(p, extra)
+            run = Pass(self, rule, writer, s, extra, hp, speeds, ok, "elements", table=table)
+            self._walk(run, weight, g)
+            self._keep(run, s, p, g)
         if table is not None:
             self._ages.append(s["age"])
             if not self._late:
                 self._move_ages()
+
+    def _again(
+        self, rule: Pointwise, writer: Writer, p: Tensor, g: Blocks, s: State, hp: Hyper, rates: Tensor,
+        table: Tensor | None,
+    ) -> bool:  # fmt: skip
+        """Take a step by the launches of the one before, if they are the same."""
+        course: Course | None = s.course if isinstance(s, Held) else None
+        if course is None or not isinstance(g, Dense) or not course.fits(rule, writer, p, g, table):
+            return False
+        course.step(p, g, hp, rates, rule.scalars(s, hp) if table is None else table)
+        return True
+
+    def _keep(self, run: Pass, s: State, p: Tensor, g: Blocks) -> None:
+        """Keep the launches of a step for the next one, where it will have the same."""
+        if isinstance(s, Held) and isinstance(g, Dense) and not self._look(run.rule, g):
+            spans = self.spans(run.rule, p.numel(), p.device, writer=run.writer)
+            s.course = Course(run, p, g.tensor, spans) if Course.serves(run, p, g, spans) else None
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
         """Turn a projected gradient into its direction, in place, judged as a whole.
@@ -250,37 +269,17 @@ class Chunks:
 
     def kernel(
         self,
-        rule: Pointwise | None,
-        writer: Writer | None,
-        keys: Sequence[str],
-        w: Tensor,
-        g: Tensor,
-        live: bool,
-        guard: Guard,
-        asks: Asks,
-        counts: bool,
-        together: bool = False,
-        leaf: Leaf | None = None,
-        read: Sequence[Tensor] = (),
-        order: tuple[int, ...] = (),
-    ) -> Kernel:
+        rule: Pointwise | None, writer: Writer | None, keys: Sequence[str], w: Tensor, g: Tensor,
+        live: bool, guard: Guard, asks: Asks, counts: bool, together: bool = False,
+        leaf: Leaf | None = None, read: Sequence[Tensor] = (), order: tuple[int, ...] = (),
+    ) -> Kernel:  # fmt: skip
         """The kernel for (rows, width) chunks like these: made once, compiled where `live`."""
         # rule and writer fix what the state looks like; both outlive the frame, so their ids name them;
         # a compiler takes a single row as something else than a number of rows
         name = (
-            id(rule),
-            id(writer),
-            w.dtype,
-            g.dtype,
-            w.device,
-            guard,
-            asks,
-            counts,
-            together,
-            w.shape[0] == 1,
-            leaf and (leaf.name, order, alike((w, *read))),
-            live,
-        )
+            id(rule), id(writer), w.dtype, g.dtype, w.device, guard, asks, counts, together,
+            w.shape[0] == 1, leaf and (leaf.name, order, alike((w, *read))), live,
+        )  # fmt: skip
         if name not in self._kernels:
             held = (*writer.init(torch.empty(1, dtype=w.dtype)), *writer.beside) if writer else ()
             step = body(rule, writer, keys, held, guard, asks, counts)

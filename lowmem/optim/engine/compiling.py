@@ -111,10 +111,18 @@ class Compiled:
         if not self._order:
             self._begin(tensors)
         elif self._fits(tensors):
-            rows = _rows(tensors)
-            self._direct([rows if i < 0 else tensors[i] for i in self._order])
+            self._again(*tensors)
         else:
             self._other(tensors)(*tensors)
+
+    def fitting(self, *tensors: Tensor | None) -> Kernel:
+        """What calls it with these tensors, and with others of their sizes, of which none is looked at."""
+        found = self if not self._order or self._fits(tensors) else self._other(tensors)
+        return found._again if isinstance(found, Compiled) and found._order else self
+
+    def _again(self, *tensors: Tensor | None) -> None:
+        rows = _rows(tensors)
+        self._direct([rows if i < 0 else tensors[i] for i in self._order])
 
     def _begin(self, tensors: Sequence[Tensor | None]) -> None:
         """Compile; what the compiler is told of sizes is not left on the caller's tensors."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import Direction
+from lowmem.optim.blocks import Blocks, Dense, Direction
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine.compiling import Kernel
-from lowmem.optim.engine.cutting import pad, read_flat, sizes, write_flat
+from lowmem.optim.engine.cutting import Span, pad, read_flat, sizes, write_flat
 from lowmem.optim.engine.finite import Skipped
 from lowmem.optim.engine.kernels import Asks, Guard
 from lowmem.optim.engine.layout import layout
@@ -67,6 +67,11 @@ class Pass:
         self.counts = table is not None
         self.scalars = rule.scalars(s, hp) if rule and table is None else table
         self._words: dict[int, Tensor] = {}
+
+    def again(self, hp: Hyper, rates: Tensor, scalars: Tensor | None) -> None:
+        """The same of another step: what its numbers are, or its table."""
+        self.hp, self.rates, self.scalars = hp, rates, scalars
+        self._words.clear()
 
     @property
     def any_rows(self) -> bool:
@@ -138,10 +143,14 @@ class Pass:
             self.rule, self.writer, self.layout.keys, w, (w, *read)[-1], self.live,
             self.guard, self.asks, self.counts, False, leaf, read, order,
         )  # fmt: skip
-        kernel(
+        kernel(*self.given(w, read, start, views))
+
+    def given(self, w: Tensor, read: Sequence[Tensor], start: int, views: Sequence[Tensor]) -> list[Any]:
+        """What a kernel is called with: weight, gradient, what is known of the step, views of the state."""
+        return [
             w, *read, self.rates, self.ok, self._skipped(w.shape[0]), self.scalars,
             *self._places(start, *w.shape), self._keys(start), *views,
-        )  # fmt: skip
+        ]  # fmt: skip
 
     def _skipped(self, rows: int) -> Tensor | None:
         """What counts elements that are not stepped: on a card by rows, or it would take a kernel more."""
@@ -167,6 +176,58 @@ class Pass:
         if upper not in self._words:
             self._words[upper] = self.hp.keys(self.layout.streams, upper)
         return self._words[upper]
+
+
+class Course:
+    """The launches of a tensor's step, kept from one step to the next.
+
+    What a step asks of Python and torch around a kernel takes as long as the kernel itself, for most
+    tensors of a model. Where a contiguous gradient steps a contiguous weight in the same pieces again, all
+    but the gradient and the numbers of the step is found once.
+
+    Args:
+        run: the pass that has been taken; p: over this weight; g: by this gradient; spans: in these pieces.
+    """
+
+    def __init__(self, run: Pass, p: Tensor, g: Tensor, spans: Sequence[Span]) -> None:
+        self._run, self._policy, self._dtypes = run, sizes(p.device), (p.dtype, g.dtype)
+        self._ages = len(run.scalars) if run.counts and run.scalars is not None else None
+        self._launches: list[tuple[int, int, int, Sequence[Tensor], Kernel]] = []
+        for start, length, size in spans:
+            width = run.layout.width(size)
+            views, _ = run.layout.cut(start, length, size)
+            w, read = (x.view(-1)[start : start + size].view(-1, width) for x in (p, g))
+            kernel = run.frame.kernel(
+                run.rule, run.writer, run.layout.keys, w, read, True, run.guard, run.asks, run.counts
+            )
+            bound = getattr(kernel, "fitting", lambda *given, kernel=kernel: kernel)
+            launch = bound(*run.given(w, [read], start, views))
+            self._launches.append((start, size // width, width, views, launch))
+
+    @staticmethod
+    def serves(run: Pass, p: Tensor, g: Blocks, spans: Sequence[Span]) -> bool:
+        """Whether nothing but the gradient and numbers changes: no padding, no cast, no part of a tensor."""
+        rule, writer = run.rule, run.writer
+        if not (run.live and rule and writer) or rule.measures or writer.beside or run.hp.shard:
+            return False
+        plain = isinstance(g, Dense) and not g.takes and p.is_contiguous() and not isinstance(p, Int8Weight)
+        return plain and all(length == size for _, length, size in spans)
+
+    def fits(self, rule: Pointwise, writer: Writer, p: Tensor, g: Dense, table: Tensor | None) -> bool:
+        """Whether a step has the same launches; a table that has grown is read by other kernels."""
+        run = self._run
+        same = run.rule is rule and run.writer is writer and self._policy is sizes(p.device)
+        if not same or g.takes or not p.is_contiguous() or (p.dtype, g.tensor.dtype) != self._dtypes:
+            return False
+        return (None if table is None else len(table)) == self._ages
+
+    def step(self, p: Tensor, g: Dense, hp: Hyper, rates: Tensor, scalars: Tensor | None) -> None:
+        """Take the step."""
+        run, w, read = self._run, p.view(-1), g.tensor.view(-1)
+        run.again(hp, rates, scalars)
+        for start, rows, width, views, launch in self._launches:
+            here = slice(start, start + rows * width)
+            launch(*run.given(w[here].view(rows, width), [read[here].view(rows, width)], start, views))
 
 
 def precision(p: Tensor) -> torch.dtype:

@@ -29,9 +29,11 @@ class Schedule:
 
     Attributes:
         observes: it goes by what gradients were: `observe_` sees each, `decide` is asked at every switch.
+        steady: every tensor always follows its ordinary rule.
     """
 
     observes: ClassVar[bool] = False
+    steady: ClassVar[bool] = False
 
     def role(
         self, name: str, role: str, names: Sequence[str], step: int, seed: int, decided: str = ""
@@ -90,3 +92,5 @@ class Schedule:
 @dataclass(frozen=True)
 class Always(Schedule):
     """Every tensor follows its ordinary rule."""
+
+    steady: ClassVar[bool] = True

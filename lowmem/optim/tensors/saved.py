@@ -196,7 +196,8 @@ class Resumable(torch.optim.Optimizer):
 
     def resting(self, p: Tensor) -> bool:
         """Whether a parameter takes no part in the next step."""
-        return self.strategy.rules[self.roster.rule_at(p, self.roster[p].group["step"])].idle
+        place = self.roster[p]
+        return self.strategy.rules[self.roster.rule_of(place, place.group["step"])].idle
 
     def state_dict(self) -> dict[str, Any]:
         """Groups and state, tensor by tensor the same on one device and on any number of ranks."""

@@ -80,6 +80,15 @@ def names_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
         count += size
 
 
+def _read(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What a roster is made of; tensors stand for themselves as long as it holds them."""
+    keys = ("role", "roles", "heads", "since")
+    return [
+        (id(group), *map(id, group["params"]), *(group.get("param_names") or ()), *(group[k] for k in keys))
+        for group in groups
+    ]
+
+
 class Roster:
     """All parameters of some groups, in order.
 
@@ -102,6 +111,11 @@ class Roster:
                 self._since.setdefault(rule, []).append((group["since"], name))
         self.spread = any(hasattr(p, "device_mesh") for p in self.places)
         self._names: dict[tuple[str, int], tuple[str, ...]] = {}
+        self._read = _read(groups)
+
+    def still(self, groups: Sequence[dict[str, Any]]) -> Roster | None:
+        """Itself, unless the caller has changed the groups."""
+        return self if self._read == _read(groups) else None
 
     def __getitem__(self, p: Tensor) -> Place:
         found = self.places.get(p)
@@ -113,7 +127,12 @@ class Roster:
 
     def rule_at(self, p: Tensor, step: int) -> str:
         """The name of the rule that a parameter follows after so many completed steps."""
-        place = self[p]
+        return self.rule_of(self[p], step)
+
+    def rule_of(self, place: Place, step: int) -> str:
+        """The same of a place."""
+        if self.schedule.steady:
+            return place.rule
         group = place.group
         names = self._taking_part(place.rule, step)
         return self.schedule.role(place.name, place.rule, names, step, group["seed"], group["decided"])

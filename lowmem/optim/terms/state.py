@@ -52,6 +52,7 @@ class Held(State):
         super().__init__(state)
         self.parts: dict[str, Held] = {}
         self.layouts: dict[tuple[int, int, bool], Any] = {}
+        self.course: Any = None
 
 
 def scoped(state: Mapping[str, Tensor], scope: str) -> State:
