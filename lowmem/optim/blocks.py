@@ -25,7 +25,7 @@ from torch import Tensor
 from lowmem.optim.engine.cutting import walk
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.shards import Shape, matrix
-from lowmem.optim.terms.products import product_dtype
+from lowmem.optim.terms.products import product
 
 PANEL = 1 << 22
 """Elements that are held at a time for a product of large matrices."""
@@ -56,7 +56,7 @@ class Blocks:
             its own `rows`. A bound method of the object itself would be a reference cycle, and what it
             holds (a gradient) would live until the garbage collector runs.
         device: where rows live.
-        dtype: precision of matrix products with it, see `terms.products`.
+        dtype: precision of matrix products with it (fp32, or bf16 where the data is bf16).
         takes: bytes that looking makes for each element, on the way; 0 where a chunk is a view.
 
     Attributes:
@@ -159,7 +159,7 @@ class Dense(Blocks):
         self, tensor: Tensor, factor: Tensor | None = None, shape: tuple[int, int] | None = None
     ) -> None:
         shape = matrix_shape(tensor.shape) if shape is None else shape
-        dtype = product_dtype(tensor.dtype, tensor.device)
+        dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
         view = factor is None and tensor.layout == torch.strided and tensor.is_contiguous()
         super().__init__(shape, None, tensor.device, dtype, 0 if view else 8)
         self.tensor = tensor
@@ -200,13 +200,13 @@ class Dense(Blocks):
         """One product in the data's own precision: the whole matrix is never cast."""
         if self._matrix.dtype != self.dtype:
             return super().left(q)
-        return self._scaled(q.t().to(self.dtype) @ self._matrix)
+        return self._scaled(product(q.t().to(self.dtype), self._matrix))
 
     def right(self, q: Tensor) -> Tensor:
         """One product in the data's own precision: the whole matrix is never cast."""
         if self._matrix.dtype != self.dtype:
             return super().right(q)
-        return self._scaled(self._matrix @ q.to(self.dtype))
+        return self._scaled(product(self._matrix, q.to(self.dtype)))
 
     def _scaled(self, product: Tensor) -> Tensor:
         product = product.float()
@@ -221,7 +221,7 @@ class Decoded(Blocks):
     """
 
     def __init__(self, weight: Int8Weight) -> None:
-        dtype = product_dtype(weight.dtype, weight.device)
+        dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         super().__init__(matrix_shape(weight.shape), None, weight.device, dtype, 8)
         self.weight = weight
 

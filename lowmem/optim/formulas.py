@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.engine.cutting import sizes, walk
+from lowmem.optim.terms.products import product
 
 CAST = 8 << 20
 """Bytes of factors that are kept cast between the rows of a product."""
@@ -146,7 +147,7 @@ class Product(Made):
     def made(self, i: int, j: int) -> Tensor:
         """Rows i..j in the precision of the product."""
         a, b = self._cast or self.pair
-        return a[i:j].to(self.precision) @ b.to(self.precision)
+        return product(a[i:j].to(self.precision), b.to(self.precision))
 
     def rows(self, i: int, j: int) -> Tensor:
         """Rows i..j in fp32."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowmem.memory.trace.replica import phase_hooks
 from lowmem.memory.trace.tracker import Tracker
+from lowmem.models.computing.wide import wide
 
 BASE = {
     "vocab_size": 512,
@@ -90,7 +91,7 @@ def peaks_of(
     for p in made.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(let_go if released else keep)
-    with tracker, phase_hooks(made, tracker, checkpointing=checkpointing):
+    with tracker, wide(made), phase_hooks(made, tracker, checkpointing=checkpointing):
         tracker.enter("forward")
         value = loss(made, inputs)
         tracker.enter("loss backward", "logits")

@@ -10,6 +10,7 @@ from lowmem.errors import UserError
 from lowmem.memory.count import model_state_bytes
 from lowmem.memory.footprint import LOAD
 from lowmem.memory.plan import plan
+from lowmem.models.computing.wide import wide
 from lowmem.models.int8.convert import held_bytes, quantize_weights_
 from tests.memory.families import FAMILIES, batch, loss, model
 
@@ -38,7 +39,7 @@ def test_plan_on_cpu_is_a_real_step_under_torchs_tracker(
         kept = [grid for grids in stepper.chunks.grids.values() for grid in grids]  # of the step before
         kept += list(stepper._constants.values())
         theirs.track_external(*parts, *made.buffers(), *kept, stepper, *inputs.values())
-        with theirs:
+        with theirs, wide(made):
             loss(made, inputs).backward()
             stepper.step()
         stepper.zero_grad()

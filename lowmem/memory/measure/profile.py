@@ -37,6 +37,7 @@ from lowmem.errors import UserError
 from lowmem.memory.device import readings as device_memory
 from lowmem.memory.measure.measured import measure
 from lowmem.memory.measure.watch import Watch
+from lowmem.models.computing.wide import wide
 from lowmem.optim.tensors.marks import trains
 from lowmem.report.profile import errors
 from lowmem.report.units import format_bytes
@@ -271,7 +272,7 @@ def profile(
     command: str = "",
     snapshot: Path | None = None,
 ) -> Profile:
-    """Run `steps` real steps, the last one under the tracker.
+    """Run `steps` real steps, the last one under the tracker; products are taken as in lowmem's trainers.
 
     Args:
         step: one whole step: forward, loss, backward, optimizer.step(), optimizer.zero_grad().
@@ -299,7 +300,7 @@ def profile(
         predicted, name, run or {}, at=steps, budget=budget, command=command, snapshot=snapshot
     )
     for _ in range(steps):
-        with profiler.step(model, optimizer):
+        with profiler.step(model, optimizer), wide(model):
             step()
     return profiler.result()
 

@@ -11,7 +11,7 @@ them. Elsewhere, and for fp32 models, it is nothing. Products inside sharded ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from lowmem.optim.terms.products import HALF, native
+from lowmem.optim.terms.products import HALF, in_fp32, native
 
-STRIP = 1 << 22
-"""Elements of a factor that are cast at a time."""
 _on: ContextVar[bool] = ContextVar("wide", default=False)
 
 
@@ -37,11 +35,11 @@ class Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Any:
         self._token = _on.set(True)
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         _on.reset(self._token)
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Of a product, ours."""
@@ -78,45 +76,13 @@ def _takes(a: Tensor, b: Tensor) -> bool:
     return plain and a.device.type == "cpu" and a.dtype == b.dtype and a.dtype in HALF
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """A B, matrices or batches of them."""
-    out = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=a.dtype, device=a.device)
-    for place, x, y in _strips(a, b):
-        out[place] = x @ y
-    return out
-
-
 def _addmm(base: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta C + alpha A B, rounded once."""
-    out = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=a.dtype, device=a.device)
-    base = base.expand(out.shape)
-    for place, x, y in _strips(a, b):
-        part = (x @ y).mul_(alpha)
-        out[place] = part.add_(base[place], alpha=beta) if beta else part
-    return out
+    return in_fp32(a, b, base, beta=beta, alpha=alpha)
 
 
-def _strips(a: Tensor, b: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Where a part of a product goes, and its factors in fp32: rows of A, columns of B, some of a batch."""
-    if a.dim() == 3:
-        each = max(1, STRIP // max(1, a[0].numel(), b[0].numel())) if len(a) else 1
-        for i in range(0, len(a), each):
-            yield slice(i, i + each), a[i : i + each].float(), b[i : i + each].float()
-        return
-    each = max(1, STRIP // max(1, a.shape[1]))
-    if a.numel() >= b.numel():
-        whole = b.float()
-        for i in range(0, a.shape[0], each):
-            yield slice(i, i + each), a[i : i + each].float(), whole
-        return
-    whole = a.float()
-    for j in range(0, b.shape[1], each):
-        yield (slice(None), slice(j, j + each)), whole, b[:, j : j + each].float()
-
-
-PRODUCTS = {
-    torch.ops.aten.mm.default: _mm,
-    torch.ops.aten.bmm.default: _mm,
+PRODUCTS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.mm.default: in_fp32,
+    torch.ops.aten.bmm.default: in_fp32,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.baddbmm.default: _addmm,
 }

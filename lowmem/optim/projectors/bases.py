@@ -21,6 +21,7 @@ from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.shards import resized, shard_in, total, whole
 from lowmem.optim.terms.changes import Change, Rotation, Unrelated
 from lowmem.optim.terms.hyper import Hyper
+from lowmem.optim.terms.products import product
 from lowmem.optim.terms.state import State
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "auto")
@@ -102,7 +103,7 @@ class Frame:
         """Rows of P R or R P', in the precision of the weight."""
         left = self.left(weight.shape)
         a, b = (own_rows(basis, weight.shape)[i:j], low) if left else (low[i:j], basis.t())
-        return a.to(weight.dtype) @ b.to(weight.dtype)
+        return product(a.to(weight.dtype), b.to(weight.dtype))
 
     def pair(self, basis: Tensor, low: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The two factors of the lifted matrix."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowmem.memory.run import Run
 from lowmem.memory.trace import kernels
 from lowmem.memory.trace.replica import trace
-from lowmem.models import attention
+from lowmem.models.computing import attention
 from tests.memory import families
 
 LENGTHS = [5, 12, 1, 30]
