@@ -135,8 +135,7 @@ def whole(shape: tuple[int, int]) -> tuple[int, int]:
     >>> whole((4, 3)), whole(Shard.of((4, 3), 2, 1).shape)
     ((4, 3), (4, 3))
     """
-    shard = shard_in(shape)
-    return shape if shard is None else (shard.full[0], shard.full[1])
+    return (shape.shard.full[0], shape.shard.full[1]) if isinstance(shape, Shape) else shape
 
 
 def resized(shape: tuple[int, int], columns: int) -> tuple[int, int]:

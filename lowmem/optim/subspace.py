@@ -325,8 +325,7 @@ class Subspace(Rule):
     ) -> Split:
         return Split(
             g=whole,
-            rest=Formula(minus, (whole, self._lift(basis, low, whole.shape, hp))),
-            lifted=self._lift(basis, step, whole.shape, hp),
+            lift=lambda x: self._lift(basis, x, whole.shape, hp),
             pair=self.projector.pair(basis, step, whole.shape),
             low=low,
             step=step,

@@ -47,9 +47,13 @@ class Frame:
 
     def left(self, shape: tuple[int, int]) -> bool:
         """Whether the basis spans the rows' index (m); square weights are projected on the right."""
+        side = self.proj_type
+        if side == "auto":
+            side = self.sided(shard_in(shape) is not None).proj_type
+        if side in ("left", "right"):
+            return side == "left"
         m, n = whole(shape)
-        side = self.sided(shard_in(shape) is not None).proj_type
-        return side == "left" if side in ("left", "right") else (m < n) == (side == "std")
+        return (m < n) == (side == "std")
 
     def sided(self, spread: bool) -> Frame:
         """The frame with `auto` decided.

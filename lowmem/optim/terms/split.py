@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.formulas import Formula, Product
+from lowmem.optim.formulas import Formula, Product, minus
 from lowmem.optim.terms.hyper import Hyper
 
 Commit = Callable[[], None]
@@ -32,7 +33,7 @@ class Split:
     """What went into a step and what came out.
 
     Args:
-        g: the gradient with what was owed, (m, n); rest: G - up(R); lifted: up(N); pair: its factors, if any.
+        g: the gradient with what was owed, (m, n); lift: x to up(x); pair: the factors of up(N), if any.
         low: R, the projected gradient; step: N, what the inner rule made of it.
         sees: an element of g that is not finite is one in low too, so that ok is False.
         scale: factor of the lifted step; axis: of R that the basis spans, see `Projector.axis`.
@@ -40,8 +41,7 @@ class Split:
     """
 
     g: Blocks
-    rest: Blocks
-    lifted: Blocks
+    lift: Callable[[Tensor], Blocks]
     pair: tuple[Tensor, Tensor] | None
     low: Tensor
     step: Tensor
@@ -50,6 +50,16 @@ class Split:
     axis: int
     ok: Tensor
     hp: Hyper
+
+    @functools.cached_property
+    def rest(self) -> Blocks:
+        """G - up(R)."""
+        return Formula(minus, (self.g, self.lift(self.low)))
+
+    @functools.cached_property
+    def lifted(self) -> Blocks:
+        """up(N)."""
+        return self.lift(self.step)
 
     def with_rest(self, absorbed: Blocks) -> Blocks:
         """scale up(N) and the step of the rest; step and low are used up where that saves a product."""
