@@ -240,8 +240,11 @@ def machine() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
+    import torch
+
     versions = {name: version(name) for name in ("torch", "transformers")}
-    device = f"CPU, {os.cpu_count()} cores, 1 thread a run, {platform.machine()}"
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    device = f"CPU, {os.cpu_count()} cores, 1 thread a run, {kind}"
     return {
         "device": device,
         "date": str(datetime.date.today()),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -130,7 +130,8 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
 
     def compute_loss_context_manager(self) -> Any:
         """The Trainer's own, and products in fp32 where the processor has none of 16 bits."""
-        stack = super().compute_loss_context_manager()  # type: ignore[misc]
+        stack = ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())  # type: ignore[misc]
         stack.enter_context(self._wide())
         return stack
 
