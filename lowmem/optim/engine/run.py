@@ -71,6 +71,10 @@ class Pass:
     def again(self, hp: Hyper, rates: Tensor, scalars: Tensor | None) -> None:
         """The same of another step: what its numbers are, or its table."""
         self.hp, self.rates, self.scalars = hp, rates, scalars
+
+    def forget(self) -> None:
+        """Hold nothing of a step that is over: the weight may be in other memory by the next one."""
+        self.hp = None  # type: ignore[assignment]
         self._words.clear()
 
     @property
@@ -203,6 +207,7 @@ class Course:
             bound = getattr(kernel, "fitting", lambda *given, kernel=kernel: kernel)
             launch = bound(*run.given(w, [read], start, views))
             self._launches.append((start, size // width, width, views, launch))
+        run.forget()
 
     @staticmethod
     def serves(run: Pass, p: Tensor, g: Blocks, spans: Sequence[Span]) -> bool:
@@ -228,6 +233,7 @@ class Course:
         for start, rows, width, views, launch in self._launches:
             here = slice(start, start + rows * width)
             launch(*run.given(w[here].view(rows, width), [read[here].view(rows, width)], start, views))
+        run.forget()
 
 
 def precision(p: Tensor) -> torch.dtype:

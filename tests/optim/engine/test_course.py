@@ -170,3 +170,17 @@ def test_no_gradient_is_held_by_what_is_kept() -> None:
     optimizer.zero_grad()
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_weight_may_leave_its_memory() -> None:
+    p = nn.Parameter(torch.ones(64, 256))
+    optimizer = lowmem.optimizer([p], "adamw", lr=1e-3, compile="on")
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    place = p.data_ptr()
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    there = [x for x in tensors if x.data_ptr() == place]
+    assert [x is p for x in there] == [True]
