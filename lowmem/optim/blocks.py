@@ -208,9 +208,9 @@ class Dense(Blocks):
             return super().right(q)
         return self._scaled(product(self._matrix, q.to(self.dtype)))
 
-    def _scaled(self, product: Tensor) -> Tensor:
-        product = product.float()
-        return product if self.factor is None else product.mul_(self.factor)
+    def _scaled(self, found: Tensor) -> Tensor:
+        found = found.float()
+        return found if self.factor is None else found.mul_(self.factor)
 
 
 class Decoded(Blocks):

@@ -24,9 +24,8 @@ from lowmem.errors import UserError
 from lowmem.optim.engine import noise
 from lowmem.optim.int8.writer import Int8Writer
 from lowmem.optim.terms.hyper import ChunkHyper
+from lowmem.optim.terms.products import HALF
 from lowmem.optim.terms.state import State
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Writer(Protocol):

@@ -25,7 +25,7 @@ from torch import Tensor
 from lowmem.optim.engine import noise
 from lowmem.optim.engine.compiling import Kernel, compiled
 from lowmem.optim.engine.cutting import read_flat, sizes, write_flat
-from lowmem.optim.writers import HALF
+from lowmem.optim.terms.products import HALF
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.source import Named, Query
+from lowmem.optim.terms.products import HALF
 from lowmem.optim.terms.state import State
-from lowmem.optim.writers import HALF
 from lowmem.sources.directions import Perturbation
 from lowmem.sources.structures import Structure
 

@@ -43,10 +43,9 @@ class Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Of a product, ours."""
-        product = PRODUCTS.get(func)
-        if product is None or not _takes(*args[-2:]):
-            return func(*args, **(kwargs or {}))
-        return product(*args, **(kwargs or {}))
+        ours = PRODUCTS.get(func)
+        called = func if ours is None or not _takes(*args[-2:]) else ours
+        return called(*args, **(kwargs or {}))
 
 
 def wide(model: nn.Module, dtype: torch.dtype | None = None) -> AbstractContextManager[Any]:

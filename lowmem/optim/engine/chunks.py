@@ -140,9 +140,11 @@ class Chunks:
 
     def _keep(self, run: Pass, s: State, p: Tensor, g: Blocks) -> None:
         """Keep the launches of a step for the next one, where it will have the same."""
-        if isinstance(s, Held) and isinstance(g, Dense) and not self._look(run.rule, g):
-            spans = self.spans(run.rule, p.numel(), p.device, writer=run.writer)
-            s.course = Course(run, p, g.tensor, spans) if Course.serves(run, p, g, spans) else None
+        if not isinstance(s, Held) or not isinstance(g, Dense) or not Course.serves(run, p, g):
+            return
+        spans = self.spans(run.rule, p.numel(), p.device, writer=run.writer)
+        if all(length == size for _, length, size in spans):  # nothing is padded
+            s.course = Course(run, p, g.tensor, spans)
 
     def advance_(self, rule: Pointwise, low: Tensor, s: State, hp: Hyper, ok: Tensor | None = None) -> Tensor:
         """Turn a projected gradient into its direction, in place, judged as a whole.

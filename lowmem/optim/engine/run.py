@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem.optim.blocks import Blocks, Dense, Direction
+from lowmem.optim.blocks import Dense, Direction
 from lowmem.optim.contract import Pointwise
-from lowmem.optim.engine.compiling import Kernel
+from lowmem.optim.engine.compiling import Compiled, Kernel
 from lowmem.optim.engine.cutting import Span, pad, read_flat, sizes, write_flat
 from lowmem.optim.engine.finite import Skipped
 from lowmem.optim.engine.kernels import Asks, Guard
@@ -204,19 +204,18 @@ class Course:
             kernel = run.frame.kernel(
                 run.rule, run.writer, run.layout.keys, w, read, True, run.guard, run.asks, run.counts
             )
-            bound = getattr(kernel, "fitting", lambda *given, kernel=kernel: kernel)
-            launch = bound(*run.given(w, [read], start, views))
-            self._launches.append((start, size // width, width, views, launch))
+            if isinstance(kernel, Compiled):
+                kernel = kernel.fitting(*run.given(w, [read], start, views))
+            self._launches.append((start, size // width, width, views, kernel))
         run.forget()
 
     @staticmethod
-    def serves(run: Pass, p: Tensor, g: Blocks, spans: Sequence[Span]) -> bool:
-        """Whether nothing but the gradient and numbers changes: no padding, no cast, no part of a tensor."""
+    def serves(run: Pass, p: Tensor, g: Dense) -> bool:
+        """Whether nothing but the gradient and numbers changes: no cast, no sums, no part of a tensor."""
         rule, writer = run.rule, run.writer
         if not (run.live and rule and writer) or rule.measures or writer.beside or run.hp.shard:
             return False
-        plain = isinstance(g, Dense) and not g.takes and p.is_contiguous() and not isinstance(p, Int8Weight)
-        return plain and all(length == size for _, length, size in spans)
+        return not g.takes and p.is_contiguous() and not isinstance(p, Int8Weight)
 
     def fits(self, rule: Pointwise, writer: Writer, p: Tensor, g: Dense, table: Tensor | None) -> bool:
         """Whether a step has the same launches; a table that has grown is read by other kernels."""

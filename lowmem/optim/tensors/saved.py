@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lowmem.errors import CheckpointError
 from lowmem.optim.engine.settings import NEUTRAL
-from lowmem.optim.schedules.schedule import Always
 from lowmem.optim.shards import shard_of
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.marks import trains
@@ -149,7 +148,7 @@ class Loading:
         rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
         needed = place.fresh(self.strategy, rule_name, p, "meta")
         given = self.outside.back(place, rule_name, p, given, needed)
-        check_state(place.name, p, given, needed, moves=not isinstance(self.strategy.schedule, Always))
+        check_state(place.name, p, given, needed, moves=not self.strategy.schedule.steady)
         return {key: laid_out(given[key], like, self.home.device(p, key)) for key, like in needed.items()}
 
 

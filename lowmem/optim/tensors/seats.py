@@ -28,6 +28,9 @@ from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Held, State, scoped
 from lowmem.optim.writers import Writer, select
 
+KEPT = 64
+"""Lists of names that a roster keeps."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -146,10 +149,12 @@ class Roster:
 
     def _taking_part(self, rule: str, step: int) -> tuple[str, ...]:
         """The tensors of a rule that a schedule divides: those that join do so when roles next change."""
-        if (rule, step) not in self._names:
-            began = self.schedule.began(step)
-            self._names[rule, step] = tuple(name for since, name in self._since[rule] if since <= began)
-        return self._names[rule, step]
+        began = self.schedule.began(step)
+        if (rule, began) not in self._names:
+            if len(self._names) >= KEPT:  # a roster lives as long as the groups stay what they are
+                self._names.clear()
+            self._names[rule, began] = tuple(name for since, name in self._since[rule] if since <= began)
+        return self._names[rule, began]
 
 
 @dataclass(frozen=True)

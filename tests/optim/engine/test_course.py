@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lowmem
 from lowmem.optim.engine import ages, chunks, run
 from lowmem.optim.engine.cutting import policy
+from lowmem.optim.tensors import seats
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own compiler
 
@@ -159,13 +160,19 @@ def test_a_table_of_ages_that_grows_is_read_by_another_kernel(
         assert torch.equal(x, y)
 
 
-@pytest.mark.usefixtures("eager")
-def test_no_gradient_is_held_by_what_is_kept() -> None:
+def stepped() -> tuple[nn.Parameter, lowmem.LowMemOptimizer]:
+    """A weight that has been stepped twice, and its optimizer."""
     p = nn.Parameter(torch.ones(64, 256))
     optimizer = lowmem.optimizer([p], "adamw", lr=1e-3, compile="on")
     for _ in range(2):
         p.grad = torch.ones_like(p)
         optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.usefixtures("eager")
+def test_no_gradient_is_held_by_what_is_kept() -> None:
+    p, optimizer = stepped()
     held = weakref.ref(p.grad)
     optimizer.zero_grad()
     gc.collect()
@@ -174,13 +181,23 @@ def test_no_gradient_is_held_by_what_is_kept() -> None:
 
 @pytest.mark.usefixtures("eager")
 def test_a_weight_may_leave_its_memory() -> None:
-    p = nn.Parameter(torch.ones(64, 256))
-    optimizer = lowmem.optimizer([p], "adamw", lr=1e-3, compile="on")
-    for _ in range(2):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
+    p, _optimizer = stepped()
     place = p.data_ptr()
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
     there = [x for x in tensors if x.data_ptr() == place]
     assert [x is p for x in there] == [True]
+
+
+def test_a_roster_that_stays_keeps_few_lists_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seats, "KEPT", 3)
+    params = [(f"layers.{i}.w", nn.Parameter(torch.ones(8, 8))) for i in range(4)]
+    optimizer = lowmem.optimizer(params, "badam", lr=1e-3, switch_gap=1)
+    rosters = []
+    for _ in range(12):
+        for _, p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        rosters.append(optimizer.roster)
+    assert len(set(map(id, rosters))) == 1
+    assert 0 < len(optimizer.roster._names) <= 3
