@@ -3,7 +3,8 @@
 Two tables for each beginning. One compares methods, each at the rate that the validation split chose, by
 their distance from AdamW; the other compares ways to hold the weights of one method, at one rate, by their
 distance from bf16. A loss is the mean over seeds, its spread the largest distance from that; a distance is
-taken over the seeds that both rows have.
+taken over the seeds that both rows have, on the same kind of machine: products of 16 bits round otherwise
+where a processor has no instructions for them, which alone moves a loss by a percent.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ Run = Mapping[str, Any]
 def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """The numbers of judged runs: means over the seeds, and `above` that of bf16 weights."""
     groups = _judged(runs)
-    return [_row(some, groups.get((*key[:2], "bf16", key[3]), [])) for key, some in groups.items()]
+    return [_row(some, groups.get((*key[:2], "bf16", *key[3:]), [])) for key, some in groups.items()]
 
 
 def methods(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The rows of methods in bf16 weights whose rate was chosen, by `above`: their distance from AdamW."""
     groups = _judged(runs)
     rates = chosen(runs)
-    of = {key[:2]: some for key, some in groups.items() if key[2] == "bf16" and rates.get(key[:2]) == key[3]}
-    found = [_row(some, of.get((key[0], BESIDE), [])) for key, some in of.items()]
+    of = {
+        (setting, method, place): some
+        for (setting, method, variant, lr, place), some in groups.items()
+        if variant == "bf16" and rates.get((setting, method)) == lr
+    }
+    found = [_row(some, of.get((key[0], BESIDE, key[2]), [])) for key, some in of.items()]
     return sorted(found, key=lambda row: float(row["above"] or 0.0))
 
 
@@ -68,11 +73,12 @@ def chosen(runs: Iterable[Run]) -> dict[tuple[str, str], float]:
     return {key: lr for key, (_, lr) in best.items()}
 
 
-def _judged(runs: Iterable[Run]) -> dict[tuple[str, str, str, float], list[Run]]:
-    found: dict[tuple[str, str, str, float], list[Run]] = {}
+def _judged(runs: Iterable[Run]) -> dict[tuple[str, str, str, float, str], list[Run]]:
+    """Runs on the held-out split that differ by their seed alone."""
+    found: dict[tuple[str, str, str, float, str], list[Run]] = {}
     for run in runs:
         if run["split"] == "heldout":
-            key = (run["setting"], run["method"], run["variant"], run["lr"])
+            key = (run["setting"], run["method"], run["variant"], run["lr"], run["machine"]["device"])
             found.setdefault(key, []).append(run)
     return found
 
@@ -86,6 +92,7 @@ def _row(some: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
     return {
         **{key: one[key] for key in kept},
         "hyper": one.get("hyper", ""),
+        "place": one["machine"]["device"],
         "seeds": sorted(losses),
         "before": one["held_out"]["before"],
         "loss": mean,
@@ -134,8 +141,8 @@ UNKNOWN = "no reason is known"
 BESIDE = "adamw"
 FAR = 0.01
 """Above AdamW's loss, a distance that wants a reason."""
-HEAD = ("method", "lr", "seeds", "held-out loss", "of AdamW's", "forgotten", "state MiB", "s a step")
-HELD = ("method", "weights", "lr", "seeds", "held-out loss", "of bf16's", "state MiB", "s a step")
+HEAD = ("method", "on", "lr", "seeds", "held-out loss", "of AdamW's", "forgotten", "state MiB", "s a step")
+HELD = ("method", "on", "weights", "lr", "seeds", "held-out loss", "of bf16's", "state MiB", "s a step")
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -156,9 +163,9 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"Made by `{COMMAND}`, then `--page docs/quality.md --of configs/measured/quality.json`.",
         "All runs of a table see the same rows and steps. A method has the learning rate of the least loss "
         "on the validation split, with bf16 weights and seed 0, among those listed below its table.",
-        "Losses of different seeds belong to different rows: compare by the distance from AdamW's, which is "
-        "taken over the same seeds. Rates are a factor of three apart, which alone moves a loss by some "
-        "percent.",
+        "Losses of different seeds belong to different rows, and kinds of processors round otherwise: "
+        "compare by the distance from AdamW's, which is taken over the same seeds on the same kind. Rates "
+        "are a factor of three apart, which alone moves a loss by some percent.",
         "Runs share the cores with whatever else goes on, so seconds say little: `lowmem.recipes.benchmark` "
         "measures steps.",
         "",
@@ -171,15 +178,18 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def _setting(setting: str, runs: Sequence[Run], reasons: Mapping[str, str]) -> list[str]:
     """The tables of one beginning, what it was measured on, and the grid behind the rates."""
-    lines = [f"## {setting}", "", ABOUT.get(setting, ""), *_measured_on(runs), ""]
+    places = {
+        place: chr(ord("a") + i) for i, place in enumerate(sorted({r["machine"]["device"] for r in runs}))
+    }
+    lines = [f"## {setting}", "", ABOUT.get(setting, ""), *_measured_on(runs, places), ""]
     if found := methods(runs):
-        lines += _table(HEAD, [_of_method(row) for row in found])
+        lines += _table(HEAD, [_of_method(row, places) for row in found])
         lines += [*_far(found, reasons), "", f"Validation losses: {_grids(runs)}.", ""]
     several = {(run["method"], run["lr"]) for run in runs if run["variant"] != "bf16"}
     held = [row for row in rows(runs) if (row["method"], row["lr"]) in several]
     if held:
         lines += ["Ways to hold the weights of a method, at one rate:", ""]
-        lines += _table(HELD, [_of_weights(row) for row in sorted(held, key=_order)])
+        lines += _table(HELD, [_of_weights(row, places) for row in sorted(held, key=_order)])
     return lines
 
 
@@ -204,7 +214,7 @@ def _grids(runs: Iterable[Run]) -> str:
     return "; ".join(f"{method} {', '.join(told)}" for method, told in grid.items())
 
 
-def _measured_on(runs: Sequence[Run]) -> list[str]:
+def _measured_on(runs: Sequence[Run], places: Mapping[str, str]) -> list[str]:
     before = next((r["held_out"]["before"] for r in runs if r["split"] == "heldout"), None)
     steps = sorted({run["steps"] for run in runs})
     said = f"{', '.join(map(str, steps))} steps" + (f"; loss before {before:.4f}" if before else "")
@@ -212,13 +222,13 @@ def _measured_on(runs: Sequence[Run]) -> list[str]:
     names = tuple(runs[0]["machine"])
     return [
         f"{said}. Measured on:",
-        *("- " + _machine(dict(zip(names, one, strict=True))) for one in machines),
+        *(_machine(dict(zip(names, one, strict=True)), places) for one in machines),
     ]
 
 
-def _machine(about: Mapping[str, str]) -> str:
+def _machine(about: Mapping[str, str], places: Mapping[str, str]) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "python"))
-    return f"{about['device']}; {about['date']}; {versions}"
+    return f"- {places[about['device']]}: {about['device']}; {about['date']}; {versions}"
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -228,18 +238,22 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 WEIGHTS = ("bf16", "int8", "int8 eco", "int8 nearest")
 
 
-def _of_method(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _of_method(row: Mapping[str, Any], places: Mapping[str, str]) -> tuple[str, ...]:
+    name, rate, seeds = _name(row)
     return (
-        *_name(row),
+        name,
+        places[row["place"]],
+        rate,
+        seeds,
         *_loss(row),
         "" if row["forgotten"] is None else f"{row['forgotten']:+.4f}",
         *_cost(row),
     )
 
 
-def _of_weights(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _of_weights(row: Mapping[str, Any], places: Mapping[str, str]) -> tuple[str, ...]:
     name, rate, seeds = _name(row)
-    return (name, row["variant"], rate, seeds, *_loss(row), *_cost(row))
+    return (name, places[row["place"]], row["variant"], rate, seeds, *_loss(row), *_cost(row))
 
 
 def _name(row: Mapping[str, Any]) -> tuple[str, str, str]:

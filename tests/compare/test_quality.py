@@ -82,18 +82,20 @@ def test_a_page_names_what_its_figures_belong_to(calls: list[Any], tmp_path: Pat
         "## demo",
         "1 thread a run",
         "2.0000",
-        "| `adamw` | int8 | 0.0001 | 2 | 1.6550 +- 0.0050 |",
+        "| `adamw` | a | int8 | 0.0001 | 2 | 1.6550 +- 0.0050 |",
     ):
         assert words in text
     assert "Validation losses: adamw 3e-05: 1.5229, 0.0001: 1.0000, 0.0003: 1.4771, " in text
 
 
 def test_methods_are_compared_at_their_rates_and_what_is_far_off_has_a_reason() -> None:
-    def run(method: str, split: str, lr: float, after: float, seed: int = 0) -> dict[str, Any]:
+    def run(
+        method: str, split: str, lr: float, after: float, seed: int = 0, device: str = "here"
+    ) -> dict[str, Any]:
         return {
             "setting": "demo", "method": method, "variant": "bf16", "split": split, "lr": lr, "seed": seed,
             "optim": method, "options": "", "steps": 4, "seconds": 4.0, "state_bytes": 2**20, "general": None,
-            "held_out": {"before": 2.0, "after": after}, "machine": recipe.machine(),
+            "held_out": {"before": 2.0, "after": after}, "machine": {**recipe.machine(), "device": device},
         }  # fmt: skip
 
     runs = [
@@ -106,9 +108,19 @@ def test_methods_are_compared_at_their_rates_and_what_is_far_off_has_a_reason() 
     assert (adamw["lr"], adamw["above"], adamw["loss"]) == (1e-4, None, 1.5)
     assert sgd["above"] == pytest.approx(0.1)  # of the seed that both have
     text = markdown({"runs": runs, "reasons": {"sgd": "it has no moments."}})
-    assert "| `sgd` | 0.1 | 1 | 1.1000 | +10.00% |" in text
+    assert "| `sgd` | a | 0.1 | 1 | 1.1000 | +10.00% |" in text
     assert "- `sgd`: it has no moments." in text
     assert "lion" not in text
+    runs += [
+        run("sgd", "heldout", 0.1, 1.8, device="there"),
+        run("adamw", "heldout", 1e-4, 2.0, device="there"),
+    ]
+    found = {(row["method"], row["place"]): row["above"] for row in methods(runs)}
+    assert found["sgd", "here"] == pytest.approx(0.1)
+    assert found["sgd", "there"] == pytest.approx(-0.1)  # beside the AdamW of the same machine
+    text = markdown({"runs": runs})
+    assert "- b: there; " in text
+    assert "| `sgd` | b | 0.1 | 1 | 1.8000 | -10.00% |" in text
 
 
 def test_a_strategy_is_told_what_was_measured_of_it() -> None:
