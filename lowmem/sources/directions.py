@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine import noise
-from lowmem.optim.engine.compiling import Kernel, compiled
+from lowmem.optim.engine.compiling.kernel import Kernel, compiled
 from lowmem.optim.engine.cutting import read_flat, sizes, write_flat
 from lowmem.optim.terms.products import HALF
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from lowmem.optim.blocks import Blocks, Dense, Direction
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.engine import cutting
-from lowmem.optim.engine.compiling import Kernel, compiled
+from lowmem.optim.engine.compiling.kernel import Kernel, compiled
 from lowmem.optim.engine.cutting import LADDER, MOST, Span, sizes, walk
 from lowmem.optim.engine.finite import Skipped, all_finite
 from lowmem.optim.engine.kernels import Asks, Guard, body

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.contract import Pointwise
-from lowmem.optim.engine.compiling import Kernel
+from lowmem.optim.engine.compiling.kernel import Kernel
 from lowmem.optim.terms.fp32 import LARGEST
 from lowmem.optim.terms.hyper import ChunkHyper
 from lowmem.optim.writers import Writer

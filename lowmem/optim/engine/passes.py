@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.blocks import Blocks, Dense
-from lowmem.optim.engine.compiling import Kernel, compiled
+from lowmem.optim.engine.compiling.kernel import Kernel, compiled
 from lowmem.optim.engine.cutting import sizes, walk
 from lowmem.optim.formulas import ByBlocks, Held, Leaf, each, leaf_of
 

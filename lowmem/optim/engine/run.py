@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem.optim.blocks import Dense, Direction
 from lowmem.optim.contract import Pointwise
-from lowmem.optim.engine.compiling import Compiled, Kernel
+from lowmem.optim.engine.compiling.kernel import Compiled, Kernel
 from lowmem.optim.engine.cutting import Span, pad, read_flat, sizes, write_flat
 from lowmem.optim.engine.finite import Skipped
 from lowmem.optim.engine.kernels import Asks, Guard

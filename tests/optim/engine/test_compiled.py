@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
 import math
@@ -21,9 +20,12 @@ import lowmem
 from lowmem.optim.blocks import Dense
 from lowmem.optim.codecs.blockwise import codec
 from lowmem.optim.elementwise import coded
-from lowmem.optim.engine import compiling
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.engine.compiling import ABSENT, PRIVATE, Compiled, _forget_instructions, compiled
+from lowmem.optim.engine.compiling import kernel as compiling
+from lowmem.optim.engine.compiling import private
+from lowmem.optim.engine.compiling.kernel import Compiled, compiled
+from lowmem.optim.engine.compiling.private import ABSENT, PRIVATE
+from lowmem.optim.engine.compiling.processor import forget_instructions
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.rules.elementwise.adam import Adam
 from lowmem.optim.rules.elementwise.moments import Momentum
@@ -190,10 +192,10 @@ def test_a_private_name_that_is_gone_is_done_without(
         home = importlib.import_module("torch._inductor.compile_fx")
         inner = home.compile_fx_inner
         monkeypatch.setattr(home, "compile_fx_inner", lambda *a, **more: inner(*a, **more).__call__)
-    look, last = compiling._look, gone.rpartition(".")[-1]
-    monkeypatch.setattr(compiling, "_look", lambda home, x: ABSENT if x == last else look(home, x))
-    monkeypatch.setattr(compiling, "_say", functools.cache(compiling._say.__wrapped__))
-    caplog.set_level("DEBUG", logger=compiling.log.name)
+    look, last = private.look, gone.rpartition(".")[-1]
+    monkeypatch.setattr(private, "look", lambda home, x: ABSENT if x == last else look(home, x))
+    private.say.cache_clear()
+    caplog.set_level("DEBUG", logger=private.log.name)
     kernels = [compiled(add), compiled(add)]
     for kernel, rows in itertools.product(kernels, (3, 7, 64, 1)):
         w, g = normal(rows, ROW), normal(rows, ROW, seed=1)
@@ -244,8 +246,8 @@ def test_a_kernel_of_too_many_sizes_goes_by_the_public_call(
         w.add_(numbers.sum())
 
     monkeypatch.setattr(compiling, "VARIANTS", 1)
-    monkeypatch.setattr(compiling, "_say", functools.cache(compiling._say.__wrapped__))
-    caplog.set_level("DEBUG", logger=compiling.log.name)
+    private.say.cache_clear()
+    caplog.set_level("DEBUG", logger=private.log.name)
     kernel = Compiled(step)
     for entries in (3, 4, 5, 3, 4, 5, 6):
         w = torch.zeros(7, ROW)
@@ -269,10 +271,10 @@ def refusals(
     )
     wrapper.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    _forget_instructions()
+    forget_instructions()
     with config.patch({"cpp.cxx": (None, str(wrapper)), "cpp_cache_precompile_headers": False}):
         yield refused
-    _forget_instructions()  # what was found out about this compiler would be believed of the next one
+    forget_instructions()  # what was found out about this compiler would be believed of the next one
 
 
 @pytest.mark.skipif(

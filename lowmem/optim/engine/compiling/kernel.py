@@ -8,26 +8,28 @@ It asks for the current stream at every call and was made for one device, whatev
 
 The number of rows is left open, where tensors have any: one kernel serves chunks of all sizes.
 
-The ways to what was generated are no public ones. This file alone knows them; where one is not
-there the public call serves as well, only later.
+The ways to what was generated are no public ones (see `private`); where one is not there the public
+call serves as well, only later.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import itertools
-import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from lowmem.optim.engine.compiling.private import ABSENT, look, private, say
+from lowmem.optim.engine.compiling.processor import (
+    forget_instructions,
+    instructions_believed,
+    refused,
+    whole_vectors,
+)
 
 Kernel = Callable[..., None]
 
@@ -35,48 +37,9 @@ OPTIONS = {
     "emulate_precision_casts": True,  # a cast to 16 bits and back rounds, and must not be dropped
     "assert_indirect_indexing": False,  # codes cannot point outside their table: checks cost a third
 }
-PRIVATE = (
-    "torch._inductor.compile_fx.compile_fx",
-    "torch._inductor.compile_fx.compile_fx_inner",
-    "torch._inductor.config.cpp.vec_isa_ok",
-    "torch._inductor.cpu_vec_isa.VecISA.check_build",
-    "torch._inductor.cpu_vec_isa.supported_vec_isa_list",
-    "torch._inductor.cpu_vec_isa.valid_vec_isa_list",
-    "torch._inductor.exc.CppCompileError",
-    "torch._inductor.exc.InductorError",
-    "torch._functorch.config.enable_autograd_cache",
-    "torch._inductor.list_options",
-    "torch._dynamo.mark_dynamic",
-)
-"""All names that are not public; each may be gone in another version."""
 VARIANTS = 16
 """Kernels of one step, for sizes that were taken as fixed."""
-ABSENT = object()
 _NUMBERS = itertools.count()
-
-
-def private(name: str) -> Any:
-    """What a private name of torch stands for, None where there is no such thing."""
-    owner, _, attribute = name.rpartition(".")
-    try:
-        home: Any = importlib.import_module(owner)
-    except ImportError:  # no module, but something in one
-        home = private(owner) if "." in owner else None
-    found = None if home is None else _look(home, attribute)
-    if found is ABSENT:
-        _say(f"torch {torch.__version__} has no {name}: the step goes without")
-        return None
-    return found
-
-
-def _look(home: Any, attribute: str) -> Any:
-    return getattr(home, attribute, ABSENT)
-
-
-@functools.cache
-def _say(what: str) -> None:
-    """Once."""
-    log.debug(what)
 
 
 def compiled(step: Kernel) -> Kernel:
@@ -141,7 +104,7 @@ class Compiled:
                 self._others.insert(0, other)
                 return other
         if len(self._others) == VARIANTS:
-            _say("a kernel is called with too many sizes: called publicly")
+            say("a kernel is called with too many sizes: called publicly")
             return self._whole
         self._others.insert(0, type(self)(self._step))
         return self._others[0]
@@ -153,9 +116,7 @@ class Compiled:
         except Exception:
             if self._missing is None:
                 raise
-            _say(
-                f"torch {torch.__version__} compiles otherwise than known ({self._missing}): called publicly"
-            )
+            say(f"torch {torch.__version__} compiles otherwise than known ({self._missing}): called publicly")
             self._missing, self._graphs = None, []
             options = private("torch._inductor.list_options")
             known: dict[str, Any] = {
@@ -182,9 +143,9 @@ class Compiled:
             else:
                 self._open.append((i, place))
         # past the wrapper around it, which serves caches and profilers of torch.compile
-        within = _look(self._graphs[0], "current_callable")
+        within = look(self._graphs[0], "current_callable")
         if within is ABSENT:
-            _say(f"torch {torch.__version__} has no current_callable: graphs are called whole")
+            say(f"torch {torch.__version__} has no current_callable: graphs are called whole")
         self._direct = self._graphs[0] if within is ABSENT else within
 
     def _fits(self, tensors: Sequence[Tensor | None]) -> bool:
@@ -211,13 +172,12 @@ class Compiled:
         try:
             if private("torch._inductor.config.cpp.vec_isa_ok") is not None:
                 return self._build(graph, inputs)
-            # what the processor says it can, g++ can too; compiling a test for all of it takes ten seconds
-            with _instructions_believed():
+            with instructions_believed():
                 return self._build(graph, inputs)
         except Exception as error:
-            if not _refused(error):
+            if not refused(error):
                 raise
-            _forget_instructions()
+            forget_instructions()
             self._graphs.clear()
             return self._build(graph, inputs)
 
@@ -226,7 +186,7 @@ class Compiled:
         try:
             if compile_fx is None or private("torch._inductor.compile_fx.compile_fx_inner") is None:
                 raise AttributeError("no compile_fx")
-            with _no_cache():  # a hit there would not come by `_generate`
+            with _no_cache(), whole_vectors():  # a hit in the cache would not come by `_generate`
                 return compile_fx(graph, inputs, inner_compile=self._generate, config_patches=OPTIONS)
         except (AttributeError, ImportError, TypeError) as error:
             self._missing = error
@@ -248,17 +208,6 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def _instructions_believed() -> Iterator[None]:
-    """No test is compiled of what the processor says it can."""
-    home = private("torch._inductor.cpu_vec_isa.VecISA")
-    if private("torch._inductor.cpu_vec_isa.VecISA.check_build") is None:
-        yield
-        return
-    with patch.object(home, "check_build", lambda instructions, code: True):
-        yield
-
-
-@contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
     """Without the cache of torch.compile that goes past inner compilers."""
     config = private("torch._functorch.config")
@@ -267,26 +216,6 @@ def _no_cache() -> Iterator[None]:
         return
     with config.patch(enable_autograd_cache=False):
         yield
-
-
-def _refused(error: Exception) -> bool:
-    """Whether the C++ compiler did not take what it was given."""
-    wrapper = private("torch._inductor.exc.InductorError")
-    kind = private("torch._inductor.exc.CppCompileError")
-    if wrapper is None or kind is None or not isinstance(error, wrapper):
-        return False
-    return isinstance(getattr(error, "inner_exception", None), kind)
-
-
-def _forget_instructions() -> None:
-    """Let Inductor find out anew what the compiler takes: every set of instructions remembers its claim."""
-    getattr(private("torch._inductor.cpu_vec_isa.valid_vec_isa_list"), "cache_clear", lambda: None)()
-    for instructions in private("torch._inductor.cpu_vec_isa.supported_vec_isa_list") or ():
-        for found in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
-            vars(instructions).pop(found, None)  # of the class, False
-        for kind in type(instructions).__mro__:
-            for member in vars(kind).values():
-                getattr(member, "cache_clear", lambda: None)()
 
 
 def _rows(tensors: Sequence[Tensor | None]) -> int:
