@@ -12,10 +12,10 @@ nothing is made from are noted in the row, as `messages.NAME`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from lowmem.data.rows.content import read_content
 from lowmem.data.rows.fields import EMPTY, Fields, RowError, parsed
 from lowmem.errors import nearest
 
@@ -46,15 +46,6 @@ CALLS = ("function_call", "tool_call")  # roles whose text is a call, or a list 
 SWITCHES = ("weight", "train", "training", "trainable", "loss", "loss_weight")
 PARTIAL = ("train_detail", "training_detail", "loss_mask", "mask", "masked")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-PARTS = {  # types of content parts
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "reasoning": "reasoning",
-    "thinking": "reasoning",
-    "tool_call": "tool_call",
-}
-PART_TEXTS = ("text", "value", "thinking", "reasoning")  # where their text stands
 
 
 def read_messages(value: Any, key: str, row: Fields) -> list[Message]:
@@ -136,7 +127,7 @@ def _message(item: Any, key: str, where: str, row: Fields) -> Message:
 def _read(fields: Fields) -> Message:
     name = _role(fields)
     role = ROLES[name]
-    said = _said(fields, role)
+    said = read_content(fields, role, is_data=role == "tool" or name in CALLS)
     if name in CALLS:
         said = {"tool_call": said.get("text", [""])}
     calls = _calls(fields, role, said.get("tool_call", []))
@@ -164,23 +155,6 @@ def _role(fields: Fields) -> str:
     if name not in ROLES:
         raise RowError(f"has the role {value!r}: {nearest(str(value), ROLES)}")
     return name
-
-
-def _said(fields: Fields, role: str) -> dict[str, list[str]]:
-    """The texts of a message's content by kind: text, and of an answer reasoning and tool_call."""
-    value = fields.first("content", "value")
-    if isinstance(value, Mapping) and role != "user":  # the result of a tool, or a call
-        value = json.dumps(value, ensure_ascii=False)
-    if isinstance(value, str):
-        return {"text": [value]}
-    said: dict[str, list[str]] = {}
-    for part in value if isinstance(value, list) else []:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        found = [part[key] for key in PART_TEXTS if isinstance(part.get(key), str)] if kind in PARTS else []
-        if not found or (PARTS[kind] != "text" and role != "assistant"):
-            raise RowError(f"has a content part of type {kind!r}: lowmem trains on text; take the row out")
-        said.setdefault(PARTS[kind], []).append(found[0])
-    return said
 
 
 def _counts(fields: Fields, role: str) -> bool:
