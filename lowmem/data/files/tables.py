@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem.data.files.quotes import rewritten
 from lowmem.data.files.source import Place, Row, content, suffixes, text_of
 from lowmem.errors import UserError, first_line
 
@@ -29,6 +30,7 @@ def table(file: Path) -> Iterator[tuple[Place, Row]]:
 
     text = text_of(file)
     separator, text = _separator(text, "\t" if suffixes(file)[0] == ".tsv" else ",")
+    text = rewritten(text, separator, str(file))
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
