@@ -14,19 +14,15 @@ would cut off are counted.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from lowmem.data.examples import Example, ensure_chat_template, render_example
-from lowmem.data.files import hub as hub_data
 from lowmem.data.files.folders import listed
-from lowmem.data.files.readers import held, look, read_path
 from lowmem.data.files.source import Place
+from lowmem.data.lookup import DEMO, check_name, files_by_split, files_read, load_rows, not_read, splits
 from lowmem.data.rows import preferences
 from lowmem.data.rows.columns import Columns, understood
 from lowmem.data.rows.fields import Fields, RowError
@@ -37,6 +33,8 @@ __all__ = [
     "DEMO",
     "Data",
     "Example",
+    "NoRowsError",
+    "check_name",
     "detect_format",
     "ensure_chat_template",
     "files_by_split",
@@ -48,7 +46,9 @@ __all__ = [
     "to_prompt_completion",
 ]
 
-DEMO = ("factbook",)
+
+class NoRowsError(UserError):
+    """Data that holds no row to learn from."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ def load_data(
 
     Raises:
         UserError: nothing there, unknown format, damaged file, or a bad row (named with its place).
+        NoRowsError: nothing to train on in it.
 
     Example:
         >>> load_data("factbook", split="validation").rows[0]["prompt"][0]["role"]
@@ -168,7 +169,8 @@ def load_data(
             raise UserError(f"{place}: prompts are text in some rows and messages in others; use one of them")
     if not rows or not chosen:
         empty = f"all {skipped} rows are empty" if skipped else "it holds no rows"
-        raise UserError(f"{name_or_path} ({split}) has nothing to train on: {empty}")
+        use = "train" if split == "train" else "evaluate"
+        raise NoRowsError(f"{name_or_path} ({split}) has nothing to {use} on: {empty}")
     return Data(
         str(name_or_path),
         split,
@@ -178,60 +180,12 @@ def load_data(
         skipped,
         tuple(ignored),
         places=tuple(places),
-        files=_files_read(name_or_path, places),
+        files=files_read(name_or_path, places),
         notes=(
             *_other_names({**(columns or {}), **names}),
-            *(_not_read(name_or_path) if split == "train" else ()),
+            *(not_read(name_or_path) if split == "train" else ()),
         ),
     )
-
-
-def load_rows(name_or_path: str, split: str = "train") -> Iterator[tuple[Place, Row]]:
-    """Raw rows one by one, each with its place, as they stand in the file or on the Hub.
-
-    Raises:
-        UserError: nothing of that name, no such split, or a damaged file.
-    """
-    path = _path(name_or_path)
-    if path is not None:
-        yield from read_path(path, split)
-    else:
-        check_name(name_or_path)
-        yield from hub_data.read_hub(name_or_path, split)
-
-
-def check_name(name_or_path: str) -> None:
-    """Look whether there may be data of a name; nothing is read, and nobody asked.
-
-    Raises:
-        UserError: neither a file, nor a folder, nor like a name on the Hub.
-    """
-    path = _path(name_or_path)
-    if path is not None:
-        look(path)
-    elif not hub_data.looks_like_hub(name_or_path):
-        kind = "file or folder" if Path(name_or_path).suffix or "/" in name_or_path else "data"
-        raise UserError(
-            f"no {kind} {name_or_path!r}: give a file, a folder, a Hub name (owner/name) or the demo data; "
-            f"{nearest(name_or_path, DEMO)}"
-        )
-
-
-def splits(name_or_path: str) -> tuple[str, ...]:
-    """Splits that a path has: those that files, folders above them or keys are named after, else `train`.
-
-    >>> splits("factbook")
-    ('heldout', 'heldout_reserved', 'train', 'validation')
-    """
-    return tuple(sorted(files_by_split(name_or_path)))
-
-
-def files_by_split(name_or_path: str) -> dict[str, tuple[str, ...]]:
-    """The same, with the names of the files; on the Hub there are none to name."""
-    path = _path(name_or_path)
-    if path is None:
-        return {"train": ()}
-    return {split: tuple(file.name for file in files) for split, files in held(path).splits.items()}
 
 
 def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None) -> list[Row]:
@@ -322,28 +276,3 @@ def _other_names(names: Mapping[str, str]) -> tuple[str, ...]:
     """A note about columns that are read under another name than their own."""
     other = [f"{old} as {new}" for new, old in names.items() if old.strip().lower() != new]
     return (f"read {', '.join(other)}",) if other else ()
-
-
-def _path(name_or_path: str) -> Path | None:
-    """The local path that is meant, None for what is not one."""
-    if name_or_path in DEMO:
-        folder = resources.files("lowmem.configs") / "data" / name_or_path
-        return Path(str(folder))
-    path = Path(name_or_path).expanduser()
-    return path if path.exists() else None
-
-
-def _files_read(name_or_path: str, places: Iterable[Place]) -> tuple[tuple[str, int], ...]:
-    """The files of a folder that were read, and the records of each."""
-    path = _path(name_or_path)
-    if path is None or not path.is_dir():
-        return ()
-    counts = Counter(place.source for place in dict.fromkeys(places))
-    return tuple((source.removeprefix(f"{path}/"), count) for source, count in counts.items())
-
-
-def _not_read(name_or_path: str) -> tuple[str, ...]:
-    """A note about what a folder holds beside its splits."""
-    path = _path(name_or_path)
-    left = held(path).left_out if path is not None else ()
-    return (f"not read: {listed(left)}",) if left else ()

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem.data.files.folders import listed
-from lowmem.data.load import Data, files_by_split, load_data, splits
+from lowmem.data.load import Data, NoRowsError, files_by_split, load_data, splits
 
 
 def train_and_held_out(
@@ -30,8 +30,9 @@ def train_and_held_out(
     """Rows to train on, and rows to evaluate on that are not among them.
 
     The held-out rows are those of `held_out`; else those of the data's own held-out, validation or test
-    split; else a random tenth of the data (at most `rows`), taken out of training record by record. Rows
-    that are also trained on are left out, or said to be where there are no others.
+    split, one without rows passed over and named; else a random tenth of the data (at most `rows`), taken
+    out of training record by record. Rows that are also trained on are left out, or said to be where there
+    are no others.
 
     Args:
         data: as for `load_data`.
@@ -47,12 +48,12 @@ def train_and_held_out(
     """
     given: dict[str, Any] = {"data_format": data_format, "task": task, "columns": columns}
     train = load_data(data, **given)
-    own = _held_out_split(data) if held_out is None else _held_out_split(held_out) or "train"
-    alone = _left_alone(data, {"train", own if held_out is None else None})
-    train = replace(train, notes=(*train.notes, *alone))
-    if own is None:
+    others, own, empty = _held_out(data if held_out is None else held_out, held_out is not None, given)
+    alone = _left_alone(data, {"train", *((own, *empty) if held_out is None else ())})
+    passed = (f"nothing to evaluate on in {listed(empty)}",) if empty else ()
+    train = replace(train, notes=(*train.notes, *alone, *passed))
+    if others is None:
         return _take_out(train, rows, seed)
-    others = load_data(data if held_out is None else held_out, split=own, **given)
     return train, disjoint(others, train).first(rows, seed)
 
 
@@ -113,9 +114,30 @@ def _leader(leader: list[int], index: int) -> int:
     return index
 
 
-def _held_out_split(name_or_path: str) -> str | None:
-    """The split to evaluate on, if the data has one."""
-    return next((s for s in ("heldout", "validation", "test") if s in splits(name_or_path)), None)
+def _held_out(
+    name_or_path: str, apart: bool, given: Mapping[str, Any]
+) -> tuple[Data | None, str | None, list[str]]:
+    """The rows to evaluate on, their split, and the splits passed over since they hold no rows.
+
+    Args:
+        name_or_path: the data.
+        apart: whether all of it is held out: then files named after no split are meant, too.
+        given: for `load_data`.
+
+    Raises:
+        NoRowsError: data of its own that holds none.
+    """
+    have, empty = splits(name_or_path), list[str]()
+    own = [s for s in ("heldout", "validation", "test") if s in have]
+    wanted: list[str] = [*own] or ["train"] * apart
+    for split in wanted:
+        try:
+            return load_data(name_or_path, split=split, **given), split, empty
+        except NoRowsError:
+            if apart and split == wanted[-1]:
+                raise
+            empty.append(split)
+    return None, None, empty
 
 
 def _take_out(data: Data, rows: int, seed: int) -> tuple[Data, Data]:

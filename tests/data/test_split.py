@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lowmem.data.split import content_of, groups, train_and_held_out
+from lowmem.errors import UserError
 
 
 def write(file, rows):
@@ -89,3 +90,52 @@ def test_one_row_cannot_be_split_and_it_is_said(tmp_path, count):
     train, held = train_and_held_out(file)
     assert (len(train.rows), len(held.rows)) == (count, count)
     assert "the held-out loss is measured on what is trained" in held.summary()
+
+
+def folder_of(tmp_path):
+    write(tmp_path / "train.jsonl", [{"text": str(i)} for i in range(20)])
+    write(tmp_path / "test.jsonl", [])
+    return tmp_path
+
+
+def object_of(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"train": [{"text": str(i)} for i in range(20)], "test": []}))
+    return file
+
+
+def saved_of(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    train = Dataset.from_list([{"text": str(i)} for i in range(20)])
+    DatasetDict(train=train, test=train.select([])).save_to_disk(tmp_path)
+    return tmp_path
+
+
+def unanswered_of(tmp_path):
+    write(tmp_path / "train.jsonl", [{"text": str(i)} for i in range(20)])
+    write(tmp_path / "test.jsonl", [{"text": " "}])
+    return tmp_path
+
+
+@pytest.mark.parametrize("made", [folder_of, object_of, saved_of, unanswered_of])
+def test_a_held_out_split_without_rows_is_passed_over_and_named(tmp_path, made):
+    train, held = train_and_held_out(str(made(tmp_path)))
+    assert (len(train.rows), len(held.rows), held.split) == (18, 2, "held out")
+    assert train.summary().endswith("; nothing to evaluate on in test")
+
+
+def test_the_next_held_out_split_is_taken_where_one_has_no_rows(tmp_path):
+    write(folder_of(tmp_path) / "validation.jsonl", [])
+    write(tmp_path / "test.jsonl", [{"text": "a"}])
+    train, held = train_and_held_out(str(tmp_path))
+    assert (len(train.rows), len(held.rows), held.split) == (20, 1, "test")
+    assert train.notes == ("nothing to evaluate on in validation",)
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", ""])
+def test_held_out_data_of_its_own_must_hold_rows(tmp_path, name):
+    train = write(tmp_path / "a.jsonl", [{"text": "a"}])
+    other = folder_of(tmp_path) / name
+    with pytest.raises(UserError, match=r"nothing to (train|evaluate) on: it holds no rows"):
+        train_and_held_out(train, str(other))

@@ -16,6 +16,7 @@ from typing import Any
 from lowmem.data.files.quotes import rewritten
 from lowmem.data.files.source import Place, Row, content, suffixes, text_of
 from lowmem.errors import UserError, first_line
+from lowmem.texts import parse_json
 
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
@@ -81,6 +82,8 @@ def saved(folder: Path) -> Iterator[tuple[Place, Row]]:
     from datasets import load_from_disk
 
     try:
+        if not parse_json((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+            return  # a split without rows, which `datasets` writes and fails to load
         rows = load_from_disk(str(folder)).with_format(None)
         yield from _records(folder, rows)
     except Exception as error:  # datasets raises many kinds; each says in its first line what is wrong
