@@ -1,5 +1,6 @@
 """Columns as people name them; tables and JSON as programs write them."""
 
+import itertools
 import json
 
 import pytest
@@ -201,3 +202,37 @@ def test_parquet_with_messages_as_programs_write_them(tmp_path):
     pandas.DataFrame(texts).to_parquet(tmp_path / "b.parquet")
     assert len(load_data(str(tmp_path / "a.parquet")).rows) == 2
     assert list(load_data(str(tmp_path / "b.parquet")).rows) == CHAT
+
+
+SIDES = {
+    "prompt": [
+        "Where is Kenya?",
+        [ASK],
+        ASK,
+        json.dumps([ASK]),
+        {"role": ["user"], "content": [ASK["content"]]},
+    ],
+    "answer": ["In Africa.", [SAY], SAY, json.dumps([SAY])],
+}
+
+
+@pytest.mark.parametrize("names", [("prompt", "response"), ("prompt", "completion"), ("question", "answer")])
+@pytest.mark.parametrize(("asked", "said"), list(itertools.product(*SIDES.values()))[1:])
+def test_a_side_is_text_or_messages_in_every_row(tmp_path, names, asked, said):
+    first = dict(zip(names, ([ASK], "In Africa."), strict=True))
+    row = dict(zip(names, (asked, said), strict=True))
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(first)}\n{json.dumps(row)}\n{json.dumps(row)}\n")
+    data = load_data(str(file))
+    assert list(data.rows) == CHAT * 3
+    assert data.ignored == ()
+    if names == ("prompt", "response") and asked == [ASK]:
+        assert data.notes == ("read response as completion",)
+
+
+def test_a_side_beside_messages_must_say_something(tmp_path):
+    assert to_prompt_completion({"prompt": [ASK], "response": " "}) == []
+    with pytest.raises(UserError, match="field 'prompt' is empty"):
+        to_prompt_completion({"prompt": " ", "completion": [SAY]})
+    with pytest.raises(UserError, match="field 'completion' is null"):
+        to_prompt_completion({"prompt": [ASK], "completion": None}, "prompt_completion")

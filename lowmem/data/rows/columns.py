@@ -39,6 +39,8 @@ MEANT = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
 }  # format -> what the two are in it
+_WHOLE = ("messages", "conversations")  # nothing but messages can stand there
+_AS_MESSAGES = {"question": "prompt", "answer": "completion"}  # where one of them holds messages
 SYSTEMS = ("system_prompt", "system_message", "system_instruction")
 TALKS = ("conversation", "dialog", "dialogue", "chat", "turns")
 
@@ -82,10 +84,12 @@ def understood(row: Mapping[str, Any], chosen: Format | None = None) -> Columns:
     back = {old: new for new, old in called.items()}
     found: Row = {back.get(key, key): value for key, value in row.items() if not _displaced(key, called)}
     displaced = tuple(key for key, value in row.items() if _displaced(key, called) and value is not None)
-    for key in ("messages", "conversations", "prompt", "completion"):
-        if key in found:
+    for key in (*_WHOLE, *_AS_MESSAGES, *_AS_MESSAGES.values()):
+        if key in found and (key in _WHOLE or _is_talk(found[key])):
             found[key] = _messages(found[key], key)
     left = _one_answer(found)
+    if "prompt" in found and "question" in called:  # it holds messages
+        called = {_AS_MESSAGES.get(new, new): old for new, old in called.items()}
     return Columns(found, {new: old for new, old in called.items() if new != old}, (*displaced, *left))
 
 
@@ -143,13 +147,13 @@ def _is_talk(value: Any) -> bool:
         value = _messages(value, "messages")
     except RowError:
         return False
-    first = value[0] if isinstance(value, list) and value else None
+    first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, Mapping) and ("role" in first or "from" in first)
 
 
 def _messages(value: Any, key: str) -> Any:
     """A list of messages out of a struct of lists or of JSON text; anything else as it is."""
-    if isinstance(value, str) and key in ("messages", "conversations") and value.lstrip()[:1] in ("[", "{"):
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             value = texts.parse_json(value)
         except ValueError as error:
@@ -169,7 +173,6 @@ def _one_answer(row: Row) -> tuple[str, ...]:
         value = next((value[key] for key in ("text", "value", "answer") if key in value), value)
     several = isinstance(value, list) and all(isinstance(one, str) for one in value)
     row["answer"] = (value[0] if value else "") if several else value
-    if isinstance(row["question"], list) and isinstance(row["answer"], str):
-        row["prompt"] = row.pop("question")
-        row["completion"] = [{"role": "assistant", "content": row.pop("answer")}]
+    if any(_is_talk(row[key]) for key in _AS_MESSAGES):
+        row.update({new: row.pop(old) for old, new in _AS_MESSAGES.items()})
     return ("all answers but the first",) if several and len(set(value)) > 1 else ()

@@ -155,12 +155,22 @@ def _alpaca(row: Fields) -> list[Row]:
 
 
 def _pair(row: Fields) -> list[Row]:
-    """`prompt` and `completion`: two texts, or two lists of messages."""
-    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        asked = _led(row, read_messages(row["prompt"], "prompt", row), "prompt")
-        return _chat(row, [*asked, *read_messages(row["completion"], "completion", row)], len(asked))
-    prompt, completion = _string(row, "prompt"), _string(row, "completion")
-    return [{"prompt": prompt, "completion": completion}] if completion.strip() else []
+    """`prompt` and `completion`: two texts, or messages on a side or on both."""
+    if not any(isinstance(row.get(key), (list, Mapping)) for key in ("prompt", "completion")):
+        prompt, completion = _string(row, "prompt"), _string(row, "completion")
+        return [{"prompt": prompt, "completion": completion}] if completion.strip() else []
+    asked = _led(row, _turns(row, "prompt", "user"), "prompt")
+    return _chat(row, [*asked, *_turns(row, "completion", "assistant")], len(asked))
+
+
+def _turns(row: Fields, key: str, role: str) -> list[Message]:
+    """The messages of one side; a text beside messages is what `role` says."""
+    _, value = _present(row, key)
+    if isinstance(value, (list, Mapping)):
+        return read_messages([value] if isinstance(value, Mapping) else value, key, row)
+    if role == "user" and not _string(row, key).strip():
+        raise RowError(f"field {key!r} is empty")
+    return read_messages([{"role": role, "content": _string(row, key)}], key, row)
 
 
 def _conversation(key: str) -> Convert:
