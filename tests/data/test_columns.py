@@ -236,3 +236,61 @@ def test_a_side_beside_messages_must_say_something(tmp_path):
         to_prompt_completion({"prompt": " ", "completion": [SAY]})
     with pytest.raises(UserError, match="field 'completion' is null"):
         to_prompt_completion({"prompt": [ASK], "completion": None}, "prompt_completion")
+
+
+OTHER = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [[ASK, SAY], OTHER],
+        {"data": [[ASK, SAY], OTHER]},
+        {"messages": [[ASK, SAY], OTHER]},
+        {"messages": [[ASK, SAY], OTHER], "test": [1, 2]},
+        {"id": [1, 2], "messages": [[ASK, SAY], OTHER]},
+        {"messages": {"0": [ASK, SAY], "1": OTHER}, "test": {"0": "x", "1": "y"}},
+        {"prompt": ["Where is Kenya?", "a"], "response": ["In Africa.", "b"], "test": ["x", "y"]},
+        {"id": [1, 2], "question": ["Where is Kenya?", "a"], "answer": ["In Africa.", "b"]},
+        {"question": {"0": "Where is Kenya?", "1": "a"}, "answer": {"0": "In Africa.", "1": "b"}},
+        {"0": {"question": "Where is Kenya?", "answer": "In Africa."}, "7": {"question": "a", "answer": "b"}},
+        {"train": {"1": {"messages": [ASK, SAY]}, "2": {"messages": OTHER}}, "test": []},
+        {"train": [[ASK, SAY], OTHER], "test": [OTHER, OTHER]},
+    ],
+)
+def test_wrappings_of_a_whole_document(tmp_path, given):
+    data = load(tmp_path, "a.json", json.dumps(given, indent=1))
+    assert list(data.rows) == [*CHAT, {"prompt": OTHER[:1], "completion": OTHER[1:]}]
+
+
+@pytest.mark.parametrize(
+    "given", [[ASK, SAY], {"messages": [ASK, SAY]}, {"prompt": [ASK], "completion": [SAY]}]
+)
+def test_a_document_of_one_row(tmp_path, given):
+    assert list(load(tmp_path, "a.json", json.dumps(given)).rows) == CHAT
+
+
+def test_messages_as_pandas_writes_them_into_a_table(tmp_path):
+    import pandas
+
+    pandas.DataFrame({"messages": [[ASK, {**SAY, "content": 'It\'s in "Africa".', "x": None}]]}).to_csv(
+        tmp_path / "a.csv", index=False
+    )
+    assert load_data(str(tmp_path / "a.csv")).rows[0]["completion"][0]["content"] == 'It\'s in "Africa".'
+    with pytest.raises(
+        UserError, match=r"field 'messages' is text, and no JSON: .*; write it with json.dumps"
+    ):
+        load(tmp_path, "b.csv", "messages\n[print(1)]\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"), [(4, r'is int, not .*\("4"\)'), (True, r'is bool, .*\("True"\)')]
+)
+def test_an_answer_that_is_no_text_is_refused_with_a_remedy(answer, words):
+    with pytest.raises(UserError, match=f"field 'answer' {words}"):
+        to_prompt_completion({"question": "2+2?", "answer": answer})
+
+
+def test_texts_instead_of_rows_are_refused_with_a_remedy(tmp_path):
+    with pytest.raises(UserError, match=r'row 1 is str, not an object with named fields: give \{"text"'):
+        load(tmp_path, "a.json", '["a", "b"]')

@@ -4,7 +4,9 @@ one object per line                  .jsonl, .ndjson, and .json in spite of its 
 lists of objects                     as a whole file, or as lines
 {"data": [...]}, {"rows": [...]}     and other words for the same
 {"train": [...], "test": [...]}      splits in one object
-{"question": [...], "answer": [...]} columns instead of rows
+{"question": [...], "answer": [...]} columns instead of rows; their cells perhaps under numbers
+{"0": {...}, "1": {...}}             rows under numbers
+[[{"role": ...}, ...], ...]          conversations without a name
 """
 
 from __future__ import annotations
@@ -66,53 +68,93 @@ def by_split(file: DataFile) -> list[DataFile]:
         value = texts.parse_json(text) if text.lstrip()[:1] == "{" else None
     except ValueError:
         return [file]  # lines, or damage that reading will name
-    if not isinstance(value, dict) or not all(isinstance(part, (list, dict)) for part in value.values()):
-        return [file]
-    if not any(split_named(key) for key in value):
+    if not isinstance(value, dict) or not _are_splits(value):
         return [file]
     return [DataFile(file.path, f"{file.name}: {key}", split_named(key), key) for key in value]
+
+
+def _are_splits(value: dict[str, Any]) -> bool:
+    """Whether an object's fields are splits; a column that is called `test` is none."""
+    named = [split_named(key) is not None for key in value]
+    if not any(named) or not all(isinstance(part, (list, dict)) for part in value.values()):
+        return False
+    return all(named) or not any(map(_is_cells, value.values()))
+
+
+def _is_cells(part: Any) -> bool:
+    """Whether a list, or a column as pandas writes it, holds something else than rows."""
+    cells = part if isinstance(part, list) else part.values() if _is_counted(part) else ()
+    return not all(isinstance(cell, dict) or _is_talk(cell) for cell in cells)
 
 
 def _unwrapped(value: Any, source: str) -> list[Any]:
     """The rows of a whole document."""
     if isinstance(value, dict):
-        value = next(
-            (value[key] for key in _WRAPPERS if _is_rows(value.get(key))), _columns(value) or [value]
-        )
+        wrapped = next((value[key] for key in _WRAPPERS if _is_rows(value.get(key))), None)
+        value = wrapped if wrapped is not None else _columns(value) or _counted(value) or [value]
     if not isinstance(value, list):
         raise UserError(f"{source} holds no list of rows: give [{{...}}, ...] or one object per line")
-    return [row.get("row", row) if _is_numbered(row) else row for row in value]
+    rows = [value] if _is_talk(value) else value
+    return [{"messages": row} if _is_talk(row) else _unnumbered(row) for row in rows]
 
 
 def _columns(value: dict[str, Any]) -> list[Row]:
-    """Rows of an object of columns: lists of texts, all of one length."""
-    lists = list(value.values())
-    if not lists or not all(isinstance(column, list) for column in lists):
+    """Rows of an object of columns: lists of one length, or objects of cells under equal numbers."""
+    columns = list(value.values())
+    if columns and all(_is_counted(column) and column.keys() == columns[0].keys() for column in columns):
+        columns = [list(column.values()) for column in columns]
+    elif not _are_lists_of_cells(columns):
         return []
-    if len({len(column) for column in lists}) > 1 or not all(isinstance(x, str) for x in lists[0]):
-        return []
-    return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _are_lists_of_cells(columns: list[Any]) -> bool:
+    """Whether these are lists of one length, one of texts or conversations, and none of messages."""
+    if not all(isinstance(column, list) and column and not _is_talk(column) for column in columns):
+        return False
+    texts_only = (all(isinstance(cell, str) for cell in column if cell is not None) for column in columns)
+    said = any(texts_only) or any(all(map(_is_talk, column)) for column in columns)
+    return said and len(set(map(len, columns))) == 1
+
+
+def _counted(value: dict[str, Any]) -> list[Row]:
+    """The rows of an object that numbers them."""
+    return list(value.values()) if _is_counted(value) and _is_rows([*value.values()]) else []
+
+
+def _is_counted(value: Any) -> bool:
+    """Whether the fields of an object are numbers, as pandas writes rows and cells."""
+    return isinstance(value, dict) and bool(value) and all(key.isdecimal() for key in value)
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+    return isinstance(value, list) and all(isinstance(row, dict) or _is_talk(row) for row in value)
 
 
-def _is_numbered(row: Any) -> bool:
-    """Whether a row is wrapped as the Hub's viewer gives it."""
-    return isinstance(row, dict) and isinstance(row.get("row"), dict) and "row_idx" in row
+def _is_talk(value: Any) -> bool:
+    """Whether a list is a conversation without a name."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return False
+    return all({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys() for item in value)
+
+
+def _unnumbered(row: Any) -> Any:
+    """A row without what the Hub's viewer wraps it in."""
+    is_numbered = isinstance(row, dict) and isinstance(row.get("row"), dict) and "row_idx" in row
+    return row["row"] if is_numbered else row
 
 
 def _rows(value: Any) -> list[Any]:
-    """Rows of one line: itself, the objects of a list, or a conversation without a name."""
-    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+    """Rows of one line: itself, or those of a list."""
+    if not isinstance(value, list) or not value or not _is_rows(value):
         return [value]
-    if all({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys() for item in value):
-        return [{"messages": value}]
-    return value
+    return _unwrapped(value, "")
 
 
 def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {type(row).__name__}, not an object with named fields")
+        kind = type(row).__name__
+        raise UserError(
+            f'{where} is {kind}, not an object with named fields: give {{"text": ...}} or the like'
+        )
     return row

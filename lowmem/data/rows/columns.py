@@ -3,7 +3,7 @@
     Question, Answer                              capitals and blanks mean nothing
     prompt and response, problem and solution ... are question and answer, unless another format fits
     conversation, dialog, chat                    are messages where they hold some
-    {"role": [...], "content": [...]}, '[{...}]'  a struct of lists and a JSON text are messages, too
+    {"role": [...], "content": [...]}, '[{...}]'  a struct of lists and a text of JSON or Python are, too
     answers: {"text": [...]}, ["...", "..."]      the first of several right answers is the one
 
 Which names are read as which depends on the names of a row alone and is said once.
@@ -11,6 +11,7 @@ Which names are read as which depends on the names of a row alone and is said on
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,16 +153,26 @@ def _is_talk(value: Any) -> bool:
 
 
 def _messages(value: Any, key: str) -> Any:
-    """A list of messages out of a struct of lists or of JSON text; anything else as it is."""
+    """A list of messages out of a struct of lists or of a text that holds them; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = texts.parse_json(value)
-        except ValueError as error:
-            raise RowError(f"field {key!r} is text, and no JSON: {error}") from error
+        value = _parsed(value, key)
     parts = list(value.values()) if isinstance(value, Mapping) else []
     if parts and all(isinstance(part, list) for part in parts) and len(set(map(len, parts))) == 1:
         return [dict(zip(value, said, strict=True)) for said in zip(*parts, strict=True)]
     return value
+
+
+def _parsed(text: str, key: str) -> Any:
+    """What a text of JSON holds, or one of Python, as pandas writes a list into a table."""
+    try:
+        return texts.parse_json(text)
+    except ValueError as error:
+        try:
+            return ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise RowError(
+                f"field {key!r} is text, and no JSON: {error}; write it with json.dumps, or the data as JSONL"
+            ) from error
 
 
 def _one_answer(row: Row) -> tuple[str, ...]:

@@ -118,7 +118,9 @@ def _string(row: Fields, *keys: str) -> str:
     """The text of the first of these fields that is not null."""
     key, value = _present(row, *keys)
     if not isinstance(value, str):
-        raise RowError(f"field {key!r} is {type(value).__name__}, not text")
+        number = isinstance(value, (int, float))
+        remedy = f': write what the model is to say in quotes ("{value}")' if number else ""
+        raise RowError(f"field {key!r} is {type(value).__name__}, not text{remedy}")
     return value
 
 
