@@ -14,6 +14,7 @@ would cut off are counted.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -27,6 +28,7 @@ from lowmem.data.rows import preferences
 from lowmem.data.rows.columns import Columns, understood
 from lowmem.data.rows.fields import Fields, RowError
 from lowmem.data.rows.formats import BETTER, WORSE, Format, Row, detect_format, formats, named
+from lowmem.data.rows.switches import of_row
 from lowmem.errors import UserError, nearest
 
 __all__ = [
@@ -61,7 +63,7 @@ class Data:
         format: name of the recognised (or given) format.
         recognised: False where the caller gave the format.
         rows: `text`, or `prompt` and `completion`, in TRL's form.
-        skipped: rows left out because their text or answer is empty.
+        skipped: rows left out because their text or answer is empty; `notes` name those of weight 0.
         ignored: fields of the raw rows that hold something and are not used.
         too_long: rows left out because their answer lies beyond `seq_len` tokens (see `fitting`).
         places: where each row stands; rows of one record have one place. () where nobody knows.
@@ -148,44 +150,74 @@ def load_data(
         'user'
     """
     chosen = _named(task, data_format) if data_format else None
-    rows: list[Row] = []
-    places: list[Place] = []
-    skipped, ignored = 0, dict[str, None]()
-    names = dict[str, str]()
+    got = _Gathered()
     passed = _passed_over(columns or {}) if task == "sft" else frozenset()
     for place, whole in islice(load_rows(name_or_path, split), limit):
         raw = {key: value for key, value in whole.items() if key not in passed}
-        ignored |= dict.fromkeys(key for key in whole if key in passed)
-        found = _columns(_renamed(raw, columns or {}, place), place, chosen, task)
+        got.ignored |= dict.fromkeys(key for key in whole if key in passed)
+        raw = dict(_renamed(raw, columns or {}, place))
+        said = of_row(raw) if task != "grpo" else {}  # what rewards are computed from may have these names
+        if not all(said.values()):
+            got.skipped["of weight 0"] += 1
+            continue
+        found = _columns({key: raw[key] for key in raw if key not in said}, place, chosen, task)
         chosen = chosen or _detect(task, found.row, str(place))
-        converted, unread = _convert(chosen, found, place)
-        names |= found.called
-        if converted:
-            ignored |= dict.fromkeys(unread)
-        skipped += not converted
-        rows += converted
-        places += [place] * len(converted)
-        if converted and type(converted[0].get("prompt")) is not type(rows[0].get("prompt")):
-            raise UserError(f"{place}: prompts are text in some rows and messages in others; use one of them")
-    if not rows or not chosen:
-        empty = f"all {skipped} rows are empty" if skipped else "it holds no rows"
+        got.add(place, found, *_convert(chosen, found, place))
+    if not got.rows or not chosen:
         use = "train" if split == "train" else "evaluate"
-        raise NoRowsError(f"{name_or_path} ({split}) has nothing to {use} on: {empty}")
+        raise NoRowsError(f"{name_or_path} ({split}) has nothing to {use} on: {got.why_not()}")
     return Data(
         str(name_or_path),
         split,
         chosen.name,
         data_format is None,
-        tuple(rows),
-        skipped,
-        tuple(ignored),
-        places=tuple(places),
-        files=files_read(name_or_path, places),
+        tuple(got.rows),
+        got.skipped[""],
+        tuple(got.ignored),
+        places=tuple(got.places),
+        files=files_read(name_or_path, got.places),
         notes=(
-            *_other_names({**(columns or {}), **names}),
+            *(f"{count} {why} left out" for why, count in got.skipped.items() if why),
+            *_other_names({**(columns or {}), **got.names}),
             *(not_read(name_or_path) if split == "train" else ()),
         ),
     )
+
+
+class _Gathered:
+    """What has been read of some data: rows, their places, and what is left out or has another name."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.places: list[Place] = []
+        self.skipped = Counter[str]()
+        self.ignored: dict[str, None] = {}
+        self.names: dict[str, str] = {}
+
+    def add(self, place: Place, found: Columns, converted: list[Row], fields: Fields) -> None:
+        """Keep what one record was converted to."""
+        if not converted:
+            self.skipped[fields.why] += 1
+            return
+        self.names |= {new: old for new, old in found.called.items() if fields.was_read(new)}
+        self.ignored |= dict.fromkeys(_unused(found, fields))
+        self.rows += converted
+        self.places += [place] * len(converted)
+        if type(converted[0].get("prompt")) is not type(self.rows[0].get("prompt")):
+            raise UserError(f"{place}: prompts are text in some rows and messages in others; use one of them")
+
+    def why_not(self) -> str:
+        """Why there are no rows."""
+        if not self.skipped:
+            return "it holds no rows"
+        if set(self.skipped) == {""}:
+            return f"all {self.skipped['']} rows are empty"
+        return "; ".join(f"{count} rows {why or 'are empty'}" for why, count in self.skipped.items())
+
+
+def _unused(columns: Columns, fields: Fields) -> list[str]:
+    """What of a record no row is made from."""
+    return [*map(columns.original, fields.unread()), *columns.left]
 
 
 def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None) -> list[Row]:
@@ -200,7 +232,10 @@ def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None)
     """
     place = Place("the data", "row", 1)
     chosen = named(data_format) if data_format else None
-    columns = _columns(row, place, chosen)
+    said = of_row(row)
+    if not all(said.values()):
+        return []
+    columns = _columns({key: row[key] for key in row if key not in said}, place, chosen)
     chosen = chosen or detect_format(columns.row)
     return _convert(chosen, columns, place)[0]
 
@@ -235,8 +270,8 @@ def _columns(raw: Mapping[str, Any], place: Place, chosen: Format | None, task: 
         raise UserError(f"{place}: {error}") from error
 
 
-def _convert(chosen: Format, columns: Columns, place: Place) -> tuple[list[Row], list[str]]:
-    """Rows for TRL, and what of the raw row they are not made from."""
+def _convert(chosen: Format, columns: Columns, place: Place) -> tuple[list[Row], Fields]:
+    """Rows for TRL, and the fields that they are made from."""
     fields = Fields(columns.row)
     try:
         converted = chosen.convert(fields)
@@ -247,7 +282,7 @@ def _convert(chosen: Format, columns: Columns, place: Place) -> tuple[list[Row],
         if (at := _half_character(text)) is not None:
             around = text[max(0, at - 20) : at + 20]
             raise UserError(f"{place}: {around!r} holds half a character (a lone surrogate): take it out")
-    return converted, [*map(columns.original, fields.unread()), *columns.left]
+    return converted, fields
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -20,6 +20,9 @@ class Fields(Mapping[str, Any]):
     Args:
         row: the raw row; kept as `raw`, where looking does not count as reading.
 
+    Attributes:
+        why: why nothing is made from it, in words that follow on a number of rows; "" where it is empty.
+
     Example:
         >>> fields = Fields({"question": "Where?", "id": 7})
         >>> fields["question"], fields.unread()
@@ -30,6 +33,7 @@ class Fields(Mapping[str, Any]):
         self.raw = row
         self._read: set[str] = set()
         self._inner: dict[str, None] = {}
+        self.why = ""
 
     def __getitem__(self, key: str) -> Any:
         self._read.add(key)
@@ -61,6 +65,14 @@ class Fields(Mapping[str, Any]):
     def leave(self, key: str, inner: Iterator[str] | list[str]) -> None:
         """Note fields of what stands in field `key` that were not read."""
         self._inner |= dict.fromkeys(f"{key}.{name}" for name in inner)
+
+    def note(self, words: str) -> None:
+        """Note, in words, what is left out that is no field."""
+        self._inner[words] = None
+
+    def was_read(self, key: str) -> bool:
+        """Whether a field has been read."""
+        return key in self._read
 
     def unread(self) -> list[str]:
         """Fields that hold something and were not read, those of messages after them."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from lowmem.data.files.folders import listed
 from lowmem.data.rows.fields import EMPTY, Fields, RowError
-from lowmem.data.rows.messages import Message, read_messages, read_tools, trained
+from lowmem.data.rows.messages import Message, read_messages, read_tools, says, trained
 from lowmem.errors import UserError, nearest
 
 Row = dict[str, Any]
@@ -198,8 +198,13 @@ def _chat(row: Fields, messages: list[Message], start: int = 0) -> list[Row]:
     if not any(m["role"] == "assistant" for m in messages[start:]):
         raise RowError("a conversation without an answer (no message of the assistant)")
     tools = read_tools(row)
+    if not start and trained(messages[0]):  # there is nothing to answer: no prompt could be rendered
+        row.note("an answer that opens a conversation")
     counting = [i for i, message in enumerate(messages) if i >= max(start, 1) and trained(message)]
     if not counting:
+        off = any(map(says, messages[max(start, 1) :]))
+        opens = "with no answer but the one that opens them"
+        row.why = "whose answers have weight 0" if off else opens if says(messages[0]) else ""
         return []
     first, end = counting[0], counting[-1] + 1
     prompt = [{key: value for key, value in m.items() if key != "train"} for m in messages[:first]]

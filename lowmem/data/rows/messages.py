@@ -17,6 +17,7 @@ from typing import Any
 
 from lowmem.data.rows.content import read_content
 from lowmem.data.rows.fields import EMPTY, Fields, RowError, parsed
+from lowmem.data.rows.switches import counts
 from lowmem.errors import nearest
 
 Message = dict[str, Any]
@@ -43,8 +44,6 @@ ROLES = {
     "tool_call": "assistant",
 }
 CALLS = ("function_call", "tool_call")  # roles whose text is a call, or a list of calls, as JSON
-SWITCHES = ("weight", "train", "training", "trainable", "loss", "loss_weight")
-PARTIAL = ("train_detail", "training_detail", "loss_mask", "mask", "masked")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -90,6 +89,11 @@ def read_tools(row: Fields) -> list[dict[str, Any]]:
 def trained(message: Message) -> bool:
     """Whether an answer counts in the loss: it says something and is not context only."""
     return message["role"] == "assistant" and message.get("train") is not False
+
+
+def says(message: Message) -> bool:
+    """Whether a message is an answer with something in it."""
+    return message["role"] == "assistant" and bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _tool(item: Any) -> dict[str, Any] | None:
@@ -143,8 +147,8 @@ def _read(fields: Fields) -> Message:
     for key in ("name", "tool_call_id") if role == "tool" else ("name",):
         if text := fields.extra(key):
             message[key] = text
-    counts = _counts(fields, role)
-    if role == "assistant" and not (counts and (message["content"].strip() or calls)):
+    counted = counts(fields, role)
+    if role == "assistant" and not (counted and (message["content"].strip() or calls)):
         message["train"] = False
     return message
 
@@ -155,25 +159,6 @@ def _role(fields: Fields) -> str:
     if name not in ROLES:
         raise RowError(f"has the role {value!r}: {nearest(str(value), ROLES)}")
     return name
-
-
-def _counts(fields: Fields, role: str) -> bool:
-    """Whether a message's own switches leave it in the loss; what they say of no answer stays unread."""
-    counts = True
-    for name in SWITCHES:
-        value = fields.raw.get(name)
-        if value is None:
-            continue
-        if isinstance(value, str) or value not in (0, 1):
-            raise RowError(f"has {name} {value!r}: give 1 (counts in the loss) or 0 (context only)")
-        if role == "assistant" or not value:
-            counts = counts and bool(fields[name])
-    for name in PARTIAL:
-        if fields.raw.get(name) is not None:
-            raise RowError(
-                f"has {name!r}, which is not understood: write train: false for what is context only"
-            )
-    return counts
 
 
 def _calls(fields: Fields, role: str, texts: list[str]) -> list[dict[str, Any]]:
