@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.data.rows.chat import Chat
 from lowmem.data.rows.messages import trained
-from lowmem.errors import UserError
+from lowmem.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,15 +108,31 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Give a tokenizer without a chat template ChatML; say whether it was needed.
 
     Raises:
-        UserError: the tokenizer has no end-of-text token to end a turn with.
+        UserError: the tokenizer has no end-of-text token to end a turn with, or a template that is none.
     """
     if tokenizer.chat_template:
+        _refuse_broken(tokenizer)
         return False
     if not tokenizer.eos_token:
         raise UserError("the tokenizer has neither a chat template nor an end-of-text token: set one of them")
     starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = _CHATML.format(bos="{{ bos_token }}" if starts_with_bos else "")
     return True
+
+
+def _refuse_broken(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that cannot be read, before a row is blamed for it."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} is broken in its line "
+            f"{error.lineno}: {first_line(error)}: mend it in chat_template.jinja or tokenizer_config.json"
+        ) from error
+    except Exception:  # it may refuse so short a conversation: rows will say what it makes of them
+        return
 
 
 def tokenized(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:

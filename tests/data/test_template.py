@@ -65,3 +65,13 @@ def test_half_a_character_names_its_row(tmp_path, row):
     (tmp_path / "a.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=r"a.jsonl, line 2: .* holds half a character"):
         load_data(str(tmp_path / "a.jsonl"))
+
+
+def test_a_template_that_cannot_be_read_is_blamed_itself(tokenizer):
+    tokenizer.chat_template = OPEN + "\n{% if %}"
+    with pytest.raises(
+        UserError, match=r"the chat template of the tokenizer is broken in its line 3: .*: mend it"
+    ):
+        check_template(SimpleNamespace(), tokenizer, Heard())
+    tokenizer.chat_template = REFUSING
+    check_template(SimpleNamespace(generation_config=None, config=None), tokenizer, Heard())
