@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem.data.load import Data, check_name, load_data
+from lowmem.data.lookup import local_path
 from lowmem.data.split import disjoint, train_and_held_out
 from lowmem.errors import UserError
 
@@ -83,6 +84,8 @@ def mixed(
 
 
 def _weighted(part: str) -> tuple[str, float]:
+    if local_path(part) is not None:
+        return part, 1.0  # a sign in the name of a folder, even where it looks like a weight
     name, _, text = part.rpartition("=")
     try:
         weight = float(text)

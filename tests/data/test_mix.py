@@ -38,6 +38,15 @@ def test_names_and_weights() -> None:
             weights(text)
 
 
+def test_a_sign_in_the_name_of_a_folder_is_no_weight(files: Path) -> None:
+    folder = files / "v=2"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    both = {str(folder): 1.0, str(files / "a.jsonl"): 2.0}
+    assert weights(f"{folder} + {files / 'a.jsonl'}=2") == both
+    assert weights(f"{folder}=3") == {str(folder): 3.0}
+
+
 def test_rows_are_seen_as_often_as_the_weight_says(files: Path) -> None:
     text = f"{files / 'a.jsonl'}=2.5 + {files / 'b.jsonl'}=0.5"
     train, held_out = mixed(text, rows=8, seed=1)
