@@ -97,8 +97,16 @@ def test_files_named_after_no_split_train_only_where_no_other_does(tmp_path):
 
 def test_a_folder_without_training_data(tmp_path):
     put(tmp_path / "valid.jsonl", rows("v"))
-    with pytest.raises(UserError, match="has no split 'train'; it has validation"):
+    remedy = f"name a file or folder 'train', or give a file itself, as in {tmp_path / 'valid.jsonl'}"
+    with pytest.raises(
+        UserError, match=r"has no split 'train'; it has validation \(valid.jsonl\): "
+    ) as caught:
         load_data(str(tmp_path))
+    assert str(caught.value).endswith(remedy)
+    assert answers(load_data(remedy.rpartition(" ")[2])) == {"v"}
+    put(tmp_path / "a.json", json.dumps({"test": rows("t")}).encode())
+    with pytest.raises(UserError, match=r"it has test .*: name a key 'train'$"):
+        load_data(str(tmp_path / "a.json"))
 
 
 def test_hidden_folders_stay_closed_and_links_lead_nowhere_twice(tmp_path):

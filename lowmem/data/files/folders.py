@@ -102,8 +102,17 @@ class Found:
             UserError: there is no such split.
         """
         if split not in self.splits:
-            raise UserError(f"{self.path} has no split {split!r}; it has {', '.join(sorted(self.splits))}")
+            raise UserError(self._without(split))
         return self.splits[split]
+
+    def _without(self, split: str) -> str:
+        """That there is no such split, what there is, and what to do."""
+        have = {name: listed([file.name for file in files], 2) for name, files in self.splits.items()}
+        said = ", ".join(f"{name} ({files})" for name, files in have.items())
+        first = next(iter(self.splits.values()))[0]
+        other = "" if first.key else f", or give a file itself, as in {first.path}"
+        kind = "key" if first.key else "file or folder"
+        return f"{self.path} has no split {split!r}; it has {said}: name a {kind} {split!r}{other}"
 
 
 def split_named(*names: str) -> str | None:

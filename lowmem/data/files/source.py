@@ -1,7 +1,7 @@
 """What stands in a file: its bytes, through whatever it is compressed with, and its text.
 
 .gz .bz2 .xz .zst     unpacked in memory, in pieces, so that a file made to burst is refused
-UTF-8, or UTF-16      where a byte-order mark says so; the mark itself is dropped
+UTF-8, UTF-16, UTF-32 as a byte-order mark says, which is dropped, or the zeros of the first bytes
 """
 
 from __future__ import annotations
@@ -26,7 +26,19 @@ BURST, RATIO = (
     200,
 )  # bytes, and times its size, that a compressed file may hold: text is packed 3 to 20 times
 _PIECE = 2**22
-_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16: it begins alike
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_ZEROS: dict[tuple[bool, ...], str] = {
+    (False, True, True, True): "utf-32-le",
+    (True, True, True, False): "utf-32-be",
+    (False, True, False, True): "utf-16-le",
+    (True, False, True, False): "utf-16-be",
+}  # which of the first bytes are zero, where a text begins with two letters of ASCII
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ def content(path: Path) -> bytes:
         UserError: it cannot be read, is damaged, or unpacks to far more than data does.
     """
     packed = suffixes(path)[1]
+    refuse_pointer(path)
     try:
         return _unpack(path, packed) if packed else path.read_bytes()
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -73,11 +86,33 @@ def text_of(path: Path) -> str:
         UserError: as `content`, or the text is in another encoding than UTF-8.
     """
     raw = content(path)
-    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8-sig")
+    encoding = _encoding(raw)
     try:
         return raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        name = encoding.removesuffix("-sig").upper()
+        raise UserError(f"{path} is not {name} text (byte {error.start}): save it as UTF-8") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse what git has in the place of a file that git LFS keeps elsewhere.
+
+    Raises:
+        UserError: it is such a pointer, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if is_pointer:
+        raise UserError(f"{path} is a pointer of git LFS, not the data: run git lfs pull in its repository")
+
+
+def _encoding(raw: bytes) -> str:
+    """How a text is encoded, by its byte-order mark, else by the zeros among its first bytes."""
+    marked = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), None)
+    return marked or _ZEROS.get(tuple(byte == 0 for byte in raw[:4]), "utf-8-sig")
 
 
 def _unpack(path: Path, packed: str) -> bytes:

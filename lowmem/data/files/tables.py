@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.data.files.quotes import rewritten
-from lowmem.data.files.source import Place, Row, content, suffixes, text_of
+from lowmem.data.files.source import Place, Row, content, refuse_pointer, suffixes, text_of
 from lowmem.errors import UserError, first_line
 from lowmem.texts import parse_json
 
@@ -54,6 +54,7 @@ def parquet(file: Path) -> Iterator[tuple[Place, Row]]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    refuse_pointer(file)
     source = io.BytesIO(content(file)) if suffixes(file)[1] else file
     try:
         with pyarrow.parquet.ParquetFile(source) as batches:
@@ -84,6 +85,8 @@ def saved(folder: Path) -> Iterator[tuple[Place, Row]]:
     try:
         if not parse_json((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
             return  # a split without rows, which `datasets` writes and fails to load
+        for file in sorted(folder.glob("*.arrow")):
+            refuse_pointer(file)
         rows = load_from_disk(str(folder)).with_format(None)
         yield from _records(folder, rows)
     except Exception as error:  # datasets raises many kinds; each says in its first line what is wrong
