@@ -161,7 +161,7 @@ def load_data(
             got.skipped["of weight 0"] += 1
             continue
         found = _columns({key: raw[key] for key in raw if key not in said}, place, chosen, task)
-        chosen = chosen or _detect(task, found.row, str(place))
+        chosen = chosen or _detect(task, found, str(place))
         got.add(place, found, *_convert(chosen, found, place))
     if not got.rows or not chosen:
         use = "train" if split == "train" else "evaluate"
@@ -236,7 +236,7 @@ def to_prompt_completion(row: Mapping[str, Any], data_format: str | None = None)
     if not all(said.values()):
         return []
     columns = _columns({key: row[key] for key in row if key not in said}, place, chosen)
-    chosen = chosen or detect_format(columns.row)
+    chosen = chosen or detect_format(columns.row, called=columns.called)
     return _convert(chosen, columns, place)[0]
 
 
@@ -244,8 +244,10 @@ def _named(task: str, name: str) -> Format:
     return named(name) if task == "sft" else preferences.named_for(task, name)
 
 
-def _detect(task: str, row: Row, source: str) -> Format:
-    return detect_format(row, source) if task == "sft" else preferences.detect_for(task, row, source)
+def _detect(task: str, found: Columns, source: str) -> Format:
+    if task == "sft":
+        return detect_format(found.row, source, found.called)
+    return preferences.detect_for(task, found.row, source)
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], place: Place) -> Mapping[str, Any]:

@@ -141,3 +141,18 @@ def test_preferences_are_parted_like_other_rows(tmp_path: Path) -> None:
     loaded(tmp_path, "dpo", *rows)
     train, held_out = train_and_held_out(str(tmp_path / "rows.jsonl"), task="dpo", rows=2)
     assert (len(train.rows), len(held_out.rows)) == (18, 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("classify", "--columns candidates=choices,label=right"),
+        ("kto", "--columns completion=answer,label=good"),
+        ("grpo", "--columns prompt=task"),
+        ("dpo", "--columns chosen=better,rejected=worse"),
+    ],
+)
+def test_names_that_are_advised_are_those_of_the_task(task: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path, task, {"text": "a"})
+    assert str(caught.value).endswith(words)

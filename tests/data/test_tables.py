@@ -48,3 +48,46 @@ def test_a_blank_before_a_quote_is_no_part_of_the_field(tmp_path):
     assert cells(tmp_path, text) == expected
     data = load_data(str(tmp_path / "a.csv"))
     assert data.rows[0]["completion"][0]["content"] == "yes, no"
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+@pytest.mark.parametrize("line", ["What is one?,It is one.", "hello,hello", "1,2", "hello,", "a," + "b" * 50])
+def test_a_table_without_a_header_is_told_to_get_one(tmp_path, line, task):
+    (tmp_path / "a.csv").write_text(f"{line}\nx,y\n")
+    with pytest.raises(
+        UserError, match=r": where they are a row, put a line of names \(question,answer\) above"
+    ):
+        load_data(str(tmp_path / "a.csv"), task=task)
+    (tmp_path / "b.csv").write_text("The article,My Summary\nx,y\n")
+    with pytest.raises(UserError) as caught:
+        load_data(str(tmp_path / "b.csv"), task=task)
+    assert "The article, My Summary" in str(caught.value)
+    assert "where they are a row" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_texts_of_wide_characters(tmp_path, encoding):
+    (tmp_path / "a.csv").write_bytes("question,answer\nWo?,Köln\n".encode(encoding))
+    assert [row for _, row in load_rows(str(tmp_path / "a.csv"))] == [{"question": "Wo?", "answer": "Köln"}]
+    (tmp_path / "a.csv").write_bytes("question\nWo?\n".encode(encoding)[:-1])
+    with pytest.raises(UserError, match=r"a\.csv is not UTF-(16|32).* text \(byte \d+\): save it as UTF-8"):
+        list(load_rows(str(tmp_path / "a.csv")))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow", "a.txt", "a.jsonl.gz"]
+)
+def test_pointers_of_git_lfs_are_no_data(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name} is a pointer of git LFS, not the data: run git lfs pull"):
+        load_data(str(tmp_path / name))
+
+
+def test_a_saved_data_set_of_pointers_is_no_data(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path)
+    for file in tmp_path.glob("*.arrow"):
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"\.arrow is a pointer of git LFS"):
+        load_data(str(tmp_path))

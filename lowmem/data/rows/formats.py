@@ -12,6 +12,7 @@ can be named.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ BETTER = ("chosen", "chosen_response", "chosen_messages", "preferred_output")
 WORSE = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 LABELS = ("label", "kto_tag", "desirable")
 VERDICTS = (True, False, "true", "false", "True", "False", "1", "0")
+
+_NO_NAME = re.compile(r"\s*|.*[.?!]\s*|[\d.,-]+|Unnamed: \d+|.*\.\d+|.{41,}|.*\n.*", re.DOTALL)
 
 Convert = Callable[[Fields], list[Row]]
 
@@ -73,8 +76,15 @@ def named(name: str) -> Format:
     return formats()[key]
 
 
-def detect_format(row: Mapping[str, Any], source: str = "the data") -> Format:
+def detect_format(
+    row: Mapping[str, Any], source: str = "the data", called: Mapping[str, str] | None = None
+) -> Format:
     """Recognise a row by its fields.
+
+    Args:
+        row: in the names of formats.
+        source: what an error calls it.
+        called: what those of its fields are called in the file that have another name there.
 
     Raises:
         UserError: no format fits; the message names a field that is null, or lists fields and formats.
@@ -95,8 +105,23 @@ def detect_format(row: Mapping[str, Any], source: str = "the data") -> Format:
     if null:
         raise UserError(f"{source} ({null[0][0].name}): {_null(null[0][1])}")
     shapes = "; ".join(f"{f.name}: {f.example}" for f in _FORMATS)
-    have = listed([key[:40] for key in row], 8) or "(none)"
-    raise UserError(f"{source} has the fields {have}, which fit no format: rename columns ({shapes})")
+    names = [str((called or {}).get(key, key)) for key in row]
+    have = listed([name[:40] for name in names], 8) or "(none)"
+    raise UserError(
+        f"{source} has the fields {have}, which fit no format: {headless(names)}rename columns ({shapes})"
+    )
+
+
+def headless(names: Iterable[str]) -> str:
+    """What to do first where names of fields read like the first row of a table that has no header.
+
+    >>> headless(["What is one?", "One."])
+    'where they are a row, put a line of names (question,answer) above it; else '
+    >>> headless(["question", "text"])
+    ''
+    """
+    like_row = any(_NO_NAME.fullmatch(str(name)) for name in names)
+    return "where they are a row, put a line of names (question,answer) above it; else " if like_row else ""
 
 
 def _null(key: str) -> str:

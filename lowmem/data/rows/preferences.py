@@ -18,13 +18,19 @@ from typing import Any
 
 from lowmem.data.rows.columns import Columns
 from lowmem.data.rows.fields import EMPTY, Fields, RowError
-from lowmem.data.rows.formats import BETTER, LABELS, WORSE, Format, Row
+from lowmem.data.rows.formats import BETTER, LABELS, WORSE, Format, Row, headless
 from lowmem.data.rows.messages import read_messages
 from lowmem.errors import UserError, nearest
 
 Said = str | list[dict[str, Any]]
 
 TASKS = ("dpo", "orpo", "reward", "kto", "grpo", "classify")
+_SAID = {
+    **dict.fromkeys(("dpo", "orpo", "reward"), "chosen=better,rejected=worse"),
+    "kto": "completion=answer,label=good",
+    "grpo": "prompt=task",
+    "classify": "candidates=choices,label=right",
+}  # an example of names for each task
 _NAMES = {"chosen": BETTER, "rejected": WORSE, "label": LABELS}
 
 
@@ -66,7 +72,7 @@ def detect_for(task: str, row: Mapping[str, Any], source: str = "the data") -> F
     needs = " or ".join(f"{format.example}" for format in _FORMATS[task])
     raise UserError(
         f"{source} has the fields {', '.join(map(str, row)) or '(none)'}; task {task} needs {needs}: "
-        "name them so, or say which they are with --columns chosen=better,rejected=worse"
+        f"{headless(row)}name them so, or say which they are with --columns {_SAID[task]}"
     )
 
 
