@@ -156,3 +156,22 @@ def test_names_that_are_advised_are_those_of_the_task(task: str, words: str, tmp
     with pytest.raises(UserError) as caught:
         loaded(tmp_path, task, {"text": "a"})
     assert str(caught.value).endswith(words)
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_messages_and_lists_in_the_cells_of_a_table(written: Any, tmp_path: Path) -> None:
+    import pandas
+
+    def read(task: str, **cells: Any) -> dict[str, Any]:
+        texts = {key: value if isinstance(value, str) else written(value) for key, value in cells.items()}
+        pandas.DataFrame([texts]).to_csv(tmp_path / "a.csv", index=False)
+        (row,) = load_data(str(tmp_path / "a.csv"), task=task).rows
+        return row
+
+    pair = {"prompt": USER, "chosen": said("4"), "rejected": said("5")}
+    assert read("dpo", **pair) == pair
+    choice = {"prompt": "2 + 2?", "candidates": ["4", "five"], "label": 1}
+    assert read("classify", **choice) == choice
+    assert read("classify", **{**choice, "label": "4"}) == {**choice, "label": 0}
+    with pytest.raises(UserError, match=r"field 'candidates' is '\[sic\]', not a list"):
+        read("classify", **{**choice, "candidates": "[sic]"})

@@ -94,6 +94,29 @@ def understood(row: Mapping[str, Any], chosen: Format | None = None) -> Columns:
     return Columns(found, {new: old for new, old in called.items() if new != old}, (*displaced, *left))
 
 
+def written_out(value: Any) -> Any:
+    """Messages out of a text that holds them, as the cells of a table do; anything else as it is.
+
+    >>> written_out('[{"role": "user", "content": "a"}]'), written_out("[sic]")
+    ([{'role': 'user', 'content': 'a'}], '[sic]')
+    """
+    return _messages(value, "messages") if _is_talk(value) else value
+
+
+def listed_in(value: Any) -> Any:
+    """A list out of a text that holds one; anything else as it is.
+
+    >>> listed_in("['yes', 'no']"), listed_in("[sic]")
+    (['yes', 'no'], '[sic]')
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return _parsed(value, "")
+    except RowError:
+        return value
+
+
 def _displaced(key: str, called: Mapping[str, str]) -> bool:
     """Whether another column goes by this one's name: `solution` by that of a short `answer` beside it."""
     return called.get(key, key) != key and key not in called.values()

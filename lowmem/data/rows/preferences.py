@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem.data.rows.columns import Columns
+from lowmem.data.rows.columns import Columns, listed_in, written_out
 from lowmem.data.rows.fields import EMPTY, Fields, RowError
 from lowmem.data.rows.formats import BETTER, LABELS, WORSE, Format, Row, headless
 from lowmem.data.rows.messages import read_messages
@@ -31,6 +31,7 @@ _SAID = {
     "grpo": "prompt=task",
     "classify": "candidates=choices,label=right",
 }  # an example of names for each task
+_MAY_BE_TALKS = ("prompt", "chosen", "rejected", "completion", "messages", "conversations")
 _NAMES = {"chosen": BETTER, "rejected": WORSE, "label": LABELS}
 
 
@@ -90,7 +91,9 @@ def judged(row: Mapping[str, Any]) -> Columns:
     }
     back = {old: new for new, old in called.items()}
     other = {new: old for new, old in called.items() if new != old}
-    return Columns({back.get(key, key): value for key, value in row.items() if key not in other}, other)
+    found = {back.get(key, key): value for key, value in row.items() if key not in other}
+    said = {key: written_out(found[key]) for key in _MAY_BE_TALKS if key in found}
+    return Columns({**found, **said}, other)
 
 
 def _preference(row: Fields) -> list[Row]:
@@ -149,7 +152,7 @@ def _question(row: Fields) -> list[Row]:
 
 def _choice(row: Fields) -> list[Row]:
     """The prompt, the answers to choose from, and which of them is right: its place or its text."""
-    asked, candidates = _asked(row), row["candidates"]
+    asked, candidates = _asked(row), listed_in(row["candidates"])
     if asked is None:
         raise RowError("no field 'prompt', 'question', 'instruction' or 'messages'")
     texts = candidates if isinstance(candidates, list) else [candidates]
@@ -167,6 +170,8 @@ def _which(label: Any, candidates: list[str]) -> int:
     plain = [text.strip() for text in candidates]
     if isinstance(label, str) and label.strip() in plain:
         return plain.index(label.strip())
+    if isinstance(label, str) and label.strip().isdecimal():
+        label = int(label)  # the cell of a table
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(plain):
         return label
     raise RowError(f"field 'label' is {label!r}, neither one of {plain} nor a place among them, from 0 on")
