@@ -28,7 +28,7 @@ from lowmem.optim.shards import Shard
 from lowmem.optim.source import Query
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
-from lowmem.optim.tensors.marks import trains
+from lowmem.optim.tensors.marks import has_turns
 from lowmem.optim.tensors.seats import fresh
 from lowmem.optim.terms.hyper import stagger
 from lowmem.optim.terms.state import State
@@ -144,7 +144,7 @@ def model_state_bytes(
         ranks, rank: as for `state_bytes`.
     """
     strategy, found = strategy.sided(ranks > 1), roles.find(model)
-    trained = {name: p for name, p in model.named_parameters() if trains(p)}
+    trained = {name: p for name, p in model.named_parameters() if has_turns(p)}
     shards = {name: _shard(tuple(p.shape), ranks, rank) for name, p in trained.items()}
     ordinary = {
         name: strategy.rule_name(found.get(name, "matrix"), p.shape, shards[name])

@@ -164,13 +164,15 @@ class Strategy:
         """The names of the rules that tensors follow after so many completed steps.
 
         Args:
-            ordinary: tensor to `rule_name`, of all tensors.
+            ordinary: tensor to `rule_name`, of all tensors that are trained.
             step: completed steps; seed: of the run; decided: by a schedule that goes by gradients.
         """
-        names = {rule: tuple(n for n, r in ordinary.items() if r == rule) for rule in set(ordinary.values())}
+        divided = {name: self.schedule.by_layer or rule for name, rule in ordinary.items()}
+        names = {key: tuple(n for n, k in divided.items() if k == key) for key in set(divided.values())}
         switched = self.schedule.role
         return {
-            name: switched(name, rule, names[rule], step, seed, decided) for name, rule in ordinary.items()
+            name: switched(name, rule, names[divided[name]], step, seed, decided)
+            for name, rule in ordinary.items()
         }
 
     def way(self, rule_name: str, role: str, shard: Shard) -> Way:

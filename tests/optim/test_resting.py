@@ -149,3 +149,81 @@ def test_a_model_without_layers_is_refused() -> None:
         optimizer_of(nn.Linear(8, 8, bias=False))
     with pytest.raises(UserError, match="switch_gap and layers must be at least 1"):
         Layers(0)
+
+
+def test_a_layer_has_its_turn_as_a_whole() -> None:
+    """Also where layers differ in which of their tensors follow which rule."""
+    model = nn.ModuleList(nn.Linear(8, 8, bias=i > 0) for i in range(4))
+    optimizer = lowmem.optimizer(model, "badam", switch_gap=1)
+    turns = []
+    for step in range(4):
+        active = {name for name, p in model.named_parameters() if p.requires_grad}
+        (layer,) = {name[0] for name in active}
+        assert active == {name for name, _ in model.named_parameters() if name[0] == layer}
+        turns.append(layer)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.step()
+        assert optimizer.state_bytes() == count.model_state_bytes(optimizer.strategy, model, step=step)
+    assert set(turns) == set("0123")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("badam", {"switch_gap": 1}),
+        ("lisa", {"switch_gap": 1}),
+        ("misa", {"switch_gap": 1}),
+        ("frugal", {"projector": "none", "schedule": "blocks", "switch_gap": 1}),
+    ],
+)
+def test_what_is_frozen_or_empty_has_no_turn(name: str, options: dict[str, Any]) -> None:
+    model = net()
+    model.layers[:2].requires_grad_(False)
+    model.layers[2].empty = nn.Parameter(torch.empty(0, 4))
+    optimizer = lowmem.optimizer(list(model.named_parameters()), name, lr=0.01, **options)
+    for step in range(4):
+        assert {n for n in backward(model, step) if n.startswith("layers")} <= {
+            "layers.2.weight",
+            "layers.2.bias",
+        }
+        optimizer.step()
+        optimizer.zero_grad()
+        if name in ("badam", "lisa"):  # of which roles, that a list of tensors does not tell, change nothing
+            assert optimizer.state_bytes() == count.model_state_bytes(optimizer.strategy, model, step=step)
+
+
+def test_layers_want_names(caplog: pytest.LogCaptureFixture) -> None:
+    """Without them each tensor counts as a layer, which is said."""
+    optimizer = lowmem.optimizer(net().parameters(), "badam")
+    assert "badam goes by the numbers of layers in the names of parameters" in caplog.text
+    assert sum(p.requires_grad for p in optimizer.roster.places) == 1
+    caplog.clear()
+    lowmem.optimizer(net().named_parameters(), "badam")
+    assert not caplog.text
+
+
+def test_a_tensor_that_got_no_gradient_in_its_turn_is_no_lost_one() -> None:
+    def made() -> tuple[Net, lowmem.LowMemOptimizer]:
+        model = net()
+        for layer in model.layers:
+            layer.unused = nn.Linear(8, 8)
+        return model, optimizer_of(model, order="ascending")
+
+    model, optimizer = made()
+    for step in range(GAP + 1):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = copy.deepcopy(optimizer.state_dict())
+    again, loaded = made()
+    again.load_state_dict(model.state_dict())
+    loaded.load_state_dict(saved)
+    for one, steps in ((model, optimizer), (again, loaded)):
+        backward(one, 9)
+        steps.step()
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    saved["state"].pop(max(saved["state"]))  # one that has been stepped
+    with pytest.raises(lowmem.errors.CheckpointError, match=r"no optimizer state of 'layers\.1"):
+        made()[1].load_state_dict(saved)

@@ -30,10 +30,12 @@ class Schedule:
     Attributes:
         observes: it goes by what gradients were: `observe_` sees each, `decide` is asked at every switch.
         steady: every tensor always follows its ordinary rule.
+        by_layer: a layer has its turn as a whole, whatever rules its tensors follow: names say which.
     """
 
     observes: ClassVar[bool] = False
     steady: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = False
 
     def role(
         self, name: str, role: str, names: Sequence[str], step: int, seed: int, decided: str = ""
@@ -42,7 +44,7 @@ class Schedule:
 
         Args:
             name: of the tensor; role: its ordinary role.
-            names: of all tensors with that role.
+            names: of all tensors with that role, or of all where turns go by layers.
             step: completed steps; seed: of the run.
             decided: what `decide` gave last; empty before.
         """

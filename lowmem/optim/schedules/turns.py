@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lowmem.errors import UserError, nearest
 from lowmem.optim.engine import noise
@@ -88,6 +89,7 @@ class Layers(Schedule):
         [[0], [0], [1], [0]]
     """
 
+    by_layer: ClassVar[bool] = True
     gap: int = 50
     order: str = "random"
     count: int = 1
@@ -154,7 +156,7 @@ def _layers(names: tuple[str, ...]) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=32)
 def _window(names: tuple[str, ...], density: float, window: int, seed: int) -> frozenset[str]:
     """The active names of one window; the last window of a sweep is filled up from the sweep's beginning."""
-    if not density:
+    if not density or not names:
         return frozenset()
     count = max(1, round(density * len(names)))
     sweep, place = divmod(window, -(-len(names) // count))

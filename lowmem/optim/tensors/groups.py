@@ -6,6 +6,7 @@ checkpoint must know: the run's clock and seed, the strategy, and what its tenso
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from lowmem.optim.tensors import heads
 from lowmem.optim.tensors.checks import check_hyper
 from lowmem.optim.tensors.roles import ROLES, find, to_text
 from lowmem.optim.writers import select
+
+log = logging.getLogger(__name__)
 
 RUN = ("step", "seed", "compile", "strategy", "previous_norm", "decided")
 """What a group holds of the run: the same in all of them."""
@@ -88,6 +91,11 @@ def completed(
     role, known = group.get("role", "matrix"), {*ROLES, *strategy.rules}
     if role not in known:
         raise UserError(f"unknown role {role!r} of a group; {nearest(str(role), known)}")
+    if taken := [key for key in strategy.options if key in group and group[key] != strategy.options[key]]:
+        raise UserError(
+            f"a parameter group sets {', '.join(taken)}, which the method has for all tensors: give it "
+            f"beside its name; other rules for some tensors are embedding=, head= and vector="
+        )
     run = groups[0] if groups else defaults
     found = {key: run[key] for key in RUN} | {"since": run["step"]}
     if groups and "lr" not in group and isinstance(defaults["lr"], Tensor):
@@ -106,6 +114,12 @@ def completed(
                     f"{strategy.name or 'the strategy'} displaces weights, which int8 codes cannot follow; "
                     f"take qzo, which trains the scales of 4-bit weights"
                 )
+    if strategy.schedule.by_layer and not all(isinstance(member, tuple) for member in members):
+        log.warning(
+            "%s goes by the numbers of layers in the names of parameters, and a group has no names: each of "
+            "its tensors counts as a layer; give the model, or model.named_parameters()",
+            strategy.name or "the strategy",
+        )
     if model is not None:
         names = [member[0] for member in members if isinstance(member, tuple)]
         looks = {"roles": find} if "role" not in group and "roles" not in group else {}

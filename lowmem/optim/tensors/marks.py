@@ -20,6 +20,11 @@ def trains(p: Tensor) -> bool:
     return p.requires_grad or rests(p)
 
 
+def has_turns(p: Tensor) -> bool:
+    """Whether a schedule gives it a turn: one that is frozen, or has no element, would waste it."""
+    return trains(p) and p.numel() > 0
+
+
 def rests(p: Tensor) -> bool:
     """Whether a parameter was put aside."""
     return bool(getattr(p, _MARK, False))

@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.optim.shards import Like, Shard, local
+from lowmem.optim.shards import Shard, local
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.seats import Place, fresh
 from lowmem.optim.terms.state import State
@@ -90,8 +90,7 @@ def _counts(
     strategy: Strategy, rule_name: str, role: str, one: Shard, dtype: torch.dtype, rows: int
 ) -> dict[str, int]:
     """Entries along the first dimension that so many rows take."""
-    like = Like(replace(one, chunk=rows).shape, dtype, META)
-    state = strategy.init(rule_name, cast("Tensor", like), role)
+    state = fresh(strategy, rule_name, role, replace(one, chunk=rows), dtype, META)
     return {key: value.shape[0] if value.dim() else 0 for key, value in state.items()}
 
 

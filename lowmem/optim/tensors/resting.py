@@ -14,7 +14,7 @@ from lowmem.optim.formulas import ByBlocks
 from lowmem.optim.schedules.schedule import Schedule
 from lowmem.optim.shards import Shard, matrix, shard_in
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.tensors.marks import rest_, wake_
+from lowmem.optim.tensors.marks import has_turns, rest_, wake_
 from lowmem.optim.tensors.seats import Roster, Seat
 from lowmem.optim.terms.state import State, scoped
 
@@ -97,7 +97,7 @@ def _decide_(schedule: Schedule, roster: Roster, state: Mapping[Tensor, Mapping[
         sums = torch.stack([watched[p] for p in here]).tolist()
         seen |= {roster[p].name: total / n for p, (total, n) in zip(here, sums, strict=True) if n}
     group = next(iter(roster.places.values())).group
-    names = [place.name for place in roster.places.values() if place.rule == "matrix"]
+    names = [place.name for p, place in roster.places.items() if place.rule == "matrix" and has_turns(p)]
     decided = schedule.decide(group["decided"], seen, names, group["step"], group["seed"])
     for place in roster.places.values():
         place.group["decided"] = decided

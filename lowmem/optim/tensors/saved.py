@@ -22,7 +22,7 @@ from lowmem.errors import CheckpointError
 from lowmem.optim.engine.settings import NEUTRAL
 from lowmem.optim.shards import shard_of
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.tensors.marks import trains
+from lowmem.optim.tensors.marks import has_turns
 from lowmem.optim.tensors.offload import Home
 from lowmem.optim.tensors.outside import Outside
 from lowmem.optim.tensors.roles import from_text, to_text
@@ -35,7 +35,10 @@ Group = dict[str, Any]
 
 
 def saved(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
-    """The state dict that torch has packed, with every state as it stands in checkpoints."""
+    """The state dict that torch has packed, with every state as it stands in checkpoints.
+
+    Where tensors take turns, it says of whom nothing is held though it has its turn: no gradient came.
+    """
     outside = Outside(optimizer.strategy)
     indices = [i for group in packed["param_groups"] for i in group["params"]]
     state = dict(packed["state"])
@@ -44,7 +47,29 @@ def saved(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
             place = optimizer.place(p)
             rule_name = optimizer.roster.rule_at(p, max(0, place.group["step"] - 1))
             state[i] = outside.out(place, rule_name, p, state[i])
-    return {**packed, "state": state}
+    if not optimizer.strategy.turns:
+        return {**packed, "state": state}
+    held = {p for p, own in optimizer.state.items() if own}
+    waiting = to_text(dict.fromkeys(_due(optimizer.strategy, optimizer.roster, held), ""))
+    groups = [{**group, "waiting": waiting} for group in packed["param_groups"]]
+    return {**packed, "state": state, "param_groups": groups}
+
+
+def _due(strategy: Strategy, roster: Roster, held: Collection[Tensor]) -> Iterator[str]:
+    """The tensors that the last step was the turn of, that hold state, and of whom nothing is held."""
+    schedule = strategy.schedule
+    for p, place in roster.places.items():
+        rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
+        divided = schedule.restarts(place.name, place.rule) or (schedule.observes and rule_name == "matrix")
+        if (
+            p in held
+            or strategy.rules[rule_name].idle
+            or not has_turns(p)
+            or (strategy.turns and not divided)
+        ):
+            continue
+        if place.fresh(strategy, rule_name, p, "meta"):
+            yield place.name
 
 
 class Loading:
@@ -91,11 +116,14 @@ class Loading:
         params = [p for group in own for p in group["params"]]
         held = {p for i, p in zip(indices, params, strict=True) if states.get(i)}
         step = max((g["step"] for g in groups), default=0)
-        if step and (missing := self._missing(roster, held)):
+        waiting = {name for group in groups for name in from_text(group.pop("waiting"))}
+        if step and (missing := self._missing(roster, held, waiting)):
             raise lost(step, missing)
         for i, p in zip(indices, params, strict=True):
             if i in states:
-                self.found[p] = self._exact(roster, p, states[i])
+                # an empty one is made by who only looks at it; where turns change, it may be one that is lost
+                seen = not states[i] and (self.strategy.schedule.steady or roster[p].name in waiting)
+                self.found[p] = {} if seen else self._exact(roster, p, states[i])
         rest = {key: value for key, value in states.items() if key not in set(indices)}
         again = [
             {**group, "params": theirs["params"]}
@@ -114,7 +142,7 @@ class Loading:
         groups = []
         for old, mine, theirs, ours in zip(saved, own, names_of(saved), names_of(own), strict=True):
             names = theirs if "param_names" in old else ours
-            found = {key: from_text(old.get(key, "{}")) for key in ("roles", "heads")}
+            found = {key: from_text(old.get(key, "{}")) for key in ("roles", "heads", "waiting")}
             kept = {
                 key: to_text({new: said[was] for new, was in zip(names, theirs, strict=True) if was in said})
                 for key, said in found.items()
@@ -125,22 +153,13 @@ class Loading:
         tell(saved, own)
         return groups
 
-    def _missing(self, roster: Roster, held: Collection[Tensor]) -> str:
+    def _missing(self, roster: Roster, held: Collection[Tensor], waiting: Collection[str]) -> str:
         """Whose state is missing: all of it, or that of a tensor which had its turn; nothing, if empty."""
-        schedule, rules = self.strategy.schedule, self.strategy.rules
-        turns, found = self.strategy.turns, ""
-        for p, place in roster.places.items():
-            rule_name = roster.rule_at(p, max(0, place.group["step"] - 1))
-            divided = schedule.restarts(place.name, place.rule) or (
-                schedule.observes and rule_name == "matrix"
-            )
-            if rules[rule_name].idle or not trains(p) or not p.numel() or (turns and not divided):
-                continue
-            if p in held and not turns:
-                return ""
-            if p not in held and place.fresh(self.strategy, rule_name, p, "meta"):
-                found = f"optimizer state of {place.name!r}" if turns else "optimizer state"
-        return found
+        turns = self.strategy.turns
+        if held and not turns:
+            return ""
+        names = [name for name in _due(self.strategy, roster, held) if name not in waiting]
+        return "" if not names else f"optimizer state of {names[-1]!r}" if turns else "optimizer state"
 
     def _exact(self, roster: Roster, p: Tensor, given: Mapping[str, Tensor]) -> State:
         """A copy of a parameter's state, in the order and with the strides that kernels were given."""

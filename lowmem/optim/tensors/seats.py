@@ -19,10 +19,11 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.engine.chunks import Chunks
-from lowmem.optim.int8.tensor import is_coded
+from lowmem.optim.int8.tensor import Int8Weight, is_coded
 from lowmem.optim.shards import Like, Shard, local, refuse_flattened, shard_of
 from lowmem.optim.strategy import Strategy, Way
 from lowmem.optim.tensors import stacks
+from lowmem.optim.tensors.marks import has_turns
 from lowmem.optim.tensors.roles import from_text, refined
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Held, State, scoped
@@ -59,8 +60,15 @@ class Place:
         where = torch.device(device) if device else p.device
         if self.shard is None:
             own = local(p.detach())
-            return strategy.init(rule_name, torch.empty_like(own, device=where) if device else own, self.role)
+            return strategy.init(rule_name, _like(own, where) if device else own, self.role)
         return fresh(strategy, rule_name, self.role, self.shard, p.dtype, where)
+
+
+def _like(own: Tensor, device: torch.device) -> Tensor:
+    """A weight such as this one elsewhere: codes stay codes, which writers go by."""
+    if is_coded(own):
+        return Int8Weight.empty(tuple(own.shape), own.dtype, device)
+    return torch.empty_like(own, device=device)
 
 
 def fresh(
@@ -102,7 +110,7 @@ class Roster:
     def __init__(self, groups: Sequence[dict[str, Any]], strategy: Strategy) -> None:
         self.schedule = strategy.schedule
         self.places: dict[Tensor, Place] = {}
-        self._since: dict[str, list[tuple[int, str]]] = {}
+        self._since: dict[str | bool, list[tuple[int, str, Tensor]]] = {}
         for group, names in zip(groups, names_of(groups), strict=True):
             roles, heads = from_text(group["roles"]), from_text(group["heads"])
             for name, p in zip(names, group["params"], strict=True):
@@ -111,9 +119,9 @@ class Roster:
                 shard = shard_of(p)
                 rule = strategy.rule_name(role, p.shape, shard)
                 self.places[p] = Place(group, name, role, rule, int(heads.get(name, 0)), shard)
-                self._since.setdefault(rule, []).append((group["since"], name))
+                self._since.setdefault(self._divided(rule), []).append((group["since"], name, p))
         self.spread = any(hasattr(p, "device_mesh") for p in self.places)
-        self._names: dict[tuple[str, int], tuple[str, ...]] = {}
+        self._names: dict[tuple[str | bool, int], tuple[str, ...]] = {}
         self._read = _read(groups)
 
     def still(self, groups: Sequence[dict[str, Any]]) -> Roster | None:
@@ -148,13 +156,19 @@ class Roster:
                 yield p
 
     def _taking_part(self, rule: str, step: int) -> tuple[str, ...]:
-        """The tensors of a rule that a schedule divides: those that join do so when roles next change."""
-        began = self.schedule.began(step)
-        if (rule, began) not in self._names:
+        """The tensors that a schedule divides with a rule's: those that join do so when roles next change."""
+        key = self._divided(rule), self.schedule.began(step)
+        if key not in self._names:
             if len(self._names) >= KEPT:  # a roster lives as long as the groups stay what they are
                 self._names.clear()
-            self._names[rule, began] = tuple(name for since, name in self._since[rule] if since <= began)
-        return self._names[rule, began]
+            self._names[key] = tuple(
+                name for since, name, p in self._since[key[0]] if since <= key[1] and has_turns(p)
+            )
+        return self._names[key]
+
+    def _divided(self, rule: str) -> str | bool:
+        """With which tensors those of a rule are divided: with each other, or all by their layers."""
+        return self.schedule.by_layer or rule
 
 
 @dataclass(frozen=True)
