@@ -226,3 +226,29 @@ def test_what_is_finite_does_not_become_infinite(states: str, signed: bool, size
     held = back(made, x)
     assert held.isfinite().all()
     assert ((held - x).abs() / size).max() <= (0.12 if states == "int4" else 0.02)
+
+
+@pytest.mark.parametrize("size", [1e-6, 3e-7, 1e-8, 1e-11])
+@pytest.mark.parametrize("states", ["int8", "int4"])
+def test_small_gradients_move_as_far_as_without_codes(states: str, size: float) -> None:
+    """Their squares are far below 1e-12: a second moment that no longer moves would shorten the steps."""
+    signal, normal = random(22)(64, 64), random(23)
+    gradients = [(signal + normal(64, 64)) * size for _ in range(20)]
+    moved = []
+    for held in ("fp32", states):
+        model = Weight(64, 64)
+        optimizer = lowmem.optimizer(model, "adamw", lr=LR, states=held)
+        for loss in model.losses(gradients):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        moved.append(model.weight.detach().norm())
+    assert 0.9 < float(moved[1] / moved[0]) < 1.1
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("states", ["int8", "int4"])
+def test_blocks_of_nothing_are_held_as_torchao_holds_them(states: str, signed: bool) -> None:
+    made = codec(states, signed=signed, stream="m")
+    held = made.encode(torch.zeros(256), Draws(256), made.shared(torch.zeros(256)))  # type: ignore[arg-type]
+    assert (held["scale"] == 1e-12).all()

@@ -40,6 +40,8 @@ from lowmem.optim.terms.state import State
 BF16_MAX = torch.finfo(torch.bfloat16).max
 LEAST_ROOT, LARGEST_ROOT = 2.0**-55, (2.0 - 2.0**-7) * 2.0**63
 """Scales of roots that bf16 has, and fp32 their squares: of one 255th of the least, and of the largest."""
+NOTHING = 1e-12
+"""The scale of a block of zeros: torchao's, which has no smaller one for any block."""
 
 STATES = ("fp32", "bf16", "int8", "int4", "companded8")
 
@@ -143,7 +145,8 @@ class Blockwise:
     with 4 bits. Without a sign, only zero takes the code of zero in 8 bits: what the nearest
     entry would make zero takes the entry above it, 3.25e-7. The 4-bit map has no zero
     there, to the same end (arXiv 2309.01507). All other 8-bit codes are those of torchao,
-    bit for bit.
+    bit for bit, where a block has an element of 1e-12 or none but zeros: the scale below that, which
+    torchao does not have, lets second moments of gradients below 1e-6 move.
 
     Args:
         bits: 8 or 4.
@@ -204,7 +207,8 @@ class Blockwise:
     ) -> State:
         """The code of the nearest entry; halfway goes up, and so does all that is above a map's zero."""
         blocks = _blocks(value, self.grain)
-        scale = blocks.abs().amax(-1).clamp(min=1e-12)
+        top = blocks.abs().amax(-1)
+        scale = torch.where(top > 0.0, top.clamp(min=TINY), NOTHING)
         sums = constants[f"{self._name}.sums"]
         codes = nearest_code((blocks / scale.unsqueeze(-1)).flatten(-2), sums)
         if self.bits == 4:
