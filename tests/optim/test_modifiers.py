@@ -19,6 +19,7 @@ from lowmem.optim.contract import AnyRule, Rule, is_pointwise
 from lowmem.optim.elementwise import coded
 from lowmem.optim.engine import cutting
 from lowmem.optim.engine.chunks import Chunks
+from lowmem.optim.engine.kernels import body
 from lowmem.optim.modifiers.masks import Cautious, Grams
 from lowmem.optim.modifiers.modified import modified
 from lowmem.optim.modifiers.modifier import Modifier
@@ -286,6 +287,26 @@ def test_columns_with_ages_of_their_own_are_clipped_by_them() -> None:
     chunks.advance_(rule, low, state, hyper(low, chunks, 31))
     moved = 0.99 + 0.01 * torch.tensor([1e6, 5000.0, 5000.0])
     torch.testing.assert_close(state["exp_avg_sq"], moved.expand(4, 3))
+
+
+def test_a_kernel_that_looks_up_numbers_of_an_age_judges_by_the_same_age() -> None:
+    """A card moves the age after the step; a spike in the first that is judged, or in the one before."""
+    rule = cast("Any", modified(coded(Adam()), [SpikeClip(threshold=4.0, guard=2)]))
+    kernel = None
+    for spiked in (1, 2):
+        chunks, plain, looked = Chunks(), torch.zeros(1, 64), torch.zeros(1, 64)
+        one, two = rule.init(plain), rule.init(looked)
+        kernel = kernel or body(rule, NEAREST, tuple(two), (), "elements", counts=True)
+        for t in range(4):
+            g, hp = normal(1, 64, seed=t), hyper(plain, chunks, t)
+            g[0, 5] = 1e3 if t == spiked else 1.0
+            chunks.apply_(rule, NEAREST, plain, Dense(g), one, {}, hp)
+            true, none = torch.tensor(True), torch.empty(0, 2, dtype=torch.int32)
+            counter, table = torch.zeros((), dtype=torch.int64), rule.table(two, hp)
+            kernel(looked, g, hp.rates(), true, counter, table, None, None, None, none, *two.values())
+            assert int(two["age"]) == t  # moved by the caller
+            two["age"].add_(1)
+            assert torch.equal(plain, looked), (spiked, t)
 
 
 def test_a_limited_step_is_at_most_so_much_longer() -> None:

@@ -97,7 +97,9 @@ def body(
                 state["age"].sub_((~ok).to(torch.int32))  # it has moved already
         if counts:
             age = state["age"] + ok.to(torch.int32)
-            if guard != "elements":
+            if guard == "elements":
+                state["age"] = age  # the rule sees the step that it takes; what is stored moves afterwards
+            else:
                 state["age"].copy_(age)
             scalars = scalars.index_select(0, age.view(1))[0]
         gradient, finite = _guarded(gradient, ok, rule is not None)
