@@ -21,11 +21,12 @@ class SpikeClip(Modifier):
     """Clip what stands out from its own history (SPAM, arXiv 2501.06842): |g| <= sqrt(threshold v).
 
     v is the second moment before this step, without bias correction. The first steps of a moment, and an
-    element whose v is 0, have no history to be judged by. Holds nothing.
+    element whose v is 0, have no history to be judged by: the paper clips where t mod D >= guard, with t
+    from 0 as everywhere here, so that as many steps are free at the start as after a reset. Holds nothing.
 
     Args:
         threshold: of g^2 over v, above 0.
-        guard: steps of a moment before anything is clipped, at least 1.
+        guard: steps of a moment in which nothing is clipped, at least 1.
 
     Raises:
         UserError: a number outside its range.
@@ -45,7 +46,7 @@ class SpikeClip(Modifier):
         """The clipped gradient."""
         square = moments["exp_avg_sq"]
         most = square.sqrt() * self.threshold**0.5
-        judged = (age >= self.guard) & (square > 0.0)
+        judged = (age > self.guard) & (square > 0.0)
         return torch.where(judged, torch.minimum(torch.maximum(g, -most), most), g)
 
 

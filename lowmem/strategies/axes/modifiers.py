@@ -60,7 +60,7 @@ def spike_clip(
 
     Args:
         threshold: How many times its second moment the square of an element may be.
-        guard: Steps at the start in which nothing is cut.
+        guard: Steps at the start, and after a reset of the moments, in which nothing is cut.
     """
     return SpikeClip(threshold, guard)
 

@@ -104,12 +104,12 @@ def follow(
     guard: int = 20,
     after: Sequence[After] = (),
 ) -> list[Tensor]:
-    """The weights after each step: spikes clipped from step `guard` on, if theta, and `after` in order."""
+    """The weights after each step: spikes clipped after `guard` steps, if theta, and `after` in order."""
     adam, weights = AdamW(start.double(), lr, betas, eps), []
     w = start.double().clone()
     for t, gradient in enumerate(grads, 1):
         g = gradient.double()
-        if theta and t >= guard:
+        if theta and t > guard:
             g = clipped(g, adam.v, theta)
         u = adam.direction(g)
         for modifier in after:

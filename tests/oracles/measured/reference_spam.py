@@ -31,7 +31,7 @@ class SPAM(AdamW):
         if self.steps > 1 and (self.steps - 1) % self.gap == 0:
             self.reset()
             self.since = 0
-        if self.t + 1 >= self.guard:
+        if self.t >= self.guard:
             most = (self.threshold * self.v).sqrt()
             g = torch.where((g.abs() > most) & (self.v > 0), g.sign() * most, g)
         phi = 1.0

@@ -41,6 +41,16 @@ def test_spam_is_the_papers() -> None:
         torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=3e-7)
 
 
+@pytest.mark.parametrize(("last", "cut"), [(3, False), (4, True), (GAP + 3, False), (GAP + 4, True)])
+def test_as_many_steps_are_free_at_the_start_as_after_a_reset(last: int, cut: bool) -> None:
+    """A spike in the last of `guard` steps of the moments, and in the step after them: how large is lost."""
+    grads, ends = drive.gradients(SHAPE, last), []
+    for spike in (100.0, 200.0):
+        grads[-1][2, 3] = spike
+        ends.append(follow("spam", grads, threshold=50.0, guard=3, **RESET)[-1][2, 3])
+    assert (ends[0] == ends[1]) == cut
+
+
 def test_spam_that_neither_clips_nor_forgets_is_adamw() -> None:
     options: dict[str, Any] = {"threshold": 1e30, "momentum_reset_gap": 10_000}
     one, other = follow("spam", spiked(8), **options), follow("adamw", spiked(8))
