@@ -268,6 +268,40 @@ def test_growth_is_limited_from_the_second_step_on() -> None:
     assert norms == pytest.approx([norms[0] * 1.01**t for t in range(4)], rel=1e-5)
 
 
+LIMITED = ("fira", "subtrack", "grass_walk", "grass_jump", "apollo", "apollo_mini")
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_step_of_nothing_does_not_loosen_the_limit(name: str) -> None:
+    optimizer, p = optimizer_of(method(name, **({} if name == "apollo_mini" else {"rank": 3})), normal(6, 12))
+    norms = []
+    for g in (normal(6, 12, seed=1), torch.zeros(6, 12), 100.0 * normal(6, 12, seed=2)):
+        p.grad = g
+        optimizer.step()
+        norms.append(float(optimizer.state[p]["residual.norm"]))
+    assert norms[1] == norms[0] > 0.0
+    assert norms[2] <= norms[0] * 1.0101
+
+
+@pytest.mark.parametrize("name", ["fira", "subtrack", "grass_walk"])
+def test_a_gradient_that_a_basis_sees_nothing_of_is_no_step_of_thousands(name: str) -> None:
+    """The first lies in the basis: its rest is 0, and the rest of the second is all of it."""
+    one, other = (torch.eye(6)[i][:, None].expand(6, 12) for i in (0, 1))
+    w = run(method(name, rank=1, update_proj_gap=1000), torch.zeros(6, 12), [one, other])
+    assert LR < w.abs().max() < 20.0 * LR
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (12, 6)])
+@pytest.mark.parametrize("factor", [1e20, 1e30, 1e37])
+@pytest.mark.parametrize("name", LIMITED)
+def test_channels_whose_squares_have_no_fp32_are_as_long_as_others(
+    name: str, factor: float, shape: tuple[int, int]
+) -> None:
+    g = normal(*shape, seed=1).clamp(-3.0, 3.0)
+    one, other = (run(method(name), torch.zeros(shape), [g * by]) for by in (1.0, factor))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
 def test_fira_of_full_rank_is_galore() -> None:
     """The released code scales what it takes off: its residual is not zero there."""
     fira, galore = (method(name, rank=6, update_proj_gap=1000) for name in ("fira", "galore"))

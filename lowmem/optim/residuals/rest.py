@@ -7,6 +7,7 @@ What a residual makes of it (`absorb`) works on `Blocks`, so no full-size copy i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,8 +22,8 @@ from lowmem.optim.engine.ages import numbers_of
 from lowmem.optim.formulas import Formula
 from lowmem.optim.rules.compact.subsets import Subsets
 from lowmem.optim.rules.elementwise.sgd import SGD
-from lowmem.optim.shards import Shape, shard_in, total
-from lowmem.optim.terms.fp32 import LARGEST_MEAN
+from lowmem.optim.shards import Shape, shard_in, total, whole
+from lowmem.optim.terms.fp32 import LARGEST, LARGEST_MEAN, TINY
 from lowmem.optim.terms.split import Commit, Split
 from lowmem.optim.terms.state import State, apply_in_place
 
@@ -92,6 +93,11 @@ class ScaledRest(Residual):
     A channel is a column of a gradient that is projected on the left, a row of one that
     is projected on the right. Bias correction is part of N, hence of phi.
 
+    A step of length 0 neither sets a limit nor loosens one. Published code leaves the first step without
+    any: where a basis sees nothing of a gradient, R_j is rounding noise and phi_j up to 1e8 |N_j|. Here the
+    first has at most ten times the length of N in all directions, |N| sqrt(s / r) for r of s. Without a
+    limit phi is what it is.
+
     Holds 4 bytes where there is a limit, and looks at the rest once more for its norm.
 
     Args:
@@ -121,7 +127,7 @@ class ScaledRest(Residual):
         return True
 
     def init(self, x: Tensor) -> State:
-        """The norm of the step before; 0 before the first, which has no limit."""
+        """The norm of the step before; 0 before the first."""
         return {"norm": torch.zeros((), device=x.device)} if self.limit else {}
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
@@ -133,8 +139,15 @@ class ScaledRest(Residual):
         hp.sweep(_note_norms, self._scaled(split, factors), (norms,))
         alone, new = shard_in(split.g.shape) is None, torch.empty_like(s["norm"])
         squares = norms if alone else total(split.g.shape, norms.square().sum())
-        hp.reckon(_limit_, (factors, squares, s["norm"], split.ok, new), (self.limit, alone))
+        own = split.step if alone or split.axis == 0 else _length(split.step, split)
+        given = (factors, squares, s["norm"], own, self._reach(split), split.ok, new)
+        hp.reckon(_limit_, given, (self.limit, alone))
         return self._scaled(split, factors), lambda: apply_in_place(s, {"norm": new})
+
+    def _reach(self, split: Split) -> Tensor:
+        """How many times as long as N a step may be that has none before it."""
+        full, seen = whole(split.g.shape)[split.axis], split.low.shape[split.axis]
+        return split.hp.vector(FIRST * self.scale * math.sqrt(full / seen), dtype=torch.float32)
 
     def _factors(self, split: Split) -> Tensor:
         """phi times the scale, one for each row or column of the gradient."""
@@ -142,8 +155,8 @@ class ScaledRest(Residual):
             factors = torch.empty(split.step.shape[1 - split.axis], device=split.step.device)
             split.hp.reckon(_note_factors, (factors, split.step, split.low), (split.axis, self.scale))
             return factors
-        own, seen = (torch.linalg.vector_norm(x, dim=split.axis) for x in (split.step, split.low))
-        own, seen = (_length(x, split).expand_as(own) for x in (own, seen))
+        count = split.step.shape[1 - split.axis]
+        own, seen = (_length(x, split).expand(count) for x in (split.step, split.low))
         return (own / (seen + 1e-8)).mul_(self.scale)
 
     def _scaled(self, split: Split, factors: Tensor) -> Blocks:
@@ -154,33 +167,59 @@ class ScaledRest(Residual):
 
 
 PER = ("channel", "tensor")
+FIRST = 10.0
+"""The length of a first step, at most, in those of N as if it had all directions."""
+SMALL = 2.0**-64
+"""Numbers times it have squares."""
 
 
-def _length(channels: Tensor, split: Split) -> Tensor:
-    """The norm of all channels; where they are rows, of those of all ranks."""
-    norm: Tensor = torch.linalg.vector_norm(channels)
-    shard = shard_in(split.g.shape)
-    return norm if shard is None or split.axis == 0 else shard.total(norm.square()).sqrt()
+def _length(x: Tensor, split: Split) -> Tensor:
+    """The norm of all channels, (1,); where they are rows, of those of all ranks."""
+    norm, shard = torch.empty(1, device=x.device), shard_in(split.g.shape)
+    split.hp.reckon(_note_length, (norm, x), (split.axis,))
+    if shard is None or split.axis == 0:
+        return norm
+    both = shard.total(torch.cat((norm, norm * SMALL)).square()).sqrt()
+    return torch.where(both[:1].isfinite(), both[:1], both[1:] / SMALL)
+
+
+def _note_length(norm: Tensor, x: Tensor, axis: int) -> None:
+    norm.copy_(_norms(_norms(x, axis), 0))
+
+
+def _norms(x: Tensor, dim: int) -> Tensor:
+    """Norms along a dimension; where squares have no fp32, those over the largest element, times it."""
+    plain: Tensor = torch.linalg.vector_norm(x, dim=dim)
+    eager = x.is_cpu and not torch.compiler.is_compiling()  # a copy of x is made only where it is needed
+    if x.is_meta or not x.numel() or (eager and bool(plain.isfinite().all())):
+        return plain
+    top = torch.linalg.vector_norm(x, math.inf, dim=dim, keepdim=True).clamp(min=TINY)
+    over = torch.linalg.vector_norm(x / top, dim=dim)
+    return torch.where(plain.isfinite(), plain, over * top.squeeze(dim))
 
 
 def _note_factors(factors: Tensor, step: Tensor, low: Tensor, axis: int, scale: float) -> None:
-    own, seen = (torch.linalg.vector_norm(x, dim=axis) for x in (step, low))
+    own, seen = (_norms(x, axis) for x in (step, low))
     factors.copy_((own / (seen + 1e-8)).mul_(scale))
 
 
 def _limit_(
-    factors: Tensor, squares: Tensor, before: Tensor, ok: Tensor, new: Tensor, limit: float, alone: bool
-) -> None:
+    factors: Tensor, squares: Tensor, before: Tensor, own: Tensor, reach: Tensor, ok: Tensor, new: Tensor,
+    limit: float, alone: bool,
+) -> None:  # fmt: skip
     """Shorten a step that is longer than the one before allows, and note how long it is.
 
     Args:
         squares: the norms of the rows, where all rows are here (`alone`); the sum of their squares elsewhere.
+        own: what has the norm that a first step is measured by; reach: how many of it are allowed, (1,).
     """
-    norm = (squares.square().sum() if alone else squares).sqrt().float()
-    most = before * limit
-    longer = (before > 0.0) & (norm > most)
+    norm = (squares.square().sum() if alone else squares).sqrt().clamp(max=LARGEST).float()
+    first = torch.linalg.vector_norm(own) * reach[0]
+    most = torch.where(before > 0.0, before * limit, first)
+    longer = norm > most
     factors.mul_(torch.where(longer, most / norm, 1.0))
-    new.copy_(torch.where(ok, torch.minimum(norm, torch.where(longer, most, norm)), before))
+    kept = torch.minimum(norm, torch.where(longer, most, norm))
+    new.copy_(torch.where(ok & (norm > 0.0), kept, before))
 
 
 def _note_norms(rows: Tensor, norms: Tensor) -> None:
