@@ -136,6 +136,19 @@ def test_the_cosines_are_orthonormal_and_find_their_own(n: int) -> None:
         assert float(missed) <= 1 - basis.shape[1] / n + 1e-6
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_the_size_of_a_gradient_chooses_no_other_cosines(norm: int, side: str) -> None:
+    chosen = []
+    for size in (1.0, 1e-37, 1e-24, 1e20, 1e36):
+        projector, g = DCT(Frame(3, side), norm=norm), normal(9, 14) * size
+        state = projector.init(g) | made(projector.constants((9, 14)), g.device)  # type: ignore[arg-type]
+        projector.refresh(state, Dense(g), hyper_of((9, 14)), {}, say=True)
+        chosen.append(state["index"].tolist())
+    assert chosen[0] != [0, 1, 2]  # those before the first choice
+    assert chosen == chosen[:1] * 5
+
+
 def test_a_tangent_lies_beside_the_basis_and_a_small_turn_is_none() -> None:
     g, hp = Dense(normal(9, 20)), hyper_of((9, 20), step=1)
     basis = basis_of(Orthonormal(Frame(RANK)), (9, 20), "w")

@@ -25,6 +25,7 @@ from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
 from lowmem.optim.projectors.dense import Renewed
 from lowmem.optim.shards import Shape, total
 from lowmem.optim.terms.changes import Change, Permutation
+from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constant, Constants, State
 
@@ -93,7 +94,7 @@ class DCT(Renewed):
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Choose anew, where the gradient can tell."""
-        norms = self._norms(s["cosines"], g)
+        norms = self._norms(s["cosines"], g, hp)
         top = norms.amax()
         ok = torch.isfinite(top) & (top > 0.0)
         old, rank = s["index"].long(), s["index"].shape[0]
@@ -104,17 +105,20 @@ class DCT(Renewed):
         s["index"].copy_(new)
         return Permutation(ok, before, self.axis(g.shape))
 
-    def _norms(self, c: Tensor, g: Blocks) -> Tensor:
-        """The norm of what the gradient has of each cosine, (s,)."""
+    def _norms(self, c: Tensor, g: Blocks, hp: Hyper) -> Tensor:
+        """The norm of what the gradient has of each cosine, or its square over a constant; (s,)."""
+        top = None if self.norm == 1 else hp.peak(g).clamp(min=TINY)
         if self.axis(g.shape) == 1:
-            return total(g.shape, g.sum(lambda rows: self._powers(rows @ c.t(), 0)))
+            return total(g.shape, g.sum(lambda rows: _powers(rows @ c.t(), 0, top)))
         height = max(1, 4 * BLOCK // g.shape[1])
         panels = (c[a : a + height].t() for a in range(0, c.shape[0], height))
-        return torch.cat([self._powers(self.frame.down(panel, g), 1) for panel in panels])
-
-    def _powers(self, x: Tensor, dim: int) -> Tensor:
-        return x.abs().sum(dim) if self.norm == 1 else x.square().sum(dim)
+        return torch.cat([_powers(self.frame.down(panel, g), 1, top) for panel in panels])
 
     def opened(self, s: State, hp: Hyper) -> State:
         """The chosen cosines, gathered once for a step."""
         return {"basis": s["cosines"].index_select(0, s["index"]).t()}
+
+
+def _powers(x: Tensor, dim: int, top: Tensor | None) -> Tensor:
+    """Sums of magnitudes; of squares over the largest element, where that is given."""
+    return x.abs().sum(dim) if top is None else (x / top).square_().sum(dim)
