@@ -281,6 +281,24 @@ def test_growth_is_limited_from_the_second_step_on() -> None:
     assert norms == pytest.approx([norms[0] * 1.01**t for t in range(4)], rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(6, 12), (12, 6)])
+@pytest.mark.parametrize("spike", [1e18, 1e19, 1e20, 1e25, 1e37])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_sum_of_squares_without_fp32_is_no_step(at: int, spike: float, shape: tuple[int, int]) -> None:
+    """Nor are those after it: the momentum has seen the spike too."""
+    gradients = steps(shape, 6)
+    gradients[at][1, 3] = spike
+    rule = method("subspace_momentum", update_proj_gap=100)
+    optimizer, p = optimizer_of(rule, torch.zeros(shape))
+    for g in gradients:
+        before = p.detach().clone()
+        p.grad = g
+        optimizer.step()
+        assert (p.detach() - before).abs().max() <= 20.0 * LR
+    assert optimizer.state[p]["residual.exp_avg_sq"].isfinite().all()
+    assert p.abs().max() > LR
+
+
 LIMITED = ("fira", "subtrack", "grass_walk", "grass_jump", "apollo", "apollo_mini")
 
 

@@ -267,11 +267,25 @@ class SubsetNormed(Residual):
         return self.subsets.shards(shape)
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
-        """The whole step; a subset that has an element that is not finite keeps its moment."""
+        """The whole step, but no step of a subset whose sum has no fp32.
+
+        Its moment counts the largest sum there is, for N has seen its elements; where some may be unseen and
+        not finite, it stays as it is.
+        """
         age = s["age"] + split.ok
         numbers = numbers_of(self.subsets, age, split.hp)
         sums, old = self.subsets.sums(split.g, split.hp), s["exp_avg_sq"]
-        v = torch.where(split.ok & (sums <= LARGEST_MEAN), old + numbers[0] * (sums - old), old)
-
-        step = self.subsets.divided(split.with_rest(split.rest), v, numbers)
+        v, over = torch.empty_like(old), torch.empty_like(old)
+        split.hp.reckon(_note_moment, (v, over, old, sums, numbers, split.ok), (split.sees,))
+        step = self.subsets.divided(split.with_rest(split.rest), over, numbers)
         return step, lambda: apply_in_place(s, {"exp_avg_sq": v, "age": age})
+
+
+def _note_moment(
+    v: Tensor, over: Tensor, old: Tensor, sums: Tensor, numbers: Tensor, ok: Tensor, sees: bool
+) -> None:
+    """The moment of each subset, and what its step is over: infinity for none."""
+    sound = sums <= LARGEST_MEAN
+    moved = old + numbers[0] * (sums.clamp(max=LARGEST_MEAN) - old)
+    v.copy_(torch.where(ok if sees else ok & sound, moved, old))
+    over.copy_(torch.where(sound, v, math.inf))
