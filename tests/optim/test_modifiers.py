@@ -335,6 +335,17 @@ def test_a_cautious_step_never_goes_against_the_gradient() -> None:
                 assert ((p.detach() - old) * p.grad <= 0).all(), name
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-40, 1e-45])
+@pytest.mark.parametrize("modifiers", [[TrustRatio()], [Cautious(), TrustRatio()]])
+def test_a_step_without_length_to_speak_of_is_lengthened_by_a_finite_factor(
+    modifiers: list[Modifier], size: float
+) -> None:
+    chunks, w, g = Chunks(), torch.ones(4, 6), torch.full((4, 6), size)
+    rule = cast("Any", modified(coded(SGD()), modifiers))
+    chunks.apply_(rule, NEAREST, w, Dense(g), rule.init(w), {}, hyper(w, chunks, 0))
+    assert (w.abs() <= 1.0).all()
+
+
 def test_rows_without_gradient_do_not_lengthen_the_others() -> None:
     """An embedding of which a batch touches two rows: the mean is over those."""
     chunks, w = Chunks(), torch.zeros(1000, 4)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.contract import AnyRule, is_pointwise
 from lowmem.optim.modifiers.modifier import NONE, Modifier
+from lowmem.optim.terms.fp32 import LARGEST_MOMENT
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State, prefixed, scoped
 
@@ -128,7 +129,7 @@ class Chain:
         return functools.reduce(torch.mul, [s[key] for key in self.pacing])
 
     def factor_(self, sums: Tensor, s: State, ok: Tensor, scale: float = 1.0) -> Tensor:
-        """The product of all factors, 0-D fp32; what is held moves on where the step is taken.
+        """The product of all factors, 0-D fp32, finite; what is held moves on where the step is taken.
 
         Args:
             sums: (count,), over the whole tensor; s: the state of the rule; ok: 0-D bool.
@@ -144,7 +145,7 @@ class Chain:
             for key, value in new.items():
                 held[key].copy_(torch.where(ok, value.to(held[key].dtype), held[key]))
             product = product * factor
-        return product.float()
+        return product.clamp(max=LARGEST_MOMENT).float()
 
 
 def _unforgettable(rule: AnyRule) -> Iterator[str]:

@@ -62,8 +62,9 @@ class Limit(Modifier):
 class TrustRatio(Modifier):
     """Steps in units of the weight (LAMB, arXiv 1904.00962): d <- d |w| / |d|.
 
-    Where either length is 0, d stays as it is. Decay is decoupled as everywhere here: it is not part of the
-    step that is measured, and not multiplied. Holds 16 bytes for the sums.
+    Where either length is 0, d stays as it is; a quotient above 1e36 counts as 1e36. Decay is decoupled as
+    everywhere here: it is not part of the step that is measured, and not multiplied. Holds 16 bytes for the
+    sums.
     """
 
     reads_gradient: ClassVar[bool] = False
@@ -84,4 +85,4 @@ class TrustRatio(Modifier):
     def factor(self, sums: Sequence[Tensor], s: State) -> tuple[Tensor, State]:
         """The quotient of the lengths."""
         weight, step = sums
-        return torch.where((weight > 0.0) & (step > 0.0), (weight / step).sqrt(), 1.0), {}
+        return torch.where(weight * step > 0.0, (weight / step).sqrt(), 1.0), {}
