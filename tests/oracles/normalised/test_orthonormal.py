@@ -18,6 +18,7 @@ from lowmem.memory import count
 from lowmem.optim.blocks import Dense
 from lowmem.optim.rules.normalised.muon import Product, polar
 from lowmem.optim.rules.normalised.schulz import polynomial
+from lowmem.optim.rules.normalised.whitened import SWAN
 from tests.oracles import drive
 from tests.oracles.normalised import reference_orthonormal as reference
 from tests.oracles.normalised.test_normalised import gradient_of, matrix, weight_of
@@ -92,6 +93,26 @@ def test_swan_is_the_paper(shape: tuple[int, int]) -> None:
     ours = drive.follow("swan", start, grads, hyper={"lr": 0.1, "weight_decay": 0.1}, iterations=14)
     for g, w in zip(grads, ours, strict=True):
         torch.testing.assert_close(w.double(), truth.step(g), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("iterations", [10, 16])
+def test_swan_makes_no_step_of_rounding_noise(iterations: int) -> None:
+    """However many iterations are allowed: of a tall matrix, and of one of small rank."""
+    low = drive.gradients((32, 3), 1)[0] @ drive.gradients((3, 64), 1, seed=4)[0]
+    for g in (*drive.gradients((4, 3), 1), *drive.gradients((64, 48), 1), low):
+        x = g.double()
+        x = (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        rank = int((s > 1e-6 * s[0]).sum())
+        exact = u[:, :rank] @ v[:rank] * (s.square().sum() / rank).sqrt()
+        step = drive.follow("swan", torch.zeros(g.shape), [g], hyper={"lr": 1.0}, iterations=iterations)[0]
+        assert (step.double() + exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("iterations", [0, 17, 30])
+def test_swan_refuses_iterations_that_make_steps_of_noise(iterations: int) -> None:
+    with pytest.raises(UserError, match=f"from 1 to 16, got {iterations}; more make .* 10 are usual"):
+        SWAN(iterations)
 
 
 def test_swan_moves_by_one_rms_and_knows_no_size() -> None:
