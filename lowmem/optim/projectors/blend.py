@@ -60,10 +60,10 @@ class Blend(Orthonormal):
         """The momentum, where it has a share."""
         return "exp_avg" if self.rho else ""
 
-    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
+    def renew(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """One power iteration of the blend; the first basis is found in the gradient alone."""
         if hp.first or hp.step == 0:
-            return super().refresh(s, g, hp, inner, say=say)
+            return super().renew(s, g, hp, inner, say=say)
         basis = s["basis"]
         low = self.frame.down(basis, g).mul_(1.0 - self.rho)
         share = self._share(inner, hp) if self.rho else None

@@ -1,20 +1,25 @@
 """Projectors with a basis P of shape (s, r) that is held, or opened for a step.
 
 See `bases` for the side that P spans. What differs between the projectors is where P comes from.
+
+A first gradient of zeros (an expert that no token went to, an adapter whose other half is zero) or worse
+tells no basis: P stays the first r coordinate axes, and a basis is looked for again at steps 1, 2, 4, 8, ...
+P itself says that none was found, so that nothing more is held and no one waits for the device to know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import Blocks
+from lowmem.optim.blocks import Blocks, Projected
 from lowmem.optim.contract import Projector
+from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.projectors.bases import Frame, orthonormal, unit
 from lowmem.optim.shards import Shape, shard_in
 from lowmem.optim.terms.changes import Change
@@ -32,6 +37,32 @@ def of_all_rows(find: F) -> F:
 
 Find = Callable[[Frame, Tensor, Blocks, Hyper], tuple[Tensor, Tensor]]
 """(frame, basis before, gradient, hyper) to the new basis and whether the gradient could tell one."""
+
+
+def looks_again(step: int) -> bool:
+    """Whether a basis that was not found yet is looked for at this step.
+
+    >>> [step for step in range(20) if looks_again(step)]
+    [1, 2, 4, 8, 16]
+    """
+    return step > 0 and step & (step - 1) == 0
+
+
+def unfound(basis: Tensor) -> Tensor:
+    """Whether a basis is the axes that it began as, and these are not all of the side; 0-D bool."""
+    side, rank = basis.shape
+    axes = (basis.diagonal() == 1.0).all() & (basis.count_nonzero() == rank)
+    return axes & (rank < side)
+
+
+def begin(find: Find, frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
+    """What a `Find` makes of the gradient as if it were the first; not ok where there is a basis already."""
+    missing = unfound(basis)
+    known = sizes(basis.device).at_hand and not basis.is_meta and not hasattr(basis, "fake_mode")
+    if isinstance(g, Projected) or (known and not missing):
+        return basis, torch.zeros_like(missing)
+    new, ok = find(frame, basis, g, replace(hp, first=True))
+    return new, ok & missing
 
 
 @of_all_rows
@@ -172,10 +203,25 @@ class Orthonormal(Framed):
         """See Frame."""
         return self.frame.init(x)
 
+    def due(self, hp: Hyper) -> bool:
+        """By the period, and where a basis may be missing."""
+        return super().due(hp) or looks_again(hp.step)
+
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
-        """Find the new basis and store it."""
-        new, ok = self.find(self.frame, s["basis"], g, hp)
-        return self.frame.replace_(s["basis"], new, ok, g.shape, say)
+        """Find the new basis and store it; between two refreshes, where none was found yet."""
+        if super().due(hp):
+            return self.renew(s, g, hp, inner, say=say)
+        old = self.opened(s, hp)["basis"]
+        # nothing is turned where nothing is found, not even by a product with what is nearly the identity
+        return self.store(s, *begin(self.find, self.frame, old, g, hp), g.shape, say=False)
+
+    def renew(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
+        """A refresh that is due by the period."""
+        return self.store(s, *self.find(self.frame, s["basis"], g, hp), g.shape, say=say)
+
+    def store(self, s: State, new: Tensor, ok: Tensor, shape: tuple[int, int], *, say: bool) -> Change:
+        """Hold a basis where ok."""
+        return self.frame.replace_(s["basis"], new, ok, shape, say)
 
     def rounded(self, s: State, dtype: torch.dtype) -> State:
         """The basis, cast."""

@@ -82,7 +82,7 @@ class Drift(Orthonormal):
         path = torch.zeros(self._path(matrix_shape(x.shape)), device=x.device)
         return {**super().init(x), "path": path}
 
-    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
+    def renew(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Find a basis; take it where the old one does not serve."""
         path = s["path"]
         new, ok = self.find(self.frame, s["basis"], g, hp)
@@ -91,7 +91,7 @@ class Drift(Orthonormal):
             left = seen < self.threshold * gone
             path.copy_(torch.where(ok, 0.0, path))
             ok = ok & left
-        return self.frame.replace_(s["basis"], new, ok, g.shape, say)
+        return self.store(s, new, ok, g.shape, say=say)
 
     def follow(self, s: State, split: Split) -> State:
         """The way gone with this gradient."""

@@ -6,7 +6,8 @@
 A tangent turns the subspace by the angles a sigma. SubTrack's is the descent direction of
 what the basis misses of this gradient, and its leading pair (u, v) alone is followed;
 GrassWalk's is random. Both are `dense.Find`s: the first basis is that of a power
-iteration. Angles are of G / |G| and in radians: a rate means the same for every weight.
+iteration, and the axes before it stay until there is one. Angles are of G / |G| and
+in radians: a rate means the same for every weight.
 
 Everything is done with the basis as (s, r), on whichever side of G it stands. The code
 released with SubTrack multiplies the tangent of a basis on the right by I - P'P = 0, so
@@ -25,7 +26,7 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.projectors.bases import Frame, energy, largest, orthonormal
-from lowmem.optim.projectors.dense import power_iteration
+from lowmem.optim.projectors.dense import power_iteration, unfound
 from lowmem.optim.terms.hyper import Hyper
 
 
@@ -77,7 +78,7 @@ class Track:
         u = u / torch.where(sigma > 0.0, sigma, 1.0)
         angle = self.rate * sigma
         turned = basis @ v * (angle.cos() - 1.0) + u * angle.sin()
-        return orthonormal(torch.addmm(basis, turned, v.t())), ok
+        return orthonormal(torch.addmm(basis, turned, v.t())), ok & ~unfound(basis)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Walk:
         if hp.first or hp.step == 0:
             return power_iteration(frame, basis, g, hp)
         side, rank = basis.shape
-        ok = torch.ones((), dtype=torch.bool, device=basis.device)
+        ok = ~unfound(basis)
         if side == rank:  # there is nowhere to go: what is left of X is rounding noise
             return basis, ok
         x = hp.gaussian((side, rank), "walk")

@@ -26,7 +26,7 @@ from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks, matrix_shape
 from lowmem.optim.engine.cutting import sizes
 from lowmem.optim.projectors.dense import Orthonormal
-from lowmem.optim.terms.changes import Change, Rotation
+from lowmem.optim.terms.changes import Change, Rotation, Unrelated
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import State, apply_in_place
 
@@ -96,7 +96,13 @@ class Lazy(Orthonormal):
             "left": one.clone(),
         }
 
-    def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
+    def store(self, s: State, new: Tensor, ok: Tensor, shape: tuple[int, int], *, say: bool) -> Change:
+        """Hold a first basis where ok; what is known of those before it stays as it is."""
+        held = {key: torch.where(ok, value, s[key]) for key, value in quantized(new).items()}
+        apply_in_place(s, held)
+        return Unrelated(ok)
+
+    def renew(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Find a basis; take it if it is time."""
         old = self.opened(s, hp)["basis"]
         new, fine = self.find(self.frame, old, g, hp)

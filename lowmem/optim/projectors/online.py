@@ -7,9 +7,9 @@ Instead of a factorization now and then, one step of gradient descent on what th
 basis does not see of this gradient. The step is in closed form and costs two products:
 with Y = A' P and Z = A Y,  dL/dP = 2 (P (P' Z) + Z (P' P)) - 4 Z + 4 lambda P (P' P - I).
 
-The basis starts as that of a power iteration. It is not orthonormal, only near it. P'G is
-known from the step itself; the basis moves once the weight is written, so that down
-and up of a step are of one basis.
+The basis starts as that of a power iteration, and does not move before a gradient has
+told one. It is not orthonormal, only near it. P'G is known from the step itself; the
+basis moves once the weight is written, so that down and up of a step are of one basis.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.elementwise import coded
 from lowmem.optim.projectors.bases import energy
-from lowmem.optim.projectors.dense import Framed, power_iteration
+from lowmem.optim.projectors.dense import Framed, begin, looks_again, power_iteration, unfound
 from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.shards import Shape
-from lowmem.optim.terms.changes import Change, Unrelated
+from lowmem.optim.terms.changes import Change
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.split import Split
 from lowmem.optim.terms.state import Constants, State, prefixed, scoped
@@ -80,14 +80,17 @@ class Online(Framed):
         return prefixed("rule", self.rule.constants(self.frame.size(shape)))
 
     def due(self, hp: Hyper) -> bool:
-        """Once, at the first step."""
-        return hp.first or hp.step == 0
+        """At the first step, and where a basis may be missing."""
+        return hp.first or hp.step == 0 or looks_again(hp.step)
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
-        """The leading subspace of the first gradient."""
-        new, ok = power_iteration(self.frame, s["basis"], g, hp)
-        s["basis"].copy_(torch.where(ok, new, s["basis"]))
-        return Unrelated(ok)
+        """The leading subspace of the first gradient that tells one."""
+        basis = s["basis"]
+        if hp.first or hp.step == 0:
+            new, ok = power_iteration(self.frame, basis, g, hp)
+        else:
+            new, ok = begin(power_iteration, self.frame, basis, g, hp)
+        return self.frame.replace_(basis, new, ok, g.shape, say=False)
 
     def follow(self, s: State, split: Split) -> State:
         """One step of descent on L."""
@@ -101,5 +104,6 @@ class Online(Framed):
         overlap = basis.t() @ basis
         slope = basis @ (basis.t() @ pulled) + pulled @ overlap - 2.0 * pulled
         slope = (2.0 * slope + 4.0 * self.penalty * (basis @ overlap - basis)).contiguous()
-        fine = split.hp.advance(self.rule, slope, scoped(s, "rule"), split.hp, split.ok & ok)
+        ok = split.ok & ok & ~unfound(basis)
+        fine = split.hp.advance(self.rule, slope, scoped(s, "rule"), split.hp, ok)
         return {"basis": torch.where(fine, basis - self.rate * split.hp.lr * slope, basis)}
