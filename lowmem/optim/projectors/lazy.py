@@ -1,13 +1,16 @@
 """A basis in 4 bits that is replaced less and less often (Q-GaLore, arXiv 2407.08296).
 
     of each 256 numbers of P in turn:  step = (max - min) / 15,  code = round((x - min) / step)
-    similarity = |P_old' P_new|^2 / r  at a replacement;
-    the mean of the last 5 at least `threshold`: the time to the next one doubles
+    similarity = |P_old' P_new|^2 / r  at a replacement,  likeness = (similarity - r / s) / (1 - r / s);
+    the mean likeness of the last 5 at least `threshold`: the time to the next one doubles
 
 The similarity is that of the two subspaces: 1 for the same, whatever the signs and the
 order of their directions. The released code takes the cosine of the two first singular
-vectors, whose signs are open, so that a subspace that has not moved may count as -1. It
-also clamps the zero point, so that numbers of one sign lose their range; here the least
+vectors, whose signs are open, so that a subspace that has not moved may count as -1.
+Subspaces that have nothing to do with each other have a similarity of r / s on average,
+where s is the side: 0.4 or more at rank 128 of a side up to 320, and the basis would
+stand still whatever comes. What counts is how far it lies beyond that. The code also
+clamps the zero point, so that numbers of one sign lose their range; here the least
 number itself is held. Two codes share a byte.
 
 Whether it is time stands in the state, and nothing waits for the device to tell: a new
@@ -66,7 +69,7 @@ class Lazy(Orthonormal):
 
     Args:
         frame, find, update_proj_gap: see `Orthonormal`.
-        threshold: mean similarity from which the time to the next replacement doubles, above 0, at most 1.
+        threshold: mean likeness from which the time to the next replacement doubles, above 0, at most 1.
 
     Raises:
         UserError: a number outside its range.
@@ -113,7 +116,8 @@ class Lazy(Orthonormal):
         if not (hp.first or hp.step == 0):
             now = turn.square().sum() / turn.shape[0]
             similarity = torch.cat((similarity[1:], now[None]))
-        doubled = torch.where(similarity.mean() >= self.threshold, s["gap"] * 2, s["gap"]).clamp(max=LONGEST)
+        alike = similarity.mean() >= self._least(*old.shape)
+        doubled = torch.where(alike, s["gap"] * 2, s["gap"]).clamp(max=LONGEST)
         gap = torch.where(ok, doubled, s["gap"])
         left = torch.where(ok, gap, (s["left"] - 1).clamp(min=1))
         fresh = {**held, "similarity": similarity}
@@ -121,6 +125,11 @@ class Lazy(Orthonormal):
         apply_in_place(s, {**fresh, "gap": gap, "left": left})
         eye = torch.eye(turn.shape[0], device=turn.device)
         return Rotation(ok, torch.where(ok, turn, eye), self.axis(g.shape))
+
+    def _least(self, side: int, rank: int) -> float:
+        """The mean similarity at which the mean likeness is `threshold`; a whole side is always alike."""
+        chance = rank / side if rank < side else 0.0
+        return chance + self.threshold * (1.0 - chance)
 
     def opened(self, s: State, hp: Hyper) -> State:
         """The basis, decoded once for a step."""

@@ -79,7 +79,7 @@ def lazy(
     """The leading subspace in 4 bits, replaced less often once it stands still.
 
     Args:
-        threshold: Mean likeness of subspaces from which the time to the next one doubles.
+        threshold: Mean likeness of subspaces (unrelated: 0) from which the time to the next one doubles.
     """
     return Lazy(frame, power_iteration, gap, threshold)
 

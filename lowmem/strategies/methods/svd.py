@@ -76,11 +76,13 @@ register(
         """8-bit Adam in the leading subspace of the gradient, with a basis of 4 bits that is replaced lazily.
 
             R = P'G,  N = Adam(R),  W <- (1 - lr wd) W - lr scale P N
-            |P_old'P_new|^2 / r at least `threshold` on average of 5: the time to the next P doubles
+            q = |P_old'P_new|^2 / r,  (q - r / s) / (1 - r / s) >= `threshold` on average of 5 (r < s):
+            the time to the next P doubles
 
         The paper's 8-bit weights are an option of the run, of every method: `weights: int8`. The released
-        code takes the cosine of two singular vectors, whose sign is open, holds a byte for each 4-bit code,
-        and loses the range of numbers of one sign. Embeddings, head, norms and biases take 8-bit Adam.
+        code takes for q, which is r / s of unrelated subspaces, the cosine of two singular vectors, whose
+        sign is open; it holds a byte for each 4-bit code, and loses the range of numbers of one sign.
+        Embeddings, head, norms and biases take 8-bit Adam.
 
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), 8-bit states, blocks of 256:
         s r / 2 + 8 s r / 256 + 28 (basis) + 2 (r l + 4 r l / 256) + 4.

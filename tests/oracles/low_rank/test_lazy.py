@@ -97,6 +97,26 @@ def test_a_subspace_that_changes_is_followed() -> None:
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
 
 
+@pytest.mark.parametrize(("side", "rank"), [(8, 4), (64, 32), (12, 9)])
+def test_unrelated_subspaces_are_not_alike_however_much_of_the_side_they_take(side: int, rank: int) -> None:
+    """Their similarity is r / s by chance alone, above the threshold of 0.4: the basis is replaced anyway."""
+    rule = Subspace(Lazy(Frame(rank), update_proj_gap=1), coded(Adam()))
+    optimizer, p = optimizer_of(rule, normal(side, 80))
+    for t in range(12):
+        p.grad = normal(side, rank, seed=2 * t + 1) @ normal(rank, 80, seed=2 * t + 2)
+        optimizer.step()
+    assert int(optimizer.state[p]["projector.gap"]) == 1
+    assert float(optimizer.state[p]["projector.similarity"].mean()) > 0.4
+
+
+def test_a_basis_of_the_whole_side_is_always_alike() -> None:
+    optimizer, p = optimizer_of(Subspace(Lazy(Frame(6), update_proj_gap=1), coded(Adam())), normal(6, 12))
+    for t in range(12):
+        p.grad = normal(6, 12, seed=t + 1)
+        optimizer.step()
+    assert int(optimizer.state[p]["projector.gap"]) == 8
+
+
 @pytest.mark.parametrize("bad", [0.0, math.nan])
 def test_the_basis_stays_where_a_gradient_tells_nothing(bad: float) -> None:
     optimizer, p = optimizer_of(Subspace(Lazy(Frame(3), update_proj_gap=1), coded(Adam())), normal(6, 12))
