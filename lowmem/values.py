@@ -87,12 +87,17 @@ def _convert_text(value: Any, choices: tuple[str, ...]) -> str:
     if isinstance(value, bool) and "on" in choices:  # YAML reads a bare on and off as true and false
         value = "on" if value else "off"
     if isinstance(value, Mapping):  # options of a strategy, one per line in YAML
-        value = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in value.items())
+        value = ",".join(f"{k}={_word(v)}" for k, v in value.items())
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a text; put it in quotes")
     if choices and value not in choices:
         raise ValueError(unallowed(value, choices))
     return value
+
+
+def _word(value: Any) -> Any:
+    """The value of an option as it is written on a command line; several are joined as in a+b."""
+    return str(value).lower() if isinstance(value, bool) else _joined(value, "+")
 
 
 def _convert_number(value: Any, kind: type, metadata: Mapping[str, Any]) -> int | float:

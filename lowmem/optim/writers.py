@@ -204,8 +204,13 @@ def select(writer: Writer, dtype: torch.dtype, coded: bool = False) -> Writer:
         return INT8[type(writer)]
     if dtype.is_complex:
         raise UserError(f"weights of {dtype} have no order to round in; train torch.view_as_real of them")
-    if dtype not in HALF:
+    if dtype in (torch.float32, torch.float64):
         return NEAREST
+    if dtype not in HALF:
+        raise UserError(
+            f"weights of {dtype} take no steps; hold them as float32, float64, bfloat16 or float16, "
+            f"or as int8 codes"
+        )
     if isinstance(writer, Halves) and dtype == torch.float16:
         raise UserError("writer 'split' holds bf16 weights; for fp16 weights take 'kahan' or 'stochastic'")
     return writer

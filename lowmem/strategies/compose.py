@@ -75,7 +75,7 @@ class Composition:
                 self.given[key] = value
                 continue
             if key not in self.known.table:
-                self.problems.append(stranger(key, self.words))
+                self.problems.append(stranger(str(key), self.words))
                 continue
             slot, option = self.known.table[key]
             at = place(slot, option)

@@ -20,7 +20,13 @@ from lowmem.strategies.options import Option, options_of
 
 
 def is_factory(name: str) -> bool:
-    """Whether a name is of the form module:factory."""
+    """Whether the name of a strategy is of the form module:factory.
+
+    Raises:
+        UserError: what is no name.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"a strategy is a name, such as 'adamw', or what lowmem.create makes; got {name!r}")
     return ":" in name
 
 
@@ -53,7 +59,9 @@ def typed(name: str, given: Mapping[str, Any]) -> dict[str, Plain]:
         option = known.get(key)
         if option is None:
             problems.append(
-                f"no option {key!r}; {nearest(key, known)}" if known else f"no option {key!r}: it has none"
+                f"no option {key!r}; {nearest(str(key), known)}"
+                if known
+                else f"no option {key!r}: it has none"
             )
             continue
         try:

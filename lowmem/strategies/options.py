@@ -129,7 +129,7 @@ class Option:
             UserError: of another type, not one of the words, or outside the limits.
         """
         if self.type is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = _as_float(value)
         if type(value) is not self.type:
             raise UserError(f"{self.name} is {self.kind}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -149,6 +149,14 @@ class Option:
         if 0.0 < value < 1.0:
             return value
         raise UserError(f"{self.name} is {self.kind}, got {value:g}")
+
+
+def _as_float(value: int) -> float:
+    """As a float; infinite where none is so large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def options_of(factory: Callable[..., Any], told: Collection[str] = ()) -> dict[str, Option]:

@@ -74,7 +74,7 @@ def chosen(method: Method, given: Mapping[str, Any], problems: list[str]) -> Wor
 
     def word(axis: str) -> str:
         value, allowed = method.word(axis, given), choices(axis)
-        if value in allowed or (axis in ROLES and not value):
+        if value in allowed or (axis in ROLES and value == ""):
             return str(value)
         problems.append(f"unknown {axis} {value!r}; {nearest(str(value), allowed)}")
         return str(method.word(axis, {}))
@@ -93,7 +93,9 @@ def modifiers(key: str, text: Any, problems: list[str]) -> list[str]:
     found = [one.strip() for one in str(text).split("+")] if text not in (NONE, "") else []
     known = parts("modifier")
     for one in found:
-        if one not in known:
+        if one == NONE:
+            problems.append(f"{key} has {NONE!r} beside others in {text!r}; it stands alone, or is left out")
+        elif one not in known:
             problems.append(f"unknown {key} {one!r}; {nearest(one, [NONE, *known])}")
         elif found.count(one) > 1:
             problems.append(f"{key} has {one!r} twice; give it once")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.errors import UserError
+from lowmem.errors import KindError, UserError
 
 COMPILE_FROM = 1 << 23
 """`compile="auto"` compiles for models with at least this many parameters."""
@@ -33,25 +35,76 @@ def pays(parameters: int, steps: int | None = None) -> bool:
 
 
 def check_hyper(numbers: Mapping[str, Any]) -> None:
-    """Refuse numbers outside their range, all at once.
+    """Refuse numbers of another type or outside their range, all at once.
 
     Args:
-        numbers: lr, betas, eps, weight_decay and compile, or some of them; others are not looked at.
+        numbers: lr, betas, eps, weight_decay, seed and compile, or some of them; others are not looked at.
+
+    Raises:
+        UserError: of the range; KindError, which is one: where there is a value of another type.
     """
-    bad = []
-    for key in ("lr", "eps", "weight_decay"):
-        value = numbers.get(key, 0.0)
-        if isinstance(value, Tensor) and value.numel() != 1:
-            bad.append(f"a tensor {key} must have one element, got shape {tuple(value.shape)}")
-        elif not 0.0 <= value < math.inf:
-            bad.append(f"{key} must be at least 0, got {value}")
-    betas = numbers.get("betas", (0.0, 0.0))
-    if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
-        bad.append(f"betas must be two numbers in [0, 1), got {betas}")
-    if numbers.get("compile", "auto") not in ("auto", "on", "off"):
-        bad.append(f"compile must be auto, on or off, got {numbers['compile']!r}")
-    if bad:
-        raise UserError("; ".join(bad))
+    found = [check(numbers[key]) for key, check in _CHECKS.items() if key in numbers]
+    if bad := [problem for problem in found if problem is not None]:
+        kind = KindError if any(isinstance(problem, KindError) for problem in bad) else UserError
+        raise kind("; ".join(str(problem) for problem in bad))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is one real number; a truth value is none."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _rate(key: str, value: Any) -> UserError | None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return UserError(f"a tensor {key} must have one element, got shape {tuple(value.shape)}")
+    if not _is_number(value):
+        return KindError(f"{key} must be a number, got {value!r}{_as_yaml_reads(value)}")
+    if value >= 0.0 and _is_finite(value):
+        return None
+    return UserError(f"{key} must be at least 0 and finite, got {value}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def _as_yaml_reads(value: Any) -> str:
+    """What to do about a number that came as text."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    return "" if math.isnan(number) else f": a text, as YAML reads 1e-3; give {number!r} without quotes"
+
+
+def _betas(betas: Any) -> UserError | None:
+    pair = [*betas] if isinstance(betas, Iterable) and not isinstance(betas, str | Mapping) else []
+    kind = UserError if pair and all(_is_number(b) for b in pair) else KindError
+    fine = kind is UserError and len(pair) == 2 and all(0.0 <= b < 1.0 for b in pair)
+    return None if fine else kind(f"betas must be two numbers in [0, 1), as in (0.9, 0.999), got {betas!r}")
+
+
+def _seed(seed: Any) -> UserError | None:
+    fine = isinstance(seed, Integral) and not isinstance(seed, bool)
+    return None if fine else KindError(f"seed must be a whole number, got {seed!r}")
+
+
+def _compile(choice: Any) -> UserError | None:
+    fine = choice in ("auto", "on", "off")
+    return None if fine else UserError(f"compile must be auto, on or off, got {choice!r}")
+
+
+_CHECKS: Mapping[str, Callable[[Any], UserError | None]] = {
+    **{key: functools.partial(_rate, key) for key in ("lr", "eps", "weight_decay")},
+    "betas": _betas,
+    "seed": _seed,
+    "compile": _compile,
+}
 
 
 def unfit(p: Tensor, g: Tensor | None) -> str:
