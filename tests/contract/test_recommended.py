@@ -33,3 +33,17 @@ def test_they_are_shown() -> None:
     assert advice["values"] == {"lr": 6e-3, "betas": [0.95, 0.99], "weight_decay": 1e-2}
     assert advice["source"].startswith("authors, GPT-2")
     assert "weight_decay=0.01" in CliRunner().invoke(app, ["strategies", "mars"]).stdout
+
+
+def test_the_momentum_in_a_subspace_is_its_authors_recipe() -> None:
+    """Their command line's own gap is 200; the recipe that the values are of says 100."""
+    (advice,) = lowmem.available()["subspace_momentum"].recommended
+    assert advice.values == {"lr": 0.05, "eps": 1e-6, "rank": 128, "update_proj_gap": 100}
+
+
+def test_muon_says_what_it_is_meant_for() -> None:
+    for name in ("muon", "muon_8bit"):
+        said = " ".join(lowmem.available()[name].doc.split())
+        assert "meant for (continued) pre-training and for the factors of LoRA" in said.replace(
+            "Meant", "meant"
+        )

@@ -57,6 +57,8 @@ register(
         One moment instead of two. Embeddings, head, norms and biases take Adam. Products are fp32, which
         leaves 1e-5 of a step to rounding; `products=bf16` are those of published programs: faster, many
         times so on a card, and 1 to 2 % of a step off, or 15 % where singular values fall as 1 / k^2.
+        Meant for (continued) pre-training and for the factors of LoRA: full fine-tuning of models that Adam
+        trained is reported to hurt, the more the stronger the steps (arXiv 2605.10468).
 
         Bytes for an (m, n) weight: 4 m n with fp32 states, m n + 4 ceil(m n / 256) with int8.
         """,
@@ -77,7 +79,8 @@ register(
 
         Only large elements of M count once it is orthogonal, which a linear map holds best. Where M is
         nearly of low rank, its small directions are those of the codes. Embeddings, head, norms
-        and biases take Adam with moments of 8 bits (the dynamic map).
+        and biases take Adam with moments of 8 bits (the dynamic map). As `muon`, meant for (continued)
+        pre-training and for the factors of LoRA, not for full fine-tuning of models that Adam trained.
 
         Bytes for an (m, n) weight: m n + 4 ceil(m n / 2048).
         """,

@@ -187,7 +187,7 @@ register(
             Advice(
                 "pre-training",
                 "authors, 60M",
-                {"lr": 0.05, "eps": 1e-06, "rank": 128, "update_proj_gap": 200},
+                {"lr": 0.05, "eps": 1e-06, "rank": 128, "update_proj_gap": 100},
             ),
         ),
         projector="power",
