@@ -71,7 +71,7 @@ class Mixed(Free):
 
     def settle_(self, name: str, p: nn.Parameter, slopes: Sequence[tuple[float, Perturbation]]) -> None:
         """m <- sign(c) d, the mean over directions; as it was where a slope is not finite."""
-        if not all(math.isfinite(c) for c, _ in slopes):
+        if not p.numel() or not all(math.isfinite(c) for c, _ in slopes):
             return
         mean = cast("MixedDirection", slopes[0][1]).held[name]["mean"]
         signs = [(math.copysign(1.0, c) if c else 0.0) / len(slopes) for c, _ in slopes]
@@ -104,7 +104,7 @@ class _MixedPen(Structured):
         self.shares, self.normalised = z.shares, False
         self._other = Pen(Perturbation(z.noise, (*z.name, 1)), parameter, like, 1.0)
         none = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
-        self._mean = z.held[parameter]["mean"] if parameter in z.held else none
+        self._mean = z.held.get(parameter, {}).get("mean", none)  # nothing is held of an empty tensor
 
     def values(self, at: int, size: int, position: Tensor) -> Tensor:
         a, b1, b2 = self.shares

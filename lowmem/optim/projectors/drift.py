@@ -14,7 +14,6 @@ is found every `update_proj_gap` steps, from a random start, and dropped where t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -72,10 +71,13 @@ class Drift(Orthonormal):
         if self.probes < 1:
             raise UserError(f"probes must be at least 1, got {self.probes}")
 
+    def _far(self, shape: tuple[int, int]) -> int:
+        """The side that the basis does not span."""
+        return whole(shape)[1 - self.axis(shape)]
+
     def _path(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(s, columns) of A Omega."""
-        side = self.frame.size(shape)[0]
-        return side, min(self.probes, math.prod(whole(shape)) // side)
+        return self.frame.size(shape)[0], min(self.probes, self._far(shape))
 
     def init(self, x: Tensor) -> State:
         """The first r coordinate axes, and no way gone."""
@@ -96,8 +98,7 @@ class Drift(Orthonormal):
     def follow(self, s: State, split: Split) -> State:
         """The way gone with this gradient."""
         shape, hp = split.g.shape, split.hp
-        side, columns = self._path(shape)
-        far = math.prod(whole(shape)) // side
+        columns, far = self._path(shape)[1], self._far(shape)
         if columns == far:
             omega = torch.eye(far, device=split.g.device)
         else:
