@@ -1,11 +1,10 @@
 """The contract between the frame and the parts: base classes with defaults, so a part writes what is its own.
 
+What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 There are two kinds of rule, because two things cannot be one:
 * A `Pointwise` rule treats each block of `grain` elements alone (element-wise rules over codecs, MicroAdam).
   Its step is a pure function of a flat chunk: the frame cuts, pads, guards, writes, stores and compiles it.
 * A `Rule` needs the whole tensor: it reads gradients as `Blocks`, keeps its state, returns a `Direction`.
-
-What a part needs or forbids is declared on it. It holds nothing itself: state is a flat dict.
 """
 
 from __future__ import annotations
@@ -228,7 +227,7 @@ class Projector(ByRows):
         changes: what a refresh can say of the coordinates: nothing ("reset"), "permute" or "rotate".
         dense: the basis spans one side, and R has a channel for each index of the other.
         orthonormal: down(up(R)) = R, and up(down(G)) is the nearest to G that can be seen.
-        follows: the basis moves after every step (`follow`).
+        renews: refreshes bring other coordinates; follows: the basis moves after every step (`follow`).
         partial: what is not seen stays as it is, undecayed; any tensor is seen so, not matrices alone.
         period: steps between refreshes; 0 for never.
         reads: the moment of the inner rule that a refresh looks at; "" for none.
@@ -237,6 +236,7 @@ class Projector(ByRows):
     changes: ClassVar[str] = "reset"
     dense: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = True
+    renews: ClassVar[bool] = True
     follows: ClassVar[bool] = False
     partial: ClassVar[bool] = False
 

@@ -23,6 +23,7 @@ from lowmem.optim.modifiers.modified import modified
 from lowmem.optim.modifiers.modifier import Modifier
 from lowmem.optim.strategy import Plain, Strategy
 from lowmem.optim.subspace import Subspace
+from lowmem.strategies.effect import never_renewed, restarted, without_effect
 from lowmem.strategies.method import AXES, NONE, ROLES, Method
 from lowmem.strategies.options import Option
 from lowmem.strategies.words import (
@@ -126,7 +127,7 @@ class Composition:
 
     def build(self) -> Strategy | None:
         """The strategy, where nothing is wrong."""
-        self._check_effect()
+        self.problems += without_effect(self)
         rules = self._rules()
         source, writer = self.make("source"), self.make("writer")
         schedule = self.make("schedule")
@@ -148,22 +149,6 @@ class Composition:
         made = Strategy(rules=rules, source=source, writer=writer, schedule=schedule)
         return made.called(self.method.name, self.options())
 
-    def _check_effect(self) -> None:
-        """What was given must do something."""
-        words = self.words
-        if words["residual"] != "drop" and words["projector"] == NONE and words["schedule"] == "always":
-            self.problems.append(
-                f"residual={words['residual']} has nothing to step by where everything is seen; choose "
-                f"a projector or schedule=blocks, or take residual=drop"
-            )
-        holders = {s.name: holds_moments(s.part) for s in self.known.slots if s.part.kind == "rule"}
-        if any(holds_moments(slot.part) for slot in self.known.slots if slot.part.kind == "modifier"):
-            return
-        for key, rules in {"states": list(holders), **{f"{r}_states": [r] for r in ROLES}}.items():
-            if key in self.given and not any(holders[rule] for rule in rules):
-                rule = self.words[rules[0]] or self.words["rule"]
-                self.problems.append(f"rule {rule} holds no moments; leave {key} out")
-
     def _states(self, role: str = "") -> States:
         """Precision of the moments of a role's rule."""
         own = (self.frame(f"{role}_states") or self.frame("other_states")) if role else ""
@@ -181,6 +166,7 @@ class Composition:
         own = self.frame(f"{name}_modifiers") if name in ROLES else ""
         words = modifiers("modifiers", own or self.method.word("modifiers", self.given), [])
         asked = {word: modifier for word in words if (modifier := self.make(word)) is not None}
+        self.problems += restarted(made, asked, self.frame("on_refresh") if inside else "")
         for word, modifier in asked.items():
             if made is not None and not isinstance(modifier, Modifier):
                 made = self.attempt(functools.partial(_around, modifier, made, word))
@@ -225,6 +211,7 @@ class Composition:
         projector, rule = self.make("projector"), self._rule("rule", self._states(), inside=True)
         if projector is None or rule is None or residual is None:
             return None
+        self.problems += never_renewed(self, projector)
         if not residual.lifts:
             if self.given.get("scale", 1.0) != 1.0:
                 self.problems.append(

@@ -100,3 +100,74 @@ def test_a_list_in_a_file_is_several_words() -> None:
 def test_weights_that_take_no_step_are_refused_at_once(dtype: torch.dtype) -> None:
     with pytest.raises(UserError, match="take no steps; hold them as float32, float64, bfloat16 or float16"):
         lowmem.optimizer([nn.Parameter(torch.ones(4, 4).to(dtype))], "adamw")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("sm3", {"states": "int8"}, "rule sm3 holds no moments; leave states out"),
+        (
+            "adamw",
+            {"vector": "sm3", "vector_states": "int8"},
+            "rule sm3 holds no moments; leave vector_states",
+        ),
+        ("online_subspace", {"basis_states": "int8"}, "basis_states=int8 would have no effect"),
+        ("online_subspace", {"on_refresh": "reset"}, "projector=online never takes other coordinates"),
+        ("fish_mask", {"on_refresh": "reset"}, "projector=fisher never takes other coordinates"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(name: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        lowmem.create(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sm3", {"states": "fp32"}),
+        ("sm3", {"states": "int8", "momentum": 0.9}),
+        ("sm3", {"states": "int8", "other": "adam"}),
+        ("adafactor", {"states": "int8"}),
+        ("online_subspace", {"basis_states": "int8", "basis_rule": "adam"}),
+        ("online_subspace", {"on_refresh": "keep"}),
+        ("adamw_8bit", {"rule": "sm3"}),
+        ("adamw_8bit", {"rule": "sm3", "states": "int8"}),
+        ("frugal", {"projector": "online", "residual": "drop"}),
+    ],
+)
+def test_what_has_an_effect_is_taken(name: str, options: dict[str, Any]) -> None:
+    made = lowmem.create(name, **options)
+    assert lowmem.create(name, **made.options) == made
+
+
+RESET = {"on_refresh": "reset"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("galore", {"rule": "ademamix", "slow_warmup": 9, **RESET}, "slow_warmup counts steps by the age"),
+        ("galore", {"rule": "adafactor", "relative_step": True, **RESET}, "relative_step counts steps by"),
+        ("ademamix", {"slow_warmup": 9, "modifiers": "momentum_reset"}, "leave momentum_reset out"),
+        ("schedule_free", {"rule_warmup": 9, "modifiers": "momentum_reset"}, "warmup counts steps by"),
+    ],
+)
+def test_a_schedule_by_age_is_refused_where_ages_start_afresh(
+    name: str, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        lowmem.create(name, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"slow_warmup": 9},
+        {"modifiers": "momentum_reset"},
+        {"projector": "power", "slow_warmup": 9, "on_refresh": "keep"},
+        {"projector": "power", **RESET},
+    ],
+    ids=str,
+)
+def test_a_schedule_by_age_is_taken_where_ages_go_on(options: dict[str, Any]) -> None:
+    lowmem.create("ademamix", **options)

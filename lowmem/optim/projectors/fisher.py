@@ -51,6 +51,7 @@ class Fisher(Projector):
     """
 
     rank: float = 0.005
+    renews: ClassVar[bool] = False
     partial: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

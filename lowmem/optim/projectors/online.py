@@ -60,6 +60,7 @@ class Online(Framed):
     penalty: float = 0.1
     rule: Pointwise = field(default_factory=lambda: coded(SGD()))
     orthonormal: ClassVar[bool] = False
+    renews: ClassVar[bool] = False
     follows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from lowmem.errors import UserError
 from lowmem.optim.contract import Projector
 from lowmem.optim.elementwise import coded
 from lowmem.optim.projectors.bases import Frame
@@ -107,6 +108,11 @@ def online(
         basis_rule: How a step of the basis is made.
         basis_states: Precision of the moments of that.
     """
+    if basis_rule == "sgd" and basis_states != "fp32":
+        raise UserError(
+            f"basis_states={basis_states} would have no effect: a basis that descends holds no moments; "
+            f"take basis_rule=adam, or leave it out"
+        )
     rule = coded(Adam(), basis_states) if basis_rule == "adam" else coded(SGD())
     return Online(Frame(rank, proj_type), rate, penalty, rule)
 

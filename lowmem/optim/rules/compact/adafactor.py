@@ -196,6 +196,11 @@ class Adafactor(Rule):
         return square | average | {"age": torch.zeros((), dtype=torch.int32, device=x.device)}
 
     @property
+    def paced(self) -> str:
+        """The option that counts steps by the age of moments."""
+        return "relative_step" if self.relative_step else ""
+
+    @property
     def uses(self) -> frozenset[str]:
         """Neither: beta2 follows from t, and beta1, eps1 and eps2 are set where buffers are decided."""
         return frozenset()

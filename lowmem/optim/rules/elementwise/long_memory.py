@@ -57,6 +57,11 @@ class AdEMAMix(Elementwise):
                 f"got {self.alpha}, {self.beta3} and {self.warmup}"
             )
 
+    @property
+    def paced(self) -> str:
+        """The option that counts steps by the age of moments."""
+        return "slow_warmup" if self.warmup else ""
+
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """Rates, eps, alpha and the corrections at this age."""
         beta1, beta2 = hp.betas

@@ -101,6 +101,11 @@ class ScheduleFree(Elementwise):
         if self.warmup < 0:
             raise UserError(f"schedule_free: warmup is at least 0, got {self.warmup}")
 
+    @property
+    def paced(self) -> str:
+        """The option that counts steps by the age of moments."""
+        return "warmup" if self.warmup else ""
+
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """1 - beta2, eps, what the root is multiplied by; beta1, the length of a step, and its weight."""
         beta1, beta2 = hp.betas
