@@ -24,8 +24,8 @@ from transformers import Trainer
 
 from lowmem import several
 from lowmem.errors import ConfigError, UserError
-from lowmem.models.computing.attention import applies, attend_by_example
 from lowmem.models.computing.loss import label_loss, pays, supports
+from lowmem.models.computing.packed import pack
 from lowmem.models.computing.wide import wide
 from lowmem.models.int8.convert import late
 from lowmem.optim.optimizer import LowMemOptimizer
@@ -274,8 +274,8 @@ def _sft_trainer() -> type[Any]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             model = self.accelerator.unwrap_model(self.model)
-            if self.padding_free and applies(model):
-                attend_by_example(model)
+            if self.padding_free:
+                pack(model, self.compute_loss_context_manager)
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -23,7 +23,7 @@ from lowmem.memory.trace import kernels, quantized
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.quantized import Linear4bit
 from lowmem.memory.trace.tasks import kinds
-from lowmem.models.computing import attention
+from lowmem.models.computing import attention, packed
 from lowmem.models.entries import skeleton
 from lowmem.models.few_bit import keep_few_bits_
 from lowmem.models.int8.convert import quantize_weights_
@@ -125,7 +125,9 @@ def attention_name(config: Any, run: Run) -> str | None:
 
 
 def _attend_as_packed(model: Any, run: Run) -> None:
-    """Choose the attention that training would choose for packed rows."""
+    """Choose the attention that training would choose for packed rows; refuse what it would refuse."""
+    if not attention.applies(model) and not packed.asks_where_examples_begin(model):
+        raise UserError(packed.mixing(model))
     if attention.applies(model) and attention.reaches(model, run.longest or run.seq_len):
         model.set_attn_implementation(kernels.EXAMPLES)
 
