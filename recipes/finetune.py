@@ -41,6 +41,7 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
         KeyboardInterrupt: Ctrl-C; during training its checkpoint is saved first.
     """
     from lowmem.models.quiet import quiet, threads
+    from lowmem.training.evaluation import refuse_ruined
     from lowmem.training.folder.output import begin, check_model_stays
     from lowmem.training.ranks.processes import claimed
     from lowmem.training.zeroth.usual import settled
@@ -58,6 +59,7 @@ def finetune(config: RunConfig, progress: Console | None = None) -> dict[str, An
             trainer = prepare(config, args, console)
             trainer.resume_path(str(start) if start else None)  # refuses another run's before it is touched
             before = _measure(trainer, config, console, "before")
+            refuse_ruined(trainer.model, config.model, before["loss"])
             resolved = dataclasses.replace(config, output_dir=str(folder), resume=False, overwrite=False)
             if args.should_save:
                 begin(folder, dump(resolved), overwrite=config.overwrite)
@@ -188,7 +190,7 @@ def _measure(trainer: Any, config: RunConfig, console: Console, when: str) -> di
     console.start(f"evaluate {when}", len(trainer.get_eval_dataloader()))
     found = held_out(trainer, console)
     console.finish()
-    said = answers(trainer.model, trainer.processing_class, config.prompt)
+    said = answers(trainer.model, trainer.processing_class, config.prompt, tell=console.say)
     general = general_loss(trainer) if config.forgetting else None
     benchmarks = scores(trainer, config.eval)
     return {

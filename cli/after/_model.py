@@ -20,6 +20,8 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest ans
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
+POSITIONS = "the last position that the model has"
+"""Where an answer is cut that max_new_tokens would not cut."""
 
 
 def loaded(model: str, base: str | None, dtype: str) -> tuple[Any, Any]:

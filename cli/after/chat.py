@@ -11,7 +11,7 @@ from lowmem.errors import UserError
 
 from .. import render
 from ..app import Json
-from ._model import Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded
+from ._model import POSITIONS, Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded
 
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer"
 
@@ -23,14 +23,15 @@ def command(
     dtype: Dtype = "bfloat16",
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
-    top_p: TopP = 0.95,
+    top_p: TopP | None = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Talk to a model; each line from the keyboard (or from a pipe) is one message."""
     from lowmem.models.talk import Sampling, answer
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    usual = 0.95 if temperature else 1.0
+    sampling = Sampling(max_new_tokens, temperature, usual if top_p is None else top_p, seed)
     tuned, tokenizer = loaded(model, base, dtype)
     if not tokenizer.chat_template:
         raise UserError(f"{model} has no chat template: it goes on with text, use `lowmem generate --raw`")
@@ -49,7 +50,9 @@ def command(
                 render.stream("" if as_json else text)
 
             try:
-                answer(tuned, tokenizer, messages, tell, sampling)
+                found = answer(tuned, tokenizer, messages, tell, sampling)
+                if not found.ended and found.most < max_new_tokens:
+                    render.say(f"(cut at {POSITIONS}; /reset makes room)")
             except KeyboardInterrupt:
                 render.say("(stopped)")
             render.stream("" if as_json else "\n")

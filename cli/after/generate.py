@@ -12,7 +12,7 @@ from lowmem.errors import UserError
 
 from .. import render
 from ..app import Json
-from ._model import Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded
+from ._model import POSITIONS, Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded
 
 
 def command(
@@ -49,6 +49,7 @@ def command(
     if not as_json:
         render.stream("\n")
         speed = f"{said.tokens / said.seconds:.1f} tokens per second"
-        cut = "" if said.ended else f", cut at --max-new-tokens {max_new_tokens}"
+        limit = f"--max-new-tokens {said.most}" if said.most == max_new_tokens else POSITIONS
+        cut = "" if said.ended else f", cut at {limit}"
         render.say(f"{said.tokens} tokens, {speed}{cut}")
     render.emit({"model": model, "prompt": text, **dataclasses.asdict(said)}, None, as_json)

@@ -239,11 +239,3 @@ def named(asked: Any) -> list[tuple[Any, str | None]]:
             )
         found.append((name.strip(), inside[:-1] or None))
     return found
-
-
-def longest(config: Any) -> int | None:
-    """Longest sequence the model has positions for, None where it does not say."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return None

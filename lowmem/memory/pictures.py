@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from lowmem.memory import plan as planning
 from lowmem.memory.advice.levers import waterfall
 from lowmem.memory.footprint import STEP, Footprint, footprint
-from lowmem.memory.gather import longest
 from lowmem.memory.surface import Surface
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.sampling import timeline
 from lowmem.memory.trace.windows import special
+from lowmem.models.positions import longest
 
 if TYPE_CHECKING:
     from lowmem.memory.plan import Plan, StrategyPlan

@@ -9,15 +9,19 @@ with a temperature the random draws follow from the seed, and the caller's gener
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import UserError
+from lowmem.models.positions import room
 
 Message = Mapping[str, str]
 Tell = Callable[[str], None]
+COLDEST = 1e-4  # below, logits divided by it may pass the largest number of fp32
+TEMPERATURES = f"0 (greedy), or {COLDEST} and more"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Sampling:
         seed: of the draws.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value out of range, or one that greedy search would ignore.
     """
 
     max_new_tokens: int = 256
@@ -43,12 +47,17 @@ class Sampling:
         """Check the ranges."""
         for name, fine, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", self.temperature == 0 or COLDEST <= self.temperature < math.inf, TEMPERATURES),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("seed", self.seed >= 0, "0 or more"),
+            ("seed", 0 <= self.seed < 2**64, "0 to 2^64 - 1"),
         ):
             if not fine:
                 raise UserError(f"{name}: {getattr(self, name)} is out of range; use {allowed}")
+        if self.temperature == 0 and self.top_p < 1:
+            raise UserError(
+                f"top_p: {self.top_p} has no effect at temperature 0, which takes the likeliest token; give "
+                "a temperature above 0, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,8 @@ class Answer:
     Attributes:
         text: without special tokens.
         prompt_tokens: read; tokens: made; seconds: for both.
-        ended: whether the model ended by itself; else it was cut at `max_new_tokens`.
+        ended: whether the model ended by itself; else it was cut at `most` tokens.
+        most: `max_new_tokens`, or fewer where the model has no positions for as many after the prompt.
     """
 
     text: str
@@ -66,6 +76,7 @@ class Answer:
     tokens: int
     seconds: float
     ended: bool
+    most: int
 
 
 def answer(
@@ -85,7 +96,8 @@ def answer(
         sampling: greedy, 256 tokens when None.
 
     Raises:
-        UserError: messages without a chat template, or one that refuses them; a prompt that is too long.
+        UserError: messages without a chat template, or one that refuses them; a prompt that is too long;
+            a model whose logits are not finite.
     """
     import torch
 
@@ -94,9 +106,7 @@ def answer(
     chosen = sampling or Sampling()
     inputs = _encode(tokenizer, asked).to(model.device)
     count = int(inputs["input_ids"].shape[1])
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if count == 0 or (longest and count >= longest):
-        raise UserError(f"the prompt has {count} tokens; it must have at least 1 and fewer than {longest}")
+    most = room(model, count, chosen.max_new_tokens)
     began, was = time.perf_counter(), model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -104,7 +114,11 @@ def answer(
         with torch.no_grad(), wide(model), torch.random.fork_rng(devices=devices):
             torch.random.manual_seed(chosen.seed)
             output = model.generate(
-                **inputs, **_settings(chosen, tokenizer), streamer=_streamer(tokenizer, tell)
+                **inputs,
+                **_settings(chosen, tokenizer),
+                max_new_tokens=most,
+                logits_processor=[_finite],
+                streamer=_streamer(tokenizer, tell),
             )
     finally:
         model.train(was)
@@ -114,8 +128,19 @@ def answer(
         prompt_tokens=count,
         tokens=len(made),
         seconds=time.perf_counter() - began,
-        ended=len(made) < chosen.max_new_tokens or made[-1] in _ends(model),
+        ended=len(made) < most or made[-1] in _ends(model),
+        most=most,
     )
+
+
+def _finite(ids: Any, scores: Any) -> Any:
+    """Stop where nothing can be chosen: sampling would fail, the likeliest of NaN is any token."""
+    if bool(scores.isnan().any()) or bool(scores.isposinf().any()):
+        raise UserError(
+            "the model's logits are not finite: its weights are damaged or the dtype is too narrow for them; "
+            "give --dtype float32, or other weights"
+        )
+    return scores
 
 
 def _ends(model: Any) -> list[int]:
@@ -127,7 +152,6 @@ def _settings(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
     """For `generate`; what greedy search would ignore is unset, or transformers warns of it."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     common = {
-        "max_new_tokens": sampling.max_new_tokens,
         "pad_token_id": pad,
         "use_cache": True,
         "top_k": None,

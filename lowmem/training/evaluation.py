@@ -9,7 +9,7 @@ depends on how rows fall into batches; this one does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowmem.console import Console
+from lowmem.errors import UserError
 from lowmem.models.computing.loss import IGNORE
 from lowmem.models.computing.wide import wide
+from lowmem.models.positions import room
 from lowmem.training.ranks.processes import own_batches, summed
 
 _SHOWN = {  # what TRL's evaluations call it -> here
@@ -71,6 +73,30 @@ def held_out_loss(trainer: Any, console: Console | None = None) -> float:
         tokens += int((inputs["labels"][..., 1:] != IGNORE).sum()) if counts else 0
     total, items = summed(trainer, whole, tokens)
     return total / max(items, 1)
+
+
+def refuse_ruined(model: Any, name: str, loss: float | None) -> None:
+    """Refuse a base whose loss is not finite before anything has been trained.
+
+    Args:
+        model: the base; name: as it was given; loss: on the held-out rows, None of a task that has none.
+
+    Raises:
+        UserError: with the tensors that are damaged, or the dtype that may be too narrow.
+    """
+    if loss is None or math.isfinite(loss):
+        return
+    held = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point()]
+    ruined = [n for n, x in held if not bool(torch.isfinite(x).all())]
+    if ruined:
+        raise UserError(
+            f"{name}: {len(ruined)} of its tensors hold numbers that are not finite (first {ruined[0]}): the "
+            "weights are damaged, get them anew"
+        )
+    raise UserError(
+        f"{name}: its loss is {loss} before any step, with weights that are finite: {model.dtype} may be too "
+        "narrow for it; give --dtype bfloat16 or float32"
+    )
 
 
 def evaluation_batches(trainer: Any, console: Console | None = None) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -148,7 +174,13 @@ def go_back_to_best(trainer: Any) -> str | None:
     return Path(best).name
 
 
-def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 32,
+    tell: Callable[[str], None] | None = None,
+) -> list[str]:
     """Greedy answers to prompts, generated side by side.
 
     Args:
@@ -156,19 +188,26 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
         tokenizer: its chat template is used if there is one.
         prompts: one user message each, or the beginning of a text.
         max_new_tokens: longest answer.
+        tell: told where the model has no positions for as many.
+
+    Raises:
+        UserError: a prompt that leaves no position for an answer.
     """
     if not prompts:
         return []
     was = model.training
     model.eval()
+    inputs = _asked(tokenizer, prompts).to(model.device)
     try:
-        return _answers(model, tokenizer, prompts, max_new_tokens)
+        most = room(model, inputs["input_ids"].shape[1], max_new_tokens)
+        if tell is not None and most < max_new_tokens:
+            tell(f"prompt: answers have at most {most} tokens, after the longest there are no more positions")
+        return _answers(model, tokenizer, inputs, most)
     finally:
         model.train(was)
 
 
-def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    inputs = _asked(tokenizer, prompts).to(model.device)
+def _answers(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
     with torch.no_grad(), wide(model):
         output = model.generate(**inputs, **greedy(tokenizer), max_new_tokens=max_new_tokens)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

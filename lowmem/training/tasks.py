@@ -22,9 +22,10 @@ from unittest.mock import patch
 from lowmem import outside
 from lowmem.config import RunConfig
 from lowmem.console import Console
-from lowmem.data.fitting import asked_within, fitting
+from lowmem.data.fitting import Fitted, asked_within, fitting
 from lowmem.data.load import Data
 from lowmem.errors import ConfigError, UserError
+from lowmem.models.positions import check_fits
 from lowmem.models.scoring import with_score
 from lowmem.optim.tensors.offload import NO_CUDA, stays
 from lowmem.several import REFERRING
@@ -176,6 +177,8 @@ def supervised(
 ) -> Any:
     """The trainer that learns answers."""
     train, held_out = (fitting(part, tokenizer, args.max_length, console) for part in parts)
+    for fitted in (train, held_out):
+        check_fits(model, _longest(fitted, args), f"rows of {fitted.data.name} ({fitted.data.split})")
     example = train.shown(tokenizer)
     console.say(f"one example, the loss counts what is in [[ ]]: {example}")
     args.packing_strategy = train.data.packing_strategy
@@ -184,6 +187,13 @@ def supervised(
     trainer.data_summary = {"train": train.summary(), "held_out": held_out.summary()}
     trainer.example = dataclasses.asdict(example)
     return trainer
+
+
+def _longest(fitted: Fitted, args: Any) -> int:
+    """Tokens of the longest example as it is trained on; texts that are wrapped fill their rows."""
+    sizes = [len(example.ids) for example in fitted.examples]
+    wrapped = args.packing and fitted.data.packing_strategy == "wrapped"
+    return min(args.max_length, sum(sizes) if wrapped else max(sizes))
 
 
 def make(
@@ -211,6 +221,9 @@ def make(
     """
     from datasets import Dataset
 
+    answer = scored.ANSWER if config.objective else 256
+    made = (config.max_completion or answer) if config.objective or config.task == "grpo" else 0
+    check_fits(model, config.seq_len, "rows of up to seq_len", answer=made)
     if config.task == "classify" or config.objective:
         return scored.make(config, args, model, parts, tokenizer, console, **rest)
     if config.task == "grpo":

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.errors import UserError, nearest
-from lowmem.memory import gather
 from lowmem.memory import plan as planning
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.footprint import footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
 from lowmem.memory.trace.windows import special
+from lowmem.models.positions import longest
 from lowmem.optim.strategy import Strategy
 from lowmem.report.units import format_bytes
 
@@ -56,7 +56,7 @@ def largest(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budg
     if unknown not in GRAIN:
         raise UserError(f"cannot solve for {unknown!r}; {nearest(unknown, GRAIN)}")
     grain = GRAIN[unknown]
-    positions = gather.longest(config)
+    positions = longest(config)
     top = min(LARGEST[unknown], positions or LARGEST[unknown]) if unknown == "seq_len" else LARGEST[unknown]
     guess = _search(unknown, config, run, strategy, limit, top // grain) * grain
     name = strategy.name or "custom"
@@ -84,7 +84,7 @@ def _stopped(unknown: str, value: int, top: int, positions: int | None, limit: B
 def _search(unknown: str, config: Any, run: Run, strategy: Strategy, limit: Budget, top: int) -> int:
     """Largest multiple of the grain whose tensors fit, by bisection."""
     run = planning.suited(run, strategy)
-    surface = Surface(config, run, special(strategy), gather.longest(config) or 1 << 30)
+    surface = Surface(config, run, special(strategy), longest(config) or 1 << 30)
     found = planning.traced(config, run, strategy)
     held = footprint(strategy, found.parameters, run)
     room = limit.capacity * (1 - MARGIN)

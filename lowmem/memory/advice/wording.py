@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowmem.memory.device.gpus import Budget
-from lowmem.memory.gather import longest
 from lowmem.memory.run import Run
 from lowmem.memory.trace.tasks.kinds import PLANNED
+from lowmem.models.positions import longest
 from lowmem.optim.strategy import Strategy
 from lowmem.strategies import create
 
