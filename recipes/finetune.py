@@ -138,7 +138,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
     from lowmem.models.peft_methods import adapter_config, attaching
     from lowmem.training import tasks
     from lowmem.training.callbacks import Peak, Report, replace_printers
-    from lowmem.training.folder.settings import origin
+    from lowmem.training.folder.settings import content, origin
 
     console.start("load")
     given: dict[str, Any] = {"data_format": config.data_format, "columns": config.column_names}
@@ -157,7 +157,7 @@ def prepare(config: RunConfig, args: Any, console: Console) -> Any:
         else:
             trainer = tasks.make(config, args, model, parts, tokenizer, console, **rest)
     replace_printers(trainer)
-    trainer.tell, trainer.origin = console.say, origin(config)
+    trainer.tell, trainer.origin = console.say, origin(config) | content(*(part.rows for part in parts))
     trainer.base, trainer.keep_int8 = published_name(config.model), config.keep_int8
     if config.schedule == "wsd":
         args.lr_scheduler_kwargs = {"num_decay_steps": config.decay or max(1, trainer.planned_steps() // 10)}

@@ -193,7 +193,7 @@ def _longest(fitted: Fitted, args: Any) -> int:
     """Tokens of the longest example as it is trained on; texts that are wrapped fill their rows."""
     sizes = [len(example.ids) for example in fitted.examples]
     wrapped = args.packing and fitted.data.packing_strategy == "wrapped"
-    return min(args.max_length, sum(sizes) if wrapped else max(sizes))
+    return min(int(args.max_length), sum(sizes) if wrapped else max(sizes))
 
 
 def make(

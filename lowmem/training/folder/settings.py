@@ -9,8 +9,9 @@ that will not be used.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ HYPER = ("betas", "eps", "weight_decay")
 SCHEDULED = ("lr", "schedule", "warmup", "steps", "epochs")
 TUNED = (*HYPER, *SCHEDULED, "max_grad_norm", "clip", "gradient_release", "gradient_checkpointing")
 LENGTH = ("steps", "epochs")
+CONTENT = {"train_content": "the rows to train on", "eval_content": "the held-out rows"}
+"""Digests of what the data said; a checkpoint from before they were kept has none, and goes on."""
 
 
 def checkpointing() -> str:
@@ -89,7 +92,7 @@ def changes(
     Raises:
         CheckpointError: naming every setting that cannot be changed, or has no step left to act on.
     """
-    differ = {key for key in {*saved, *now} if saved.get(key) != now.get(key)}
+    differ = {key for key in {*saved, *now} - set(CONTENT) if saved.get(key) != now.get(key)}
     moved = {key for key in differ - set(TUNED) if _gone(saved.get(key))}
     pairs = {key: f"{saved.get(key)!r} -> {now.get(key)!r}" for key in sorted(differ)}
     problems = [f"{key}: {pairs[key]}" for key in pairs if key not in TUNED and key not in moved]
@@ -97,6 +100,12 @@ def changes(
         raise CheckpointError(
             f"cannot resume from {name} with other settings: {'; '.join(problems)}; the rows or the bits of "
             "each step depend on them: leave them as they were, or start afresh in another folder"
+        )
+    other = [what for key, what in CONTENT.items() if saved.get(key) not in (None, now.get(key))]
+    if other:
+        raise CheckpointError(
+            f"cannot resume from {name}: {' and '.join(other)} say something else than when it was written "
+            f"(data: {now.get('data')}); put them back as they were, or start afresh in another folder"
         )
     if planned < done:
         raise CheckpointError(f"steps: {name} has taken {done} already, this run has {planned}; give more")
@@ -154,6 +163,26 @@ class Own:
         scheduler._last_lr = [lr * factor for lr, factor in zip(self.lrs, factors, strict=True)]
         for group, first, lr in zip(optimizer.param_groups, self.lrs, scheduler._last_lr, strict=True):
             group.update(initial_lr=first, lr=lr)
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """One word for what rows say, and for their order.
+
+    Of their text, not of its tokens: a chat template may write the present day into each of them, and a
+    run that goes on tomorrow would be another one.
+
+    >>> digest([{"text": "a"}]) == digest([{"text": "a"}]) != digest([{"text": "b"}])
+    True
+    """
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()[:32]
+
+
+def content(train: Iterable[Any], held_out: Iterable[Any]) -> dict[str, str]:
+    """What the rows of a run say, as a checkpoint keeps it."""
+    return dict(zip(CONTENT, (digest(train), digest(held_out)), strict=True))
 
 
 def origin(config: RunConfig) -> dict[str, Any]:
