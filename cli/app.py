@@ -83,6 +83,7 @@ class Guarded(TyperGroup):
                 args, prog_name, complete_var, False, windows_expand_args, **extra
             )
 
+        render.reopen()
         if not standalone_mode:
             return run()
         for name, value in _ENVIRONMENT.items():

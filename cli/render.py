@@ -84,6 +84,21 @@ def reserved_stdout() -> Iterator[None]:
             stream.close()
 
 
+def reopen() -> None:
+    """Give a process that was started with closed streams, as by `>&-`, others that keep nothing.
+
+    Python has None in their place; the next file that is opened would get their number, and what
+    is printed with it.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_WRONLY)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, os.fdopen(number, "w"))
+
+
 def _descriptor(stream: TextIO) -> int:
     try:
         return stream.fileno()

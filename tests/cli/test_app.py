@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -251,3 +252,11 @@ def test_one_of_several_processes_leaves_without_the_interpreters_end(
     monkeypatch.setattr(app.os, "_exit", seen.append)
     app._leave(3)
     assert seen == ["registered", 3]
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("words", ["--version", "gpus", "gpus --json"])
+def test_a_closed_output_is_no_fault(closed, words):
+    command = f"{shlex.quote(sys.executable)} -m lowmem {words} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
