@@ -27,7 +27,7 @@ def command(
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """Fine-tune a language model. Without --data and --config it runs the demo."""
+    """Fine-tune a model (--model, --optim). Without --data and --config it learns the demo data."""
     given = dict(bracketed({name: value for name, value in flags.items() if value is not None})[0])
     base = _base(given, config)
     try:
@@ -61,6 +61,11 @@ def _base(given: dict[str, Any], config: str | None) -> dict[str, Any]:
     if given.get("resume") and earlier.is_file():
         render.say(f"resuming with the settings of {earlier} where no flag is given")
         return read(earlier)
+    if given.get("resume") and not {"model", "optim"} <= given.keys():
+        raise UserError(
+            f"no run in {folder} to resume (it holds no config.yaml): give the --output-dir of one, or "
+            "--model and --optim to start there"
+        )
     if given.get("data", "factbook") != "factbook":
         return {}
     demo = read(shipped()["demo"])

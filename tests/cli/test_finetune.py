@@ -354,3 +354,18 @@ def test_a_ruined_run_ends_with_a_word(flags: list[str], tiny_model: Path, tmp_p
     report = json.loads((tmp_path / "out" / "memory_report.json").read_text(encoding="utf-8"))
     assert report["result"]["nonfinite_weights"] == ["model.norm.weight"]
     assert [entry["loss"] for entry in report["log"] if "loss" in entry] == [None] * 4
+
+
+def test_resume_of_no_run_names_the_folder(tmp_path: Path) -> None:
+    done = finetune("--resume", "--output-dir", str(tmp_path / "typo"))
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert f"no run in {tmp_path / 'typo'} to resume" in done.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_the_help_says_what_a_bare_run_needs() -> None:
+    assert "--model, --optim" in finetune("--help").stdout
+    bare = finetune()
+    assert bare.exit_code == 2
+    assert "model is missing" in bare.stderr
