@@ -208,7 +208,7 @@ class RunConfig:
         (), "Output", "answer this before and after; can be repeated, '' for none"
     )
     keep_int8: bool = _knob(False, "Output", "write int8 codes at the end instead of weights in dtype")
-    report: bool = _knob(True, "Output", "measure memory during the run and write memory_report.*")
+    report: bool = _knob(True, "Output", "measure memory during the run, for its page memory_report.*")
 
     def __post_init__(self) -> None:
         """Check values and combinations; keep each in its declared type."""

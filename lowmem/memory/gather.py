@@ -151,6 +151,21 @@ def unsuited(name: str, strategy: Strategy, run: Run) -> str:
     return weights or on_ranks(name, strategy, run) or on_codes(name, strategy, run)
 
 
+def without_effect(strategy: Strategy, options: Mapping[str, Any]) -> str:
+    """What a run asks of a strategy that has no use for it, as training refuses it; empty where all is well.
+
+    Args:
+        strategy: the only one; options: of the run, as they were given.
+    """
+    name = strategy.name or "the strategy"
+    if strategy.source.needs_autograd:
+        waits = options.get("gradient_release") and strategy.waits
+        return f"gradient_release: {name} {strategy.waits}; leave it out" if waits else ""
+    spared = ("gradient_checkpointing", "gradient_release", "activation_offload", "few_bit", "offload_state")
+    given = ", ".join(option for option in spared if options.get(option))
+    return f"{given}: {name} takes no backward pass and has no gradients; leave it out" if given else ""
+
+
 def on_ranks(name: str, strategy: Strategy, run: Run) -> str:
     """What a strategy does not do on several cards; empty where it does."""
     if run.ranks == 1:

@@ -180,8 +180,8 @@ def plan(
     if isinstance(config, Given):
         run_options = gather.as_it_is(config, run_options)
     run = gather.make_run(run_options)
-    if run.gradient_release and len(made) == 1 and made[0].waits:
-        raise UserError(f"gradient_release: {made[0].name or 'the strategy'} {made[0].waits}; leave it out")
+    if len(made) == 1 and (idle := gather.without_effect(made[0], run_options)):
+        raise UserError(idle)  # of several, each is planned with what it takes
     limit = limit_of(gpu, budget, run.compute_capability)
     asked, run = run, gather.on_card(run, limit) if limit is not None else run
     made = [one.sided(run.sharded) for one in made]

@@ -135,6 +135,14 @@ def test_options_are_given_once_and_whole(strategy, options, match):
         plan(FAMILIES["llama"](), strategy, options=options, **SMALL)
 
 
+@pytest.mark.parametrize("option", ["gradient_release", "gradient_checkpointing", "activation_offload"])
+def test_what_a_strategy_without_gradients_has_no_use_for_is_refused(option):
+    with pytest.raises(UserError, match=f"{option}: mezo takes no backward pass.*leave it out"):
+        plan(FAMILIES["llama"](), "mezo", **{option: True}, **SMALL)
+    several = plan(FAMILIES["llama"](), "mezo,adamw", **{option: True}, **SMALL, advise=False)
+    assert {row.strategy for row in several.plans} == {"mezo", "adamw"}
+
+
 def test_release_is_refused_where_a_step_waits_for_all_gradients():
     with pytest.raises(UserError, match=r"gradient_release: sophia .*leave it out"):
         plan(FAMILIES["llama"](), "sophia", gradient_release=True, **SMALL)
