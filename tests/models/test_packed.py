@@ -52,7 +52,7 @@ def test_a_model_that_mixes_packed_examples_is_refused_before_training(tmp_path,
 @pytest.mark.parametrize("kind", ["bloom", "falcon", "mpt"])
 def test_it_is_not_planned_with_packed_rows_either(kind):
     options = {"seq_len": 32, "device": "cpu", "advise": False}
-    with pytest.raises(UserError, match="give --no-packing"):
+    with pytest.raises(UserError, match="give --rows padded, and train with --no-packing"):
         plan(MIXING[kind](), "adamw", rows="packed", **options)
     plan(MIXING[kind](), "adamw", rows="padded", **options)
 

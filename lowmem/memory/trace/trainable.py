@@ -127,7 +127,8 @@ def attention_name(config: Any, run: Run) -> str | None:
 def _attend_as_packed(model: Any, run: Run) -> None:
     """Choose the attention that training would choose for packed rows; refuse what it would refuse."""
     if not attention.applies(model) and not packed.asks_where_examples_begin(model):
-        raise UserError(packed.mixing(model))
+        way = "give --rows padded, and train with --no-packing"
+        raise UserError(packed.mixing(model, "rows packed", way))
     if attention.applies(model) and attention.reaches(model, run.longest or run.seq_len):
         model.set_attn_implementation(kernels.EXAMPLES)
 

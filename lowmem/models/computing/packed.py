@@ -50,10 +50,14 @@ def pack(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -
         raise UserError(mixing(model))
 
 
-def mixing(model: nn.Module) -> str:
-    """One line on a model whose packed rows mix their examples."""
+def mixing(model: nn.Module, setting: str = "packing", remedy: str = REMEDY) -> str:
+    """One line on a model whose packed rows mix their examples.
+
+    Args:
+        model: named by its class; setting: that asked for packed rows; remedy: what to give instead.
+    """
     kind = type(base(model)).__name__
-    return f"packing: in a packed row {kind} lets each example see those before it; {REMEDY}"
+    return f"{setting}: in a packed row {kind} lets each example see those before it; {remedy}"
 
 
 def mixes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
