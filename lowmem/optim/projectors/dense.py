@@ -48,21 +48,22 @@ def looks_again(step: int) -> bool:
     return step > 0 and step & (step - 1) == 0
 
 
-def unfound(basis: Tensor) -> Tensor:
-    """Whether a basis is the axes that it began as, and these are not all of the side; 0-D bool."""
+def found(basis: Tensor) -> Tensor:
+    """Whether a basis is more than so many axes, as it begins, or all of the side; 0-D bool."""
     side, rank = basis.shape
-    axes = (basis.diagonal() == 1.0).all() & (basis.count_nonzero() == rank)
-    return axes & (rank < side)
+    if side == rank:
+        return torch.ones((), dtype=torch.bool, device=basis.device)
+    return basis.count_nonzero() != rank
 
 
 def begin(find: Find, frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
     """What a `Find` makes of the gradient as if it were the first; not ok where there is a basis already."""
-    missing = unfound(basis)
+    there = found(basis)
     known = sizes(basis.device).at_hand and not basis.is_meta and not hasattr(basis, "fake_mode")
-    if isinstance(g, Projected) or (known and not missing):
-        return basis, torch.zeros_like(missing)
+    if isinstance(g, Projected) or (known and there):
+        return basis, torch.zeros_like(there)
     new, ok = find(frame, basis, g, replace(hp, first=True))
-    return new, ok & missing
+    return new, ok & ~there
 
 
 @of_all_rows

@@ -26,7 +26,7 @@ from torch import Tensor
 from lowmem.errors import UserError
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.projectors.bases import Frame, energy, largest, orthonormal
-from lowmem.optim.projectors.dense import power_iteration, unfound
+from lowmem.optim.projectors.dense import found, power_iteration
 from lowmem.optim.terms.hyper import Hyper
 
 
@@ -78,7 +78,7 @@ class Track:
         u = u / torch.where(sigma > 0.0, sigma, 1.0)
         angle = self.rate * sigma
         turned = basis @ v * (angle.cos() - 1.0) + u * angle.sin()
-        return orthonormal(torch.addmm(basis, turned, v.t())), ok & ~unfound(basis)
+        return orthonormal(torch.addmm(basis, turned, v.t())), ok & found(basis)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Walk:
         if hp.first or hp.step == 0:
             return power_iteration(frame, basis, g, hp)
         side, rank = basis.shape
-        ok = ~unfound(basis)
+        ok = found(basis)
         if side == rank:  # there is nowhere to go: what is left of X is rounding noise
             return basis, ok
         x = hp.gaussian((side, rank), "walk")

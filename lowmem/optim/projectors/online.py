@@ -25,7 +25,7 @@ from lowmem.optim.blocks import Blocks
 from lowmem.optim.contract import Pointwise
 from lowmem.optim.elementwise import coded
 from lowmem.optim.projectors.bases import energy
-from lowmem.optim.projectors.dense import Framed, begin, looks_again, power_iteration, unfound
+from lowmem.optim.projectors.dense import Framed, begin, found, looks_again, power_iteration
 from lowmem.optim.rules.elementwise.sgd import SGD
 from lowmem.optim.shards import Shape
 from lowmem.optim.terms.changes import Change
@@ -105,6 +105,6 @@ class Online(Framed):
         overlap = basis.t() @ basis
         slope = basis @ (basis.t() @ pulled) + pulled @ overlap - 2.0 * pulled
         slope = (2.0 * slope + 4.0 * self.penalty * (basis @ overlap - basis)).contiguous()
-        ok = split.ok & ok & ~unfound(basis)
+        ok = split.ok & ok & found(basis)
         fine = split.hp.advance(self.rule, slope, scoped(s, "rule"), split.hp, ok)
         return {"basis": torch.where(fine, basis - self.rate * split.hp.lr * slope, basis)}

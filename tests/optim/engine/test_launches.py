@@ -144,7 +144,7 @@ def test_a_projected_matrix_is_few_launches(dtype: torch.dtype, counted: Launche
     optimizer = optimizer_of("galore", dtype)
     advance(optimizer, 1)
     with counted:
-        advance(optimizer, 2)
+        advance(optimizer, 3)  # at 2 a basis is looked for that was not found yet
     matrices = parameters(optimizer) - 1
     products = sum(counted.counts[name] for name in PRODUCTS)
     assert products >= 2 * matrices
@@ -182,7 +182,7 @@ LAUNCHES = {
     "subset_norm": 17, "fira": 19, "grass_walk": 19, "novograd": 19, "subtrack": 19, "apollo_mini": 20,
     "ada_lomo": 21, "auon": 23, "lamb": 24, "tam": 24, "grass_jump": 30, "adam_cm": 31, "sm3": 31,
     "fadam": 32, "sgd_sai": 35, "subspace_momentum": 35, "came": 37, "ldog": 38, "lotus": 38,
-    "stable_spam": 47, "dog": 50, "adamp": 51, "online_subspace": 53, "sinkgd": 25, "dion": 60,
+    "stable_spam": 47, "dog": 50, "adamp": 51, "online_subspace": 56, "sinkgd": 25, "dion": 60,
     "frugal": 81, "sumo": 86, "fish_mask": 101, "muon": 112, "muon_8bit": 118, "ldadam": 139,
     "ada_muon": 160, "swan": 195, "mlorc": 239,
 }  # fmt: skip
