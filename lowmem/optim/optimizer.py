@@ -83,7 +83,7 @@ class LowMemOptimizer(Informed):
     ) -> None:  # fmt: skip
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "compile": compile}
         with as_ours():
-            check_hyper(numbers)
+            check_hyper({**numbers, "seed": seed})
         self.strategy, self.asked, self.released, self.home = strategy, strategy, False, home or Home()
         self._model = weakref.ref(model) if model is not None else None
         defaults = {

@@ -96,7 +96,7 @@ class Subspace(Rule):
         if not self.scale > 0.0:
             found.append(f"scale must be above 0, got {self.scale}")
         if self.on_refresh == "rotate" and self.projector.changes == "reset":
-            found.append("on_refresh='rotate' needs a dense basis; take on_refresh='reset'")
+            found.append("on_refresh='rotate' needs a dense basis; leave on_refresh out")
         else:
             carried = self.projector.changes if self.on_refresh == "rotate" else self.on_refresh
             found.append(_refusal(self.inner.check_rebase, carried))

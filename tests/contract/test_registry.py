@@ -179,7 +179,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "galore",
         {"projector": "columns", "on_refresh": "rotate"},
-        "needs a dense basis; take on_refresh='reset'",
+        "needs a dense basis; leave on_refresh out",
     ),
     ("galore", {"states": "int8", "on_refresh": "rotate"}, "needs states='fp32'; take states='fp32'"),
     ("galore", {"rule": "adafactor", "on_refresh": "rotate"}, "not defined .*; take 'reset' or 'keep'"),

@@ -171,3 +171,9 @@ def test_a_schedule_by_age_is_refused_where_ages_start_afresh(
 )
 def test_a_schedule_by_age_is_taken_where_ages_go_on(options: dict[str, Any]) -> None:
     lowmem.create("ademamix", **options)
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5])
+def test_a_seed_is_a_whole_number_from_the_start(seed: Any) -> None:
+    with pytest.raises(UserError, match="seed must be a whole number"):
+        lowmem.optimizer([weight()], "adamw", seed=seed)
