@@ -53,6 +53,7 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "longest": batch.get("longest"),
         **_loss(config, rows, length, batch.get("label_tokens"), length - batch.get("prompt_tokens", 0)),
         "dtype": config.dtype,
+        **_autocast(config),
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_release": config.gradient_release,
         "activation_offload": config.activation_offload,
@@ -72,6 +73,10 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "compile": config.compile,
         "steps": config.steps,
     }
+
+
+def _autocast(config: RunConfig) -> dict[str, Any]:
+    return {} if config.autocast == "none" else {"autocast": True, "autocast_dtype": config.autocast}
 
 
 def _loss(config: RunConfig, rows: int, length: int, labels: int | None, answer: int) -> dict[str, Any]:

@@ -198,9 +198,9 @@ def waterfall(config: Any, run: Run, chosen: Strategy) -> list[dict[str, Any]]:
     Returns:
         rows of {"lever", "peak", "event"}.
     """
-    plain = replace(
-        run, gradient_checkpointing=False, gradient_release=False, loss="plain", label_tokens=None
-    )
+    own = run.task != "sft"  # such a task has a loss of its own
+    plain = replace(run, gradient_checkpointing=False, gradient_release=False)
+    plain = plain if own else replace(plain, loss="plain", label_tokens=None)
     better = chosen if chosen.name != "adamw" and chosen.source.needs_autograd else create("adamw_8bit")
     checkpointed = replace(plain, gradient_checkpointing=True)
     steps: list[tuple[str, Run, Strategy]] = [
@@ -212,7 +212,7 @@ def waterfall(config: Any, run: Run, chosen: Strategy) -> list[dict[str, Any]]:
         last = replace(checkpointed, gradient_release=True, max_grad_norm=0.0)
         steps.append(("+ gradient release", last, create("adamw")))
     steps.append((f"+ {better.name}", last, better))
-    steps.append(("+ chunked loss", replace(last, loss="chunked"), better))
+    steps += [] if own else [("+ chunked loss", replace(last, loss="chunked"), better)]
     rows = []
     for name, changed, strategy in steps:
         held = footprint(strategy, extrapolated(config, plain).parameters, changed)

@@ -10,8 +10,10 @@ import torch
 import lowmem
 from lowmem.errors import UserError
 from lowmem.memory import predict
+from lowmem.memory.advice.levers import waterfall
 from lowmem.memory.advice.search import _Finder, search
 from lowmem.memory.device.gpus import gpu
+from lowmem.memory.gather import make_run
 from lowmem.memory.trace.tasks.losses import Largest
 from tests.memory import families
 
@@ -115,6 +117,24 @@ def test_the_search_takes_a_task_and_refuses_one_before_it_traces() -> None:
     assert found[0].verdict == "fits"
     with pytest.raises(UserError, match="is not planned: it generates"):
         search(families.FAMILIES["llama"](), gpu("4090"), {"task": "answer"})
+
+
+@pytest.mark.parametrize("computing", ["none", "bfloat16", "float16"])
+def test_a_run_is_predicted_under_its_autocast(computing: str) -> None:
+    settings = {"model": "gpt2", "optim": "adamw", "dtype": "float32", "autocast": computing}
+    run = make_run(predict.run_options(lowmem.config.build(settings), {}))
+    assert run.autocast == (computing != "none")
+    assert run.autocast_dtype == ("float16" if computing == "float16" else "bfloat16")
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto", "reward", "grpo"])
+def test_the_waterfall_of_a_task_keeps_its_loss(task: str) -> None:
+    sizes = {"batch_size": 8, "max_completion": 8} if task == "grpo" else {}
+    found = planned(task, **sizes)
+    rows = waterfall(found.config, found.run, found.made[0])
+    assert "+ chunked loss" not in [row["lever"] for row in rows]
+    assert rows[0]["lever"] == "plain AdamW"
+    assert all(row["peak"] > 0 for row in rows)
 
 
 def test_a_run_is_predicted_for_the_rows_of_its_data() -> None:
