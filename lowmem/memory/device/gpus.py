@@ -30,6 +30,8 @@ OTHERS = {
 }
 """What else is to be known of the makers whose cards are estimated."""
 _CHIP = re.compile(r"(?:apple)?m[1-9](?:pro|max|ultra)?(?:([0-9]+)g(?:i?b)?)?")
+_MAKERS = "nvidia|geforce|tesla|quadro|generation|amd|radeon|instinct"
+_BOX = re.compile(r"([0-9]*\.?[0-9]+)g(?:i?b)?")
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)")
 
 
@@ -143,8 +145,8 @@ def gpu(name: str) -> Budget:
     measured = calibrations()
     known = {_plain(key): key for key in (*_table()["gpus"], *measured)}
     plain = _plain(name)
-    if re.fullmatch(r"[0-9]+g(i?b)?", plain):
-        return _of_size(int(re.sub(r"\D", "", plain)))
+    if box := _BOX.fullmatch(re.sub(f"{_MAKERS}|[^a-z0-9.]", "", name.lower())):
+        return _of_size(float(box[1]))
     if chip := _CHIP.fullmatch(plain):
         plain = f"apple{chip[1] + 'gb' if chip[1] else ''}"  # its memory is what counts
     makers = ("", "rtx", "rx") if plain else ()
@@ -180,18 +182,19 @@ def _begins(known: Mapping[str, str], plain: str) -> bool:
     return any(short.startswith(plain) for short in known)
 
 
-def _of_size(gib: int) -> Budget:
+def _of_size(gib: float) -> Budget:
     """The least that cards sold with so many GB have."""
     sold = {name: row for name, row in _table()["gpus"].items() if row["nominal"] == gib * 1024}
     cards = {name: row for name, row in sold.items() if _is_cuda(row)}
     if not cards:
         sizes = sorted({row["nominal"] // 1024 for row in _table()["gpus"].values() if _is_cuda(row)})
         raise UserError(
-            f"no card with {gib} GB is listed, sizes are {', '.join(map(str, sizes))}; use --budget {gib}GiB"
+            f"no card with {gib:g} GB is listed, sizes are {', '.join(map(str, sizes))}; "
+            f"use --budget {gib:g}GiB"
         )
     least = min(cards, key=lambda name: cards[name]["usable"])
     found = _tabled(least)
-    note = f"{gib} GB taken as {least}, the smallest of {len(cards)} listed cards of that size; name yours"
+    note = f"{gib:g} GB taken as {least}, the smallest of {len(cards)} listed cards of that size; name yours"
     return replace(found, notes=(note, *found.notes))
 
 
@@ -200,7 +203,7 @@ def _is_cuda(row: Mapping[str, Any]) -> bool:
 
 
 def _plain(name: str) -> str:
-    short = re.sub(r"nvidia|geforce|tesla|quadro|generation|amd|radeon|instinct|[^a-z0-9]", "", name.lower())
+    short = re.sub(f"{_MAKERS}|[^a-z0-9]", "", name.lower())
     return re.sub(r"(pcie|sxm\d?|hbm\de?)", "", short)
 
 

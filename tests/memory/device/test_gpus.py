@@ -37,10 +37,12 @@ def test_names_are_forgiving(asked, found):
     assert gpu(asked).name == found
 
 
-@pytest.mark.parametrize(("asked", "said"), [("24GB", "24 GB taken as"), ("8 GiB", "8 GB taken as")])
+@pytest.mark.parametrize(
+    ("asked", "said"), [("24GB", "24 GB taken as"), ("8 GiB", "8 GB taken as"), ("24.0GB", "24 GB taken as")]
+)
 def test_a_size_is_the_smallest_card_of_it(asked, said):
     found = gpu(asked)
-    nominal = int(asked.split("G")[0]) * 1024
+    nominal = float(asked.split("G")[0]) * 1024
     assert found.usable == min(
         row["usable"] * MIB
         for row in gpus._table()["gpus"].values()
@@ -49,6 +51,8 @@ def test_a_size_is_the_smallest_card_of_it(asked, said):
     assert said in found.notes[0]
     with pytest.raises(UserError, match="--budget 7GiB"):
         gpu("7GB")
+    with pytest.raises(UserError, match=r"no card with 23\.5 GB .* --budget 23\.5GiB"):
+        gpu("NVIDIA 23.5 GB")
 
 
 def test_cards_of_other_makers_are_estimates():
