@@ -93,4 +93,7 @@ def _grid(plan: Plan, strategy: Strategy) -> dict[str, Any]:
     found = planning.traced(plan.config, plan.run, strategy)
     held: Footprint = footprint(strategy, found.parameters, run)
     peaks = [[surface.peak(held, b, s) for b in BATCH_SIZES] for s in lengths]
-    return {"strategy": strategy.name, "seq_lens": lengths, "batch_sizes": list(BATCH_SIZES), "peak": peaks}
+    return {
+        "strategy": strategy.name or "custom", "options": dict(strategy.options), "seq_lens": lengths,
+        "batch_sizes": list(BATCH_SIZES), "peak": peaks,
+    }  # fmt: skip

@@ -10,7 +10,7 @@ Besides the documented keys of `plan --json`, these are drawn when present and l
 
     document  "waterfall": [{"lever": "plain AdamW", "peak": bytes, "event": name}, ...]
                            baseline first; each row adds one lever to those above
-              "grid":      {"strategy", "seq_lens": [int], "batch_sizes": [int], "peak": [[bytes]]}
+              "grid":      {"strategy", "options", "seq_lens": [int], "batch_sizes": [int], "peak": [[bytes]]}
                            one row per length; one such object, or a list, one per strategy
               "assumptions": [sentence]   "warnings": [sentence]   "command": str
     plan      "timeline":  {"bytes": {category: [bytes]}, "phases": [{"name", "start", "stop"}]}

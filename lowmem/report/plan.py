@@ -256,7 +256,8 @@ def _maps(data: Mapping[str, Any], room: int | None) -> Section | None:
     grids = data.get("grid")
     if not grids:
         return None
-    grids = [grids] if isinstance(grids, Mapping) else grids
+    grids = [{"strategy": "", "options": {}, **g} for g in ([grids] if isinstance(grids, Mapping) else grids)]
+    grids = [{**g, "strategy": name} for g, name in zip(grids, labels(grids), strict=True)]
     shades = [
         ("m-ample", "10 % or more free"),
         ("m-tight", "3 to 10 % free"),
@@ -264,11 +265,11 @@ def _maps(data: Mapping[str, Any], room: int | None) -> Section | None:
         ("m-over", "does not fit"),
     ]
     legend = shades if room is not None else []
-    figures = [Figure(heat_map(g, room), legend, title=str(g.get("strategy", ""))) for g in grids]
+    figures = [Figure(heat_map(g, room), legend, title=g["strategy"]) for g in grids]
     if room is None:
         return Section("Sequence length and batch size", "Allocated bytes at the peak.", figures)
     columns = ["strategy", *(f"batch {b}" for b in grids[0]["batch_sizes"])]
-    rows = [[str(g.get("strategy", "")), *frontier(g, room)] for g in grids]
+    rows = [[g["strategy"], *frontier(g, room)] for g in grids]
     text = (
         f"Allocated bytes at the peak; the heavy line is the frontier of the {format_bytes(room)} that there "
         "are for tensors. The table: longest sequence of the map whose tensors have room; whether they have "
@@ -283,7 +284,7 @@ def _frontiers(grids: Sequence[Mapping[str, Any]], room: int) -> Figure | None:
     series = []
     for grid in grids:
         fits = zip(grid["batch_sizes"], frontier(grid, room), strict=True)
-        series.append(Curve(str(grid.get("strategy", "")), [(float(b), float(n)) for b, n in fits if n]))
+        series.append(Curve(grid["strategy"], [(float(b), float(n)) for b, n in fits if n]))
     if not any(curve.points for curve in series):
         return None
     return Figure(

@@ -20,6 +20,7 @@ from lowmem.memory.run import Run
 from lowmem.memory.surface import Surface
 from lowmem.memory.trace.extrapolate import extrapolated, remembered
 from lowmem.models.entries import resolve
+from lowmem.report import build
 from lowmem.strategies import optimizer
 from tests.enrolled import on_any_model
 from tests.memory.families import FAMILIES, batch, loss, model
@@ -273,6 +274,16 @@ def test_report_data_has_every_picture():
         line = entry["timeline"]
         assert len({len(values) for values in line["bytes"].values()}) == 1
         assert {"name", "start", "stop"} <= set(line["phases"][0])
+
+
+def test_maps_of_one_method_are_told_apart():
+    asked = "galore(rank=4),galore(rank=8)"
+    data = report_data(plan(FAMILIES["llama"](), asked, budget="1GiB", advise=False, **SMALL))
+    section = next(s for s in build(data).sections if s.title == "Sequence length and batch size")
+    names = ["galore (rank=4)", "galore (rank=8)"]
+    assert sorted(figure.title for figure in section.figures[1:]) == names
+    assert sorted(row[0] for row in section.tables[0].rows) == names
+    assert all(name in section.figures[0].svg for name in names)
 
 
 @pytest.mark.parametrize("release", [False, True])
