@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from lowmem.errors import UserError
@@ -38,6 +39,8 @@ def _say(kind: str, operations: int) -> None:
 class Patience(TorchFunctionMode):
     """Counts the operations that a forward pass calls and refuses a walk; later passes are not counted.
 
+    Nor is what hooks do before a module runs: a probe draws the noise of each weight there.
+
     Args:
         model: whose decoder layers are known.
     """
@@ -47,11 +50,12 @@ class Patience(TorchFunctionMode):
         self.model, self.layers = model, trainable.decoder_layers(model)
         self.kind = str(getattr(model.config, "model_type", type(model).__name__))
         self.done = self.operations = self.before = 0
-        self.begun = False
+        self.begun = self.hooked = False
+        self.modules = frozenset(model.modules())
         self.share = min(LAYER, OPERATIONS / max(1, len(self.layers)))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.begun and self.done < len(self.layers):
+        if self.begun and not self.hooked and self.done < len(self.layers):
             self.operations += 1
             if self.operations > FIRST + self.share * (self.done + 1):
                 raise UserError(
@@ -72,12 +76,21 @@ class Patience(TorchFunctionMode):
         if self.done == 1 and self.operations - self.before > SLOW:
             _say(self.kind, self.operations - self.before)
 
+    def _before_hooks(self, module: nn.Module, args: Any) -> None:
+        self.hooked = self.hooked or module in self.modules
+
+    def _after_hooks(self, module: nn.Module, args: Any) -> None:
+        self.hooked = False
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count within it."""
         handles = [layer.register_forward_hook(self._count) for layer in self.layers]
         handles += [layer.register_forward_pre_hook(self._enter) for layer in self.layers[:1]]
         handles.append(self.model.register_forward_pre_hook(self._begin))
+        # those of all modules run first, and a probe's are put before those that a module has by then
+        handles.append(register_module_forward_pre_hook(self._before_hooks))
+        handles += [module.register_forward_pre_hook(self._after_hooks) for module in self.modules]
         try:
             with self:
                 yield

@@ -14,7 +14,7 @@ from transformers.utils import logging as verbosity
 from lowmem.errors import UserError
 from lowmem.memory.plan import plan
 from lowmem.memory.trace import patience
-from tests.memory.families import batch, loss, model
+from tests.memory.families import FAMILIES, batch, loss, model
 
 TINY = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim"), 64),
@@ -152,3 +152,9 @@ def test_what_is_asked_of_parameters_before_a_pass_is_no_walk(monkeypatch):
     with patience.Patience(made).watching():
         assert all(p.requires_grad for _ in range(200) for p in weights)
         loss(made, inputs)
+
+
+@pytest.mark.parametrize("method", ["lozo", "zo_adamu"])
+def test_the_noise_that_a_probe_draws_before_a_layer_is_no_walk(method):
+    options = {"device": "cpu", "compile": "off", "advise": False, "batch_size": 2, "seq_len": 48}
+    assert plan(FAMILIES["llama"](), method, **options).plans[0].peak["allocated"]
