@@ -8,11 +8,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import OpenAIGPTConfig
 
 from lowmem import config as run_configs
 from lowmem import create
 from lowmem.errors import UserError
 from lowmem.memory.advice import emit, solve
+from lowmem.memory.advice.levers import waterfall
 from lowmem.memory.device.gpus import GIB, budget
 from lowmem.memory.pictures import extras, report_data
 from lowmem.memory.plan import plan
@@ -156,6 +158,30 @@ def test_levers_that_gain_nothing_are_named():
     assert "Gradient checkpointing gains nothing here" in why
     assert "Best lever: gradient checkpointing and release" in why
     assert "Closed form and trace agree" in why
+
+
+RELEASE, CHECKPOINTING, CHUNKED = "gradient release", "gradient checkpointing", "chunked loss"
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "left_out"),
+    [
+        ("openai-gpt", {}, CHECKPOINTING),
+        ("llama", {"few_bit": 3}, CHECKPOINTING),
+        ("llama", {"ranks": 2, "shard": "none"}, RELEASE),
+        ("llama", {"dtype": "float32", "autocast": True, "autocast_dtype": "float16"}, RELEASE),
+        ("llama", {"keep_output": True}, CHUNKED),
+    ],
+)
+def test_levers_are_runs_that_can_be_planned(family, options, left_out):
+    sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    config = OpenAIGPTConfig(**sizes) if family == "openai-gpt" else FAMILIES[family]()
+    found = plan(config, "adamw", **{**SMALL, **options})
+    steps = [row["lever"].removeprefix("+ ") for row in waterfall(found.config, found.run, found.made[0])]
+    for names in ([lever.name for lever in found.plans[0].levers], steps):
+        kept = {RELEASE, CHECKPOINTING, CHUNKED} - {left_out}
+        assert kept <= set(names)
+        assert left_out not in names
 
 
 def test_fits_and_misses_are_ranked():

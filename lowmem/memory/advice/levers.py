@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowmem.errors import UserError
 from lowmem.memory import closed_form
+from lowmem.memory.advice.ways import problem
 from lowmem.memory.count import state_bytes
 from lowmem.memory.footprint import Footprint, Peak, combine, footprint
 from lowmem.memory.run import Run
@@ -71,9 +73,19 @@ def levers(config: Any, run: Run, held: Footprint) -> tuple[Lever, ...]:
     needs = held.strategy.source.needs_autograd
     found = []
     for name, changed in variants(run, needs, not held.strategy.waits).items():
-        peak = quick_peak(config, changed, held)
-        found.append(Lever(name, peak.allocated, peak.event))
+        if (peak := _tried(config, changed, held)) is not None:
+            found.append(Lever(name, peak.allocated, peak.event))
     return tuple(sorted(found, key=lambda lever: lever.peak))
+
+
+def _tried(config: Any, run: Run, held: Footprint) -> Peak | None:
+    """The peak of a run that nobody has asked for; None where it cannot be planned."""
+    if problem(run, held.strategy):
+        return None
+    try:
+        return quick_peak(config, run, held)
+    except UserError:  # a model that does not take the lever, which is no fault of the run
+        return None
 
 
 def offloaded(held: Footprint) -> list[str]:
@@ -196,26 +208,33 @@ def waterfall(config: Any, run: Run, chosen: Strategy) -> list[dict[str, Any]]:
     """From plain AdamW lever by lever to the chosen strategy, zero gains included.
 
     Returns:
-        rows of {"lever", "peak", "event"}.
+        rows of {"lever", "peak", "event"}; none for what cannot be planned.
     """
     own = run.task != "sft"  # such a task has a loss of its own
     plain = replace(run, gradient_checkpointing=False, gradient_release=False)
-    plain = plain if own else replace(plain, loss="plain", label_tokens=None)
-    better = chosen if chosen.name != "adamw" and chosen.source.needs_autograd else create("adamw_8bit")
-    checkpointed = replace(plain, gradient_checkpointing=True)
-    steps: list[tuple[str, Run, Strategy]] = [
-        ("plain AdamW", plain, create("adamw")),
-        ("+ gradient checkpointing", checkpointed, create("adamw")),
-    ]
-    last = checkpointed
-    if run.accumulation == 1:
-        last = replace(checkpointed, gradient_release=True, max_grad_norm=0.0)
-        steps.append(("+ gradient release", last, create("adamw")))
-    steps.append((f"+ {better.name}", last, better))
-    steps += [] if own else [("+ chunked loss", replace(last, loss="chunked"), better)]
+    last = plain = plain if own else replace(plain, loss="plain", label_tokens=None)
     rows = []
-    for name, changed, strategy in steps:
+    for name, changes, strategy in _steps(run, chosen):
+        changed = replace(last, **changes)
+        changed = replace(changed, gradient_release=changed.gradient_release and not strategy.waits)
         held = footprint(strategy, extrapolated(config, plain).parameters, changed)
-        peak = quick_peak(config, changed, held)
-        rows.append({"lever": name, "peak": peak.allocated, "event": peak.event})
+        if (peak := _tried(config, changed, held)) is not None:
+            rows.append({"lever": name, "peak": peak.allocated, "event": peak.event})
+            last = changed
     return rows
+
+
+def _steps(run: Run, chosen: Strategy) -> list[tuple[str, dict[str, Any], Strategy]]:
+    """What changes from row to row of the waterfall, and the strategy of each."""
+    usual = create("adamw")
+    better = chosen if chosen.name != "adamw" and chosen.source.needs_autograd else create("adamw_8bit")
+    steps: list[tuple[str, dict[str, Any], Strategy]] = [
+        ("plain AdamW", {}, usual),
+        ("+ gradient checkpointing", {"gradient_checkpointing": True}, usual),
+    ]
+    if run.accumulation == 1:
+        steps.append(("+ gradient release", {"gradient_release": True, "max_grad_norm": 0.0}, usual))
+    steps.append((f"+ {better.name}", {}, better))
+    if run.task == "sft":
+        steps.append(("+ chunked loss", {"loss": "chunked"}, better))
+    return steps
