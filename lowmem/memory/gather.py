@@ -19,6 +19,7 @@ from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.tasks import kinds
 from lowmem.models.entries import ModelEntry, check_supported, resolve, to_dtype
 from lowmem.models.peft_methods import adapter_config
+from lowmem.optim.release import accumulation_problem
 from lowmem.optim.strategy import Strategy
 from lowmem.sources.quantized import misfit
 from lowmem.values import unallowed
@@ -121,6 +122,10 @@ def _check(run: Run) -> None:
         raise UserError(FEW_BIT)
     if run.offload_state and run.device == "cpu":
         raise UserError("offload_state: a CPU steps where its state is; leave it out, or plan for a GPU")
+    if run.activation_offload and run.device == "cpu":
+        raise UserError(
+            "activation_offload: a CPU has no other memory to spare; leave it out, or plan for a GPU"
+        )
     _check_adapters(run)
     if problems := list(several.of_plan(run)):
         raise UserError("; ".join(problems))
@@ -148,22 +153,43 @@ def unsuited(name: str, strategy: Strategy, run: Run) -> str:
     if run.task != "sft" and not strategy.source.needs_autograd:
         return f"{name} works without gradients, task {run.task} needs them"
     weights = misfit(name, strategy.source, run.quantize, run.adapts)
-    return weights or on_ranks(name, strategy, run) or on_codes(name, strategy, run)
+    return weights or _summed(strategy, run) or on_ranks(name, strategy, run) or on_codes(name, strategy, run)
 
 
-def without_effect(strategy: Strategy, options: Mapping[str, Any]) -> str:
-    """What a run asks of a strategy that has no use for it, as training refuses it; empty where all is well.
+def _summed(strategy: Strategy, run: Run) -> str:
+    """Why gradients of several micro-batches cannot be let go one by one; empty where they can."""
+    over_several = run.gradient_release and run.accumulation > 1
+    if not over_several or strategy.waits or not strategy.source.needs_autograd:
+        return ""  # where a strategy waits, nothing is let go: `plan.suited`
+    return accumulation_problem(strategy)
+
+
+POINTLESS = {
+    "gradient_checkpointing": "there is no backward pass to recompute activations for",
+    "activation_offload": "there is no backward pass to keep activations for",
+    "few_bit": "there is no backward pass to keep activations for",
+    "gradient_release": "there are no gradients to release",
+    "offload_state": "there is next to no state to keep elsewhere",
+}
+"""Options of backward passes, and why a strategy without gradients has no use for them."""
+
+
+def idle(strategy: Strategy, run: Run, asked: Mapping[str, Any]) -> str:
+    """Options that one strategy has no use for, empty for none; beside others it leaves them to those.
 
     Args:
-        strategy: the only one; options: of the run, as they were given.
+        strategy, run: of the plan; asked: the options as they were given, without those of a model object.
     """
     name = strategy.name or "the strategy"
+    if run.gradient_release and strategy.waits:
+        return f"gradient_release: {name} {strategy.waits}; leave it out"
     if strategy.source.needs_autograd:
-        waits = options.get("gradient_release") and strategy.waits
-        return f"gradient_release: {name} {strategy.waits}; leave it out" if waits else ""
-    spared = ("gradient_checkpointing", "gradient_release", "activation_offload", "few_bit", "offload_state")
-    given = ", ".join(option for option in spared if options.get(option))
-    return f"{given}: {name} takes no backward pass and has no gradients; leave it out" if given else ""
+        return ""
+    return "; ".join(
+        f"{option}: {name} works without gradients, {why}; leave it out"
+        for option, why in POINTLESS.items()
+        if asked.get(option) and getattr(run, option)
+    )
 
 
 def on_ranks(name: str, strategy: Strategy, run: Run) -> str:

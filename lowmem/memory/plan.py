@@ -177,11 +177,12 @@ def plan(
     """
     name, config = gather.model_config(model)
     made = gather.strategies(strategy, options, trained=run_options.get("weights") is not None)
+    given = run_options
     if isinstance(config, Given):
         run_options = gather.as_it_is(config, run_options)
     run = gather.make_run(run_options)
-    if len(made) == 1 and (idle := gather.without_effect(made[0], run_options)):
-        raise UserError(idle)  # of several, each is planned with what it takes
+    if len(made) == 1 and (problem := gather.idle(made[0], run, given)):
+        raise UserError(problem)
     limit = limit_of(gpu, budget, run.compute_capability)
     asked, run = run, gather.on_card(run, limit) if limit is not None else run
     made = [one.sided(run.sharded) for one in made]

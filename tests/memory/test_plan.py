@@ -353,6 +353,26 @@ def test_bad_input_is_one_line(arguments, match):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options", "match"),
+    [
+        ("adamw", {"gradient_release": True, "accumulation": 2}, "needs the whole gradient of a window"),
+        ("adamw", {"task": "kto", "batch_size": 1}, "batch_size: kto compares"),
+        ("adamw", {"device": "cpu", "activation_offload": True}, "activation_offload: a CPU"),
+        ("mezo", {"gradient_release": True}, "there are no gradients to release"),
+        ("mezo", {"few_bit": 2}, "no backward pass to keep"),
+    ],
+)
+def test_what_finetune_refuses_is_not_planned(strategy, options, match):
+    with pytest.raises(UserError, match=match):
+        plan(FAMILIES["llama"](), strategy, **{**SMALL, **options})
+
+
+def test_options_of_gradients_are_for_those_among_several_that_have_some():
+    found = plan(FAMILIES["llama"](), "adamw,mezo", gradient_release=True, advise=False, **SMALL)
+    assert {row.strategy for row in found.plans} == {"adamw", "mezo"}
+
+
 def test_unknown_strategy_and_strange_models():
     with pytest.raises(UserError, match="did you mean 'galore'"):
         plan(FAMILIES["llama"](), "galor")

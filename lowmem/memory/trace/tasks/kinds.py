@@ -130,6 +130,10 @@ def problems(run: Any) -> list[str]:
             f"num_generations: {run.num_generations or 8} answers per prompt do not divide batch_size x "
             f"accumulation = {run.batch_size * run.accumulation}; make that a multiple",
         ),
+        (
+            run.task == "kto" and run.batch_size < 2,
+            "batch_size: kto compares the rows of a batch with each other; make it 2 or more",
+        ),
         (run.rows == "packed", f"rows packed: task {run.task} pads its rows; use full or padded"),
         (run.ranks > 1, f"ranks: task {run.task} is planned on one card; leave ranks out"),
         (run.keep_output, f"keep_output: the trainer of task {run.task} keeps no logits; leave it out"),
