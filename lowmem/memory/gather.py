@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
@@ -53,6 +54,13 @@ def model_config(model: Any) -> tuple[str, Any]:
     return name, Given(model)
 
 
+KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+}
+"""Types of a run's options: what is taken for one, and what to write."""
 WEIGHTS = ("weights", "int8_embeddings")
 """Options that say how weights are held."""
 
@@ -64,7 +72,7 @@ def as_it_is(given: Given, options: Mapping[str, Any]) -> dict[str, Any]:
         UserError: an option that would make another model of it.
     """
     own = given.options()
-    asked = {name: value for name, value in options.items() if value is not None}
+    asked = typed(options)
     for f in fields(Run):
         name = f.name
         if (f.metadata["group"] == "Adapters" or name in WEIGHTS) and asked.get(name):
@@ -91,12 +99,32 @@ def make_run(options: Mapping[str, Any]) -> Run:
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
         raise UserError(f"plan has no option {unknown!r}; {nearest(unknown, known)}")
-    values = {name: value for name, value in options.items() if value is not None}
+    values = typed(options)
     if "dtype" in values:
         values["dtype"] = str(to_dtype(values["dtype"])).removeprefix("torch.")
     run = Run(**kinds.completed(values))
     _check(run)
     return run
+
+
+def typed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that are given, once their types are known to be those of a run.
+
+    Raises:
+        UserError: naming all that are of another type; a word is not guessed to be a number or a no.
+    """
+    values = {name: value for name, value in options.items() if value is not None}
+    hints = get_type_hints(Run)
+    found = []
+    for name in values.keys() & hints.keys() - {"dtype"}:  # a torch.dtype will do
+        kind = next(kind for kind in KINDS if kind in (hints[name], *get_args(hints[name])))
+        allowed, words = KINDS[kind]
+        value = values[name]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            found.append(f"{name} must be {words}, got {value!r}")
+    if found:
+        raise UserError("; ".join(sorted(found)))
+    return values
 
 
 def on_card(run: Run, limit: Budget) -> Run:
@@ -106,18 +134,22 @@ def on_card(run: Run, limit: Budget) -> Run:
     return replace(run, compute_capability=capability, workspace=workspace)
 
 
-def _check(run: Run) -> None:
+def _limits(run: Run) -> Iterator[str]:
+    """Values that are none of the choices, or out of range."""
     for f in fields(run):
         value, allowed, least = getattr(run, f.name), f.metadata["choices"], f.metadata["least"]
         if value is None:
             continue
         if allowed and value not in allowed:
-            raise UserError(f"{f.name} {unallowed(str(value), allowed)}")
+            yield f"{f.name} {unallowed(str(value), allowed)}"
         if least is not None and not least <= value < f.metadata["below"]:
             limits = f"at least {least} and below {int(f.metadata['below'])}"
-            raise UserError(f"{f.name} must be {limits}, got {value}")
-    if problems := kinds.problems(run):
-        raise UserError("; ".join(problems))
+            yield f"{f.name} must be {limits}, got {value}"
+
+
+def _check(run: Run) -> None:
+    if found := list(_limits(run)) or kinds.problems(run):
+        raise UserError("; ".join(found))
     if run.few_bit and run.gradient_checkpointing:
         raise UserError(FEW_BIT)
     if run.offload_state and run.device == "cpu":
