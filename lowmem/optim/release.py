@@ -53,21 +53,20 @@ class Release:
     _square: dict[torch.device, Tensor] = field(default_factory=dict)
     _previous: dict[torch.device, Tensor] = field(default_factory=dict)
     _low: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    _stepped: set[nn.Parameter] = field(default_factory=set)
     _handles: list[Any] = field(default_factory=list)
     _shard: Shard | None = None
 
     def attach(self) -> None:
         """Hook every trainable parameter."""
-        group = self.optimizer.param_groups[0]
-        known = float(group["previous_norm"])
         for _, p in self.optimizer.named_parameters():
             if trains(p):
                 self._shard = self._shard or self.optimizer.place(p).shard
                 with awake(p):
                     hook = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
                 self._handles.append(hook)
-                if known >= 0.0:
-                    self._previous.setdefault(p.device, torch.tensor(known, device=p.device))
+        self._on_load()
+        self._handles.append(self.optimizer.register_load_state_dict_post_hook(self._on_load))
         self._handles.append(self.optimizer.register_step_post_hook(self._on_step))
         self._handles.append(self.optimizer.register_state_dict_pre_hook(self._on_save))
         self.optimizer.released = True
@@ -78,6 +77,7 @@ class Release:
             handle.remove()
         self._handles.clear()
         self._low.clear()
+        self._stepped.clear()
         self.optimizer.released = False
 
     def grad_norm(self) -> float:
@@ -104,8 +104,19 @@ class Release:
             return
         gradient = self._gradient(p)
         if gradient is not None:
+            self._once(p)
             self.optimizer.step_param(p, gradient)
             p.grad = None
+
+    def _once(self, p: nn.Parameter) -> None:
+        """Refuse a part of a gradient that comes after the tensor was stepped by another part of it."""
+        if p in self._stepped:
+            raise UserError(
+                f"gradient release: {self.optimizer.place(p).name!r} was stepped and gets another gradient "
+                f"before step(); give accumulation_steps, and set `sync` to False for all but the last "
+                f"backward pass of a step; where a layer runs twice, checkpoint it with use_reentrant=False"
+            )
+        self._stepped.add(p)
 
     def _accumulate(self, p: nn.Parameter, g: Tensor, rule: AnyRule) -> None:
         state = self.optimizer.ready(p)[0].parts[0].state
@@ -149,7 +160,17 @@ class Release:
         for device, square in self._summed().items():
             self._previous[device] = square.sqrt()
         self._square.clear()
+        self._stepped.clear()
         self.projected = False
+
+    def _on_load(self, *_: Any) -> None:
+        """Go by the norm that the groups know, and by nothing of a step that is not there any more."""
+        known = float(self.optimizer.param_groups[0]["previous_norm"])
+        devices = {p.device for _, p in self.optimizer.named_parameters() if trains(p)}
+        self._previous = {d: torch.tensor(known, device=d) for d in devices if known >= 0.0}
+        self._square.clear()
+        self._low.clear()
+        self._stepped.clear()
 
     def _on_save(self, *_: Any) -> None:
         if self._previous:
@@ -212,7 +233,19 @@ def _problems(optimizer: LowMemOptimizer, steps: int, clip: str, max_norm: float
         )
     if steps > 1 and strategy.source.needs_autograd:
         found.append(accumulation_problem(strategy))
+    if _copies(optimizer):
+        found.append(
+            "gradient release: copies of a model would step by gradients that are not summed over their "
+            "processes; shard the model with fully_shard, or leave it out"
+        )
     return found
+
+
+def _copies(optimizer: LowMemOptimizer) -> bool:
+    """Whether there are other processes, and each has the whole model."""
+    group = torch.distributed
+    alone = not (group.is_available() and group.is_initialized()) or group.get_world_size() == 1
+    return not alone and not optimizer.roster.spread
 
 
 def accumulation_problem(strategy: Strategy) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from lowmem import several
 from lowmem.errors import ConfigError, UserError
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors.checks import idle
@@ -76,9 +77,17 @@ class Factory:
     """What a stock trainer calls to make the optimizer once it has the model."""
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> LowMemOptimizer:
-        """Make the optimizer from the keyword arguments that `hf_optimizer` returned."""
+        """Make the optimizer from the keyword arguments that `hf_optimizer` returned.
+
+        Raises:
+            UserError: tensors take turns, and several processes are to train copies.
+        """
         settings = dict(kwargs)
         strategy = build_strategy(settings.pop("strategy"), settings.pop("options"))
+        group = torch.distributed
+        ranks = group.get_world_size() if group.is_available() and group.is_initialized() else 1
+        if strategy.turns and ranks > 1:  # DDP would sum no gradient of what rests while it is made
+            raise UserError(several.one_device(strategy.name or "the strategy", ranks))
         return make_optimizer(model, strategy, **settings)
 
 
