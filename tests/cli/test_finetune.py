@@ -334,9 +334,15 @@ def test_ctrl_c_leaves_a_checkpoint_and_exits_with_130(flags: list[str], tmp_pat
     assert json.loads(done.stdout)["resumed_from"] == left.name
 
 
-def test_a_ruined_run_ends_with_a_word(flags: list[str], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_ruined_run_ends_with_a_word(
+    flags: list[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import load_file, save_file
 
+    from lowmem.training import evaluation
+
+    # a base is refused that is ruined before; few steps ruin none as surely
+    monkeypatch.setattr(evaluation, "refuse_ruined", lambda *_: None)
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     weights = load_file(folder / "model.safetensors")
