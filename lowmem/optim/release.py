@@ -233,19 +233,7 @@ def _problems(optimizer: LowMemOptimizer, steps: int, clip: str, max_norm: float
         )
     if steps > 1 and strategy.source.needs_autograd:
         found.append(accumulation_problem(strategy))
-    if _copies(optimizer):
-        found.append(
-            "gradient release: copies of a model would step by gradients that are not summed over their "
-            "processes; shard the model with fully_shard, or leave it out"
-        )
     return found
-
-
-def _copies(optimizer: LowMemOptimizer) -> bool:
-    """Whether there are other processes, and each has the whole model."""
-    group = torch.distributed
-    alone = not (group.is_available() and group.is_initialized()) or group.get_world_size() == 1
-    return not alone and not optimizer.roster.spread
 
 
 def accumulation_problem(strategy: Strategy) -> str:
