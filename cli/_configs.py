@@ -64,6 +64,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     from lowmem.combinations import no_gradient, of_activations, of_precision, of_weights_and_method
+    from lowmem.memory.gather import POINTLESS
     from lowmem.models.entries import to_dtype
     from lowmem.optim.release import accumulation_problem
     from lowmem.optim.tensors.checks import idle
@@ -96,14 +97,9 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
         over_several = values["gradient_release"] and values["accumulation"] > 1
         refusal = accumulation_problem(strategy) if over_several else ""
         return found + ([f"accumulation: {refusal}"] if refusal else [])
-    pointless = {
-        "gradient_checkpointing": "there is no backward pass to recompute activations for",
-        "gradient_release": "there are no gradients to release",
-        "offload_state": "there is next to no state to keep elsewhere",
-    }
     found += [
-        f"{name}: {values['optim']} works without gradients, {reason}; leave it out"
-        for name, reason in pointless.items()
+        f"{name}: {values['optim']} works without gradients, {POINTLESS[name]}; leave it out"
+        for name in ("gradient_checkpointing", "gradient_release", "offload_state")
         if values[name]
     ]
     if values["clip"] not in ("auto", "none"):
