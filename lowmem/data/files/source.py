@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import UserError, first_line
+from lowmem.texts import is_pointer
 
 Row = dict[str, Any]
 
@@ -38,7 +39,6 @@ _ZEROS: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "utf-16-le",
     (True, False, True, False): "utf-16-be",
 }  # which of the first bytes are zero, where a text begins with two letters of ASCII
-_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,10 @@ def refuse_pointer(path: Path) -> None:
         UserError: it is such a pointer, or cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(_POINTER)) == _POINTER
+        pointer = is_pointer(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if is_pointer:
+    if pointer:
         raise UserError(f"{path} is a pointer of git LFS, not the data: run git lfs pull in its repository")
 
 
