@@ -21,14 +21,22 @@ pytestmark = [
     pytest.mark.skipif("CAPABILITY not in ('AVX2', 'AVX512')", reason="another kind of processor"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-METHODS = {"sgd": {}, "adamw": {"states": "bf16"}, "adamw_8bit": {}, "lion": {"modifiers": "cautious"}}
+METHODS = {
+    "sgd": ("sgd", {}),
+    "adamw": ("adamw", {"states": "bf16"}),
+    "companded8": ("adamw_8bit", {"states": "companded8"}),
+    "int8": ("adamw_8bit", {"states": "int8"}),
+    "int4": ("adamw_8bit", {"states": "int4"}),
+    "lion": ("lion", {"modifiers": "cautious"}),
+}
 
 
 def step(dtype: torch.dtype, method: str) -> tuple[list[Tensor], str]:
     """What two steps leave behind, by gradients of all kinds, and the code of their kernels."""
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(67, 83, generator=generator).to(dtype))
-    optimizer = lowmem.optimizer([p], method, lr=1e-2, weight_decay=0.1, compile="on", **METHODS[method])
+    name, options = METHODS[method]
+    optimizer = lowmem.optimizer([p], name, lr=1e-2, weight_decay=0.1, compile="on", **options)
     p.grad = torch.randn(67, 83, generator=generator).to(dtype)
     p.grad[3, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
     _, codes = run_and_get_code(optimizer.step)
@@ -55,6 +63,10 @@ def test_vectors_stay_whole(dtype: torch.dtype, method: str, monkeypatch: pytest
         )
         assert loaded
         assert set(loaded) == {"16"}
+    if CAPABILITY == "AVX2":
+        assert not re.search(r"Vectorized<u?int8_t>::loadu\(.*static_cast<int64_t>\((8|16)L?\)\)", code)
+        assert "convert<int8_t>" not in code
+        assert "convert<uint8_t>" not in code
     monkeypatch.setattr(kernel, "whole_vectors", contextlib.nullcontext)
     theirs, other = step(dtype, method)
     assert other != code

@@ -24,12 +24,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.engine.compiling.private import ABSENT, look, private, say
-from lowmem.optim.engine.compiling.processor import (
-    forget_instructions,
-    instructions_believed,
-    refused,
-    whole_vectors,
-)
+from lowmem.optim.engine.compiling.processor import forget_instructions, instructions_believed, refused
+from lowmem.optim.engine.compiling.vectors import whole_vectors
 
 Kernel = Callable[..., None]
 
