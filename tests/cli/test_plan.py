@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], said: str) 
 
 
 def test_assumed_units_and_lengths_are_said(tiny_model: Path) -> None:
-    done = invoke("--model", str(tiny_model), "--seq-len", "512", "--budget", "2")
+    done = invoke("--model", str(tiny_model), "--optim", "adamw", "--seq-len", "512", "--budget", "2")
     assert done.exit_code == 0, done.output
     assert "taken as GiB" in done.stderr
     assert "512" in done.stderr

@@ -39,13 +39,19 @@ SMALL = {"batch_size": 2, "seq_len": 48}
     ("options", "gib", "event"),
     [
         ({}, 50.22, "embedding backward"),
-        ({"gradient_checkpointing": True}, 50.22, "embedding backward"),
-        ({"gradient_release": True}, 49.83, "loss backward"),
+        pytest.param(
+            {"gradient_checkpointing": True}, 50.22, "embedding backward", marks=pytest.mark.thorough
+        ),
+        pytest.param({"gradient_release": True}, 49.83, "loss backward", marks=pytest.mark.thorough),
         ({"gradient_checkpointing": True, "gradient_release": True}, 38.95, "loss backward"),
         ({"attention": "eager"}, 74.58, "first layer backward"),
-        ({"dtype": "float32", "autocast": True}, 104.31, "loss backward"),
-        ({"lora_rank": 16, "adapter_dtype": "bfloat16"}, 23.90, "loss backward"),
-        ({"lora_rank": 16, "autocast": True}, 26.20, "loss backward"),
+        pytest.param(
+            {"dtype": "float32", "autocast": True}, 104.31, "loss backward", marks=pytest.mark.thorough
+        ),
+        pytest.param(
+            {"lora_rank": 16, "adapter_dtype": "bfloat16"}, 23.90, "loss backward", marks=pytest.mark.thorough
+        ),
+        pytest.param({"lora_rank": 16, "autocast": True}, 26.20, "loss backward", marks=pytest.mark.thorough),
         ({"lora_rank": 16, "gradient_checkpointing": True}, 14.26, "loss backward"),
     ],
     ids=[
