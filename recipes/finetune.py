@@ -184,13 +184,14 @@ def _model(config: RunConfig) -> tuple[Any, Any]:
 
 def _measure(trainer: Any, config: RunConfig, console: Console, when: str) -> dict[str, Any]:
     """What the held-out rows say, the answers to the prompts; where asked, general text and benchmarks."""
-    from lowmem.training.evaluation import answers, held_out
+    from lowmem.training.evaluation import answers, held_out, measuring
     from lowmem.training.general import general_loss, scores
 
     console.start(f"evaluate {when}", len(trainer.get_eval_dataloader()))
     found = held_out(trainer, console)
     console.finish()
-    said = answers(trainer.model, trainer.processing_class, config.prompt, tell=console.say)
+    with measuring(trainer):
+        said = answers(trainer.model, trainer.processing_class, config.prompt, tell=console.say)
     general = general_loss(trainer) if config.forgetting else None
     benchmarks = scores(trainer, config.eval)
     return {
@@ -269,6 +270,8 @@ def _result(
     from lowmem.strategies import create
     from lowmem.training.folder.saving import nonfinite_weights
 
+    with trainer.evaluated():
+        ruined = nonfinite_weights(trainer.model)
     answered = zip(config.prompt, before["answers"], after["answers"], strict=True)
     ranks = trainer.args.world_size if trainer.is_fsdp_enabled else 1
     adamw = {
@@ -288,7 +291,7 @@ def _result(
         "seconds": measured["seconds"],
         "state_bytes": trainer.lowmem_optimizer.state_bytes(),
         "nonfinite_elements": trainer.nonfinite(),
-        "nonfinite_weights": nonfinite_weights(trainer.model),
+        "nonfinite_weights": ruined,
         "adamw_state_bytes": adamw,
         "peak_bytes": measured["peak"],
         "samples": [{"prompt": p, "before": b, "after": a} for p, b, a in answered],

@@ -7,6 +7,7 @@ has slow weights, weight prediction is ahead of its own. What lies between is he
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,8 @@ from lowmem.optim.engine.cutting import read_flat, write_flat
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.optimizer import LowMemOptimizer
 
+_INSIDE: weakref.WeakSet[LowMemOptimizer] = weakref.WeakSet()
+
 
 @contextmanager
 def evaluated(optimizer: LowMemOptimizer) -> Iterator[None]:
@@ -26,8 +29,9 @@ def evaluated(optimizer: LowMemOptimizer) -> Iterator[None]:
 
         W + lr B,  B as the rule says, lr that of the group now
 
-    Save a model for use inside, a checkpoint outside; no step is taken inside. Holds a copy of each weight
-    that differs: nothing where the method evaluates what it trains, as most do.
+    Save a model for use inside, a checkpoint outside; no step is taken inside. Inside another one of the same
+    optimizer it changes nothing more. Holds a copy of each weight that differs: nothing where the method
+    evaluates what it trains, as most do.
 
     Args:
         optimizer: whose weights.
@@ -44,24 +48,39 @@ def evaluated(optimizer: LowMemOptimizer) -> Iterator[None]:
         >>> round(weight[0, 0].item(), 6)
         0.9
     """
+    if optimizer in _INSIDE:
+        yield
+        return
     kept: list[tuple[Tensor, Tensor]] = []
+    _INSIDE.add(optimizer)
     try:
         with torch.no_grad():
-            for p, whole in (
-                (p, p.detach()) for _, p in optimizer.named_parameters() if optimizer.state.get(p)
-            ):
-                for part in optimizer.ready(p)[0].parts:
-                    w, hp = part.of(whole), optimizer.hyper(p, part)
-                    hp = replace(hp, step=max(0, hp.step - 1))  # that of the basis which is held
-                    beside = part.rule.beside(part.state, matrix_shape(w.shape), hp)
-                    if beside is not None:
-                        kept.append((w, w.clone()))
-                        _displace_(w, beside, hp.lr)
+            for w, beside, lr in _displacements(optimizer):
+                kept.append((w, w.clone()))
+                _displace_(w, beside, lr)
         yield
     finally:
+        _INSIDE.discard(optimizer)
         with torch.no_grad():
             for w, before in kept:
                 w.copy_(before)
+
+
+@torch.no_grad()
+def is_beside(optimizer: LowMemOptimizer) -> bool:
+    """Whether the method now evaluates other weights than those it trains."""
+    return next(_displacements(optimizer), None) is not None
+
+
+def _displacements(optimizer: LowMemOptimizer) -> Iterator[tuple[Tensor, Blocks, float]]:
+    """Each weight that is evaluated elsewhere, with B and lr."""
+    for p, whole in ((p, p.detach()) for _, p in optimizer.named_parameters() if optimizer.state.get(p)):
+        for part in optimizer.ready(p)[0].parts:
+            w, hp = part.of(whole), optimizer.hyper(p, part)
+            hp = replace(hp, step=max(0, hp.step - 1))  # that of the basis which is held
+            beside = part.rule.beside(part.state, matrix_shape(w.shape), hp)
+            if beside is not None:
+                yield w, beside, hp.lr
 
 
 def _displace_(w: Tensor, beside: Blocks, lr: float) -> None:

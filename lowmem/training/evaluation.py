@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +109,31 @@ def evaluation_batches(trainer: Any, console: Console | None = None) -> Iterator
         trainer: with evaluation rows; console: told after each batch.
     """
     trainer.shard()
+    try:
+        with measuring(trainer):
+            for count, (batch, counts) in enumerate(own_batches(trainer), start=1):
+                yield trainer._prepare_inputs(batch), counts
+                if console is not None:
+                    console.advance(count, {})
+    finally:
+        trainer.reshard()
+        getattr(trainer, "_metrics", {"eval": {}})["eval"].clear()
+
+
+@contextmanager
+def measuring(trainer: Any) -> Iterator[None]:
+    """The model as it would be saved for use now, without dropout and gradients; afterwards as it was.
+
+    Args:
+        trainer: of any task, before, during or after training.
+    """
     model, was = trainer.model, trainer.model.training
     model.eval()
     try:
-        for count, (batch, counts) in enumerate(own_batches(trainer), start=1):
-            with torch.no_grad():
-                yield trainer._prepare_inputs(batch), counts
-            if console is not None:
-                console.advance(count, {})
+        with trainer.evaluated(), torch.no_grad():
+            yield
     finally:
-        trainer.reshard()
         model.train(was)
-        getattr(trainer, "_metrics", {"eval": {}})["eval"].clear()
 
 
 class HeldOut(TrainerCallback):

@@ -9,15 +9,13 @@ A run can lower the loss on rows like its own and forget the rest. The text is s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
-import torch
 from torch.nn import functional
 
 from lowmem.errors import UserError, first_line
+from lowmem.training.evaluation import measuring
 
 LONGEST = 512  # tokens of a passage
 
@@ -40,7 +38,7 @@ def general_loss(trainer: Any) -> float:
     """
     model, total, count = trainer.model, 0.0, 0
     longest = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
-    with evaluating(model), trainer.compute_loss_context_manager():
+    with measuring(trainer), trainer.compute_loss_context_manager():
         for text in passages():
             ids = trainer.processing_class(text, return_tensors="pt")["input_ids"][:, :longest]
             ids = ids.to(model.device)
@@ -71,7 +69,7 @@ def scores(trainer: Any, asked: str) -> dict[str, float]:
     )  # else thousands are read, for half a minute
     size = trainer.args.per_device_eval_batch_size
     try:
-        with evaluating(trainer.model):
+        with measuring(trainer):
             model = HFLM(
                 pretrained=trainer.accelerator.unwrap_model(trainer.model),
                 tokenizer=trainer.processing_class,
@@ -89,15 +87,3 @@ def scores(trainer: Any, asked: str) -> dict[str, float]:
         for metric, value in metrics.items()
         if isinstance(value, (int, float)) and "stderr" not in metric and metric != "sample_len"
     }
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout and gradients; its mode is put back."""
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was)

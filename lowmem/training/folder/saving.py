@@ -22,7 +22,7 @@ from lowmem.models import sealed
 from lowmem.models.adapters import name_base
 from lowmem.models.int8 import files as int8
 from lowmem.models.int8.convert import weights
-from lowmem.optim.evaluated import evaluated
+from lowmem.optim.evaluated import evaluated, is_beside
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.shards import local, shard_of
 from lowmem.optim.tensors.marks import trains
@@ -139,17 +139,22 @@ class WholeCheckpoints:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Of the weights that the method evaluates."""
-        with self._evaluated():
+        with self.evaluated():
             return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Others get the weights that the method evaluates."""
+        with self.evaluated():
+            return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint holds the weights of training, a model for use those that the method evaluates.
 
-        The best of several checkpoints, loaded at the end, is saved as it is.
+        One without an optimizer is of no other use than that.
         """
-        as_held = _internal_call or self.args.load_best_model_at_end
+        trained = _internal_call and not self.args.save_only_model
         self._codes = _internal_call or self.keep_int8
-        with nullcontext() if as_held else self._evaluated():
+        with nullcontext() if trained else self.evaluated():
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -160,13 +165,26 @@ class WholeCheckpoints:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        """Read the weights of the best checkpoint; int8 codes as they were."""
-        if weights(self.model) and self.state.best_model_checkpoint:
-            int8.restore_(self.model, self.state.best_model_checkpoint)
-            return
-        super()._load_best_model()  # type: ignore[misc]
+        """Read the weights of the best checkpoint, and what the method evaluates beside them.
 
-    def _evaluated(self) -> AbstractContextManager[None]:
+        Int8 codes as they were.
+        """
+        best = self.state.best_model_checkpoint
+        if weights(self.model) and best:
+            int8.restore_(self.model, best)
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+        if not is_beside(self.lowmem_optimizer):
+            return
+        if self.args.save_only_model:  # these are the evaluated ones, the state is of others
+            self.lowmem_optimizer.state.clear()
+            return
+        skipped = self.lowmem_optimizer.chunks.skipped  # counted over the whole run
+        super()._load_optimizer_and_scheduler(best)  # type: ignore[misc]
+        self.lowmem_optimizer.chunks.skipped = skipped
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """The weights that the method evaluates and `save_model` saves; afterwards those of training."""
         return nullcontext() if self.optimizer is None else evaluated(self.lowmem_optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -73,7 +73,10 @@ def test_a_loss_is_measured_without_dropout_and_leaves_the_mode() -> None:
     model = Dropping().train()
     tokenizer = lambda text, **_: {"input_ids": torch.tensor([list(text.encode())])}  # noqa: E731
     trainer = SimpleNamespace(
-        model=model, processing_class=tokenizer, compute_loss_context_manager=nullcontext
+        model=model,
+        processing_class=tokenizer,
+        compute_loss_context_manager=nullcontext,
+        evaluated=nullcontext,
     )
     assert general_loss(trainer) == pytest.approx(torch.tensor(256.0).log().item())
     assert model.training
