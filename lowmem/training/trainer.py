@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lowmem import several
-from lowmem.errors import ConfigError, UserError
+from lowmem.errors import UserError
 from lowmem.models.computing.loss import label_loss, pays, supports
 from lowmem.models.computing.packed import pack
 from lowmem.models.computing.wide import wide
@@ -31,14 +30,14 @@ from lowmem.models.int8.convert import late
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import gathered
 from lowmem.optim.tensors import resting
-from lowmem.optim.tensors.offload import NO_CUDA
 from lowmem.training.arguments import LowMemArguments, LowMemFields, own_name
 from lowmem.training.callbacks import Divergence, Interruption
 from lowmem.training.curvature import tell_curvature
 from lowmem.training.factory import hf_optimizer, make_optimizer, refuse_foreign, refuse_half
 from lowmem.training.folder.saving import WholeCheckpoints
 from lowmem.training.freezing import freezing_of
-from lowmem.training.ranks.sharding import Sharded, of_run, refuse_alone, refuse_masters
+from lowmem.training.ranks.sharding import Sharded, refuse_alone, refuse_masters
+from lowmem.training.searched import Searched
 from lowmem.training.zeroth.scales import admitted
 from lowmem.training.zeroth.steps import ZerothOrder
 
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["LowMemMixin", "LowMemSFTTrainer", "LowMemTrainer", "hf_optimizer"]  # noqa: F822 (made on first use)
 
 
-class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
+class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded, Searched):
     """What a Hugging Face trainer needs to run any strategy; mix in before the trainer."""
 
     optimizer: Any
@@ -62,8 +61,6 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
         if not isinstance(self.args, LowMemFields):
             kind, given = type(self).__name__, type(self.args).__name__
             raise UserError(f"{kind} takes LowMemArguments or LowMemSFTConfig (or its like), not {given}")
-        self._strategy = self.args.strategy()
-        self._clip = self.args.clip_policy
         self._release: Release | None = None
         self._sync: LowRankSync | None = None
         self._told_state = False
@@ -71,12 +68,10 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded):
         self._steps: int | None = None
         self._interruption = Interruption()
         self._divergence = Divergence(self.args.nonfinite_limit)
+        self._read_arguments()
         freezing = freezing_of(self.model, differentiates=self._strategy.source.needs_autograd)
         for callback in (self._interruption, self._divergence, *([freezing] if freezing else [])):
             self.add_callback(callback)  # type: ignore[attr-defined]
-        problems = _engine_problems(self)
-        if problems:
-            raise ConfigError(problems)
 
     # ---- the optimizer ----
 
@@ -325,26 +320,3 @@ def __getattr__(name: str) -> Any:
     if name == "LowMemSFTTrainer":
         return _sft_trainer()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _engine_problems(trainer: Any) -> list[str]:
-    """What only the trainer knows of the devices it runs on."""
-    name, args = trainer._strategy.name, trainer.args
-    by_values = not trainer._strategy.source.needs_autograd  # several processes exchange losses
-    copied = not trainer.is_fsdp_enabled and (args.gradient_release or trainer._strategy.turns)
-    alone = copied or bool(trainer._strategy.asks) or (by_values and args.n_gpu > 1)
-    what = "gradient_release" if args.gradient_release else name
-    rules = [
-        (args.offload_state and args.device.type != "cuda", NO_CUDA),
-        (args.offload_state and trainer.is_fsdp_enabled, several.STAYS),
-        (trainer.is_deepspeed_enabled, several.DEEPSPEED),
-        (
-            args.gradient_sync == "low_rank" and args.world_size < 2,
-            "gradient_sync: there is one process, which exchanges nothing; leave it out, or start several",
-        ),
-        (
-            alone and (args.world_size > 1 or args.n_gpu > 1),
-            several.one_device(what, max(args.world_size, args.n_gpu)),
-        ),
-    ]
-    return [text for broken, text in rules if broken] + of_run(trainer)

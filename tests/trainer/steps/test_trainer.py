@@ -15,7 +15,7 @@ from lowmem.memory.count import model_state_bytes
 from lowmem.strategies import parse_options
 from lowmem.training import tasks
 from lowmem.training.arguments import LowMemArguments
-from lowmem.training.trainer import _engine_problems
+from lowmem.training.searched import engine_problems
 from tests.enrolled import FIRST, STAND_FOR_OTHERS, by_turns, unlike
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
@@ -411,21 +411,21 @@ def test_engines_that_only_the_run_knows_of_are_refused(tmp_path):
         is_deepspeed_enabled=True,
         is_fsdp_enabled=True,
     )
-    assert [problem.split(":")[0] for problem in _engine_problems(run)] == ["deepspeed", "fsdp_version"]
+    assert [problem.split(":")[0] for problem in engine_problems(run)] == ["deepspeed", "fsdp_version"]
     run.is_deepspeed_enabled = run.is_fsdp_enabled = False
-    (ignored,) = _engine_problems(run)  # accelerate shards nothing between processes on CPUs
+    (ignored,) = engine_problems(run)  # accelerate shards nothing between processes on CPUs
     assert ignored.startswith("fsdp: accelerate shards between cards only, here it made MULTI_CPU of 2,")
     args.fsdp = False
-    assert _engine_problems(run) == []  # several processes exchange their losses
+    assert engine_problems(run) == []  # several processes exchange their losses
     args.world_size, args.n_gpu = 1, 2  # one process that would spread a batch over its devices
-    assert [problem.split(";")[0] for problem in _engine_problems(run)] == [
+    assert [problem.split(";")[0] for problem in engine_problems(run)] == [
         "mezo: runs on one device for now, found 2"
     ]
     args.world_size, args.n_gpu = 2, 1
     run._strategy = create("galore")
-    assert _engine_problems(run) == []  # plain data parallelism
+    assert engine_problems(run) == []  # plain data parallelism
     run._strategy = create("badam")  # it knows what is trained once, and tensors take turns
-    assert _engine_problems(run)[0].startswith("badam: runs on one device for now, found 2")
+    assert engine_problems(run)[0].startswith("badam: runs on one device for now, found 2")
     run._strategy = create("galore")
     args.gradient_release = True
-    assert "runs on one device for now, found 2" in _engine_problems(run)[0]
+    assert "runs on one device for now, found 2" in engine_problems(run)[0]
