@@ -6,6 +6,7 @@ Trainer's own decay groups, named parameters, and hyper-parameters as given.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from lowmem.optim.strategy import Strategy
 
 
-def decay_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay applies to, by the Trainer's own rule."""
-    return set(Trainer.get_decay_parameter_names(cast(Any, None), model))
-
-
 def make_optimizer(
     model: nn.Module,
     strategy: Strategy,
@@ -41,6 +37,7 @@ def make_optimizer(
     compile: str = "auto",
     steps: int | None = None,
     offload_state: bool = False,
+    decay_names: Collection[str] | None = None,
 ) -> LowMemOptimizer:
     """An optimizer over the trainable parameters of a model, with the Trainer's decay groups.
 
@@ -50,14 +47,18 @@ def make_optimizer(
         lr: learning rate of every group; a scheduler changes it in the groups.
         betas: decay rates of the moments.
         eps: added to the denominator of the step.
-        weight_decay: decoupled; 0 for biases and norms.
+        weight_decay: decoupled; of others than `decay_names` 0.
         seed: of everything random in the strategy.
         compile: auto, on or off.
         steps: of the run, where that is known; a few do not pay for compiling.
         offload_state: keep state in the host's memory between steps.
+        decay_names: names that decay; if None, by the Trainer's own rule all but biases and norms.
     """
     trained = strategy.source.trained(model)
-    groups = param_groups(model, weight_decay=weight_decay, decay_names=decay_names(model), trained=trained)
+    if decay_names is None:
+        decay_names = Trainer.get_decay_parameter_names(cast(Any, None), model)
+    decaying = set(decay_names)
+    groups = param_groups(model, weight_decay=weight_decay, decay_names=decaying, trained=trained)
     return LowMemOptimizer(
         groups,
         strategy,
@@ -101,11 +102,12 @@ def hf_optimizer(
     seed: int = 0,
     compile: str = "auto",
     offload_state: bool = False,
+    decay_names: Collection[str] | None = None,
     **options: Any,
 ) -> tuple[type[Factory], dict[str, Any]]:
     """Optimizer for any stock Trainer, as its `optimizer_cls_and_kwargs`.
 
-    The stock Trainer passes nothing from its arguments on, so lr and the like are
+    The stock Trainer passes nothing of its own on, so lr and the like are
     given here; its scheduler starts from this lr. A trainer whose constructor does
     not take the pair (TRL's DPO) takes it as the attribute `optimizer_cls_and_kwargs`,
     set before `train()`. Gradient release and strategies without gradients need
@@ -116,10 +118,12 @@ def hf_optimizer(
         lr: peak learning rate.
         betas: decay rates of the moments.
         eps: added to the denominator of the step.
-        weight_decay: decoupled; 0 for biases and norms.
+        weight_decay: decoupled; of others than `decay_names` 0.
         seed: of everything random in the strategy.
         compile: auto, on or off.
         offload_state: keep state in the host's memory between steps.
+        decay_names: names that decay, such as a Trainer's own `get_decay_parameter_names` says; if None all
+            but biases and norms.
         **options: the strategy's own, as for `lowmem.create`.
 
     Raises:
@@ -141,6 +145,7 @@ def hf_optimizer(
         )
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
     settings |= {"offload_state": True} if offload_state else {}
+    settings |= {} if decay_names is None else {"decay_names": decay_names}
     return Factory, {"strategy": name, "options": options, "compile": compile, **settings}
 
 

@@ -94,6 +94,7 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded, Searched):
                 compile=args.compile,
                 steps=self._steps,
                 offload_state=args.offload_state,
+                decay_names=self.get_decay_parameter_names(owner),  # type: ignore[attr-defined]
             )
         return cast(torch.optim.Optimizer, self.optimizer)
 

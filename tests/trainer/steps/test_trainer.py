@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import tiny
-from tiny_runs import Rows, assert_equal, keep_only, logged, stock, trainer, weights
+from tiny_runs import BASE, Rows, assert_equal, keep_only, logged, stock, trainer, weights
 
 from lowmem import create, hf_optimizer
 from lowmem.config import build
@@ -366,6 +366,23 @@ def test_best_checkpoint_is_named_by_its_final_place_and_kept(tmp_path):
     made.train()
     assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
+
+
+def test_weight_decay_applies_to_what_a_trainer_of_ones_own_says(tmp_path):
+    from lowmem.training.trainer import LowMemTrainer
+
+    class OfNorms(LowMemTrainer):
+        def get_decay_parameter_names(self, model):
+            return [name for name, _ in model.named_parameters() if "norm" in name]
+
+    values = BASE | {"optim": "adamw", "max_steps": 1}
+    args = LowMemArguments(output_dir=str(tmp_path), **values)
+    own = OfNorms(tiny(), args, train_dataset=Rows())
+    names = own.get_decay_parameter_names(own.model)
+    factory, kwargs = hf_optimizer("adamw", lr=1e-2, weight_decay=0.1, decay_names=names)
+    for optimizer in (own.create_optimizer(), factory()(tiny(), **kwargs)):
+        decays = {n for g in optimizer.param_groups if g["weight_decay"] for n in g["param_names"]}
+        assert decays == set(names)
 
 
 def test_an_optimizer_beside_the_strategy_is_refused(tmp_path):
