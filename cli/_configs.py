@@ -63,7 +63,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
-    from lowmem.combinations import no_gradient, of_activations, of_precision, of_weights_and_method
+    from lowmem.combinations import no_gradient, of_activations, of_noise, of_precision, of_weights_and_method
     from lowmem.memory.gather import POINTLESS
     from lowmem.models.entries import to_dtype
     from lowmem.optim.release import accumulation_problem
@@ -93,6 +93,7 @@ def _strategy_problems(values: Mapping[str, Any]) -> list[str]:
     found = idle(values["optim"], strategy.rules.values(), betas=values["betas"], eps=values["eps"])
     found += of_precision(values, differentiates=strategy.source.needs_autograd)
     found += of_activations(values, differentiates=strategy.source.needs_autograd)
+    found += of_noise(values, differentiates=strategy.source.needs_autograd)
     if strategy.source.needs_autograd:
         over_several = values["gradient_release"] and values["accumulation"] > 1
         refusal = accumulation_problem(strategy) if over_several else ""

@@ -204,6 +204,20 @@ def of_activations(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
     return [f"{', '.join(given)}: {v['optim']} keeps no activations for a backward pass; leave it out"]
 
 
+def of_noise(v: Mapping[str, Any], *, differentiates: bool) -> list[str]:
+    """Settings of noise that a run does not make.
+
+    Args:
+        v: settings of a run; differentiates: whether its strategy takes backward passes.
+    """
+    pairs = [pair.partition("=") for pair in v["adapter_args"].split(",")]
+    given = [name for name in ("neftune", "lora_dropout") if v[name]]
+    given += [f"adapter_args {name}" for name, _, value in pairs if "dropout" in name and value.strip("0.")]
+    if differentiates or not given:
+        return []
+    return [f"{', '.join(given)}: {v['optim']} evaluates the loss without noise and dropout; leave it out"]
+
+
 def of_adapters(v: Mapping[str, Any]) -> list[str]:
     """Settings of adapters that are not trained."""
     lora = [

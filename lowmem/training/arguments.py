@@ -259,6 +259,7 @@ def _gradient_free(args: Any) -> list[str]:
             f"clip: {name} has no gradients to clip; leave it out",
         ),
         (args.fp16, f"fp16: {name} takes no backward pass to scale the loss for; load the model in float16"),
+        (args.neftune_noise_alpha, f"neftune_noise_alpha: {name} evaluates without noise; leave it out"),
         (args.torch_compile, f"torch_compile: {name} swaps weights during the forward pass; leave it out"),
     ]
     return [text for broken, text in rules if broken]

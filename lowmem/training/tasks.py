@@ -105,6 +105,7 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
         missing_tracker,
         no_gradient,
         of_activations,
+        of_noise,
         of_precision,
         of_weights_and_method,
     )
@@ -122,6 +123,7 @@ def refuse(config: RunConfig, *, cuda: bool) -> None:
         *of_precision(settings, differentiates=source.needs_autograd),
         *of_weights_and_method(settings, differentiates=source.needs_autograd, writer=writer),
         *of_activations(settings, differentiates=source.needs_autograd),
+        *of_noise(settings, differentiates=source.needs_autograd),
     ]
     if config.activation_offload and not cuda:
         problems.append("activation_offload: there is no GPU whose memory it would spare; leave it out")

@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 
 import lowmem
 import lowmem.cli as cli
+from lowmem.config import build
 from lowmem.errors import ConfigError, UserError
 from lowmem.optim.tensors.checks import idle
 from lowmem.optim.tensors.groups import param_groups
 from lowmem.training.arguments import LowMemArguments, LowMemSFTConfig
+from lowmem.training.tasks import refuse
 from tests.enrolled import on_any_model
 
 NUMBERS: list[dict[str, Any]] = [{"betas": (0.8, 0.9)}, {"eps": 1e-4}]
@@ -132,3 +134,44 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
             output_dir=str(tmp_path), optim="adafactor", adam_beta1=0.5, adam_epsilon=1e-3, clip="no"
         )
     assert [text.split(":")[0] for text in caught.value.problems] == ["clip", "betas", "eps"]
+
+
+NOISE: list[tuple[dict[str, Any], str]] = [
+    ({"neftune": 5}, "neftune"),
+    ({"lora_rank": 2, "lora_dropout": 0.1}, "lora_dropout"),
+    (
+        {"adapter": "vera", "adapter_args": "vera_dropout=0.1,projection_prng_key=3"},
+        "adapter_args vera_dropout",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "name"), NOISE)
+@pytest.mark.parametrize("optim", ["mezo", "adamw"])
+def test_noise_in_a_loss_that_is_evaluated_without(
+    optim: str, given: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    """Refused beside everything else, when a configuration is checked and when a run begins."""
+    (tmp_path / "rows.jsonl").write_text("")
+    values = {"model": "gpt2", "optim": optim, "data": str(tmp_path / "rows.jsonl"), "few_bit": 3, **given}
+    said = f"{name}: mezo evaluates the loss without noise and dropout; leave it out"
+    (tmp_path / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    done = CliRunner().invoke(cli.app, ["validate", str(tmp_path / "run.yaml")])
+    if optim == "adamw":
+        assert done.exit_code == 0, done.stderr
+        refuse(build(values), cuda=False)
+        return
+    assert (done.exit_code, said in done.stderr, "few_bit" in done.stderr) == (2, True, True), done.stderr
+    with pytest.raises(ConfigError) as caught:
+        refuse(build(values), cuda=False)
+    assert {said, "few_bit: mezo keeps no activations for a backward pass; leave it out"} <= {
+        *caught.value.problems
+    }
+
+
+@pytest.mark.parametrize("kind", [LowMemArguments, LowMemSFTConfig])
+def test_noise_in_arguments_of_a_method_without_gradients(kind: Any, tmp_path: Path) -> None:
+    values = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "neftune_noise_alpha": 5.0}
+    kind(optim="adamw", **values)
+    with pytest.raises(ConfigError, match="neftune_noise_alpha: mezo evaluates without noise; leave it out"):
+        kind(optim="mezo", **values)
