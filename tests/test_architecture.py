@@ -88,6 +88,7 @@ FLOORS = {
         {"footprint", "exchange"},
         {"advice.kinds"},
         {"advice.ways"},
+        {"between"},
         {"surface", "lengths", "advice.wording", "advice.cards", "advice.found"},
         {"advice.levers"},
         {"plan"},

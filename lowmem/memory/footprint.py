@@ -33,7 +33,6 @@ from lowmem.optim.engine.chunks import GRIDS, Chunks
 from lowmem.optim.engine.cutting import POLICIES, compiled_spans, policy
 from lowmem.optim.engine.layout import ROW
 from lowmem.optim.engine.together import ELEMENTS, TENSORS
-from lowmem.optim.int8.coding import PIECE
 from lowmem.optim.shards import Shard
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors.checks import pays
@@ -42,8 +41,6 @@ from lowmem.optim.tensors.outside import forms
 from lowmem.sources import directions
 
 Steps = Literal["all", "large", "none"]
-ENCODING = 20
-"""Bytes on the way to a code, of fp32 copies."""
 STEP, RELEASE, SAVE, LOAD = "optimizer step", "release step", "save", "load"
 
 
@@ -293,30 +290,6 @@ class Peak:
     def allocated(self) -> int:
         """Bytes of tensors at the peak."""
         return sum(self.at_peak.values())
-
-
-def saving(trace: Trace, run: Run) -> Moment:
-    """What lives while a checkpoint is written, beside the optimizer's: files are written from the tensors.
-
-    On a CUDA device each is copied to the host for it, one after the other.
-    """
-    weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
-    library = -(-run.library // run.granularity) * run.granularity
-    taken = {"weights": weights, "workspace": library + decoded(trace)}
-    return Moment(SAVE, dict.fromkeys(CATEGORIES, 0) | taken, -1)
-
-
-def loading(trace: Trace, run: Run) -> Moment:
-    """What lives while int8 weights are made: those that are, and one of the file, encoded by pieces."""
-    weights = min(moment.bytes.get("weights", 0) for moment in trace.moments.values())
-    sizes = [(_product(p.shape), p.dtype.itemsize) for p in trace.parameters]
-    largest = max(count * each + ENCODING * min(count, PIECE) for count, each in sizes)
-    return Moment(LOAD, dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "workspace": largest}, -1)
-
-
-def decoded(trace: Trace) -> int:
-    """Bytes of the largest weight of codes, as it is written."""
-    return max([0, *(_product(p.shape) * p.dtype.itemsize for p in trace.parameters if p.coded)])
 
 
 def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = MappingProxyType({})) -> Peak:

@@ -16,8 +16,9 @@ them, simulated), device (with the CUDA context). The verdict simulates the allo
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,23 +28,25 @@ from lowmem.memory.advice import levers as advice
 from lowmem.memory.advice import wording
 from lowmem.memory.advice.cards import needed
 from lowmem.memory.advice.levers import Lever
-from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict, simulate
+from lowmem.memory.between import beside, simulated
+from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict
 from lowmem.memory.device.gpus import Budget, limit_of
 from lowmem.memory.device.gpus import budget as parse_budget
-from lowmem.memory.footprint import LOAD, SAVE, Footprint, Peak, combine, footprint, loading, saving
+from lowmem.memory.footprint import LOAD, SAVE, Footprint, Peak, combine, footprint
 from lowmem.memory.run import Run
 from lowmem.memory.surface import formula
-from lowmem.memory.trace.extrapolate import evaluated, remembered
+from lowmem.memory.trace.extrapolate import evaluation, remembered
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.ranks import AFTER, BUCKETS, GATHER, TAIL
 from lowmem.memory.trace.replica import EVALUATION, Trace
-from lowmem.memory.trace.tracker import Moment
+from lowmem.memory.trace.tracker import Tracker
 from lowmem.memory.trace.windows import special
 from lowmem.optim.strategy import Strategy
 
 AGREEMENT = 0.1  # percent by which the two methods may differ
 TYPICAL = "step of a typical batch"
 WORDS = (None, FITS, RETRIES, OUT)  # best first
+Reserve = Callable[[int | None], Verdict]  # what the allocator makes of a run within so many bytes, or of any
 
 
 @dataclass(frozen=True)
@@ -227,21 +230,20 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     run = suited(run, strategy)
     found = traced(config, run, strategy)
     held = footprint(strategy, found.parameters, run)
-    step, peak = combine(found, held), combine(found, held, _beside(config, run, found))
+    step, peak = combine(found, held), combine(found, held, beside(config, run, found))
     levers = advice.levers(config, run, held) if advise else ()
     check = _cross_check(config, run, held, step)
     spared = [s for say in (advice.roles, advice.side) if advise for s in say(strategy, found.parameters)]
     why = [*advice.sentences(peak, levers, run), *advice.offloaded(held), *spared, *_agreement(check)]
-    verdict = None if limit is None else simulated(found, held, limit.capacity)
-    if verdict is not None and limit is not None and peak.allocated > limit.capacity:
-        verdict = replace(verdict, fits=False)  # an evaluation is not among the steps
-    room = None if limit is None or verdict is None else _headroom(limit, verdict, peak, found, held)
+    reserve = functools.partial(simulated, found, held, evaluation=_evaluation(config, run))
+    verdict = None if limit is None else _verdict(reserve, limit, peak)
+    room = None if limit is None or verdict is None else _headroom(reserve, verdict, limit, peak)
     return StrategyPlan(
         strategy=strategy.name or "custom",
         options=dict(strategy.options),
         state_bytes=held.state_bytes,
         at_peak=dict(peak.at_peak),
-        peak=_sizes(found, held, peak, limit, run),
+        peak=_sizes(reserve, peak, limit, run),
         event=peak.event,
         events={**peak.events, **_typical(config, run, held)},
         certainty=_certainty(run, held, peak.event),
@@ -256,12 +258,14 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     )
 
 
-def _beside(config: Any, run: Run, found: Trace) -> dict[str, Moment]:
-    """What happens between steps: evaluations and saves."""
-    evaluation = run.evaluation
-    evaluations = {EVALUATION: evaluated(config, evaluation)} if evaluation is not None else {}
-    loads = {LOAD: loading(found, run)} if run.weights else {}
-    return {**evaluations, **loads, SAVE: saving(found, run)}
+def _evaluation(config: Any, run: Run) -> Tracker | None:
+    """The evaluation that the allocator meets after the steps; one within their own forward pass is none."""
+    return evaluation(config, run.evaluation) if run.evaluation and run.evaluates_more else None
+
+
+def _verdict(reserve: Reserve, limit: Budget, peak: Peak) -> Verdict:
+    found = reserve(limit.capacity)
+    return replace(found, fits=False) if peak.allocated > limit.capacity else found
 
 
 def _typical(config: Any, run: Run, held: Footprint) -> dict[str, int]:
@@ -269,40 +273,23 @@ def _typical(config: Any, run: Run, held: Footprint) -> dict[str, int]:
     if run.typical is None:
         return {}
     usual = replace(run, seq_len=min(run.typical, run.seq_len), typical=None)
-    return {TYPICAL: advice.quick_peak(config, usual, held).allocated}
+    return {TYPICAL: advice.step_peak(config, usual, held).allocated}
 
 
-def simulated(found: Trace, held: Footprint, capacity: int | None) -> Verdict:
-    """What the caching allocator makes of the steps."""
-    if found.tracker is None:
-        raise ValueError("the allocator needs a full trace")
-    tracker = found.tracker
-    start = tracker.phases[0][0]
-    scratch = [(len(tracker.stream), held.worst)]
-    if found.releases:
-        name = max(found.releases, key=lambda n: found.releases[n].total + held.scratch.get(n, 0))
-        scratch = [(found.releases[name].at, held.scratch.get(name, 0))]
-    kept = (*held.tensors, *held.grids)
-    return simulate(tracker.stream, tracker.sizes, start, kept, scratch, capacity=capacity)
-
-
-def _sizes(
-    found: Trace, held: Footprint, peak: Peak, limit: Budget | None, run: Run
-) -> dict[str, int | None]:
+def _sizes(reserve: Reserve, peak: Peak, limit: Budget | None, run: Run) -> dict[str, int | None]:
     if run.device == "cpu":  # no caching allocator, no context
         return {"allocated": peak.allocated, "reserved": None, "device": None}
     card = limit or parse_budget(1 << 50, run.compute_capability)
-    reserved = simulated(found, held, None).reserved
+    reserved = reserve(None).reserved
     return {"allocated": peak.allocated, "reserved": reserved, "device": reserved + card.outside}
 
 
-def _headroom(limit: Budget, verdict: Verdict, peak: Peak, found: Trace, held: Footprint) -> int:
+def _headroom(reserve: Reserve, verdict: Verdict, limit: Budget, peak: Peak) -> int:
     """Bytes to spare or missing: to the tensors where it fits, to what is reserved where it does not."""
     spare = limit.capacity - peak.allocated
     if verdict.word == FITS or spare < 0:
         return spare
-    reserved = simulated(found, held, None).reserved
-    return min(-1, limit.usable - limit.outside - reserved)
+    return min(-1, limit.usable - limit.outside - reserve(None).reserved)
 
 
 def _certainty(run: Run, held: Footprint, event: str) -> dict[str, str]:

@@ -125,6 +125,11 @@ class Run:
         return replace(self, batch_size=rows, label_tokens=labels)
 
     @property
+    def evaluates_more(self) -> bool:
+        """Whether an evaluation has more rows than a step: else it holds no more than a forward pass does."""
+        return self.evaluation is not None and self.evaluation.batch_size > self.batch_size
+
+    @property
     def sharded(self) -> bool:
         """Whether the rows of weights are spread over several cards."""
         return self.ranks > 1 and self.shard == "full"

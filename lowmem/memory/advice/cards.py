@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lowmem.memory import between
 from lowmem.memory.advice.ways import problem
 from lowmem.memory.footprint import Steps, combine, footprint
 from lowmem.memory.run import Run
@@ -35,9 +36,10 @@ def needed(
     for ranks in (n for n in NUMBERS if n > above):
         tried = replace(run, ranks=ranks, per_node=None)
         found = extrapolated(config, tried, special(strategy))
-        size = 0
+        beside, size = between.above(config, tried, found), 0
         for counted in dict.fromkeys(("none", steps)):  # scratch takes longest to count, and only adds
-            size = combine(found, footprint(strategy, found.parameters, tried, steps=counted)).allocated
+            held = footprint(strategy, found.parameters, tried, steps=counted)
+            size = combine(found, held, beside).allocated
             if size > (1 - ROOM) * capacity:
                 break
         else:

@@ -14,6 +14,7 @@ from typing import Any
 from lowmem.errors import UserError
 from lowmem.memory import closed_form
 from lowmem.memory.advice.ways import problem
+from lowmem.memory.between import above
 from lowmem.memory.count import state_bytes
 from lowmem.memory.footprint import Footprint, Peak, combine, footprint
 from lowmem.memory.run import Run
@@ -57,15 +58,26 @@ def variants(run: Run, needs_autograd: bool, releases: bool = True) -> dict[str,
         found["half the batch"] = replace(run, batch_size=run.batch_size // 2)
     elif run.seq_len > 256:
         found["half the sequence"] = replace(run, seq_len=run.seq_len // 2)
+    if run.evaluates_more and run.task != "grpo":
+        found["evaluation of the training's batch"] = replace(run, eval_batch_size=None)
     return found
 
 
-def quick_peak(config: Any, run: Run, held: Footprint) -> Peak:
-    """The peak of a run at the cost of a formula or a few layers."""
+def step_peak(config: Any, run: Run, held: Footprint) -> Peak:
+    """The peak of a step at the cost of a formula or a few layers."""
     strategy = special(held.strategy)
     if strategy is None and closed_form.supports(config, run):
         return as_peak(config, run, held)
     return combine(extrapolated(config, run, strategy), held)
+
+
+def quick_peak(config: Any, run: Run, held: Footprint) -> Peak:
+    """The peak of a run at that cost: of a step, or of what happens between steps where that takes more."""
+    strategy = special(held.strategy)
+    if strategy is None and closed_form.supports(config, run) and not (run.evaluates_more or held.copied):
+        return as_peak(config, run, held)
+    found = extrapolated(config, run, strategy)
+    return combine(found, held, above(config, run, found))
 
 
 def levers(config: Any, run: Run, held: Footprint) -> tuple[Lever, ...]:

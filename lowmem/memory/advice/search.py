@@ -28,6 +28,7 @@ from lowmem.memory.advice.cards import wider
 from lowmem.memory.advice.found import Found
 from lowmem.memory.advice.kinds import kind_of
 from lowmem.memory.advice.ways import LEVERS, Choice, Way, problem, refused, ways
+from lowmem.memory.between import above
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES
 from lowmem.memory.device.gpus import Budget
 from lowmem.memory.footprint import Footprint, Peak, Steps, combine, footprint
@@ -263,7 +264,7 @@ class _Finder:
     def _peak(self, strategy: Strategy, run: Run, steps: Steps = "large") -> tuple[Peak, Footprint]:
         found = extrapolated(self.config, run, special(strategy))
         held = self._held(strategy, run, found, steps)
-        return combine(found, held), held
+        return combine(found, held, above(self.config, run, found)), held
 
     def _held(self, strategy: Strategy, run: Run, found: Trace, steps: Steps) -> Footprint:
         """What a strategy adds; of the levers, one changes it."""

@@ -186,6 +186,7 @@ def simulate(
     *,
     capacity: int | None = None,
     steps: int = 3,
+    after: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> Verdict:
     """Replay a traced step several times with an optimizer's state and scratch.
 
@@ -197,6 +198,7 @@ def simulate(
         scratch: (place in the stream, bytes) of the optimizer's transient memory, ascending.
         capacity: bytes the device gives to segments.
         steps: repetitions; what lives at the end of a step is freed before the next.
+        after: a stream and its sizes, replayed once the steps are done.
     """
     allocator = Allocator(capacity)
     held: dict[int, Block] = {}
@@ -210,6 +212,7 @@ def simulate(
                     allocator.malloc(size)
             for block in living.values():
                 allocator.free(block)
+        _replay(allocator, after[0], after[1], {}, 0, ())
     except OutOfMemoryError:
         return Verdict(allocator.peak_reserved, allocator.peak_allocated, allocator.retries, False)
     return Verdict(allocator.peak_reserved, allocator.peak_allocated, allocator.retries, True)

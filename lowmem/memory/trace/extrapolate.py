@@ -18,8 +18,8 @@ from typing import Any
 from lowmem.memory.run import Run
 from lowmem.memory.trace import replica
 from lowmem.memory.trace.given import Given
-from lowmem.memory.trace.replica import Trace, evaluation, let_go, on_rank, trace
-from lowmem.memory.trace.tracker import Moment
+from lowmem.memory.trace.replica import Trace, let_go, on_rank, trace
+from lowmem.memory.trace.tracker import Moment, Tracker
 from lowmem.memory.trace.windows import Parameter, resting
 from lowmem.models.entries import parameter_count, skeleton
 from lowmem.optim.strategy import Strategy
@@ -114,31 +114,42 @@ def _never_rests(config: Any, run: Run, strategy: Strategy) -> bool:
 
 
 def evaluated(config: Any, run: Run) -> Moment:
-    """`evaluation` at the cost of a few layers; made once for all runs that evaluate alike.
+    """The largest instant of `evaluation` at the cost of a few layers; once for all that evaluate alike.
 
     Args:
         config: a transformers configuration; run: the options, with those of the evaluation's batch.
     """
+    depth = int(config.num_hidden_layers)
+    low, high = _samples(config)
+    if isinstance(config, Given) or depth <= high or not uniform(config, low, high):
+        return _evaluated(_evaluating(config, run))
+    a, b = (_evaluated(_evaluating(shallow(config, layers), run)) for layers in (low, high))
+    return _line(a, b, depth=depth, low=low, high=high)
+
+
+def evaluation(config: Any, run: Run) -> Tracker:
+    """`replica.evaluation` of the whole model, with its stream; arguments as `evaluated`."""
+    return _evaluation(_evaluating(config, run))
+
+
+def _evaluating(config: Any, run: Run) -> _Key:
+    """One key for all runs that evaluate alike."""
     alike = replace(
         run, gradient_checkpointing=False, gradient_release=False, accumulation=1, max_grad_norm=0.0,
         activation_offload=False, few_bit=None,
         keep_output=False, compile="auto", steps=None, eval_batch_size=None, typical=None,
     )  # fmt: skip
-    find = functools.partial(_evaluated, run=alike)
-    depth = int(config.num_hidden_layers)
-    low, high = _samples(config)
-    if isinstance(config, Given) or depth <= high or not uniform(config, low, high):
-        return find(config)
-    return _line(find(shallow(config, low)), find(shallow(config, high)), depth=depth, low=low, high=high)
-
-
-def _evaluated(config: Any, run: Run) -> Moment:
-    return _evaluation(_Key(config, run, None))
+    return _Key(config, alike, None)
 
 
 @functools.lru_cache(maxsize=64)
-def _evaluation(key: _Key) -> Moment:
-    return evaluation(key.config, key.run)
+def _evaluated(key: _Key) -> Moment:
+    return _evaluation(key).moments()[replica.EVALUATION]
+
+
+@functools.lru_cache(maxsize=4)
+def _evaluation(key: _Key) -> Tracker:
+    return replica.evaluation(key.config, key.run)
 
 
 def _samples(config: Any) -> tuple[int, int]:

@@ -165,8 +165,8 @@ def on_rank(found: Trace, run: Run) -> Trace:
     )
 
 
-def evaluation(config: Any, run: Run) -> Moment:
-    """The largest instant of a forward pass over an evaluation batch: no graph, no dropout, no gradients.
+def evaluation(config: Any, run: Run) -> Tracker:
+    """A forward pass over an evaluation batch, its one phase: no graph, no dropout, no gradients.
 
     Args:
         config: as for `trace`; run: the options, with the rows and tokens of that batch.
@@ -185,7 +185,7 @@ def evaluation(config: Any, run: Run) -> Moment:
         if run.ranks > 1:
             tracker, _ = ranks.held(tracker, ranks.units(model), run)
         tracker.stop()
-    return tracker.moments()[EVALUATION]
+    return tracker
 
 
 @contextmanager

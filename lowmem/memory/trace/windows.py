@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,11 @@ class Parameter:
     role: str
     shard: Shard | None = None
     coded: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Numbers of the whole tensor."""
+        return math.prod(self.shape)
 
 
 def special(strategy: Strategy) -> Strategy | None:

@@ -10,7 +10,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import lowmem
+from lowmem.memory import plan as planning
+from lowmem.memory.advice.search import search
+from lowmem.memory.device.gpus import Budget
 from lowmem.memory.lengths import lengths
+from lowmem.memory.plan import Plan
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.strategies import optimizer
 from tests.memory.families import FAMILIES, batch, model
@@ -62,7 +66,7 @@ def test_a_deep_model_evaluates_like_a_shallow_one() -> None:
     config = FAMILIES["llama"]()
     config.num_hidden_layers = 8
     run = Run(batch_size=2, seq_len=48)
-    assert evaluated(config, run).total == evaluation(config, run).total
+    assert evaluated(config, run).total == evaluation(config, run).peak().total
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "galore", "microadam"])  # the last fills tensors up
@@ -90,6 +94,46 @@ def test_a_larger_evaluation_batch_can_bind() -> None:
     assert many.headroom_bytes < 0 < few.headroom_bytes
     none = lowmem.plan(FAMILIES["llama"](), "mezo", eval_batch_size=0, **SMALL).plans[0]
     assert "evaluation" not in none.events
+
+
+MANY = {**SMALL, "device": "cuda", "eval_batch_size": 256}
+
+
+@pytest.fixture(scope="module")
+def evaluating() -> Plan:
+    """A plan whose evaluation binds, at a budget between the two."""
+    return lowmem.plan(FAMILIES["llama"](), "adamw", budget="2GiB", **MANY | {"advise": True})
+
+
+def test_levers_go_by_an_evaluation_that_binds(evaluating: Plan) -> None:
+    row = evaluating.plans[0]
+    levers = {lever.name: lever for lever in row.levers}
+    assert (row.event, levers["gradient checkpointing"].event) == ("evaluation", "evaluation")
+    assert levers["gradient checkpointing"].peak == row.peak["allocated"]
+    few = lowmem.plan(FAMILIES["llama"](), "adamw", **SMALL | {"device": "cuda"}).plans[0]
+    assert levers["evaluation of the training's batch"].peak == few.peak["allocated"]
+
+
+def test_an_evaluation_that_binds_is_reserved_for(evaluating: Plan) -> None:
+    row = evaluating.plans[0]
+    reserved = row.peak["reserved"]
+    assert reserved is not None
+    assert reserved >= row.peak["allocated"] > 2 * row.events["loss backward"]
+    tensors = Budget(row.peak["allocated"], (0, 0), 0)  # which leaves nothing for segments
+    tight = planning.row(evaluating.config, evaluating.run, evaluating.made[0], tensors, advise=False)
+    assert (row.fits, tight.fits) == (True, False)
+
+
+def test_a_search_goes_by_an_evaluation_that_binds(evaluating: Plan) -> None:
+    room = evaluating.plans[0].peak["allocated"] - 1
+    card, wish = (
+        Budget(room, (0, 0), evaluating.run.library),
+        {"batch_size": 2, "seq_len": 48, "dtype": "float32"},
+    )
+    (row,) = search(
+        evaluating.config, card, {**wish, "eval_batch_size": 256, "lora_rank": 0}, among=["adamw"], top=0
+    )
+    assert (row.verdict, row.peak.event) == ("out of memory", "evaluation")
 
 
 def test_a_typical_batch_is_a_shorter_one() -> None:
