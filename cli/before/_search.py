@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import UserError
+from lowmem.memory.run import Run
 
 from .. import render
 from .._report import tabulated
@@ -27,7 +28,7 @@ def searched(
     """The rows of a search, and the plan of the first; its levers cost some seconds more."""
     from lowmem.memory.device.gpus import limit_of
 
-    limit = limit_of(gpu, budget, flags.get("compute_capability"))
+    limit = limit_of(gpu, budget, flags.get("compute_capability"), flags.get("device") or Run.device)
     if limit is None:
         raise UserError("what fits depends on the card: give --gpu NAME or --budget 23.5GiB, or --optim NAME")
     with _sharing(model=model, limit=limit, options=dict(flags), full=full) as beside:

@@ -75,7 +75,8 @@ def command(
         _check_folder(target)
     looking = optim is None and bool(gpu or budget)
     _check_search(looking, full, optim_args)
-    if looking and limit_of(gpu, budget, None):  # a card that is not known is said first
+    device = flags["device"] or Run.device
+    if looking and limit_of(gpu, budget, None, device):  # a card that is not known is said first
         render.say(f"{model}: looking for what fits {gpu or budget}, method by method")
     from .._progress import Bars
 

@@ -186,7 +186,7 @@ def plan(
     run = gather.make_run(run_options)
     if len(made) == 1 and (problem := gather.idle(made[0], run, given)):
         raise UserError(problem)
-    limit = limit_of(gpu, budget, run.compute_capability)
+    limit = limit_of(gpu, budget, run.compute_capability, run.device)
     asked, run = run, gather.on_card(run, limit) if limit is not None else run
     made = [one.sided(run.sharded) for one in made]
     rows = [row(config, run, one, limit, advise=advise) for one in made]
@@ -252,7 +252,7 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
         headroom_bytes=room,
         why=tuple(why),
         levers=levers,
-        ranks_needed=needed(config, run, strategy, limit.capacity) if limit and run.sharded else None,
+        ranks_needed=needed(config, run, strategy, limit.room) if limit and run.sharded else None,
         cross_check=check,
         away=held.away,
     )
@@ -264,6 +264,8 @@ def _evaluation(config: Any, run: Run) -> Tracker | None:
 
 
 def _verdict(reserve: Reserve, limit: Budget, peak: Peak) -> Verdict:
+    if not limit.cached:
+        return Verdict(peak.allocated, peak.allocated, 0, peak.allocated <= limit.capacity)
     found = reserve(limit.capacity)
     return replace(found, fits=False) if peak.allocated > limit.capacity else found
 

@@ -54,6 +54,8 @@ def test_table_report_and_run(tiny_model: Path, tmp_path: Path) -> None:
         (["--model", "gpt2", "--html", "/no/such/folder/x.html"], "does not exist"),
         (["--model", "gpt2", "--quantize", "nf4"], "lora_rank"),
         (["--model", "gpt2", "--gpu", "t4", "--budget", "4GiB"], "one of the two"),
+        (["--model", "gpt2", "--gpu", "t4", "--device", "cpu"], "device is cpu"),
+        (["--model", "gpt2", "--gpu", "t4", "--device", "cpu", "--optim", "adamw"], "device is cpu"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:

@@ -198,6 +198,17 @@ def test_fits_and_misses_are_ranked():
     assert {row.verdict for row in found.plans} <= {"fits", "fits with retries", "out of memory"}
 
 
+def test_a_budget_of_a_cpu_is_judged_by_the_tensors():
+    on = {**SMALL, "device": "cpu", "advise": False}
+    peak = plan(FAMILIES["llama"](), "adamw", **on).plans[0].peak["allocated"]
+    whole, less = (plan(FAMILIES["llama"](), "adamw", budget=size, **on) for size in (peak, peak - 1))
+    assert [(p.plans[0].verdict, p.plans[0].headroom_bytes) for p in (whole, less)] == [
+        ("fits", 0),
+        ("out of memory", -1),
+    ]
+    assert any("the budget is for tensors" in text for text in whole.assumptions)
+
+
 @pytest.mark.parametrize("unknown", ["seq_len", "batch_size"])
 def test_solution_fits_and_much_more_does_not(unknown):
     run, limit = Run(batch_size=1, seq_len=256), budget("1GiB")
@@ -343,6 +354,7 @@ def test_beyond_the_models_length_is_a_warning_with_the_number():
     [
         ({"gpu": "rtx9999"}, "unknown GPU"),
         ({"budget": "24GiB", "gpu": "t4"}, "one of the two"),
+        ({"gpu": "t4", "device": "cpu"}, "gpu t4: device is cpu"),
         ({"dtype": "int3"}, "dtype"),
         ({"loss": "chunky"}, "did you mean 'chunked'"),
         ({"rows": "ragged"}, "rows"),

@@ -20,7 +20,7 @@ from lowmem.memory.advice.found import Found
 from lowmem.memory.advice.kinds import KINDS
 from lowmem.memory.advice.search import search
 from lowmem.memory.advice.ways import LEVERS, refused, ways
-from lowmem.memory.device.gpus import Budget
+from lowmem.memory.device.gpus import ROOM, Budget
 from lowmem.memory.plan import plan
 from lowmem.memory.run import Run
 from lowmem.strategies import create
@@ -70,6 +70,16 @@ def test_with_less_room_come_levers_and_then_lesser_kinds(mib: int, best: str) -
     assert full.peak["allocated"] + first.headroom_bytes == card(mib).capacity
 
 
+def test_a_cpu_leaves_no_room_for_segments() -> None:
+    wish = {**WISH, "device": "cpu", "lora_rank": 0, "gradient_checkpointing": True, "gradient_release": True}
+    (most,) = search(LLAMA, Budget(1 << 34, (0, 0), 0, cached=False), wish, **ONE)
+    verdicts = [
+        search(LLAMA, Budget(most.peak.allocated - less, (0, 0), 0, cached=False), wish, **ONE)[0].verdict
+        for less in (0, 1)
+    ]
+    assert verdicts == ["fits", "out of memory"]
+
+
 def test_what_does_not_fit_says_what_would_help() -> None:
     found = search(LLAMA, card(180), WISH, full=True)
     assert {row.verdict for row in found if row.kind == "int8 weights"} >= {"fits"}  # what needs no more room
@@ -107,7 +117,7 @@ def test_activations_leave_where_recomputing_them_is_not_enough() -> None:
     )
     most, least = (rows[0].peak.allocated for rows in (computed, moved))
     assert least < most
-    room = int((most + least) / 2 / (1 - searching.ROOM))
+    room = int((most + least) / 2 / (1 - ROOM))
     (row,) = search(LLAMA, Budget(room, (0, 0), 0), wish, **ONE)
     assert (row.levers, row.verdict) == (("checkpointing", "activation offload"), "fits")
 
@@ -119,7 +129,7 @@ def test_state_leaves_where_nothing_fits_without() -> None:
         for off in (False, True)
     )
     assert away.peak.allocated < here.peak.allocated
-    room = int((away.peak.allocated + here.peak.allocated) / 2 / (1 - searching.ROOM))
+    room = int((away.peak.allocated + here.peak.allocated) / 2 / (1 - ROOM))
     tight = Budget(room, (0, 0), 0)
     (row,) = search(LLAMA, tight, {**wish, "lora_rank": 0}, among=["adamw"], top=1)
     assert (row.levers[-1], row.verdict, row.checked) == ("state offload", "fits", True)

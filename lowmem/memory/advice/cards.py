@@ -19,17 +19,15 @@ from lowmem.optim.strategy import Strategy
 
 NUMBERS: tuple[int, ...] = tuple(1 << i for i in range(13))
 """Those that are tried."""
-ROOM = 0.05
-"""Share of the capacity that the allocator's fragments take."""
 
 
 def needed(
-    config: Any, run: Run, strategy: Strategy, capacity: int, *, above: int = 0, steps: Steps = "all"
+    config: Any, run: Run, strategy: Strategy, room: int, *, above: int = 0, steps: Steps = "all"
 ) -> int:
     """The fewest cards, a power of two, whose tensors leave room; 0 where no number does.
 
     Args:
-        config: of the model; run: as the strategy takes it; capacity: bytes of one card.
+        config: of the model; run: as the strategy takes it; room: bytes for the tensors of one card.
         above: cards that are too few; steps: whose scratch counts, as in `footprint`.
     """
     before = None
@@ -40,7 +38,7 @@ def needed(
         for counted in dict.fromkeys(("none", steps)):  # scratch takes longest to count, and only adds
             held = footprint(strategy, found.parameters, tried, steps=counted)
             size = combine(found, held, beside).allocated
-            if size > (1 - ROOM) * capacity:
+            if size > room:
                 break
         else:
             return ranks
@@ -50,7 +48,7 @@ def needed(
     return 0
 
 
-def wider(config: Any, run: Run, strategy: Strategy, capacity: int) -> int | None:
+def wider(config: Any, run: Run, strategy: Strategy, room: int) -> int | None:
     """The fewest cards, more than a run has, over which state and tensors would fit; 0 where no number does.
 
     Returns:
@@ -58,4 +56,4 @@ def wider(config: Any, run: Run, strategy: Strategy, capacity: int) -> int | Non
     """
     if run.shard != "full" or problem(replace(run, ranks=max(2, run.ranks)), strategy):
         return None
-    return needed(config, run, strategy, capacity, above=run.ranks, steps="none")
+    return needed(config, run, strategy, room, above=run.ranks, steps="none")

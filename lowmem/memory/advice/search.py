@@ -46,7 +46,6 @@ ADAPTED = ("adamw", "adamw_8bit")
 CODED = ("adamw", "adamw_8bit", "adafactor", "galore", "q_galore", "lion", "sgd")
 """Methods for int8 weights where nobody asked for them: one of each kind."""
 RANK = 16  # of adapters, where none is given
-ROOM = 0.05  # of the capacity, that the allocator's fragments take in a first guess
 HALVINGS = 3
 Task = tuple[Run, Strategy]
 Rows = dict[tuple[Run, str], Found]
@@ -258,7 +257,7 @@ class _Finder:
         if peak.allocated <= self.limit.capacity:  # else no scratch is counted: it takes long, and only adds
             peak, held = self._peak(strategy, run)
         spare = self.limit.capacity - peak.allocated
-        word = FITS if spare >= ROOM * self.limit.capacity else RETRIES if spare >= 0 else OUT
+        word = FITS if peak.allocated <= self.limit.room else RETRIES if spare >= 0 else OUT
         return Found(strategy, mode, run, kind_of(strategy, run), levers, peak, held.state_bytes, word, spare)
 
     def _peak(self, strategy: Strategy, run: Run, steps: Steps = "large") -> tuple[Peak, Footprint]:
@@ -275,7 +274,7 @@ class _Finder:
 
     def _short(self, row: Found) -> Found:
         """What a row that does not fit would need."""
-        cards = wider(self.config, row.run, row.strategy, self.limit.capacity)
+        cards = wider(self.config, row.run, row.strategy, self.limit.room)
         parts = row.peak.at_peak
         row = replace(row, ranks_needed=cards, refused=self._kept_off(row))
         more = f"{format_bytes(-row.headroom_bytes)} more"
@@ -301,7 +300,7 @@ class _Finder:
 
     def _fits_with(self, row: Found, length: int) -> bool:
         peak, _ = self._peak(row.strategy, replace(row.run, seq_len=length))
-        return peak.allocated <= (1 - ROOM) * self.limit.capacity
+        return peak.allocated <= self.limit.room
 
     def confirmed(self, rows: list[Found]) -> list[Found]:
         """The rows with those at the top planned in full, as long as few runs are needed for it."""
@@ -338,7 +337,7 @@ class _Finder:
         """How many rows the tensors leave room for: every event is a line in the batch."""
         if row.verdict != FITS or "batch_size" in self.decided:
             return row
-        size, room = row.run.batch_size, (1 - ROOM) * self.limit.capacity
+        size, room = row.run.batch_size, self.limit.room
         one, two = (
             self._peak(row.strategy, replace(row.run, batch_size=n))[0].events for n in (size, 2 * size)
         )

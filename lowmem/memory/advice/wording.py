@@ -91,6 +91,8 @@ def assumptions(run: Run, limit: Budget | None) -> tuple[str, ...]:
         found.append(
             "reserved and device are simulations of the caching allocator, not yet measured on a GPU"
         )
+    if limit is not None and not limit.cached:
+        found.append("the budget is for tensors; Python and its libraries take memory of the host besides")
     return (*found, *(limit.notes if limit else ()))
 
 

@@ -23,6 +23,8 @@ from lowmem.errors import UserError, nearest
 from lowmem.texts import parse_json
 
 MIB, GIB = 1 << 20, 1 << 30
+ROOM = 0.05
+"""Share of the capacity that the allocator's fragments take."""
 UNITS = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6, "TiB": 1 << 40}
 OTHERS = {
     "ROCm": "4-bit weights need a build of bitsandbytes for it.",
@@ -49,6 +51,7 @@ class Budget:
         calibrated: measured on the card at hand.
         estimated: of another maker than the one whose kernels are planned.
         unified: the host's memory is the same.
+        cached: a caching allocator hands it out, by segments; False on a CPU.
     """
 
     usable: int
@@ -60,6 +63,7 @@ class Budget:
     calibrated: bool = False
     estimated: bool = False
     unified: bool = False
+    cached: bool = True
 
     @property
     def outside(self) -> int:
@@ -70,6 +74,11 @@ class Budget:
     def capacity(self) -> int:
         """Bytes left for torch's segments, library workspaces among them."""
         return self.usable - self.outside
+
+    @property
+    def room(self) -> int:
+        """Bytes that tensors may take where nothing is simulated: the allocator's fragments take the rest."""
+        return int((1 - ROOM) * self.capacity) if self.cached else self.capacity
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -165,17 +174,29 @@ def gpu(name: str) -> Budget:
     return _measured(found, measured[found]) if found in measured else _tabled(found)
 
 
-def limit_of(card: str | None, size: str | int | None, capability: float | None) -> Budget | None:
+def limit_of(
+    card: str | None, size: str | int | None, capability: float | None, device: str = "cuda"
+) -> Budget | None:
     """What a run may take: of a card by name, a number of bytes, or unknown.
 
     Raises:
-        UserError: both are given, or the one is unknown.
+        UserError: both are given, or the one is unknown; a card for a run on a CPU.
     """
     if size is not None and card is not None:
         raise UserError("budget and gpu: give one of the two")
+    if card is not None and device == "cpu":
+        raise UserError(f"gpu {card}: device is cpu, which has no card; give budget, or leave device out")
     if size is not None:
-        return budget(size, capability)
+        return budget(size, capability) if device != "cpu" else _of_host(size)
     return None if card is None else gpu(card)
+
+
+def _of_host(size: str | int) -> Budget:
+    """Bytes of a CPU's memory: there is no context, and tensors take what they take."""
+    usable, notes = _parse(str(size))
+    if not usable:
+        raise UserError(f"budget {size}: nothing fits into it; give more, as in 8GiB")
+    return Budget(usable, (0, 0), 0, None, None, notes, cached=False)
 
 
 def _begins(known: Mapping[str, str], plain: str) -> bool:

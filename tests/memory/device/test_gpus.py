@@ -137,3 +137,14 @@ def test_a_chip_of_apple_is_named_by_its_memory():
         gpu("M3 Max")
     assert gpu("apple-16gb").unified
     assert not gpu("mi300x").unified
+
+
+def test_a_cpu_has_no_context_no_segments_and_no_card():
+    host = gpus.limit_of(None, "100MiB", None, "cpu")
+    assert (host.usable, host.capacity, host.room) == (100 * MIB,) * 3
+    card = gpus.limit_of(None, "1GiB", None, "cuda")
+    assert card.room < card.capacity < card.usable
+    with pytest.raises(UserError, match=r"device is cpu.*give budget, or leave device out"):
+        gpus.limit_of("t4", None, None, "cpu")
+    with pytest.raises(UserError, match="nothing fits"):
+        gpus.limit_of(None, 0, None, "cpu")
