@@ -19,9 +19,14 @@ from tests.distributed.resharding import differing, told
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 METHODS: dict[str, dict[str, Any]] = {
     "galore": {"optim": "galore", "optim_args": "rank=4,update_proj_gap=2,proj_type=auto"},
-    "turns": {"optim": "badam", "optim_args": "switch_gap=3"},
+    "turns": {"optim": "badam", "optim_args": "switch_gap=1"},
 }
-RUNS = [("galore", SHARDED), ("galore", FULL), ("turns", SHARDED), ("turns", FULL)]
+RUNS = [
+    ("galore", SHARDED),
+    ("galore", FULL),
+    ("turns", SHARDED),
+    ("turns", FULL),
+]
 STEPS, HALF, ROWS = 4, 2, 12
 WITHIN = 1e-6
 """How far apart losses may be, as a share: sums over ranks have another order."""

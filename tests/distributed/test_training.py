@@ -54,7 +54,8 @@ def test_sharded_runs_are_those_of_one_process_and_resume_exactly(runs: Path) ->
 
 
 @pytest.mark.parametrize(
-    "runs", [{2: [0, 1], 1: [0, 1], 3: [0, 1], 4: [1]}, pytest.param(EACH, marks=pytest.mark.thorough)]
+    "runs",
+    [{2: [0, 1, 2], 1: [0, 1], 3: [0, 1, 2], 4: [1]}, pytest.param(EACH, marks=pytest.mark.thorough)],
 )
 def test_runs_of_two_ranks_go_on_with_another_number(runs: dict[int, list[int]], tmp_path: Path) -> None:
     wrong = {}

@@ -7,26 +7,44 @@
 A run that is sharded writes one of the last two, and the stock Trainer reads only the form that it
 would write. Tensors of all three have the same names and bits, so any run reads any of them:
 those of a folder are put into tensors placed as the run's are, by torch.distributed.checkpoint.
+
+torch reads into what an optimizer holds already. What a schedule of active blocks holds goes by the
+step, so a fresh optimizer is first put where the checkpoint stands: at its `Turn`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lowmem.errors import CheckpointError
+from lowmem.errors import CheckpointError, first_line
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import Shard
 
 OPTIMIZERS = {"plain": "optimizer.pt", "full": "optimizer.bin", "sharded": "optimizer_0/.metadata"}
 """The file of the optimizer by which a form is known."""
 WEIGHTS = {"full": "pytorch_model_fsdp.bin", "sharded": "pytorch_model_fsdp_0"}
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+class Turn(NamedTuple):
+    """Where a schedule stands: completed steps, and what it has decided."""
+
+    step: int = 0
+    decided: str = ""
+
+
+def turn_of(optimizer: LowMemOptimizer) -> Turn:
+    """Where an optimizer stands, whose groups step together."""
+    group = optimizer.param_groups[0]
+    return Turn(group["step"], group["decided"])
 
 
 def form_of(listing: Collection[str]) -> str | None:
@@ -58,25 +76,48 @@ def load_weights_(folder: Path, form: str, model: nn.Module) -> None:
         return
     held = (_safetensors(folder) if form == "plain" else _pickled(folder / WEIGHTS[form])) if _first() else {}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    options = _whole(strict=False)
-    missing = set(set_model_state_dict(model, held, options=options).missing_keys) - tied
+    missing = set(set_model_state_dict(model, held, options=_whole()).missing_keys) - tied
     if missing and _first():
         raise CheckpointError(f"{folder} lacks weights of this model, such as {min(missing)}")
 
 
-def load_optimizer_(folder: Path, form: str, model: nn.Module, optimizer: LowMemOptimizer) -> None:
-    """Put a checkpoint's optimizer state into an optimizer over a model, whole or sharded."""
+def load_optimizer_(
+    folder: Path, form: str, model: nn.Module, optimizer: LowMemOptimizer, turn: Turn
+) -> None:
+    """Put a checkpoint's optimizer state into an optimizer over a model, whole or sharded.
+
+    Args:
+        folder: the checkpoint; form: its own; model: whose parameters the optimizer has.
+        turn: where the optimizer stood that was saved.
+
+    Raises:
+        CheckpointError: a sharded one that torch cannot read.
+    """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+    _stand_(optimizer, turn, _saved_keys(folder, form, _named(optimizer)))
     if form == "sharded":
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
         _read(state, folder / Path(OPTIMIZERS[form]).parent)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_lenient())
         return
     held = _pickled(folder / OPTIMIZERS[form]) if _first() else {}
     if form == "plain" and held:
         held = by_name(held)
     set_optimizer_state_dict(model, optimizer, held, options=_whole())
+
+
+def _stand_(optimizer: LowMemOptimizer, turn: Turn, saved: Mapping[str, Collection[str]]) -> None:
+    """Hold what the optimizer held that was saved: state of the same tensors, of any values."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.update(step=max(0, turn.step - 1), decided=turn.decided)
+    optimizer.init_state()  # what is saved is of the step before the clock
+    for group in optimizer.param_groups:
+        group["step"] = turn.step
+    for name, p in _named(optimizer):
+        if optimizer.state.get(p) and not saved[name]:  # no gradient has come to it yet
+            del optimizer.state[p]
 
 
 def refuse_misfit(folder: Path, form: str, optimizer: LowMemOptimizer) -> None:
@@ -87,8 +128,8 @@ def refuse_misfit(folder: Path, form: str, optimizer: LowMemOptimizer) -> None:
     """
     if optimizer.strategy.turns:  # what is held goes by the step
         return
-    names = [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in optimizer.named_parameters()]
-    saved, ranks = _saved_keys(folder, form, [name for name, _ in names]), _ranks()
+    names, ranks = _named(optimizer), _ranks()
+    saved = _saved_keys(folder, form, names)
     found = _misfit(optimizer, names, saved, ranks)
     if found is None:
         return
@@ -104,13 +145,19 @@ def refuse_misfit(folder: Path, form: str, optimizer: LowMemOptimizer) -> None:
 
 def _misfit(
     optimizer: LowMemOptimizer,
-    names: Sequence[tuple[str, nn.Parameter]],
+    names: Named,
     saved: Mapping[str, set[str]],
     ranks: int,
 ) -> tuple[str, nn.Parameter] | None:
     """The first tensor of which so many ranks hold other keys than were saved."""
     held = ((name, p) for name, p in names if saved[name])
     return next(((name, p) for name, p in held if saved[name] != _keys(optimizer, p, ranks)), None)
+
+
+def _named(optimizer: LowMemOptimizer) -> Named:
+    """Parameters by the names that a checkpoint has for them."""
+    named = optimizer.named_parameters()
+    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in named]
 
 
 def _keys(optimizer: LowMemOptimizer, p: nn.Parameter, ranks: int) -> set[str]:
@@ -121,9 +168,9 @@ def _keys(optimizer: LowMemOptimizer, p: nn.Parameter, ranks: int) -> set[str]:
     return set(replace(place, shard=shard).fresh(strategy, rule, p, "meta"))
 
 
-def _saved_keys(folder: Path, form: str, names: Sequence[str]) -> dict[str, set[str]]:
+def _saved_keys(folder: Path, form: str, named: Named) -> dict[str, set[str]]:
     """What a checkpoint holds of each tensor; of the values nothing is read."""
-    path = folder / OPTIMIZERS[form]
+    path, names = folder / OPTIMIZERS[form], [name for name, _ in named]
     if form != "sharded":
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = (by_name(held, copied=False) if form == "plain" else held)["state"]
@@ -158,20 +205,44 @@ def _rows(held: Mapping[str, Any]) -> dict[str, Any]:
     return {key: x.contiguous() if isinstance(x, torch.Tensor) else x for key, x in held.items()}
 
 
-def _whole(*, strict: bool = True) -> Any:
+def _whole() -> Any:
     """Tensors are whole on the first rank, which sends the others theirs."""
+    several = _ranks() > 1
+    return replace(_lenient(), full_state_dict=True, cpu_offload=several, broadcast_from_rank0=several)
+
+
+def _lenient() -> Any:
+    """What is missing is for the optimizer to judge: it knows of whom nothing is held."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    several = _ranks() > 1
-    return StateDictOptions(
-        full_state_dict=True, cpu_offload=several, broadcast_from_rank0=several, strict=strict
-    )
+    return StateDictOptions(strict=False)
+
+
+def failure(error: BaseException) -> BaseException:
+    """What the first rank that failed met, where torch says it by an error that is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    return error.failures[min(error.failures)][0] if isinstance(error, CheckpointException) else error
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Raise what torch says of a sharded checkpoint that it cannot read as an error of ours."""
+    try:
+        yield
+    except BaseException as error:
+        if (why := failure(error)) is error:
+            raise
+        raise CheckpointError(
+            f"cannot resume from {folder}: {first_line(why)}; resume with the settings that it was written "
+            "with, or from an earlier checkpoint"
+        ) from error
 
 
 def _read(state: dict[str, Any], folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    with warnings.catch_warnings():  # torch says of one process what was asked for
+    with warnings.catch_warnings(), reading(folder):  # torch says of one process what was asked for
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         load(state, checkpoint_id=folder, no_dist=_ranks() == 1)
 

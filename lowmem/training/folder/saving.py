@@ -27,7 +27,7 @@ from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.shards import local, shard_of
 from lowmem.optim.tensors.marks import trains
 from lowmem.training.callbacks import Divergence
-from lowmem.training.folder import checkpoint, settings
+from lowmem.training.folder import checkpoint, forms, settings
 from lowmem.training.folder.lock import held
 from lowmem.training.folder.staging import publish, staging
 
@@ -205,7 +205,9 @@ class WholeCheckpoints:
             self._name_best(staged, target)
             if self.args.should_save:
                 self.save_log(staged)
-                sealed.seal(staged, {**self.about(), "optimizer": self.lowmem_optimizer.strategy.text})
+                optimizer = self.lowmem_optimizer
+                stands = {"optimizer": optimizer.strategy.text, "turn": forms.turn_of(optimizer)}
+                sealed.seal(staged, {**self.about(), **stands})
                 publish(staged, target)
                 best = self.state.best_model_checkpoint
                 spared = [target, *([Path(best)] if best else [])]
@@ -245,10 +247,12 @@ class WholeCheckpoints:
         self._meet(self._staging)
         try:
             yield self._staging / target.name
-        except Exception as error:
-            if not isinstance(error, OSError) and not ran_out_of_room(error):
+        except BaseException as error:
+            cause = forms.failure(error)
+            no_room = isinstance(cause, Exception) and ran_out_of_room(cause)
+            if not isinstance(cause, OSError) and not no_room:
                 raise
-            raise UserError(_no_room(target, error)) from error
+            raise UserError(_no_room(target, cause)) from error
         finally:
             self._clear()
             self._staging = None

@@ -222,7 +222,8 @@ class Sharded:
         folder = Path(resume_from_checkpoint)
         form = forms.form_in(folder) or self._form()
         if form == self._form():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            with forms.reading(folder):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
         if hasattr(self.model, "peft_config"):
             raise CheckpointError(
@@ -233,14 +234,16 @@ class Sharded:
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         """Load them, whatever the form in which they were saved."""
-        form = folder and forms.form_in(Path(folder))
+        form = forms.form_in(Path(folder)) if folder else None
+        about = sealed.about(Path(folder)) if folder and form else {}
         if folder and form:
-            self.lowmem_optimizer.adopt(sealed.about(Path(folder)).get("optimizer", ""))
+            self.lowmem_optimizer.adopt(about.get("optimizer", ""))
             if self.args.world_size > 1 or form != "plain":
                 forms.refuse_misfit(Path(folder), form, self.lowmem_optimizer)
-        if not folder or not form or form == self._form():
+        if not folder or not form or form == self._form() == "plain":
             super()._load_optimizer_and_scheduler(folder)  # type: ignore[misc]
             return
-        forms.load_optimizer_(Path(folder), form, self.model, self.lowmem_optimizer)
+        turn = forms.Turn(*about.get("turn", ()))
+        forms.load_optimizer_(Path(folder), form, self.model, self.lowmem_optimizer, turn)
         schedule = torch.load(Path(folder) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)  # type: ignore[attr-defined]
