@@ -20,12 +20,15 @@ SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 METHODS: dict[str, dict[str, Any]] = {
     "galore": {"optim": "galore", "optim_args": "rank=4,update_proj_gap=2,proj_type=auto"},
     "turns": {"optim": "badam", "optim_args": "switch_gap=1"},
+    "stateless": {"optim": "signsgd", "learning_rate": 1e-4},
 }
 RUNS = [
     ("galore", SHARDED),
     ("galore", FULL),
     ("turns", SHARDED),
     ("turns", FULL),
+    ("stateless", FULL),
+    ("stateless", SHARDED),
 ]
 STEPS, HALF, ROWS = 4, 2, 12
 WITHIN = 1e-6

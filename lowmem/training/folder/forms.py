@@ -101,10 +101,14 @@ def load_optimizer_(
         _read(state, folder / Path(OPTIMIZERS[form]).parent)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_lenient())
         return
-    held = _pickled(folder / OPTIMIZERS[form]) if _first() else {}
+    has_rows = any(x.dim() for held in optimizer.state.values() for x in held.values())
+    held = _pickled(folder / OPTIMIZERS[form]) if _first() or not has_rows else {}
     if form == "plain" and held:
         held = by_name(held)
-    set_optimizer_state_dict(model, optimizer, held, options=_whole())
+    if has_rows:
+        set_optimizer_state_dict(model, optimizer, held, options=_whole())
+    else:  # torch takes the device from a tensor of the state, and there is none
+        optimizer.load_state_dict(held)
 
 
 def _stand_(optimizer: LowMemOptimizer, turn: Turn, saved: Mapping[str, Collection[str]]) -> None:

@@ -27,6 +27,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lisa": {"switch_gap": 1, "count": 1},
     "misa": {"switch_gap": 1, "share": 0.5},
     "adamw": {},
+    "sgd": {},
+    "signsgd": {},
+    "sinkgd": {},
+    "lomo": {},
 }
 STEPS = 3
 """After which other blocks have their turn than at the first."""
