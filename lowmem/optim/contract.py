@@ -270,8 +270,8 @@ class Projector(ByRows):
         """What the basis is made of and never changes; nothing."""
         return {}
 
-    def due(self, hp: Hyper) -> bool:
-        """Whether a refresh falls on this step: at first, then by the period, staggered by name."""
+    def due(self, hp: Hyper, s: State | None = None) -> bool:
+        """Whether a refresh may fall on this step, at first and by the period; whether it does, given s."""
         return self.period > 0 and hp.due(self.period)
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:

@@ -8,7 +8,8 @@ clipping the result is the ordinary one, bit for bit.
 Over several micro-batches a subspace strategy that drops its residual needs the
 projected gradient only, so that is what is summed, r long numbers instead of
 m n. A tensor whose basis is refreshed in this window keeps its whole gradient to
-the end, and so does one that is not projected: the step is the ordinary one.
+the end, and so does one that is not projected: the step is the ordinary one. Whether
+a first basis is still missing is read from the device, at steps 1, 2, 4, 8, ... alone.
 
 The norm of all gradients is not known when the first tensor steps. Clipping is
 therefore by each tensor's own norm ("tensor") or by the norm of the step before
@@ -184,7 +185,7 @@ def projecting(optimizer: LowMemOptimizer, p: nn.Parameter) -> bool:
         return False  # of sharded gradients little is held
     # of a stack, some matrices may be refreshed and others not
     whole = len(optimizer.ready(p)[0].parts) == 1
-    return whole and not (rule.period and optimizer.hyper(p).due(rule.period))
+    return whole and not rule.whole(optimizer.ready(p)[0].parts[0].state, optimizer.hyper(p))
 
 
 def release(

@@ -106,9 +106,7 @@ class Subspace(Rule):
             found.append("what this projector does not see stays as it is: take residual=drop")
         found.append(self._unreadable())
         if self.residual.needs_linear and not self.inner.linear:
-            found.append(
-                "the residual divides by norms of gradients, so the rule must not; take rule=average"
-            )
+            found.append("the residual divides by norms of gradients, the rule must not; take rule=average")
         lacking = [word for word in sorted(self.residual.needs) if not getattr(self.projector, word)]
         if lacking:
             found.append(f"the residual needs a projector with {' and '.join(lacking)} basis; take power")
@@ -155,6 +153,10 @@ class Subspace(Rule):
         """Where nobody looks at the whole gradient between refreshes, and there is a between."""
         looks = self.residual.reads_rest or self.projector.follows or self.projector.partial
         return not looks and self.period != 1
+
+    def whole(self, s: State, hp: Hyper) -> bool:
+        """Where it does not keep the sum, and where the basis is found in it."""
+        return not self.keeps_sum or self.projector.due(hp, scoped(s, "projector"))
 
     def shards(self, shape: Shape) -> bool:
         """Where all parts take rows, and shards of R, if it is spread, start on a block of the inner rule."""
@@ -219,9 +221,7 @@ class Subspace(Rule):
 
     def check_rebase(self, kind: str) -> None:
         """A subspace inside a subspace has no meaning."""
-        raise UserError(
-            "a subspace rule cannot be the inner rule of another; take adam, adafactor or sgd inside"
-        )
+        raise UserError("a subspace rule cannot be inside another; take adam, adafactor or sgd there")
 
     def beside(self, s: State, shape: tuple[int, int], hp: Hyper) -> Blocks | None:
         """What the inner rule says, lifted as its steps are."""

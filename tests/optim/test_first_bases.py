@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lowmem
 from lowmem.memory.count import state_bytes
 from lowmem.optim.blocks import Dense, Projected
 from lowmem.optim.engine.cutting import policy
 from lowmem.optim.projectors.dense import found
+from lowmem.optim.release import release
 from tests.oracles.drive import on_weights, step
 
 GAP, RANK, SHAPE = 1000, 4, (24, 40)
@@ -155,3 +156,61 @@ def test_a_projection_alone_finds_no_basis(where: str) -> None:
     with policy(where):
         optimizer.step_param(params["w"], Projected(SHAPE, low, torch.float32))
     assert not found(basis_of(optimizer, params["w"]))
+
+
+def chosen(optimizer: lowmem.LowMemOptimizer, p: Any) -> list[int]:
+    index: list[int] = optimizer.state[p]["projector.index"].tolist()
+    return index
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize(("first", "zeros", "when"), [(0.0, 1, 1), (math.nan, 1, 1), (0.0, 3, 4)])
+def test_cosines_are_chosen_by_the_first_gradient_that_has_some(
+    first: float, zeros: int, when: int, where: str
+) -> None:
+    """At a step at which one looks, and 3 is none; later ones choose nothing."""
+    grads = [torch.full(SHAPE, first) if t < zeros else normal(*SHAPE, seed=t) for t in range(9)]
+    again, fresh = made("galore", projector="dct")
+    step(again, fresh, {"w": grads[when]})
+    with policy(where):
+        optimizer, params = made("galore", projector="dct", on_refresh="rotate")
+        for t, g in enumerate(grads):
+            step(optimizer, params, {"w": g})
+            index = chosen(optimizer, params["w"])
+            assert index == chosen(again, fresh["w"]) if t >= when else max(index) < 0
+
+
+def test_the_slowest_cosines_are_a_choice_like_any_other() -> None:
+    """Nothing is looked for again where the first gradient has chosen what is there to begin with."""
+    with policy("cuda"):
+        optimizer, params = made("galore", projector="dct")
+        step(optimizer, params, {"w": normal(*SHAPE, seed=1)})
+        basis = optimizer.constants(params["w"])["projector.cosines"]
+        again, other = made("galore", projector="dct")
+        step(again, other, {"w": basis[:RANK].t() @ normal(RANK, SHAPE[1], seed=2)})
+        for t in range(1, 5):
+            step(again, other, {"w": normal(*SHAPE, seed=t)})
+    assert chosen(again, other["w"]) == list(range(RANK))
+
+
+@pytest.mark.parametrize("options", [{}, {"projector": "dct"}, {"projector": "lazy"}])
+def test_gradients_that_accumulate_under_release_find_a_first_basis(options: dict[str, Any]) -> None:
+    """A window of zeros, then one that tells a basis: the whole gradient is kept for it, and only for it."""
+    ends, kept = [], []
+    for released in (False, True):
+        model = nn.Linear(40, 24, bias=False)
+        model.weight.data.copy_(normal(24, 40, seed=7))
+        optimizer = lowmem.optimizer(model, "galore", lr=1e-2, rank=RANK, update_proj_gap=GAP, **options)
+        handle = release(optimizer, accumulation_steps=2) if released else None
+        for t in range(4):
+            for micro in range(2):
+                if handle:
+                    handle.sync = micro == 1
+                x = normal(8, 40, seed=2 * t + micro) * float(t > 0)
+                model(x).square().sum().backward()
+                kept.append(model.weight.grad is not None)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model.weight.detach().clone())
+    assert kept[8:] == [True, False, True, False, False, False, False, False]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)

@@ -223,6 +223,10 @@ class ModifiedRule(Wrapped, Rule):
         """Where the rule does and no modifier looks at the whole gradient."""
         return self.rule.keeps_sum and not self.chain.reads_gradient
 
+    def whole(self, s: State, hp: Hyper) -> bool:
+        """Where the rule asks for it, or a modifier."""
+        return self.chain.reads_gradient or self.rule.whole(self.own(s), hp)
+
     def shards(self, shape: Shape) -> bool:
         """Where the rule does."""
         return self.rule.shards(shape)

@@ -7,7 +7,8 @@ The cosines of the DCT-II are near the directions of many gradients, and cost no
 find: a tensor holds r indices, and the basis of a side is held once for all tensors that
 have such a side. Indices are sorted. A coordinate that stays chosen keeps its moments
 (on_refresh='rotate'): the change is a permutation, exactly, and a coordinate that
-comes in begins with age 0.
+comes in begins with age 0. Before a gradient has chosen, index - s is held, below zero: as in
+`dense`, one of zeros chooses nothing, and a choice is tried again at steps 1, 2, 4, 8, ...
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.blocks import BLOCK, Blocks, matrix_shape
-from lowmem.optim.projectors.dense import Renewed
+from lowmem.optim.blocks import BLOCK, Blocks, Projected, matrix_shape
+from lowmem.optim.engine.cutting import sizes
+from lowmem.optim.projectors.dense import Renewed, holds, looks_again
 from lowmem.optim.shards import Shape, total
-from lowmem.optim.terms.changes import Change, Permutation
+from lowmem.optim.terms.changes import Change, Permutation, Unrelated
 from lowmem.optim.terms.fp32 import TINY
 from lowmem.optim.terms.hyper import Hyper
 from lowmem.optim.terms.state import Constant, Constants, State
@@ -67,7 +69,7 @@ class DCT(Renewed):
     Example:
         >>> from lowmem.optim.projectors.bases import Frame
         >>> DCT(Frame(4)).init(torch.zeros(16, 64))["index"]
-        tensor([0, 1, 2, 3], dtype=torch.int32)
+        tensor([-16, -15, -14, -13], dtype=torch.int32)
     """
 
     norm: int = 1
@@ -83,26 +85,36 @@ class DCT(Renewed):
         return True
 
     def init(self, x: Tensor) -> State:
-        """The r slowest cosines."""
-        rank = self.frame.size(matrix_shape(x.shape))[1]
-        return {"index": torch.arange(rank, dtype=torch.int32, device=x.device)}
+        """The r slowest cosines, which nothing has chosen."""
+        side, rank = self.frame.size(matrix_shape(x.shape))
+        return {"index": torch.arange(-side, rank - side, dtype=torch.int32, device=x.device)}
 
     def constants(self, shape: tuple[int, int]) -> Constants:
         """The cosines of the side."""
         side = self.frame.size(shape)[0]
         return {"cosines": Constant(f"cosines{side}", functools.partial(cosines, side))}
 
+    def due(self, hp: Hyper, s: State | None = None) -> bool:
+        """By the period, and where nothing may be chosen yet."""
+        return super().due(hp) or (looks_again(hp.step) and (s is None or holds(s["index"][0] < 0)))
+
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
-        """Choose anew, where the gradient can tell."""
+        """Choose anew, where the gradient can tell; between two refreshes, where nothing is chosen yet."""
+        index, renews = s["index"], super().due(hp)
+        chosen = index[0] >= 0
+        if not renews and (isinstance(g, Projected) or (sizes(index.device).at_hand and holds(chosen))):
+            return Unrelated(torch.zeros_like(chosen))
         norms = self._norms(s["cosines"], g, hp)
         top = norms.amax()
         ok = torch.isfinite(top) & (top > 0.0)
-        old, rank = s["index"].long(), s["index"].shape[0]
+        if not renews:
+            ok = ok & ~chosen
+        old, rank = index.long().remainder(norms.shape[0]), index.shape[0]
         best = norms.nan_to_num(0.0).topk(rank, sorted=False).indices.sort().values
         new = torch.where(ok, best, old)
         place = torch.searchsorted(old, new).clamp_(max=rank - 1)
         before = torch.where(old[place] == new, place, -1)
-        s["index"].copy_(new)
+        index.copy_(torch.where(ok, new, index))
         return Permutation(ok, before, self.axis(g.shape))
 
     def _norms(self, c: Tensor, g: Blocks, hp: Hyper) -> Tensor:
@@ -116,7 +128,7 @@ class DCT(Renewed):
 
     def opened(self, s: State, hp: Hyper) -> State:
         """The chosen cosines, gathered once for a step."""
-        return {"basis": s["cosines"].index_select(0, s["index"]).t()}
+        return {"basis": s["cosines"][s["index"]].t()}  # where it is below zero, from the end
 
 
 def _powers(x: Tensor, dim: int, top: Tensor | None) -> Tensor:

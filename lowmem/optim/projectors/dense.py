@@ -56,11 +56,15 @@ def found(basis: Tensor) -> Tensor:
     return basis.count_nonzero() != rank
 
 
+def holds(flag: Tensor) -> bool:
+    """Whether a 0-D bool is true, read from its device; False where nothing is computed."""
+    return not flag.is_meta and not hasattr(flag, "fake_mode") and bool(flag)
+
+
 def begin(find: Find, frame: Frame, basis: Tensor, g: Blocks, hp: Hyper) -> tuple[Tensor, Tensor]:
     """What a `Find` makes of the gradient as if it were the first; not ok where there is a basis already."""
     there = found(basis)
-    known = sizes(basis.device).at_hand and not basis.is_meta and not hasattr(basis, "fake_mode")
-    if isinstance(g, Projected) or (known and there):
+    if isinstance(g, Projected) or (sizes(basis.device).at_hand and holds(there)):
         return basis, torch.zeros_like(there)
     new, ok = find(frame, basis, g, replace(hp, first=True))
     return new, ok & ~there
@@ -204,9 +208,10 @@ class Orthonormal(Framed):
         """See Frame."""
         return self.frame.init(x)
 
-    def due(self, hp: Hyper) -> bool:
+    def due(self, hp: Hyper, s: State | None = None) -> bool:
         """By the period, and where a basis may be missing."""
-        return super().due(hp) or looks_again(hp.step)
+        lacks = looks_again(hp.step) and (s is None or holds(~found(self.opened(s, hp)["basis"])))
+        return super().due(hp) or lacks
 
     def refresh(self, s: State, g: Blocks, hp: Hyper, inner: State, *, say: bool) -> Change:
         """Find the new basis and store it; between two refreshes, where none was found yet."""

@@ -62,7 +62,7 @@ class Fisher(Projector):
         """A tensor that has its choice keeps it."""
         return AGAIN
 
-    def due(self, hp: Hyper) -> bool:
+    def due(self, hp: Hyper, s: State | None = None) -> bool:
         """Early on, and now and then."""
         return hp.first or hp.step < EARLY or hp.due(AGAIN)
 

@@ -80,7 +80,7 @@ class Online(Framed):
         """Those of the rule."""
         return prefixed("rule", self.rule.constants(self.frame.size(shape)))
 
-    def due(self, hp: Hyper) -> bool:
+    def due(self, hp: Hyper, s: State | None = None) -> bool:
         """At the first step, and where a basis may be missing."""
         return hp.first or hp.step == 0 or looks_again(hp.step)
 

@@ -36,6 +36,10 @@ class Asks:
         """Steps between probes of the curvature; 0 for none."""
         return 0
 
+    def whole(self, s: State, hp: Hyper) -> bool:
+        """Whether this step asks for all of a gradient, not for its projection; may read the device."""
+        return True
+
     def terms(self, g: Blocks, s: State, hp: Hyper) -> Tensor:
         """What is summed over all tensors, of this one, (k,) fp64; pure."""
         raise NotImplementedError(f"{type(self).__name__} sums nothing")
