@@ -122,7 +122,7 @@ class LowMemOptimizer(Informed):
 
     def _arrange(self) -> None:
         """Put aside what rests now, and hold no tensor for it: an engine that shards replaces them."""
-        arrange_(Roster(self.param_groups, self.strategy), self.strategy.rules)
+        arrange_(Roster(self.param_groups, self.strategy), self.strategy.rules, self.model)
         self._roster: Roster | None = None
 
     def __getstate__(self) -> dict[str, Any]:

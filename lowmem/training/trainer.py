@@ -213,7 +213,8 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded, Searched):
         if said := late(self.model, self._strategy, self.args.learning_rate, max_steps):
             self.tell(said)
         self._begin_log()
-        resting.arrange_(self.lowmem_optimizer.roster, self._strategy.rules)
+        optimizer = self.lowmem_optimizer
+        resting.arrange_(optimizer.roster, self._strategy.rules, optimizer.model)
         if self.args.gradient_sync == "low_rank" and self._sync is None:
             from lowmem.training.ranks.low_rank_sync import low_rank_sync
 
@@ -242,7 +243,7 @@ class LowMemMixin(ZerothOrder, WholeCheckpoints, Sharded, Searched):
             self._release.remove()
             self._release = None
         if self.optimizer is not None:
-            resting.wake_all_(self.lowmem_optimizer.roster)
+            resting.wake_all_(self.lowmem_optimizer.roster, self.lowmem_optimizer.model)
 
 
 class LowMemTrainer(LowMemMixin, Trainer):  # type: ignore[misc]

@@ -227,3 +227,37 @@ def test_a_tensor_that_got_no_gradient_in_its_turn_is_no_lost_one() -> None:
     saved["state"].pop(max(saved["state"]))  # one that has been stepped
     with pytest.raises(lowmem.errors.CheckpointError, match=r"no optimizer state of 'layers\.1"):
         made()[1].load_state_dict(saved)
+
+
+class Owner(nn.Module):
+    """A model inside another one, as wrappers have it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize("name", ["badam", "lisa", "misa"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_copy_of_the_model_alone_is_trained_as_a_whole(name: str, wrapped: bool) -> None:
+    model = net()
+    model.embed.weight.requires_grad_(False)
+    optimizer = optimizer_of(model, name)
+    optimizer_of(model, name).zero_grad()  # another one of the same model changes nothing
+    copied = copy.deepcopy(Owner(model)).inner if wrapped else copy.deepcopy(model)
+    wanted = {n for n, _ in model.named_parameters()} - {"embed.weight"}
+    assert {n for n, p in copied.named_parameters() if not p.requires_grad} > {"embed.weight"}
+    for one in (copied, copy.deepcopy(copied)):
+        lowmem.optimizer(one, "adamw", lr=0.01)
+        assert {n for n, p in one.named_parameters() if p.requires_grad} == wanted
+    assert any(
+        not p.requires_grad for n, p in model.named_parameters() if n in wanted
+    )  # which still take turns
+    wake_all_(optimizer.roster, model)
+    assert vars(model).keys() == vars(net()).keys()
+
+
+def test_a_pickled_model_needs_nothing_of_ours() -> None:
+    model = net()
+    optimizer_of(model)
+    assert b"lowmem" not in pickle.dumps(model).replace(b"_lowmem_rests", b"")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem.optim.blocks import Blocks, Dense
 from lowmem.optim.contract import AnyRule
@@ -14,25 +14,30 @@ from lowmem.optim.formulas import ByBlocks
 from lowmem.optim.schedules.schedule import Schedule
 from lowmem.optim.shards import Shard, matrix, shard_in
 from lowmem.optim.strategy import Strategy
-from lowmem.optim.tensors.marks import has_turns, rest_, wake_
+from lowmem.optim.tensors.marks import carry_, drop_, has_turns, rest_, wake_
 from lowmem.optim.tensors.seats import Roster, Seat
 from lowmem.optim.terms.state import State, scoped
 
 
-def arrange_(roster: Roster, rules: Mapping[str, AnyRule]) -> None:
+def arrange_(roster: Roster, rules: Mapping[str, AnyRule], owner: nn.Module | None = None) -> None:
     """Put aside what takes no step now, and take up all else, whoever has put it aside.
 
     Args:
         roster: all parameters; rules: by name, of which some may be idle.
+        owner: a model whose copies are to know who rests.
     """
     idle = {name for name, rule in rules.items() if rule.idle}
+    if idle and owner is not None:
+        carry_(owner)
     for p, place in roster.places.items():
         resting = idle and roster.rule_at(p, place.group["step"]) in idle
         (rest_ if resting else wake_)(p)
 
 
-def wake_all_(roster: Roster) -> None:
+def wake_all_(roster: Roster, owner: nn.Module | None = None) -> None:
     """Let all that was put aside require gradients again: at the end of a run."""
+    if owner is not None:
+        drop_(owner)
     for p in roster.places:
         wake_(p)
 

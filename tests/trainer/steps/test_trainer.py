@@ -1,5 +1,6 @@
 """LowMemTrainer and stock trainers: groups, schedules, resume, accumulation, clipping, adapters."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -383,6 +384,24 @@ def test_weight_decay_applies_to_what_a_trainer_of_ones_own_says(tmp_path):
     for optimizer in (own.create_optimizer(), factory()(tiny(), **kwargs)):
         decays = {n for g in optimizer.param_groups if g["weight_decay"] for n in g["param_names"]}
         assert decays == set(names)
+
+
+def test_a_copy_made_while_layers_rest_can_be_trained_whole(tmp_path):
+    copies = []
+
+    class Copying(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            copies.append(copy.deepcopy(model))
+
+    made = trainer(tmp_path, optim="lisa", optim_args="count=1,switch_gap=2", max_steps=2)
+    made.add_callback(Copying())
+    made.train()
+    assert all(p.requires_grad for p in made.model.parameters())
+    assert not [key for key in vars(made.model) if "lowmem" in key]
+    for one in copies:
+        assert not all(p.requires_grad for p in one.parameters())
+        trainer(tmp_path, model=one, optim="adamw").create_optimizer()
+        assert all(p.requires_grad for p in one.parameters())
 
 
 def test_an_optimizer_beside_the_strategy_is_refused(tmp_path):
