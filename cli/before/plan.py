@@ -71,8 +71,7 @@ def command(
     from lowmem.outside import bring
 
     unknown = _unknown(solve, gpu, budget)
-    for target in (html, emit):
-        _check_folder(target)
+    _check_written(html, emit, force)
     looking = optim is None and bool(gpu or budget)
     _check_search(looking, full, optim_args)
     device = flags["device"] or Run.device
@@ -166,6 +165,13 @@ def _lengths(model: str, data: str, flags: dict[str, Any]) -> Lengths:
         f"{found.rows} rows of {found.typical} tokens, the longest {found.longest}; {found.cut} are cut"
     )
     return found
+
+
+def _check_written(html: str | None, emit: str | None, force: bool) -> None:
+    for target in (html, emit):
+        _check_folder(target)
+    if force and not emit:
+        raise UserError("--force writes a run that does not fit: give --emit FILE, or leave it out")
 
 
 def _check_folder(target: str | None) -> None:

@@ -129,6 +129,8 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def on_card(run: Run, limit: Budget) -> Run:
     """The run on the card of a budget, as far as it does not say otherwise."""
+    if run.device == "cpu":
+        return run
     capability = limit.capability if run.compute_capability is None else run.compute_capability
     workspace = limit.workspace if run.workspace is None else run.workspace
     return replace(run, compute_capability=capability, workspace=workspace)
@@ -147,8 +149,38 @@ def _limits(run: Run) -> Iterator[str]:
             yield f"{f.name} must be {limits}, got {value}"
 
 
+def _without_effect(run: Run) -> Iterator[str]:
+    """Options that were given and that nothing of the run would look at, each with what it is of."""
+    of_card = [name for name in ("compute_capability", "workspace") if getattr(run, name) is not None]
+    rules = [
+        (
+            run.label_tokens is not None and run.loss != "labels",
+            f"label_tokens: of loss labels, loss is {run.loss}; give loss labels, or leave it out",
+        ),
+        (
+            run.longest is not None and run.rows != "packed",
+            f"longest: of packed rows, rows are {run.rows}; give rows packed, or leave it out",
+        ),
+        (
+            run.typical is not None and run.rows == "packed",
+            "typical: packed rows are filled up to seq_len; give rows padded, or leave it out",
+        ),
+        (
+            run.adapter_dtype is not None and not run.adapts,
+            "adapter_dtype: no adapter is trained; give lora_rank or adapter as well, or leave it out",
+        ),
+        (of_card and run.device == "cpu", f"{', '.join(of_card)}: of a card, device is cpu; leave it out"),
+        (
+            run.gradient_release and run.max_grad_norm not in (0.0, Run.max_grad_norm),
+            f"max_grad_norm {run.max_grad_norm:g}: with gradient_release the norm of all gradients is not "
+            "known when the first tensor steps; leave one of them out",
+        ),
+    ]
+    return (text for broken, text in rules if broken)
+
+
 def _check(run: Run) -> None:
-    if found := list(_limits(run)) or kinds.problems(run):
+    if found := list(_limits(run)) or kinds.problems(run) or list(_without_effect(run)):
         raise UserError("; ".join(found))
     if run.few_bit and run.gradient_checkpointing:
         raise UserError(FEW_BIT)
@@ -201,6 +233,7 @@ POINTLESS = {
     "activation_offload": "there is no backward pass to keep activations for",
     "few_bit": "there is no backward pass to keep activations for",
     "gradient_release": "there are no gradients to release",
+    "keep_output": "there is no backward pass to keep the logits through",
     "offload_state": "there is next to no state to keep elsewhere",
 }
 """Options of backward passes, and why a strategy without gradients has no use for them."""

@@ -47,10 +47,11 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
     """
     batch = measured.get("batch") or {}
     rows, length = batch.get("rows", config.batch_size), batch.get("tokens", config.seq_len)
+    kind = batch.get("kind", "packed" if config.packing else "padded")
     return {
         "seq_len": max(batch.get("prompt_tokens", length), 2),
-        "rows": batch.get("kind", "packed" if config.packing else "padded"),
-        "longest": batch.get("longest"),
+        "rows": kind,
+        "longest": batch.get("longest") if kind == "packed" else None,
         **_loss(config, rows, length, batch.get("label_tokens"), length - batch.get("prompt_tokens", 0)),
         "dtype": config.dtype,
         **_autocast(config),
@@ -67,12 +68,16 @@ def run_options(config: RunConfig, measured: Mapping[str, Any]) -> dict[str, Any
         "weights": config.weights,
         "int8_embeddings": config.int8_embeddings,
         "task": _planned(config),
-        "max_grad_norm": config.max_grad_norm if config.clip in ("auto", "global") else 0.0,
+        "max_grad_norm": config.max_grad_norm if _clips_together(config) else 0.0,
         "device": measured.get("device", "cpu"),
         "compute_capability": _capability(measured.get("device", "cpu")),
         "compile": config.compile,
         "steps": config.steps,
     }
+
+
+def _clips_together(config: RunConfig) -> bool:
+    return config.clip in ("auto", "global") and not config.gradient_release
 
 
 def _autocast(config: RunConfig) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def _loss(config: RunConfig, rows: int, length: int, labels: int | None, answer:
             return _grown(config, rows, answer)
         return {"batch_size": max(1, rows // task.rows)}
     loss = "chunked" if labels is None else "labels" if labels < rows * length else "plain"
-    return {"batch_size": rows, "loss": loss, "label_tokens": labels}
+    return {"batch_size": rows, "loss": loss, "label_tokens": labels if loss == "labels" else None}
 
 
 def _grown(config: RunConfig, rows: int, answer: int) -> dict[str, Any]:
@@ -124,9 +129,11 @@ def _entry(model: str, strategy: Any, options: Mapping[str, Any]) -> dict[str, A
 
 def _note(options: Mapping[str, Any]) -> str:
     what = f"{options['batch_size']} x {options['seq_len']} tokens ({options['rows']} rows)"
-    labels = options.get("label_tokens")
     if (task := PLANNED.get(options["task"])) is not None:
         return f"Predicted for the batch of the tracked step: {what}; {task.words}."
-    return f"Predicted for the batch of the tracked step: {what}" + (
-        f", logits at {labels} positions." if labels is not None else ", chunked loss."
-    )
+    losses = {
+        "chunked": "chunked loss",
+        "labels": f"logits at {options.get('label_tokens')} positions",
+        "plain": "logits at all positions",
+    }
+    return f"Predicted for the batch of the tracked step: {what}, {losses[options['loss']]}."

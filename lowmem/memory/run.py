@@ -138,7 +138,8 @@ class Run:
     def forwards(self) -> Run:
         """The run of a strategy without gradients: nothing is kept for a backward pass, or let go in it."""
         both = gpus.library(self.compute_capability)  # what was measured or asked for stays
-        one = both // gpus.HANDLES if self.workspace in (None, both) else self.workspace
+        usual = self.device == "cuda" and self.workspace in (None, both)
+        one = both // gpus.HANDLES if usual else self.workspace
         return replace(
             self, gradient_checkpointing=False, activation_offload=False, few_bit=None,
             gradient_release=False, offload_state=False, accumulation=1, workspace=one,

@@ -50,6 +50,7 @@ def test_table_report_and_run(tiny_model: Path, tmp_path: Path) -> None:
         (["--model", "gpt2", "--gpu", "rtx4091"], "did you mean 'rtx4090'"),
         (["--model", "gpt2", "--optim", "galor"], "did you mean 'galore'"),
         (["--model", "gpt2", "--budget", "24GX"], "unknown unit 'GX'"),
+        (["--model", "gpt2", "--optim", "adamw", "--force"], "give --emit FILE"),
         (["--model", "gpt2", "--solve", "seq-len"], "--gpu NAME or --budget"),
         (["--model", "gpt2", "--html", "/no/such/folder/x.html"], "does not exist"),
         (["--model", "gpt2", "--quantize", "nf4"], "lora_rank"),

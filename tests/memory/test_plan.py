@@ -384,13 +384,27 @@ def test_bad_input_is_one_line(arguments, match):
         ("adamw", {"gradient_release": True, "accumulation": 2}, "needs the whole gradient of a window"),
         ("adamw", {"task": "kto", "batch_size": 1}, "batch_size: kto compares"),
         ("adamw", {"device": "cpu", "activation_offload": True}, "activation_offload: a CPU"),
+        ("adamw", {"label_tokens": 8}, "label_tokens: of loss labels, loss is plain"),
+        ("adamw", {"longest": 8, "rows": "padded"}, "longest: of packed rows, rows are padded"),
+        ("adamw", {"typical": 8, "rows": "packed"}, "typical: packed rows are filled"),
+        ("adamw", {"adapter_dtype": "bfloat16"}, "adapter_dtype: no adapter is trained"),
+        ("adamw", {"device": "cpu", "compute_capability": 7.5}, "compute_capability: of a card"),
+        ("adamw", {"device": "cpu", "workspace": 0}, "workspace: of a card, device is cpu"),
+        ("adamw", {"gradient_release": True, "max_grad_norm": 0.5}, "max_grad_norm 0.5: with gradient_rel"),
+        ("mezo", {"keep_output": True}, "no backward pass to keep the logits"),
         ("mezo", {"gradient_release": True}, "there are no gradients to release"),
         ("mezo", {"few_bit": 2}, "no backward pass to keep"),
     ],
 )
-def test_what_finetune_refuses_is_not_planned(strategy, options, match):
+def test_what_finetune_refuses_or_does_nothing_is_not_planned(strategy, options, match):
     with pytest.raises(UserError, match=match):
         plan(FAMILIES["llama"](), strategy, **{**SMALL, **options})
+
+
+@pytest.mark.parametrize("strategy", ["adamw", "mezo"])
+def test_a_run_on_a_cpu_keeps_its_levers_within_a_budget(strategy):
+    found = plan(FAMILIES["llama"](), strategy, budget="1GiB", device="cpu", **SMALL).plans[0]
+    assert "half the batch" in {lever.name for lever in found.levers}
 
 
 def test_options_of_gradients_are_for_those_among_several_that_have_some():
