@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from transformers import LlamaConfig
 
 from lowmem.memory import closed_form
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import shallow
 from lowmem.memory.trace.replica import trace
 from lowmem.models.entries import resolve
+from tests.memory.families import BASE
 
 MODELS = ["llama-7b", "llama-3-8b", "qwen2.5-7b", "qwen3-0.6b", "gemma-2b", "smollm2-135m"]
 RUNS = {
@@ -19,6 +21,7 @@ RUNS = {
     "both": Run(batch_size=4, seq_len=512, gradient_checkpointing=True, gradient_release=True),
     "short": Run(batch_size=1, seq_len=64),
     "eager": Run(batch_size=1, seq_len=1024, attention="eager"),
+    "accumulation": Run(batch_size=1, seq_len=64, accumulation=2),
 }
 
 
@@ -59,7 +62,31 @@ def test_textbook_bytes_per_token_and_layer():
         ("llama-7b", Run(rows="padded")),
         ("llama-7b", Run(loss="chunked")),
         ("llama-7b", Run(autocast=True)),
+        ("llama-7b", Run(device="cpu")),
+        ("llama-7b", Run(keep_output=True)),
+        ("llama-7b", Run(accumulation=2, gradient_release=True, max_grad_norm=0.0)),
+        ("llama-7b", Run(attention="eager", dtype="float16")),
+        ("llama-7b", Run(compute_capability=7.5)),  # attention in bf16 is math there
+        ("llama-3-8b", Run(compute_capability=7.5, dtype="float16")),  # as it is of grouped queries
+        ("mistral-7b", Run(seq_len=4096)),  # as long as the window: there is a mask
     ],
 )
 def test_what_was_not_derived_is_not_claimed(name, run):
     assert not closed_form.supports(resolve(name).config(), run)
+
+
+@pytest.mark.parametrize("change", [{"head_dim": 320}, {"hidden_act": "relu"}])
+def test_layers_that_were_not_derived_are_not_claimed(change):
+    config = resolve("llama-7b").config()
+    assert closed_form.supports(config, Run())
+    for name, value in change.items():
+        setattr(config, name, value)
+    assert not closed_form.supports(config, Run())
+
+
+def test_an_older_card_has_a_fused_kernel_for_heads_with_keys_of_their_own():
+    config = LlamaConfig(**BASE | {"num_key_value_heads": 4})
+    run = Run(batch_size=2, seq_len=512, dtype="float16", compute_capability=7.5)
+    assert closed_form.supports(config, run)
+    found = max(moment.total for moment in trace(config, run).moments.values())
+    assert max(closed_form.events(config, run).values()) == pytest.approx(found, rel=1e-3)
