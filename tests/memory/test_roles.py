@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 import lowmem
@@ -16,6 +17,7 @@ from lowmem.memory.trace.windows import Parameter
 from lowmem.models.entries import resolve, skeleton
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.tensors import roles
+from lowmem.report.units import format_bytes
 
 GIB = 1 << 30
 
@@ -77,6 +79,25 @@ def test_tied_weights_are_advised_about_once() -> None:
     assert said.startswith("Embedding holds ")
     assert "embedding=adafactor saves" in said
     assert "head" not in said
+
+
+@pytest.mark.parametrize("name", ["adamw", "badam", "lisa", "misa", "spam", "zo_adamu", "muon_8bit", "dct"])
+def test_what_is_said_to_be_saved_is_what_both_differ_by(name: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = skeleton(transformers.LlamaConfig(vocab_size=8000, **sizes))
+    held = parameters(model)
+    own = lowmem.create(name)
+    said = advice.roles(own, held)
+    assert bool(said) == (name in ("adamw", "lisa", "muon_8bit", "dct"))
+    for sentence in said:
+        options = dict(pair.split("=") for pair in sentence.split(": ")[1].split(" saves ")[0].split(","))
+        one, other = (
+            footprint(s, held, Run(), steps="none").state_bytes for s in (own, lowmem.create(name, **options))
+        )
+        assert sentence.endswith(f"saves {format_bytes(one - other)}.")
+        assert 0 < int(sentence.split("%")[0].split()[-1]) <= 100
 
 
 def test_nothing_is_advised_where_nothing_is_gained() -> None:

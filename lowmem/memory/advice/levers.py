@@ -150,35 +150,57 @@ def sentences(peak: Peak, found: Sequence[Lever], run: Run) -> list[str]:
 def roles(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
     """What embedding and head hold of the state, where factored moments would hold a lot less.
 
+    What that saves is counted of the strategy with the options that are named: rules by turns, modifiers and
+    sources may hold as much as before, or refuse it.
+
     Args:
         strategy: of the plan; parameters: the trainable ones.
 
     Returns:
         One sentence, with the options that do it, or none.
     """
-    now: dict[str, int] = {}
-    factored: dict[str, int] = {}
-    cheap = replace(create("adafactor"), writer=strategy.writer)
-    for p in parameters:
-        ranks = p.shard.ranks if p.shard else 1
-        now[p.role] = now.get(p.role, 0) + state_bytes(
-            strategy, p.shape, p.dtype, p.role, ranks=ranks, coded=p.coded
-        )
-        if p.role in FACTORED and p.role not in strategy.rules:
-            size = state_bytes(cheap, p.shape, p.dtype, p.role, ranks=ranks, coded=p.coded)
-            factored[p.role] = factored.get(p.role, 0) + size
-    total = sum(now.values())
-    gains = {role: now[role] - size for role, size in factored.items() if now[role] - size > LARGE * total}
-    if not gains:
+    total = footprint(strategy, parameters, Run(), steps="none").state_bytes
+    now, factored = _by_role(strategy, parameters), _by_role(_factored(strategy), parameters)
+    open_ = [role for role in FACTORED if role in now and role not in strategy.rules]
+    names = [role for role in open_ if now[role] - factored[role] > LARGE * total]
+    options = dict.fromkeys(names, "adafactor")
+    saved = _saved(strategy, options, parameters, total)
+    if saved <= LARGE * total:
         return []
-    names = [role for role in FACTORED if role in gains]
     share = sum(now[role] for role in names) / total
     verb = "hold" if len(names) > 1 else "holds"
-    options = ",".join(f"{role}=adafactor" for role in names)
+    written = ",".join(f"{role}={rule}" for role, rule in options.items())
     return [
         f"{_capital(' and '.join(names))} {verb} {share:.0%} of the state: "
-        f"{options} saves {format_bytes(sum(gains.values()))}."
+        f"{written} saves {format_bytes(saved)}."
     ]
+
+
+def _factored(strategy: Strategy) -> Strategy:
+    return replace(create("adafactor"), writer=strategy.writer)
+
+
+def _by_role(strategy: Strategy, parameters: Sequence[Parameter]) -> dict[str, int]:
+    """State of each role, were all tensors stepped."""
+    found: dict[str, int] = {}
+    for p in parameters:
+        ranks = p.shard.ranks if p.shard else 1
+        size = state_bytes(strategy, p.shape, p.dtype, p.role, ranks=ranks, coded=p.coded)
+        found[p.role] = found.get(p.role, 0) + size
+    return found
+
+
+def _saved(
+    strategy: Strategy, options: Mapping[str, str], parameters: Sequence[Parameter], total: int
+) -> int:
+    """Of the total state, bytes that other options save; 0 where they are refused or there is no name."""
+    if not strategy.name or not options:
+        return 0
+    try:
+        other = create(strategy.name, **{**strategy.options, **options})
+    except UserError:
+        return 0
+    return total - footprint(other, parameters, Run(), steps="none").state_bytes
 
 
 def side(strategy: Strategy, parameters: Sequence[Parameter]) -> list[str]:
