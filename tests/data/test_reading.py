@@ -44,6 +44,38 @@ def test_json_in_other_wrappings(tmp_path):
         assert len(load_data(str(file)).rows) == 5
 
 
+@pytest.mark.parametrize(
+    "ids", [("q-1", "q-2", "q-3"), ("train-1", "test-2", "x3"), ("alpha", "beta", "gamma")]
+)
+def test_rows_under_ids(tmp_path, ids):
+    """Also where an id sounds like a split."""
+    file = tmp_path / "rows.json"
+    for rows in (ROWS, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 3):
+        file.write_text(json.dumps(dict(zip(ids, rows, strict=False))))
+        assert len(load_data(str(file)).rows) == 3
+
+
+def test_two_named_parts_of_one_row_are_no_rows(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"question": {"text": "Where?"}, "answer": {"text": "Here."}}))
+    with pytest.raises(UserError, match="question"):
+        load_data(str(file))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "train.json"])
+@pytest.mark.parametrize("rows", [{"train": ROWS, "test": ROWS[:1]}, {"data": ROWS}])
+@pytest.mark.parametrize("info", [{"version": 1}, "made by hand", 2, ["a", "b"]])
+def test_what_stands_beside_rows_is_named(tmp_path, name, rows, info):
+    if name == "train.json" and "train" in rows:
+        rows = {"rows": ROWS}
+    (tmp_path / name).write_text(json.dumps({"info": info, **rows, "n": None}))
+    data = load_data(str(tmp_path))
+    assert len(data.rows) == 5
+    assert f"not read: {name}: info, {name}: n" in data.summary()
+    if "test" in rows:
+        assert len(load_data(str(tmp_path), split="test").rows) == 1
+
+
 def test_byte_order_mark_and_long_cells(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("\ufefftext\n" + "x" * 200_000 + "\n", encoding="utf-8")

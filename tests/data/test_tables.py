@@ -1,5 +1,7 @@
 """Tables as people and programs write them: quotes, blanks and headers of all habits."""
 
+import numpy
+import pandas
 import pytest
 
 from lowmem.data.load import load_data, load_rows
@@ -91,3 +93,49 @@ def test_a_saved_data_set_of_pointers_is_no_data(tmp_path):
         file.write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match=r"\.arrow is a pointer of git LFS"):
         load_data(str(tmp_path))
+
+
+def framed(folder, **columns):
+    file = folder / "rows.csv"
+    pandas.DataFrame(columns).to_csv(file, index=False)
+    return str(file)
+
+
+def texts(*said):
+    return numpy.array(said, dtype=object)
+
+
+def test_lists_of_numpy_are_lists(tmp_path):
+    """As pandas writes into a table what it has read from Parquet."""
+    talk = texts({"role": "user", "content": "it's [1 2]"}, {"role": "assistant", "content": 'a "b" ...'})
+    data = load_data(framed(tmp_path, messages=[talk]))
+    assert data.rows[0]["prompt"][0]["content"] == "it's [1 2]"
+    assert data.rows[0]["completion"][0]["content"] == 'a "b" ...'
+    for name, cell in (
+        ("answers", {"text": texts("x y", "z"), "answer_start": numpy.array([1, 2])}),
+        ("answers", texts("x y", "z")),
+        ("answer", texts("x y", "z" * 90)),
+    ):
+        data = load_data(framed(tmp_path, question=["q"], **{name: [cell]}))
+        assert data.rows[0]["completion"][0]["content"] == "x y"
+        assert "all answers but the first" in data.ignored
+    chosen = load_data(
+        framed(tmp_path, prompt=["q"], candidates=[texts("x", "y z")], label=[1]), task="classify"
+    )
+    assert chosen.rows[0]["candidates"] == ["x", "y z"]
+
+
+@pytest.mark.parametrize("cell", ["[1 2 3]", "[see above]", "['a']", "['a', 'b']", "[...]"])
+def test_texts_in_brackets_stay_texts(tmp_path, cell):
+    data = load_data(framed(tmp_path, question=["q"], answer=[cell]))
+    assert data.rows[0]["completion"][0]["content"] == cell
+
+
+def test_lists_that_numpy_shortened_are_refused(tmp_path):
+    long = texts(*("x" for _ in range(2000)))
+    for columns in (
+        {"question": ["q"], "answers": [long]},
+        {"messages": [texts(*[{"role": "user"}] * 2000)]},
+    ):
+        with pytest.raises(UserError, match=r"row 1.*'\.\.\.' for what numpy left out.*JSONL"):
+            load_data(framed(tmp_path, **columns))

@@ -2,10 +2,10 @@
 
 one object per line                  .jsonl, .ndjson, and .json in spite of its name
 lists of objects                     as a whole file, or as lines
-{"data": [...]}, {"rows": [...]}     and other words for the same
-{"train": [...], "test": [...]}      splits in one object
+{"data": [...]}, {"rows": [...]}     and other words for the same; what stands beside is named
+{"train": [...], "test": [...]}      splits in one object, perhaps with "info" beside them
 {"question": [...], "answer": [...]} columns instead of rows; their cells perhaps under numbers
-{"0": {...}, "1": {...}}             rows under numbers
+{"0": {...}, "q-1": {...}}           rows under numbers, ids or, from three on, any names
 [[{"role": ...}, ...], ...]          conversations without a name
 """
 
@@ -61,24 +61,45 @@ def document(file: DataFile) -> Iterator[tuple[Place, Row]]:
         yield Place(source, "row", number), _object(row, f"{source}, row {number}")
 
 
-def by_split(file: DataFile) -> list[DataFile]:
-    """The splits of an object of splits, each as a file of its own; else the file as it is."""
-    text = text_of(file.path)
+def by_split(file: DataFile) -> tuple[list[DataFile], list[str]]:
+    """The splits of an object of splits, each as a file of its own, else the file as it is.
+
+    Returns:
+        The files, and names of what else the object holds, which is not read.
+    """
     try:
+        text = text_of(file.path)
         value = texts.parse_json(text) if text.lstrip()[:1] == "{" else None
     except ValueError:
-        return [file]  # lines, or damage that reading will name
-    if not isinstance(value, dict) or not _are_splits(value):
-        return [file]
-    return [DataFile(file.path, f"{file.name}: {key}", split_named(key), key) for key in value]
+        return [file], []  # lines, or damage that reading will name
+    if not isinstance(value, dict):
+        return [file], []
+    files, kept = [file], [_wrapper(value)] if _wrapper(value) else [*value]
+    if file.split is None and _are_splits(value):
+        kept = [key for key, part in value.items() if _is_split(key, part) or _is_table(part)]
+        files = [DataFile(file.path, f"{file.name}: {key}", split_named(key), key) for key in kept]
+    return files, [f"{file.name}: {key}" for key in value if key not in kept]
 
 
 def _are_splits(value: dict[str, Any]) -> bool:
-    """Whether an object's fields are splits; a column that is called `test` is none."""
-    named = [split_named(key) is not None for key in value]
-    if not any(named) or not all(isinstance(part, (list, dict)) for part in value.values()):
-        return False
-    return all(named) or not any(map(_is_cells, value.values()))
+    """Whether an object holds splits; a column that is called `test` is none."""
+    named = [key for key, part in value.items() if _is_split(key, part)]
+    if not named or len(named) == len(value):
+        return bool(named)
+    return not _columns(value) and not any(_is_cells(value[key]) for key in named)
+
+
+def _is_split(key: str, part: Any) -> bool:
+    """Whether a field is named after a split; what is one row under `test-1` has that for its id."""
+    one = any(map(str.isdecimal, key)) and (isinstance(part, dict) or _is_talk(part))
+    return split_named(key) is not None and isinstance(part, (list, dict)) and not one
+
+
+def _is_table(part: Any) -> bool:
+    """Whether a field that no split is named after holds rows."""
+    if isinstance(part, dict):
+        return bool(_wrapper(part) or _columns(part) or _counted(part) or _keyed(part))
+    return isinstance(part, list) and not _is_cells(part)
 
 
 def _is_cells(part: Any) -> bool:
@@ -90,8 +111,9 @@ def _is_cells(part: Any) -> bool:
 def _unwrapped(value: Any, source: str) -> list[Any]:
     """The rows of a whole document."""
     if isinstance(value, dict):
-        wrapped = next((value[key] for key in _WRAPPERS if _is_rows(value.get(key))), None)
-        value = wrapped if wrapped is not None else _columns(value) or _counted(value) or [value]
+        wrapper = _wrapper(value)
+        tables = _columns(value) or _counted(value) or _keyed(value)
+        value = value[wrapper] if wrapper else tables or [value]
     if not isinstance(value, list):
         raise UserError(f"{source} holds no list of rows: give [{{...}}, ...] or one object per line")
     rows = [value] if _is_talk(value) else value
@@ -120,6 +142,21 @@ def _are_lists_of_cells(columns: list[Any]) -> bool:
 def _counted(value: dict[str, Any]) -> list[Row]:
     """The rows of an object that numbers them."""
     return list(value.values()) if _is_counted(value) and _is_rows([*value.values()]) else []
+
+
+def _keyed(value: dict[str, Any]) -> list[Row]:
+    """The rows of an object that has them under ids: alike, and more than the parts of one row would be."""
+    rows = list(value.values())
+    if not (all(any(map(str.isdecimal, key)) for key in value) or len(rows) > 2):
+        return []
+    talks = bool(rows) and all(map(_is_talk, rows))
+    alike = bool(rows) and all(isinstance(row, dict) for row in rows) and set.intersection(*map(set, rows))
+    return rows if talks or alike else []
+
+
+def _wrapper(value: dict[str, Any]) -> str:
+    """The field under which an object has its rows; "" where none is named so."""
+    return next((key for key in _WRAPPERS if _is_rows(value.get(key))), "")
 
 
 def _is_counted(value: Any) -> bool:

@@ -52,12 +52,13 @@ def held(path: Path) -> Found:
         UserError: as `look`, or a file that cannot be read.
     """
     found = look(path)
-    files = (json_rows.by_split(file) if _may_hold_splits(file) else [file] for file in found.files)
-    return replace(found, files=tuple(itertools.chain.from_iterable(files)))
-
-
-def _may_hold_splits(file: DataFile) -> bool:
-    return file.split is None and suffixes(file.path)[0] == ".json"
+    files, unread = list[DataFile](), list(found.unread)
+    for file in found.files:
+        is_json = suffixes(file.path)[0] == ".json" and file.path.is_file()
+        parts, beside = json_rows.by_split(file) if is_json else ([file], [])
+        files += parts
+        unread += beside
+    return replace(found, files=tuple(files), unread=tuple(unread))
 
 
 def _read(file: DataFile) -> Iterator[tuple[Place, Row]]:

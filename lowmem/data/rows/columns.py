@@ -5,6 +5,7 @@
     conversation, dialog, chat                    are messages where they hold some
     {"role": [...], "content": [...]}, '[{...}]'  a struct of lists and a text of JSON or Python are, too
     answers: {"text": [...]}, ["...", "..."]      the first of several right answers is the one
+['...' '...'], array(['...'], dtype=object)   so are such lists as numpy prints them into a table
 
 Which names are read as which depends on the names of a row alone and is said once.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +46,19 @@ _WHOLE = ("messages", "conversations")  # nothing but messages can stand there
 _AS_MESSAGES = {"question": "prompt", "answer": "completion"}  # where one of them holds messages
 SYSTEMS = ("system_prompt", "system_message", "system_instruction")
 TALKS = ("conversation", "dialog", "dialogue", "chat", "turns")
+SEVERAL = (
+    "answers",
+    "outputs",
+    "targets",
+)  # a text there may be a list that a table has no other way to hold
+_TEXT = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
+_TOKEN = re.compile(rf"""{_TEXT}|array\(|,\s*dtype=[^()]*\)|[\[\]{{}}(),:]|\s+|[^\s\[\]{{}}(),:'"]+""")
+_TEXTS = re.compile(rf"\s*\[\s*{_TEXT}(?:\s+(?:{_TEXT}|\.\.\.))+\s*\]\s*")
+"""A list of texts as numpy prints it, and nothing that a person writes."""
+
+
+class ElidedError(RowError):
+    """A list of which a text holds the ends alone."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,9 @@ def understood(row: Mapping[str, Any], chosen: Format | None = None) -> Columns:
     for key in (*_WHOLE, *_AS_MESSAGES, *_AS_MESSAGES.values()):
         if key in found and (key in _WHOLE or _is_talk(found[key])):
             found[key] = _messages(found[key], key)
+    answer = found.get("answer")
+    if _plain(called.get("answer", "")) in SEVERAL or (isinstance(answer, str) and _TEXTS.fullmatch(answer)):
+        found["answer"] = listed_in(answer)
     left = _one_answer(found)
     if "prompt" in found and "question" in called:  # it holds messages
         called = {_AS_MESSAGES.get(new, new): old for new, old in called.items()}
@@ -106,13 +124,18 @@ def written_out(value: Any) -> Any:
 def listed_in(value: Any) -> Any:
     """A list out of a text that holds one; anything else as it is.
 
+    Raises:
+        ElidedError: a text of numpy that does not hold all of it.
+
     >>> listed_in("['yes', 'no']"), listed_in("[sic]")
     (['yes', 'no'], '[sic]')
     """
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
         return _parsed(value, "")
+    except ElidedError:
+        raise
     except RowError:
         return value
 
@@ -186,16 +209,48 @@ def _messages(value: Any, key: str) -> Any:
 
 
 def _parsed(text: str, key: str) -> Any:
-    """What a text of JSON holds, or one of Python, as pandas writes a list into a table."""
+    """What a text of JSON holds, or one of Python or numpy, as pandas writes a list into a table."""
     try:
         return texts.parse_json(text)
     except ValueError as error:
+        python = _with_commas(text.strip())
         try:
-            return ast.literal_eval(text.strip())
+            return ast.literal_eval(python)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise RowError(
                 f"field {key!r} is text, and no JSON: {error}; write it with json.dumps, or the data as JSONL"
             ) from error
+
+
+def _with_commas(text: str) -> str:
+    """A list of numpy as one of Python, which would join texts that no comma parts; any other as it is.
+
+    Raises:
+        ElidedError: numpy has left out what is between the ends of a long one.
+
+    >>> _with_commas("['a' 'b']"), _with_commas("{'text': array(['a', 'b'], dtype=object)}")
+    ("['a','b']", "{'text':['a','b']}")
+    """
+    tokens = _TOKEN.findall(text)
+    if "".join(tokens) != text:
+        return text
+    out, within, ended = list[str](), list[str](), False
+    for token in tokens:
+        if token.isspace():
+            continue
+        if token == "..." and within:
+            raise ElidedError(
+                f"{text[:60]!r} has '...' for what numpy left out: write the data anew, as JSONL"
+            )
+        if ended and within[-1:] == ["["] and token not in ",]":
+            out.append(",")
+        if token == "array(" or ((token in ")" or "dtype" in token) and within[-1:] == ["array("]):
+            within = [*within, token] if token == "array(" else within[:-1]
+        else:
+            out.append(token)
+            within = [*within, token] if token in "[{(" else within[:-1] if token in "]})" else within
+        ended = token not in ",:[{(" and token != "array("
+    return "".join(out)
 
 
 def _one_answer(row: Row) -> tuple[str, ...]:
