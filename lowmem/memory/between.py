@@ -10,6 +10,7 @@ step has lives inside what that step's own forward pass holds: where many runs a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lowmem.memory.device.allocator import Verdict, simulate
@@ -35,9 +36,18 @@ def beside(config: Any, run: Run, found: Trace) -> dict[str, Moment]:
     return {**evaluations, **_files(run, found)}
 
 
-def above(config: Any, run: Run, found: Trace) -> dict[str, Moment]:
-    """Of what happens between steps that which can take more than one; arguments as `beside`."""
-    return beside(config, run, found) if run.evaluates_more else _files(run, found)
+def above(config: Any, run: Run, found: Trace, held: Footprint) -> dict[str, Moment]:
+    """Of what happens between steps that which can take more than one.
+
+    Args:
+        config, run, found: as for `beside`; held: of the strategy.
+    """
+    return beside(config, run, found) if evaluates_more(run, held) else _files(run, found)
+
+
+def evaluates_more(run: Run, held: Footprint) -> bool:
+    """Whether an evaluation can take more than a step: of more rows, or of weights that are displaced."""
+    return run.evaluation is not None and (run.evaluates_more or bool(held.displaced))
 
 
 def _files(run: Run, found: Trace) -> dict[str, Moment]:
@@ -82,12 +92,18 @@ def simulated(
         name = max(found.releases, key=lambda n: found.releases[n].total + held.scratch.get(n, 0))
         scratch = [(found.releases[name].at, held.scratch.get(name, 0))]
     kept = (*held.tensors, *held.grids)
-    after = _alone(evaluation) if evaluation is not None else ((), ())
+    after = _alone(evaluation, held.displaced) if evaluation is not None else ((), ())
     return simulate(tracker.stream, tracker.sizes, start, kept, scratch, capacity=capacity, after=after)
 
 
-def _alone(tracker: Tracker) -> tuple[list[int], list[int]]:
-    """Stream and sizes of an evaluation, of which weights and libraries are there already."""
+def _alone(tracker: Tracker, displaced: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Stream and sizes of an evaluation, of which weights and libraries are there already.
+
+    Args:
+        tracker: of the evaluation; displaced: sizes of the copies of weights that it holds.
+    """
     start = tracker.phases[0][0]
     inputs = [entry for entry in tracker.stream[:start] if tracker.categories[entry - 1] == "activations"]
-    return inputs + tracker.stream[start:], tracker.sizes
+    count = len(tracker.sizes)
+    copies = list(range(count + 1, count + 1 + len(displaced)))
+    return copies + inputs + tracker.stream[start:], [*tracker.sizes, *displaced]

@@ -21,6 +21,7 @@ from lowmem.errors import UserError
 from lowmem.memory.trace.tracker import Tracker, storages
 from lowmem.optim.blocks import Blocks
 from lowmem.optim.engine.cutting import policy
+from lowmem.optim.evaluated import displacements
 from lowmem.optim.int8.tensor import Int8Weight, is_coded
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.schedules.schedule import Always
@@ -280,6 +281,23 @@ def together_bytes(strategy: Strategy, tensors: Sequence[Tensor], roles: Sequenc
     peak = tracker.peak().total - before
     tracker.stop()
     return max(0, peak)
+
+
+@functools.lru_cache(maxsize=4096)
+def displaced_bytes(
+    strategy: Strategy, shape: Shape, dtype: torch.dtype, role: str, coded: bool = False
+) -> int:
+    """Bytes that an evaluation keeps of a weight it displaces; arguments as `measure_workspace`."""
+    strategy = replace(strategy, schedule=Always())
+    p = nn.Parameter(like(shape, dtype, "meta", coded))
+    optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy)
+    optimizer.init_state()
+    return sum(_size_of(w) for w, _, _ in displacements(optimizer))
+
+
+def _size_of(x: Tensor) -> int:
+    parts = (x.codes, x.scale) if isinstance(x, Int8Weight) else (x,)
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:

@@ -25,7 +25,7 @@ from lowmem.memory.count import Workspace
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import kind
 from lowmem.memory.trace.ranks import ROWS
-from lowmem.memory.trace.replica import Trace
+from lowmem.memory.trace.replica import EVALUATION, Trace
 from lowmem.memory.trace.tracker import CATEGORIES, Moment
 from lowmem.memory.trace.windows import Parameter, windows
 from lowmem.optim.contract import is_pointwise
@@ -57,6 +57,7 @@ class Footprint:
         together: greatest transient bytes while small ones are stepped together.
         copied: what a state dict copies, to stand in a file as it does on any number of ranks.
         away: of the state, what is in the host's memory between steps; the slots it travels to are tensors.
+        displaced: size of each weight's copy while the method evaluates other weights than it trains.
     """
 
     strategy: Strategy
@@ -68,6 +69,7 @@ class Footprint:
     together: int = 0
     copied: int = 0
     away: int = 0
+    displaced: tuple[int, ...] = ()
 
     @property
     def held(self) -> int:
@@ -115,7 +117,10 @@ def footprint(
     grids = tuple(-(-4 * side // grain) * grain for side in sides)
     smallest = _smallest(parameters, compiled, run.device) if steps == "all" else ()
     small = _together(strategy, smallest, compiled, run.device)
-    return Footprint(strategy, best.total, rounded, scratch, compiled, grids, small, copied, best.away)
+    beside = tuple(-(-size // grain) * grain for p in parameters if (size := _displaced(strategy, p)))
+    return Footprint(
+        strategy, best.total, rounded, scratch, compiled, grids, small, copied, best.away, beside
+    )
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,11 @@ def _sizes(
 
 
 @functools.lru_cache(maxsize=4096)
+def _displaced(strategy: Strategy, p: Parameter) -> int:
+    shape = p.shape if p.shard is None else tuple(p.shard.shape)
+    return count.displaced_bytes(strategy, tuple(shape), p.dtype, p.role, p.coded)
+
+
 def _copies(
     strategy: Strategy, rule_name: str, role: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> list[int]:
@@ -301,7 +311,9 @@ def combine(trace: Trace, held: Footprint, beside: Mapping[str, Moment] = Mappin
         beside: what happens between steps, by name.
     """
     found = {**trace.moments, **{name: m for name, m in beside.items() if name != LOAD}}
-    moments = {name: _with(m, held, held.copied if name == SAVE else 0) for name, m in found.items()}
+    displaced = sum(held.displaced)
+    more = {SAVE: max(held.copied, displaced), EVALUATION: displaced}  # copies are of checkpoints alone
+    moments = {name: _with(m, held, more.get(name, 0)) for name, m in found.items()}
     moments |= {name: m for name, m in beside.items() if name == LOAD}  # no state is there yet
     if STEP in trace.moments:
         moments[STEP] = _with(trace.moments[STEP], held, held.worst)

@@ -28,7 +28,7 @@ from lowmem.memory.advice import levers as advice
 from lowmem.memory.advice import wording
 from lowmem.memory.advice.cards import needed
 from lowmem.memory.advice.levers import Lever
-from lowmem.memory.between import beside, simulated
+from lowmem.memory.between import beside, evaluates_more, simulated
 from lowmem.memory.device.allocator import FITS, OUT, RETRIES, Verdict
 from lowmem.memory.device.gpus import Budget, limit_of
 from lowmem.memory.device.gpus import budget as parse_budget
@@ -235,7 +235,7 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     check = _cross_check(config, run, held, step)
     spared = [s for say in (advice.roles, advice.side) if advise for s in say(strategy, found.parameters)]
     why = [*advice.sentences(peak, levers, run), *advice.offloaded(held), *spared, *_agreement(check)]
-    reserve = functools.partial(simulated, found, held, evaluation=_evaluation(config, run))
+    reserve = functools.partial(simulated, found, held, evaluation=_evaluation(config, run, held))
     verdict = None if limit is None else _verdict(reserve, limit, peak)
     room = None if limit is None or verdict is None else _headroom(reserve, verdict, limit, peak)
     return StrategyPlan(
@@ -258,9 +258,9 @@ def row(config: Any, run: Run, strategy: Strategy, limit: Budget | None, *, advi
     )
 
 
-def _evaluation(config: Any, run: Run) -> Tracker | None:
+def _evaluation(config: Any, run: Run, held: Footprint) -> Tracker | None:
     """The evaluation that the allocator meets after the steps; one within their own forward pass is none."""
-    return evaluation(config, run.evaluation) if run.evaluation and run.evaluates_more else None
+    return evaluation(config, run.evaluation) if run.evaluation and evaluates_more(run, held) else None
 
 
 def _verdict(reserve: Reserve, limit: Budget, peak: Peak) -> Verdict:

@@ -55,7 +55,7 @@ def evaluated(optimizer: LowMemOptimizer) -> Iterator[None]:
     _INSIDE.add(optimizer)
     try:
         with torch.no_grad():
-            for w, beside, lr in _displacements(optimizer):
+            for w, beside, lr in displacements(optimizer):
                 kept.append((w, w.clone()))
                 _displace_(w, beside, lr)
         yield
@@ -69,10 +69,10 @@ def evaluated(optimizer: LowMemOptimizer) -> Iterator[None]:
 @torch.no_grad()
 def is_beside(optimizer: LowMemOptimizer) -> bool:
     """Whether the method now evaluates other weights than those it trains."""
-    return next(_displacements(optimizer), None) is not None
+    return next(displacements(optimizer), None) is not None
 
 
-def _displacements(optimizer: LowMemOptimizer) -> Iterator[tuple[Tensor, Blocks, float]]:
+def displacements(optimizer: LowMemOptimizer) -> Iterator[tuple[Tensor, Blocks, float]]:
     """Each weight that is evaluated elsewhere, with B and lr."""
     for p, whole in ((p, p.detach()) for _, p in optimizer.named_parameters() if optimizer.state.get(p)):
         for part in optimizer.ready(p)[0].parts:

@@ -34,10 +34,10 @@ def needed(
     for ranks in (n for n in NUMBERS if n > above):
         tried = replace(run, ranks=ranks, per_node=None)
         found = extrapolated(config, tried, special(strategy))
-        beside, size = between.above(config, tried, found), 0
+        size = 0
         for counted in dict.fromkeys(("none", steps)):  # scratch takes longest to count, and only adds
             held = footprint(strategy, found.parameters, tried, steps=counted)
-            size = combine(found, held, beside).allocated
+            size = combine(found, held, between.above(config, tried, found, held)).allocated
             if size > room:
                 break
         else:

@@ -74,10 +74,11 @@ def step_peak(config: Any, run: Run, held: Footprint) -> Peak:
 def quick_peak(config: Any, run: Run, held: Footprint) -> Peak:
     """The peak of a run at that cost: of a step, or of what happens between steps where that takes more."""
     strategy = special(held.strategy)
-    if strategy is None and closed_form.supports(config, run) and not (run.evaluates_more or held.copied):
+    between = run.evaluates_more or held.copied or held.displaced
+    if strategy is None and closed_form.supports(config, run) and not between:
         return as_peak(config, run, held)
     found = extrapolated(config, run, strategy)
-    return combine(found, held, above(config, run, found))
+    return combine(found, held, above(config, run, found, held))
 
 
 def levers(config: Any, run: Run, held: Footprint) -> tuple[Lever, ...]:

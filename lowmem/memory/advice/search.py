@@ -263,7 +263,7 @@ class _Finder:
     def _peak(self, strategy: Strategy, run: Run, steps: Steps = "large") -> tuple[Peak, Footprint]:
         found = extrapolated(self.config, run, special(strategy))
         held = self._held(strategy, run, found, steps)
-        return combine(found, held, above(self.config, run, found)), held
+        return combine(found, held, above(self.config, run, found, held)), held
 
     def _held(self, strategy: Strategy, run: Run, found: Trace, steps: Steps) -> Footprint:
         """What a strategy adds; of the levers, one changes it."""

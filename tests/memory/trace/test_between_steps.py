@@ -16,6 +16,7 @@ from lowmem.memory.device.gpus import Budget
 from lowmem.memory.lengths import lengths
 from lowmem.memory.plan import Plan
 from lowmem.memory.trace.tracker import Tracker, storages
+from lowmem.optim.evaluated import evaluated
 from lowmem.strategies import optimizer
 from tests.memory.families import FAMILIES, batch, model
 
@@ -42,19 +43,28 @@ def tracked(made: torch.nn.Module, stepper: lowmem.LowMemOptimizer) -> Tracker:
     return tracker
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_an_evaluation_takes_what_was_planned(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [
+        ("llama", "adamw", {}),
+        ("gemma2", "adamw", {}),
+        ("llama", "schedule_free", {}),  # it evaluates other weights than it trains
+        ("llama", "galore", {"modifiers": "lookahead"}),
+    ],
+)
+def test_an_evaluation_takes_what_was_planned(family: str, name: str, options: dict[str, str]) -> None:
     made = model(family)
-    stepper = optimizer(made, "adamw")
+    stepper = optimizer(made, name, **options)
     stepper.init_state()
     tracker, inputs = tracked(made, stepper), batch()
     tracker.register(inputs.values(), "activations")
     made.eval()
     with tracker, torch.no_grad():
         tracker.enter("evaluation")
-        made(**inputs, use_cache=False, num_items_in_batch=torch.ones((), dtype=torch.long))
+        with evaluated(stepper):
+            made(**inputs, use_cache=False, num_items_in_batch=torch.ones((), dtype=torch.long))
     tracker.stop()
-    planned = lowmem.plan(FAMILIES[family](), "adamw", **SMALL).plans[0]
+    planned = lowmem.plan(FAMILIES[family](), name, options=options, **SMALL).plans[0]
     assert planned.events["evaluation"] == pytest.approx(tracker.peak().total, rel=0.005)
 
 
