@@ -28,6 +28,7 @@ class Searched:
     _strategy: Strategy
     _clip: str
     _divergence: Divergence
+    _sync: Any
 
     def _read_arguments(self) -> None:
         """Take strategy, clipping and limit from the arguments.
@@ -50,6 +51,8 @@ class Searched:
         """
         before = self._strategy
         super()._hp_search_setup(trial)  # type: ignore[misc]
+        if trial is not None:  # each has a model of its own
+            self._sync = None
         self._read_arguments()
         now = self._strategy
         if self.optimizer is not None and now != before:
