@@ -321,8 +321,8 @@ class Residual(ByRows):
     needs_linear: ClassVar[bool] = False
     uses: ClassVar[frozenset[str]] = frozenset()
 
-    def init(self, x: Tensor) -> State:
-        """State for a tensor like x; nothing."""
+    def init(self, x: Tensor, axis: int | None = None) -> State:
+        """State for a tensor like x whose dense basis, if any, spans this axis; nothing."""
         return {}
 
     def constants(self, shape: tuple[int, int]) -> Constants:

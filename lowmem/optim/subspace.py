@@ -205,7 +205,8 @@ class Subspace(Rule):
         inner = self.inner.init(torch.empty(low, device=x.device))
         if self._carries_ages() and "age" in inner:
             inner["age"] = inner["age"].repeat(low[self.projector.axis(shape)])
-        rest = self.residual.init(x) if self._absorbs(shape) else {}
+        axis = self.projector.axis(shape) if self.projector.dense else None
+        rest = self.residual.init(x, axis) if self._absorbs(shape) else {}
         return _of_parts(self.projector.init(x), inner, rest)
 
     def constants(self, shape: tuple[int, ...]) -> Constants:

@@ -54,7 +54,7 @@ class Feedback(Residual):
         """The momentum, if that is asked for."""
         return "exp_avg" if self.momentum else ""
 
-    def init(self, x: Tensor) -> State:
+    def init(self, x: Tensor, axis: int | None = None) -> State:
         """Nothing is owed."""
         return prefixed("error", self.held.init(x))
 

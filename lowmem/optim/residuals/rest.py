@@ -8,7 +8,7 @@ What a residual makes of it (`absorb`) works on `Blocks`, so no full-size copy i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -126,7 +126,7 @@ class ScaledRest(Residual):
         """Always."""
         return True
 
-    def init(self, x: Tensor) -> State:
+    def init(self, x: Tensor, axis: int | None = None) -> State:
         """The norm of the step before; 0 before the first."""
         return {"norm": torch.zeros((), device=x.device)} if self.limit else {}
 
@@ -238,47 +238,53 @@ class ScaledGradient(ScaledRest):
 
 @dataclass(frozen=True)
 class SubsetNormed(Residual):
-    """Step by the rest and what is seen, both over the norms of subsets (AdamSNSM, arXiv 2411.07120).
+    """Step by the rest and what is seen, both over the norms of channels (AdamSNSM, arXiv 2411.07120).
 
-        v_i <- beta2 v_i + (1 - beta2) sum of g^2 over subset i
+        v_i <- beta2 v_i + (1 - beta2) sum of g^2 over channel i
         d = (scale up(N) + rest) / (1 - beta1^t) / (sqrt(v_i / (1 - beta2^t)) + eps)
 
-    N must be in units of the gradient; published with a momentum without bias correction (that of
-    `AverageGradient`), since the sum is corrected. Holds 4 max(m, n) + 4 bytes, or
-    4 ceil(m n / k) + 4 for subsets of k elements.
+    A dense basis spreads an element of the gradient over its channel: a column where it spans the rows, a
+    row where it spans the columns. So a channel is what shares a norm: over subsets that cut through it a
+    large element would move weights by as much as it is larger than their own. The released code lets one
+    choose such; by default it has the indices of the long side, which are the channels of a basis that
+    spans the short one, and so are those here beside a projector that spreads nothing.
 
-    Args:
-        subsets: which elements share a second moment.
+    N must be in units of the gradient; published with a momentum without bias correction (that of
+    `AverageGradient`), since the sum is corrected. Holds 4 l + 4 bytes for l channels.
     """
 
-    subsets: Subsets = field(default_factory=Subsets)
     lifts: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"orthonormal"})
     needs_linear: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
 
-    def init(self, x: Tensor) -> State:
+    def init(self, x: Tensor, axis: int | None = None) -> State:
         """A second moment of zero, age 0."""
         age = torch.zeros((), dtype=torch.int32, device=x.device)
-        return {"exp_avg_sq": self.subsets.init(x), "age": age}
+        return {"exp_avg_sq": _channels(axis).init(x), "age": age}
 
     def shards(self, shape: Shape) -> bool:
-        """Where shards start on a subset."""
-        return self.subsets.shards(shape)
+        """Always: what a channel has on other ranks is summed."""
+        return True
 
     def absorb(self, s: State, split: Split) -> tuple[Blocks | None, Commit | None]:
-        """The whole step, but no step of a subset whose sum has no fp32.
+        """The whole step, but no step of a channel whose sum has no fp32.
 
         Its moment counts the largest sum there is, for N has seen its elements; where some may be unseen and
         not finite, it stays as it is.
         """
-        age = s["age"] + split.ok
-        numbers = numbers_of(self.subsets, age, split.hp)
-        sums, old = self.subsets.sums(split.g, split.hp), s["exp_avg_sq"]
+        age, subsets = s["age"] + split.ok, _channels(split.axis if split.sees else None)
+        numbers = numbers_of(subsets, age, split.hp)
+        sums, old = subsets.sums(split.g, split.hp), s["exp_avg_sq"]
         v, over = torch.empty_like(old), torch.empty_like(old)
         split.hp.reckon(_note_moment, (v, over, old, sums, numbers, split.ok), (split.sees,))
-        step = self.subsets.divided(split.with_rest(split.rest), over, numbers)
+        step = subsets.divided(split.with_rest(split.rest), over, numbers)
         return step, lambda: apply_in_place(s, {"exp_avg_sq": v, "age": age})
+
+
+def _channels(axis: int | None) -> Subsets:
+    """Those of a dense basis that spans an axis; the long side's indices beside another."""
+    return Subsets(by_column=None if axis is None else axis == 0)
 
 
 def _note_moment(

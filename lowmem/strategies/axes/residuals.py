@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from lowmem.optim.contract import Residual
 from lowmem.optim.residuals.feedback import Feedback
 from lowmem.optim.residuals.rest import Drop, ScaledGradient, ScaledRest, Stateless, SubsetNormed
-from lowmem.optim.rules.compact.subsets import Subsets
-from lowmem.strategies.options import Limits, States, SubsetSize
+from lowmem.strategies.options import Limits, States
 from lowmem.strategies.parts import part
 
 Scale = Annotated[float, Limits(least=0.0)]
@@ -68,13 +67,9 @@ def scaled_gradient(scale: float, limit: float, per: str) -> Residual:
 
 
 @part("residual")
-def subset_norm(*, subset_size: SubsetSize = 0) -> Residual:
-    """A step by it and by what is seen, over norms that rows, columns or other subsets share.
-
-    Args:
-        subset_size: Elements of a subset; 0 for rows of a tall matrix, columns of a wide one.
-    """
-    return SubsetNormed(Subsets(subset_size))
+def subset_norm() -> Residual:
+    """A step by it and by what is seen, over norms of rows or columns: the channels of the projection."""
+    return SubsetNormed()
 
 
 @part("residual")

@@ -176,9 +176,12 @@ register(
             M <- beta1 M + (1 - beta1) P'G,  v_i <- beta2 v_i + (1 - beta2) |G_i|^2
             W <- (1 - lr wd) W - lr (P M + G - P P'G)_i / (1 - beta1^t) / (sqrt(v_i / (1 - beta2^t)) + eps)
 
-        i counts the rows of a tall matrix and the columns of a wide one (see `subset_norm`). The momentum
-        starts afresh with each subspace; in the released code a refresh uses the old one once more and
-        then forgets the new. Take about ten times Adam's lr. Embeddings, head, norms and biases take Adam.
+        i counts the rows of a tall matrix and the columns of a wide one (see `subset_norm`), with another
+        proj_type the channels of the projection: what P spreads an element over. The momentum starts afresh
+        with each subspace; in the released code a refresh uses the old one once more and then forgets the
+        new. There one may choose subsets that cut through channels (`subset_size`); here not: a large
+        element would be divided by norms that have not seen it. Take about ten times Adam's lr.
+        Embeddings, head, norms and biases take Adam.
 
         Bytes for an (m, n) weight, s = min(m, n), l = max(m, n), fp32 states: 4 s r + 4 r l + 4 l + 8.
         """,

@@ -101,6 +101,32 @@ def test_subspace_momentum_is_the_papers_and_not_what_was_released(side: str) ->
     assert apart > 1e-4
 
 
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+@pytest.mark.parametrize("shape", [(6, 12), (12, 6), (5, 5)])
+@pytest.mark.parametrize("spike", [1e4, 1e20])
+def test_a_step_is_divided_by_all_that_its_momentum_has_seen(
+    spike: float, shape: tuple[int, int], proj_type: str
+) -> None:
+    """Whatever side the basis spans: it spreads an element over a channel, and no subset has part of one."""
+    strategy = lowmem.create("subspace_momentum", rank=RANK, update_proj_gap=100, proj_type=proj_type)
+    optimizer, p = optimizer_of(strategy.rules["matrix"], torch.zeros(shape))
+    gradients = [normal(*shape, seed=t) for t in range(5)]
+    gradients[1][1, 3] = spike
+    for g in gradients:
+        before = p.detach().clone()
+        p.grad = g
+        optimizer.step()
+        assert (p.detach() - before).abs().max() <= 20.0 * LR
+    left = proj_type == "left" or (proj_type != "right" and (shape[0] < shape[1]) == (proj_type == "std"))
+    assert optimizer.state[p]["residual.exp_avg_sq"].shape == (shape[1 if left else 0],)
+
+
+def test_subsets_of_other_sizes_beside_a_basis_are_refused() -> None:
+    """They cut through the channels that it spreads an element over."""
+    with pytest.raises(UserError, match=r"subset_size.*rule=subset_norm"):
+        lowmem.create("subspace_momentum", subset_size=5)
+
+
 @pytest.mark.parametrize("shape", [(6, 12), (12, 6)])
 def test_full_rank_without_refresh_is_momentum(shape: tuple[int, int]) -> None:
     """Where nothing is divided by norms."""

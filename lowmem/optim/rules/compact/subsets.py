@@ -43,14 +43,15 @@ class Subsets:
     """How a weight is parted, and what is done with one number for each part.
 
     Args:
-        size: elements of a subset, in the order of the rows (the last may have fewer); 0 for the rows of
-            a matrix that is not wide, the columns of one that is.
+        size: elements of a subset, in the order of the rows (the last may have fewer); 0 for rows or columns.
+        by_column: columns or rows; if None, columns of a wide matrix, rows of any other.
 
     Raises:
         UserError: a negative size.
     """
 
     size: int = 0
+    by_column: bool | None = None
 
     def __post_init__(self) -> None:
         if self.size < 0:
@@ -59,7 +60,11 @@ class Subsets:
     def init(self, x: Tensor) -> Tensor:
         """A second moment of zero."""
         m, n = shape = matrix_shape(x.shape)
-        return torch.zeros(-(-m * n // self.size) if self.size else n if wide(shape) else m, device=x.device)
+        rows = n if self._columns(shape) else m
+        return torch.zeros(-(-m * n // self.size) if self.size else rows, device=x.device)
+
+    def _columns(self, shape: tuple[int, int]) -> bool:
+        return wide(shape) if self.by_column is None else self.by_column
 
     def numbers(self, t: int, hp: Hyper) -> tuple[float, ...]:
         """1 - beta2, eps, and what the bias corrections multiply by."""
@@ -71,7 +76,7 @@ class Subsets:
         if self.size:
             return self._pieces(g)
         m, n = g.shape
-        by_column = wide(g.shape)
+        by_column = self._columns(g.shape)
         out = torch.zeros(n if by_column else m, device=g.device)
         hp.sweep(
             _add_squares_ if by_column else _note_squares, g, *(((), (out,)) if by_column else ((out,),))
@@ -105,7 +110,7 @@ class Subsets:
         factors = first / (v.sqrt() * root + eps)
         n = x.shape[1]
         if not self.size:
-            down, across = ((), (factors,)) if wide(x.shape) else ((factors,), ())
+            down, across = ((), (factors,)) if self._columns(x.shape) else ((factors,), ())
             return Formula(torch.mul, (x,), down, across)
 
         def rows(i: int, j: int) -> Tensor:
