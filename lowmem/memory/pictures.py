@@ -11,7 +11,6 @@ from lowmem.memory.footprint import STEP, Footprint, footprint
 from lowmem.memory.surface import Surface
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.sampling import timeline
-from lowmem.memory.trace.windows import special
 from lowmem.models.positions import longest
 
 if TYPE_CHECKING:
@@ -89,10 +88,9 @@ def _grid(plan: Plan, strategy: Strategy) -> dict[str, Any]:
     most = longest(plan.config) or SEQ_LENS[-1]
     lengths = [s for s in SEQ_LENS if s <= most] or [most]
     run = planning.suited(plan.run, strategy)
-    surface = Surface(plan.config, run, special(strategy), most)
     found = planning.traced(plan.config, plan.run, strategy)
-    held: Footprint = footprint(strategy, found.parameters, run)
-    peaks = [[surface.peak(held, b, s) for b in BATCH_SIZES] for s in lengths]
+    surface = Surface(plan.config, run, footprint(strategy, found.parameters, run))
+    peaks = [[surface.peak(b, s) for b in BATCH_SIZES] for s in lengths]
     return {
         "strategy": strategy.name or "custom", "options": dict(strategy.options), "seq_lens": lengths,
         "batch_sizes": list(BATCH_SIZES), "peak": peaks,

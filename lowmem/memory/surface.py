@@ -1,106 +1,93 @@
 """Peak bytes over sequence length and batch size, without a trace for each cell.
 
-Where closed forms describe the model they are used. Elsewhere a handful of shallow traces is fitted: every
-event is a polynomial in the batch b and the length s (its terms are below), so the fit is exact but for
-allocator rounding and for events whose own maximum moves.
+Where closed forms describe the model they are used. Elsewhere, at each length, shallow traces of a few batch
+sizes; between them every category of every event goes by a line, which it is as long as the same instant of
+an event is its largest. Of the chunked loss a tile grows with the batch up to so many tokens, and no further:
+there is a trace where it is full.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from lowmem.memory import closed_form
-from lowmem.memory.footprint import RELEASE, STEP, Footprint, Peak, combine
+from lowmem.memory.between import above
+from lowmem.memory.footprint import STEP, Footprint, Peak, combine
 from lowmem.memory.run import Run
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.replica import Trace
 from lowmem.memory.trace.tracker import Moment
-from lowmem.optim.strategy import Strategy
+from lowmem.memory.trace.windows import special
 
-SAMPLES = ((1, 256), (2, 256), (1, 640), (3, 512), (1, 1280), (2, 1024), (5, 1024))
+BATCHES = (1, 4, 32)
+"""Those that are traced; beyond them the last line goes on."""
 CHUNK = 4096  # tokens of a tile of the chunked loss
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Peaks of one model and run at any batch size and sequence length.
+    """Peaks of one strategy at any batch size and sequence length.
 
     Args:
-        config: of the model; run: all options but batch_size and seq_len.
-        strategy: one whose step is `special`, or None.
-        limit: longest sequence to sample at.
+        config: of the model; run: all options but batch_size and seq_len; held: what the strategy adds.
     """
 
     config: Any
     run: Run
-    strategy: Strategy | None = None
-    limit: int = 1 << 30
+    held: Footprint
 
-    def peak(self, held: Footprint, batch_size: int, seq_len: int) -> int:
+    def peak(self, batch_size: int, seq_len: int) -> int:
         """Allocated bytes at the peak."""
         run = replace(self.run, batch_size=batch_size, seq_len=seq_len)
-        if self.strategy is None and closed_form.supports(self.config, run):
-            return formula(self.config, run, held)[1]
-        return combine(self._trace(batch_size, seq_len), held).allocated
+        if formal(self.config, run, self.held):
+            return formula(self.config, run, self.held)[1]
+        found = self._trace(batch_size, seq_len)
+        return combine(found, self.held, above(self.config, run, found, self.held)).allocated
 
     def _trace(self, batch_size: int, seq_len: int) -> Trace:
-        moments, releases, template = self._fitted
-        x = _features(batch_size, seq_len)
-        return Trace(
-            {name: _evaluate(fit, name, x) for name, fit in moments.items()},
-            {name: _evaluate(fit, RELEASE, x) for name, fit in releases.items()},
-            template.parameters,
-            template.total_parameters,
-            template.layers,
+        sizes = traced_sizes(self.run, seq_len)
+        if batch_size in sizes:
+            return self._traced(batch_size, seq_len)
+        after = min(max(1, bisect_left(sizes, batch_size)), len(sizes) - 1)
+        low, high = sizes[after - 1], sizes[after]
+        a, b = self._traced(low, seq_len), self._traced(high, seq_len)
+        share = (batch_size - low) / (high - low)
+        return replace(
+            b, moments=_line(a.moments, b.moments, share), releases=_line(a.releases, b.releases, share)
         )
 
-    @functools.cached_property
-    def _fitted(self) -> tuple[Mapping[str, _Fit], Mapping[str, _Fit], Trace]:
-        points = [(b, s) for b, s in SAMPLES if s <= self.limit] or [
-            (b, max(2, self.limit // b)) for b, _ in SAMPLES
-        ]
-        traces = [
-            extrapolated(self.config, replace(self.run, batch_size=b, seq_len=s), self.strategy)
-            for b, s in points
-        ]
-        rows = torch.tensor([_features(b, s) for b, s in points], dtype=torch.float64)
-        moments = {name: _fit(rows, [t.moments[name] for t in traces]) for name in traces[0].moments}
-        releases = {name: _fit(rows, [t.releases[name] for t in traces]) for name in traces[0].releases}
-        return moments, releases, traces[0]
+    def _traced(self, batch_size: int, seq_len: int) -> Trace:
+        run = replace(self.run, batch_size=batch_size, seq_len=seq_len)
+        return extrapolated(self.config, run, special(self.held.strategy))
 
 
-_Fit = Mapping[str, Sequence[float]]
+def traced_sizes(run: Run, seq_len: int) -> list[int]:
+    """Batch sizes that are traced at a length, ascending."""
+    if run.loss != "chunked":
+        return list(BATCHES)
+    full = max(
+        1, CHUNK // seq_len
+    )  # rows of a full tile; of many tiles a trace takes long, and all are alike
+    return sorted({1, full, 2 * full, 4 * full})
 
 
-def _features(batch_size: int, seq_len: int) -> list[float]:
-    tokens = batch_size * seq_len
-    return [
-        1.0,
-        tokens / 1e3,
-        tokens * seq_len / 1e6,
-        seq_len / 1e3,
-        seq_len**2 / 1e6,
-        min(tokens, CHUNK) / 1e3,
-    ]
-
-
-def _fit(rows: torch.Tensor, moments: Sequence[Moment]) -> _Fit:
+def _line(a: Mapping[str, Moment], b: Mapping[str, Moment], share: float) -> dict[str, Moment]:
+    """What lies on the lines from the one to the other, and beyond."""
     found = {}
-    for category in moments[0].bytes:
-        values = torch.tensor([[float(m.bytes[category])] for m in moments], dtype=torch.float64)
-        # the least-norm solution: terms that the samples cannot tell apart share what they explain
-        found[category] = (torch.linalg.pinv(rows, rtol=1e-9) @ values)[:, 0].tolist()
+    for name in a.keys() & b.keys():
+        one, other = a[name].bytes, b[name].bytes
+        sizes = {key: max(0, round(one[key] + share * (other[key] - one[key]))) for key in other}
+        found[name] = Moment(name, sizes, -1)
     return found
 
 
-def _evaluate(fit: _Fit, name: str, x: Sequence[float]) -> Moment:
-    sums = {key: round(sum(c * f for c, f in zip(terms, x, strict=True))) for key, terms in fit.items()}
-    return Moment(name, {key: max(0, size) for key, size in sums.items()}, -1)
+def formal(config: Any, run: Run, held: Footprint) -> bool:
+    """Whether the closed form says the peak of a strategy's run, with what happens between its steps."""
+    ordinary = special(held.strategy) is None and closed_form.supports(config, run)
+    return ordinary and not (run.evaluates_more or held.copied or held.displaced)
 
 
 def formula(config: Any, run: Run, held: Footprint) -> tuple[str, int]:

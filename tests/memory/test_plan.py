@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -11,17 +11,14 @@ import torch
 from transformers import OpenAIGPTConfig
 
 from lowmem import config as run_configs
-from lowmem import create
 from lowmem.errors import UserError
-from lowmem.memory.advice import emit, solve
+from lowmem.memory.advice import emit
 from lowmem.memory.advice.levers import waterfall
-from lowmem.memory.device.gpus import GIB, budget
+from lowmem.memory.device.gpus import GIB
 from lowmem.memory.pictures import extras, report_data
 from lowmem.memory.plan import plan
 from lowmem.memory.run import Run
-from lowmem.memory.surface import Surface
 from lowmem.memory.trace.extrapolate import extrapolated, remembered
-from lowmem.models.entries import resolve
 from lowmem.report import build
 from lowmem.strategies import optimizer
 from tests.enrolled import on_any_model
@@ -143,21 +140,6 @@ def test_depth_is_extrapolated_exactly():
             assert quick.total_parameters == deep.total_parameters
 
 
-@pytest.mark.parametrize("loss_kind", ["plain", "chunked", "labels"])
-def test_surface_meets_the_trace_away_from_its_samples(loss_kind):
-    config = resolve("gpt2").config()
-    run = Run(loss=loss_kind, gradient_checkpointing=True)
-    from lowmem.memory.footprint import footprint
-
-    surface = Surface(config, run, limit=1024)
-    at = replace(run, batch_size=4, seq_len=768)
-    exact = extrapolated(config, at)
-    held = footprint(create("adamw"), exact.parameters, run)
-    from lowmem.memory.footprint import combine
-
-    assert surface.peak(held, 4, 768) == pytest.approx(combine(exact, held).allocated, rel=0.01)
-
-
 def test_levers_that_gain_nothing_are_named():
     why = " ".join(plan("llama-7b", "adamw", options="states=bf16").plans[0].why)
     assert "is at the embedding backward" in why
@@ -207,27 +189,6 @@ def test_a_budget_of_a_cpu_is_judged_by_the_tensors():
         ("out of memory", -1),
     ]
     assert any("the budget is for tensors" in text for text in whole.assumptions)
-
-
-@pytest.mark.parametrize("unknown", ["seq_len", "batch_size"])
-def test_solution_fits_and_much_more_does_not(unknown):
-    run, limit = Run(batch_size=1, seq_len=256), budget("1GiB")
-    config = FAMILIES["llama"]()
-    config.max_position_embeddings = 1 << 20
-    found = solve.largest(unknown, config, run, create("adamw"), limit)
-    assert found.plan.fits
-    assert found.value > 0
-    from lowmem.memory.plan import row
-
-    more = replace(run, **{unknown: int(found.value * 1.15) + 1})
-    assert not row(config, more, create("adamw"), limit, advise=False).fits
-
-
-def test_nothing_fits_is_an_answer():
-    found = solve.largest(
-        "batch_size", resolve("smollm2-135m").config(), Run(seq_len=256), create("adamw"), budget("1GiB")
-    )
-    assert (found.value, found.plan) == (0, None)
 
 
 def test_emitted_run_is_the_planned_one(tmp_path):

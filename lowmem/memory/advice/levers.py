@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.errors import UserError
-from lowmem.memory import closed_form
 from lowmem.memory.advice.ways import problem
 from lowmem.memory.between import above
 from lowmem.memory.count import state_bytes
 from lowmem.memory.footprint import Footprint, Peak, combine, footprint
 from lowmem.memory.run import Run
-from lowmem.memory.surface import as_peak
+from lowmem.memory.surface import as_peak, formal
 from lowmem.memory.trace.extrapolate import extrapolated
 from lowmem.memory.trace.windows import Parameter, special
 from lowmem.optim.strategy import Strategy
@@ -65,19 +64,16 @@ def variants(run: Run, needs_autograd: bool, releases: bool = True) -> dict[str,
 
 def step_peak(config: Any, run: Run, held: Footprint) -> Peak:
     """The peak of a step at the cost of a formula or a few layers."""
-    strategy = special(held.strategy)
-    if strategy is None and closed_form.supports(config, run):
+    if formal(config, replace(run, eval_batch_size=0), held):
         return as_peak(config, run, held)
-    return combine(extrapolated(config, run, strategy), held)
+    return combine(extrapolated(config, run, special(held.strategy)), held)
 
 
 def quick_peak(config: Any, run: Run, held: Footprint) -> Peak:
     """The peak of a run at that cost: of a step, or of what happens between steps where that takes more."""
-    strategy = special(held.strategy)
-    between = run.evaluates_more or held.copied or held.displaced
-    if strategy is None and closed_form.supports(config, run) and not between:
+    if formal(config, run, held):
         return as_peak(config, run, held)
-    found = extrapolated(config, run, strategy)
+    found = extrapolated(config, run, special(held.strategy))
     return combine(found, held, above(config, run, found, held))
 
 
