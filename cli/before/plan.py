@@ -234,6 +234,7 @@ def _emit(
             f"{target} is not written: {best.strategy} comes nearest and misses by "
             f"{_size(-(best.headroom_bytes or 0))} ({best.verdict}); follow its levers, or give --force"
         )
+    _check_packing(planned)
     path = Path(target).expanduser()
     plugins = ",".join(plugin or ())
     written, command = (
@@ -252,6 +253,16 @@ def _emit(
     path.write_text(written, encoding="utf-8")
     given = "" if data else " --data YOURS"
     render.say(f"run of {best.strategy} written to {path}: {command}{given}")
+
+
+def _check_packing(planned: Plan) -> None:
+    """Refuse to write a run that packs rows of a model that `lowmem finetune` will not pack."""
+    from lowmem.memory.trace.trainable import packing_problem
+
+    if planned.run.rows == "padded" or planned.run.task != "sft":
+        return
+    if problem := packing_problem(planned.config, planned.run):
+        raise UserError(f"cannot emit it: {problem}")
 
 
 def _tables(planned: Plan, unknown: str | None, solutions: Sequence[Solution]) -> list[Any]:

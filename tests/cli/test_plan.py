@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import BloomConfig
 from typer.testing import CliRunner
 
 import lowmem.cli as cli
@@ -126,3 +127,16 @@ def test_a_run_without_data_asks_for_it(tiny_model: Path, tmp_path: Path) -> Non
         assert "data: none is named; give --data" in done.stderr
     mine = [*command, "--data", "/no/such/rows.jsonl"]
     assert "rows.jsonl" in runner.invoke(cli.app, mine).stderr
+
+
+def test_a_run_of_a_model_that_cannot_be_packed_is_written_padded(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BloomConfig(**sizes).save_pretrained(tmp_path)
+    run = tmp_path / "run.yaml"
+    asked = ["--model", str(tmp_path), "--optim", "adamw", "--seq-len", "16", "--emit", str(run)]
+    done = invoke(*asked)
+    assert done.exit_code == 2, done.output
+    assert "plan with --rows padded" in done.stderr
+    assert not run.exists()
+    assert invoke(*asked, "--rows", "padded").exit_code == 0
+    assert "packing: false" in run.read_text()

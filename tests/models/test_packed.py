@@ -57,6 +57,23 @@ def test_it_is_not_planned_with_packed_rows_either(kind):
     plan(MIXING[kind](), "adamw", rows="padded", **options)
 
 
+@pytest.mark.skipif(find_spec("causal_conv1d") is not None, reason="there some keep them apart")
+@pytest.mark.parametrize(
+    ("kind", "said"), [("lfm2", "refuses packed rows"), ("recurrent_gemma", "see those before")]
+)
+def test_a_hybrid_is_not_planned_with_packed_rows(kind, said):
+    config = {
+        "lfm2": lambda: transformers.Lfm2Config(
+            **IDS, **SHAPE, **HEADS, layer_types=["conv", "full_attention"]
+        ),
+        "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(
+            **IDS, **SHAPE | {"num_hidden_layers": 3}, **HEADS
+        ),
+    }[kind]()
+    with pytest.raises(UserError, match=f"{said}.*give --rows padded, and train with --no-packing"):
+        plan(config, "adamw", rows="packed", seq_len=32, device="cpu", advise=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", APART)
 def test_a_model_that_keeps_them_apart_is_not(tmp_path, kind, dtype):

@@ -7,6 +7,7 @@ Full fine-tuning, LoRA by peft's own code, and 4-bit bases by a stand-in for the
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.errors import UserError
 from lowmem.memory.run import Run
-from lowmem.memory.trace import kernels, quantized
+from lowmem.memory.trace import kernels, mixture, quantized
 from lowmem.memory.trace.given import Given
 from lowmem.memory.trace.quantized import Linear4bit
 from lowmem.memory.trace.tasks import kinds
-from lowmem.models.computing import attention, packed
+from lowmem.models.computing import attention
 from lowmem.models.entries import skeleton
 from lowmem.models.few_bit import keep_few_bits_
 from lowmem.models.int8.convert import quantize_weights_
@@ -126,11 +127,23 @@ def attention_name(config: Any, run: Run) -> str | None:
 
 def _attend_as_packed(model: Any, run: Run) -> None:
     """Choose the attention that training would choose for packed rows; refuse what it would refuse."""
-    if not attention.applies(model) and not packed.asks_where_examples_begin(model):
-        way = "give --rows padded, and train with --no-packing"
-        raise UserError(packed.mixing(model, "rows packed", way))
+    if problem := mixture.unpackable(model, "rows packed", "give --rows padded, and train with --no-packing"):
+        raise UserError(problem)
     if attention.applies(model) and attention.reaches(model, run.longest or run.seq_len):
         model.set_attn_implementation(kernels.EXAMPLES)
+
+
+def packing_problem(config: Any, run: Run) -> str:
+    """Why `lowmem finetune` would not pack the rows of a planned model; "" where it does.
+
+    Args:
+        config: as for `build`; run: the options.
+    """
+    with warnings.catch_warnings(), FakeTensorMode() as mode:
+        warnings.simplefilter("ignore")
+        name = attention_name(config, run)
+        model = skeleton(copy.deepcopy(config), run.dtype, "fake", attention=name, mode=mode)
+        return mixture.unpackable(model, "packing", "plan with --rows padded")
 
 
 def adapt(model: nn.Module, run: Run) -> nn.Module:
