@@ -114,7 +114,8 @@ class ForwardGradient(Along):
         with torch.no_grad(), evaluating(model):
             found = torch.stack([_evaluated(params, loss_fn, z) for z in directions])
         both = mean(found.reshape(-1)).view(-1, 2)
-        slopes = [bounded(c, self.clip) / self.queries for c in values(both[:, 1])]
+        usable = all(map(math.isfinite, values(both[:, 0])))
+        slopes = [bounded(c if usable else math.nan, self.clip) / self.queries for c in values(both[:, 1])]
         return both[:, 0].mean().float(), tuple(map(Slope, slopes, directions))
 
 

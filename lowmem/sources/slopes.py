@@ -163,5 +163,7 @@ class Along:
 
 
 def bounded(c: float, clip: float) -> float:
-    """A slope within plus and minus the clip, where there is one."""
-    return max(-clip, min(clip, c)) if clip and not math.isnan(c) else c
+    """A slope within plus and minus the clip, where there is one; NaN where it is not finite."""
+    if not math.isfinite(c):
+        return math.nan
+    return max(-clip, min(clip, c)) if clip else c

@@ -10,8 +10,8 @@ loss by the number of parts.
 
 The probes see the same batch in eval mode, without dropout. The loss must be
 fp32: the two values differ by 2 eps c, which is below the spacing of 16-bit
-numbers near 1. Where one of them is not finite the gradient is NaN, so that the
-frame leaves every weight and counts it. Where several processes share a batch
+numbers near 1. Where one of them is not finite the gradient is NaN, clipped or not,
+so that the frame leaves every weight and counts it. Where several processes share a batch
 they exchange the values of the loss, and nothing else.
 
 Memory: one module's displaced copies at a time and a piece of noise; as many
@@ -145,6 +145,10 @@ class SPSA(Along):
         return found
 
     def _slopes(self, values: list[float]) -> list[float]:
+        if not all(
+            map(math.isfinite, values)
+        ):  # a bound, or a weight by curvature, would make a number of it
+            return [math.nan] * self.queries
         first, sides = int(self.estimator.base), len(self.estimator.sides)
         pairs = [values[i : i + sides] for i in range(first, len(values), sides)]
         slopes = self.estimator.slopes(values[0] if first else math.nan, pairs, self.eps)

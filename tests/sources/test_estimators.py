@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import lowmem
 from lowmem.errors import UserError
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.sources import SPSA, Curved, Free, LowRank, OneSided, Scales, Sparse, TwoSided
-from lowmem.sources.estimators import curvature
+from lowmem.sources.estimators import Estimator, curvature
 from tests.sources.tiny import Vector, direction, drawn, estimate, evaluated
 
 STRUCTURES = [Free(), LowRank(rank=2, gap=3)]
@@ -135,6 +136,18 @@ def test_a_slope_ends_at_the_clip_and_keeps_its_sign() -> None:
         assert b.c == pytest.approx(max(-20 / 6, min(20 / 6, a.c)))
     (lost, *_) = evaluated(SPSA(clip=1.0), model, lambda: model().sum() * torch.nan)[1]
     assert lost.c != lost.c
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("estimator", [TwoSided(), OneSided(), OneSided(spread=True), Curved()], ids=str)
+def test_a_loss_that_is_not_finite_makes_no_slope_wherever_it_is(estimator: Estimator, bad: float) -> None:
+    """A clip would make its bound of an infinite one, a weight by curvature 1 of one that is no number."""
+    model, source = Vector(16), SPSA(queries=2, clip=0.7, estimator=estimator)
+    count = int(estimator.base) + 2 * len(estimator.sides)
+    for place in range(count):
+        losses = iter([bad if i == place else 1.0 + 0.01 * i for i in range(count)])
+        found = evaluated(source, model, lambda losses=losses: torch.tensor(next(losses)))[1]
+        assert all(math.isnan(slope.c) for slope in found)
 
 
 def test_eps_changes_the_slope_by_its_square_and_lr_zero_changes_nothing() -> None:
