@@ -31,7 +31,7 @@ from lowmem.sources.slopes import Along, Slope
 NAME = "zo_log.safetensors"
 """The file that a run leaves."""
 
-VERSION = 1
+VERSION = 2
 NUMBERS = ("lr", "weight_decay", "beta1", "beta2", "eps")
 
 
@@ -40,7 +40,7 @@ class ReplayLog:
     """What the steps of a run were made of.
 
     Args:
-        header: strategy, groups, shapes and hash of the base, versions; plain values.
+        header: strategy, groups, shapes, dtype and hash of the base, versions; plain values.
         steps: (clock, slopes by evaluation, numbers by group) for each step.
     """
 
@@ -55,14 +55,19 @@ class ReplayLog:
 
         Args:
             optimizer: that will take the steps; model: the base; origin: what else it belongs to.
+
+        Raises:
+            UserError: a strategy with gradients, or state of earlier steps.
         """
         _source(optimizer.strategy)
-        device = next((p.device.type for _, p in optimizer.named_parameters()), "cpu")
+        if problem := unreplayable(optimizer):
+            raise UserError(problem)
         header = {
             "version": VERSION,
             "torch": torch.__version__,
-            "device": device,
+            "device": _device(optimizer),
             "base": fingerprint(model),
+            "dtype": _dtype(model),
             "strategy": optimizer.strategy.to_config(),
             "groups": [_plain(group) for group in optimizer.param_groups],
             "parameters": {name: _kind(p) for name, p in optimizer.named_parameters()},
@@ -79,6 +84,8 @@ class ReplayLog:
         def before(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if any(x is not None for x in (*args[1:], *kwargs.values())):  # the first one is the optimizer
                 raise UserError("a run with a log steps by optimizer.backward(loss) and optimizer.step()")
+            if len(optimizer.param_groups) != len(self.header["groups"]):
+                raise UserError("a run with a log keeps its parameter groups: add them before the log begins")
             slopes = [[slope.c for slope in evidence] for evidence in optimizer._evidence]
             numbers = [_numbers(group) for group in optimizer.param_groups]
             self.steps.append((int(optimizer.param_groups[0]["step"]), slopes, numbers))
@@ -88,6 +95,16 @@ class ReplayLog:
     def cut(self, count: int) -> ReplayLog:
         """The log of the first steps alone."""
         return ReplayLog(self.header, self.steps[:count])
+
+    def elsewhere(self, optimizer: LowMemOptimizer) -> str:
+        """Why steps of this optimizer have other bits than those of the log; "" where they have the same."""
+        here = {"torch": torch.__version__, "device": _device(optimizer)}
+        other = [
+            f"{what} {self.header[what]}, here {ours}"
+            for what, ours in here.items()
+            if self.header[what] != ours
+        ]
+        return "; ".join(other)
 
     # ---- replaying ----
 
@@ -158,7 +175,9 @@ class ReplayLog:
         from safetensors.torch import save_file
 
         rows = [[one for group in numbers for one in group] for _, _, numbers in self.steps]
-        table = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1, len(NUMBERS))
+        table = torch.tensor(rows, dtype=torch.float64).reshape(
+            len(rows), len(self.header["groups"]), len(NUMBERS)
+        )
         flat = [c for _, slopes, _ in self.steps for some in slopes for c in some]
         counts = [[len(slopes), len(slopes[0]) if slopes else 0] for _, slopes, _ in self.steps]
         columns = {name: _compact(table[:, :, i]) for i, name in enumerate(NUMBERS)}
@@ -172,18 +191,24 @@ class ReplayLog:
         """Read a log.
 
         Raises:
-            UserError: the file is not one.
+            UserError: the file is not one, or of another version.
         """
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(str(path), "pt") as file:
                 header = json.loads((file.metadata() or {})["lowmem"])
+                version = header["version"]
                 held = {name: file.get_tensor(name) for name in (*NUMBERS, "step", "slopes", "counts")}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is not the log of a run ({first_line(error)}); runs leave {NAME}"
             ) from error
+        if version != VERSION:
+            raise UserError(
+                f"{path} is a log of version {version}, and this lowmem reads {VERSION}: take the lowmem "
+                "that wrote it"
+            )
         return cls(header, list(_rows(held, len(header["groups"]))))
 
 
@@ -196,6 +221,28 @@ def fingerprint(model: nn.Module) -> str:
             whole = gathered(tensor.detach()).contiguous().cpu()
             digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def unreplayable(optimizer: LowMemOptimizer) -> str:
+    """Why a log cannot begin at an optimizer's next step, and what to do; "" where it can."""
+    step = optimizer.param_groups[0]["step"]
+    held = any(isinstance(x, Tensor) for state in optimizer.state.values() for x in state.values())
+    if not (step and held):
+        return ""
+    return (
+        f"the optimizer holds state of {step} steps, which is not in the weights that a log starts from: "
+        "begin the log before the first step, or with a new optimizer"
+    )
+
+
+def _device(optimizer: LowMemOptimizer) -> str:
+    return next((p.device.type for _, p in optimizer.named_parameters()), "cpu")
+
+
+def _dtype(model: nn.Module) -> str:
+    """The dtype that most tensors of a model have, codes apart; scales have one of their own."""
+    words = [str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()]
+    return max(sorted(set(words)), key=words.count, default="float32")
 
 
 def _source(strategy: Strategy) -> Along:

@@ -43,7 +43,7 @@ def replay(
     _check(found, folder, steps)
     found = found.cut(len(found.steps) if steps is None else steps)
     name, options = found.header["strategy"]["name"], found.header["strategy"]["options"]
-    strategy, dtype = create(name, **options), _dtype(found)
+    strategy, dtype = create(name, **options), found.header["dtype"]
     told.start("load")
     four_bit = found.header["origin"].get("quantize")
     quantized = {"quantization_config": nf4(dtype, double=False)} if four_bit else {}
@@ -79,12 +79,6 @@ def _check(log: ReplayLog, folder: Path, steps: int | None) -> None:
             f"the run trained adapters ({adapters[0]}), whose first values are not in the base model; "
             "in Python, ReplayLog.load(...).optimizer(model, strategy) takes the model they began in"
         )
-
-
-def _dtype(log: ReplayLog) -> str:
-    """The dtype that most weights of the run have."""
-    words: list[str] = [kind.partition("[")[0] for kind in log.header["parameters"].values()]
-    return max(sorted(set(words)), key=words.count)
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

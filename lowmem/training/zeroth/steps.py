@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError
 from lowmem.sources import replicas
-from lowmem.training.zeroth.log import NAME, ReplayLog
+from lowmem.training.zeroth.log import NAME, ReplayLog, unreplayable
 from lowmem.training.zeroth.scales import load_scales
 from lowmem.training.zeroth.usual import expected
 
@@ -113,11 +113,18 @@ class ZerothOrder:
         earlier = Path(self._resumed) / NAME if self._resumed else None
         if earlier is None:
             self.tell(expected(self.args, self._steps))
+            if problem := unreplayable(self.lowmem_optimizer):
+                self.tell(f"{problem}; this run leaves no {NAME}")
+                return
             self.replay_log = ReplayLog.of(self.lowmem_optimizer, self.model, self.origin)
             if not replicas.agree(self.replay_log.header["base"], self.args.device):
                 raise UserError("the processes start from different weights: give all of them one model")
         elif earlier.is_file():
-            self.replay_log = ReplayLog.load(earlier)
+            log = ReplayLog.load(earlier)
+            if other := log.elsewhere(self.lowmem_optimizer):
+                self.tell(f"{earlier.parent.name} was trained elsewhere ({other}): this run leaves no {NAME}")
+                return
+            self.replay_log = log
         else:
             self.tell(f"{earlier.parent.name} has no {NAME}: this run leaves none")
             return

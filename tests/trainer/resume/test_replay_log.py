@@ -148,3 +148,70 @@ def test_another_base_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the log"):
         ReplayLog.load(tmp_path / "no")
     assert fingerprint(net(torch.float32)) == log.header["base"] != fingerprint(other)
+
+
+@pytest.mark.parametrize(("name", "options"), [("zo_adamu", {"total_steps": 20}), ("mezo", {"rule": "adam"})])
+def test_a_log_does_not_begin_over_state_that_is_not_in_it(name: str, options: dict[str, Any]) -> None:
+    """From the weights alone other ones came back; without state it may begin anywhere."""
+    model = net(torch.float32)
+    optimizer = make(model, name, **options)
+    optimizer.init_state()
+    ReplayLog.of(optimizer, model)
+    run(model, optimizer, 0, 2)
+    with pytest.raises(UserError, match="state of 2 steps"):
+        ReplayLog.of(optimizer, model)
+    stateless, base = make(model, "mezo"), net(torch.float32)
+    run(model, stateless, 0, 2)
+    base.load_state_dict(model.state_dict())
+    log = ReplayLog.of(stateless, model)
+    log.follow(stateless)
+    after = run(model, stateless, 2, 4)
+    log.apply(log.optimizer(base, lowmem.create("mezo")))
+    assert equal(bits(base), after[-1])
+
+
+def test_steps_that_were_skipped_are_skipped_again(tmp_path: Path) -> None:
+    """A NaN among the slopes is part of the run, decay included; a log without a step is one too."""
+    model = net(torch.bfloat16)
+    optimizer = make(model, "mezo")
+    log = ReplayLog.of(optimizer, model)
+    log.save(tmp_path / NAME)
+    assert ReplayLog.load(tmp_path / NAME) == log
+    log.follow(optimizer)
+    run(model, optimizer, 0, 2)
+    before = bits(model)
+    optimizer.backward(lambda: loss_of(model, 9) * torch.nan, model)
+    optimizer.step()
+    assert equal(bits(model), before)
+    after = run(model, optimizer, 3, 5)
+    log.save(tmp_path / NAME)
+    assert equal(replayed(ReplayLog.load(tmp_path / NAME), torch.bfloat16, "mezo", {}), after[-1])
+
+
+def test_a_log_of_another_version_or_of_later_groups_is_refused(tmp_path: Path) -> None:
+    model = net(torch.float32)
+    optimizer = make(model, "mezo")
+    log = ReplayLog.of(optimizer, model)
+    log.header["version"] = 1
+    log.save(tmp_path / NAME)
+    with pytest.raises(UserError, match="version 1, and this lowmem reads"):
+        ReplayLog.load(tmp_path / NAME)
+    del log.header["version"]
+    log.save(tmp_path / NAME)
+    with pytest.raises(UserError, match="not the log"):
+        ReplayLog.load(tmp_path / NAME)
+    log.follow(optimizer)
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(3)))], "role": "vector"})
+    optimizer.backward(lambda: loss_of(model, 0), model)
+    with pytest.raises(UserError, match="keeps its parameter groups"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("what", ["torch", "device"])
+def test_a_run_that_goes_on_elsewhere_is_not_the_logs(what: str) -> None:
+    model = net(torch.float32)
+    optimizer = make(model, "mezo")
+    log = ReplayLog.of(optimizer, model)
+    assert not log.elsewhere(optimizer)
+    log.header[what] = "of another machine"
+    assert f"{what} of another machine" in log.elsewhere(optimizer)

@@ -64,6 +64,15 @@ def test_scales_are_trained_saved_resumed_and_replayed(config: RunConfig, tmp_pa
     assert loaded.config.quantization_config.load_in_4bit
 
 
+def test_a_run_in_the_dtype_of_every_day_is_rebuilt(config: RunConfig, tmp_path: Path) -> None:
+    """What is trained are fp32 scales; the model that they belong to is loaded in its own dtype."""
+    run = dataclasses.replace(config, dtype="bfloat16", report=False, steps=2)
+    out = Path(recipe.finetune(run)["output_dir"])
+    replay(run.model, out / "zo_log.safetensors", tmp_path / "rebuilt")
+    final = weights(out)
+    assert all(torch.equal(tensor, final[name]) for name, tensor in weights(tmp_path / "rebuilt").items())
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
