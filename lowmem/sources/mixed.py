@@ -42,6 +42,7 @@ class Mixed(Free):
     """
 
     total: int = 20_000
+    on_rows: ClassVar[bool] = False  # elements follow from the mean as well, which is not held by index
     holds: ClassVar[bool] = True
 
     def init(self, x: Tensor) -> State:

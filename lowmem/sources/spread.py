@@ -32,7 +32,7 @@ def unspread(on_rows: bool, at_once: int) -> str:
     """
     problems = []
     if not on_rows:
-        problems.append("these directions look at whole weights: take structure=free for sharded parameters")
+        problems.append("these directions look at whole weights: take mezo or fzoo for sharded parameters")
     if at_once > 1:
         problems.append(f"at_once={at_once}: sharded parameters are displaced where they lie; take at_once=1")
     return "; ".join(problems)

@@ -104,7 +104,7 @@ def test_what_ranks_do_not_do_is_refused(options, match):
 
 
 def test_probes_that_look_at_whole_weights_are_refused_on_rows():
-    with pytest.raises(UserError, match="structure=free"):
+    with pytest.raises(UserError, match="take mezo or fzoo"):
         plan(FAMILIES["llama"](), "lozo", **SMALL, ranks=2)
 
 

@@ -89,6 +89,14 @@ def test_shares_fall_from_one_and_stay(total: int) -> None:
         assert found[-1] == mixed.share(total * 4 // 5, speed)
 
 
+@pytest.mark.parametrize("method", ["lozo", "sparse_mezo", "zo_adamu", "qzo"])
+def test_directions_that_some_rows_do_not_give_are_refused_where_rows_are_spread(method: str) -> None:
+    """What is held, or looked at, is not found by the index of an element; free directions are."""
+    assert "take mezo or fzoo" in lowmem.create(method).source.unspread()
+    assert not lowmem.create("mezo").source.unspread()
+    assert not lowmem.create("fzoo").source.unspread()
+
+
 def test_a_schedule_that_lets_tensors_go_is_refused() -> None:
     with pytest.raises(UserError, match="schedule=blocks would let go; take schedule=always"):
         lowmem.create("zo_adamu", schedule="blocks")
