@@ -26,11 +26,14 @@ class Estimator(Protocol):
 
     Attributes:
         base: whether the loss at the weights themselves is needed.
+        scaled: whether slopes grow with the loss, so that those of a split batch add up.
         sides: displacements along each direction, in units of eps.
     """
 
     @property
     def base(self) -> bool: ...
+    @property
+    def scaled(self) -> bool: ...
     @property
     def sides(self) -> tuple[float, ...]: ...
 
@@ -57,6 +60,7 @@ class TwoSided:
     """
 
     base: bool = False
+    scaled: bool = True
     sides: tuple[float, ...] = (1.0, -1.0)
 
     def check(self, queries: int) -> None:
@@ -84,6 +88,11 @@ class OneSided:
     base: bool = True
     sides: tuple[float, ...] = (1.0,)
 
+    @property
+    def scaled(self) -> bool:
+        """Not by the spread, which grows with the loss as well."""
+        return not self.spread
+
     def check(self, queries: int) -> None:
         """A spread needs two losses."""
         if self.spread and queries < 2:
@@ -108,6 +117,7 @@ class Curved:
     power: float = 0.1
     floor: float = 1.0
     base: bool = True
+    scaled: bool = True
     sides: tuple[float, ...] = (1.0, -1.0)
 
     def check(self, queries: int) -> None:

@@ -6,7 +6,8 @@ No backward pass: no activation is saved and no gradient is held. What is left
 of an evaluation is the number c and the name of the direction z; z is drawn
 again, piece by piece, where the gradient is looked at. Evaluations before a step
 add up, as gradients of backpropagation do: whoever splits a batch divides the
-loss by the number of parts.
+loss by the number of parts. Slopes over the spread of losses do not see that
+factor, and their mean is taken: the length of a step stays the learning rate.
 
 The probes see the same batch in eval mode, without dropout. The loss must be
 fp32: the two values differ by 2 eps c, which is below the spacing of 16-bit
@@ -21,13 +22,14 @@ copies as there are directions `at_once`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError
+from lowmem.optim.blocks import Blocks
 from lowmem.optim.source import Named, Query
 from lowmem.sources.batched import evaluate_at_once
 from lowmem.sources.directions import Perturbation
@@ -153,6 +155,12 @@ class SPSA(Along):
         pairs = [values[i : i + sides] for i in range(first, len(values), sides)]
         slopes = self.estimator.slopes(values[0] if first else math.nan, pairs, self.eps)
         return [bounded(c, self.clip) / self.queries for c in slopes]
+
+    def gradients(self, params: Named, evidence: Sequence[Evidence]) -> Iterator[tuple[nn.Parameter, Blocks]]:
+        """The sum over evaluations; their mean where slopes do not grow with the loss, which was divided."""
+        parts = 1 if self.estimator.scaled else max(1, len(evidence))
+        shares = [tuple(slope._replace(c=slope.c / parts) for slope in slopes) for slopes in evidence]
+        return super().gradients(params, shares)
 
     def unspread(self) -> str:
         """Directions that look at whole weights, and points that share a forward pass."""

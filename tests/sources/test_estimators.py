@@ -94,6 +94,21 @@ def test_spread_estimate_is_the_papers() -> None:
     assert not estimate(source, model, lambda: 0.0 * model().sum() + 3.0).any()
 
 
+def test_a_batch_in_parts_takes_a_step_of_the_same_length() -> None:
+    """FZOO's slopes do not see that each loss was divided: eight parts stepped eight times as far."""
+    g, found = drawn(4, seed=3), {}
+    for parts in (1, 8):
+        model = Vector(4)
+        before = model.weight.detach().clone()
+        optimizer = lowmem.optimizer(model, "fzoo", lr=1e-2, queries=64)
+        for _ in range(parts):
+            optimizer.backward(lambda model=model, parts=parts: (model() @ g) / parts, model)
+        optimizer.step()
+        found[parts] = float((before - model.weight.detach()) @ g / g.norm())
+    assert found[8] == pytest.approx(found[1], rel=0.2)
+    assert found[1] > 5e-3
+
+
 def test_curvature_along_a_direction_is_exact_on_a_quadratic() -> None:
     """Invariant 6: k = z'Hz, and it shortens the step where it is large."""
     model, (h, b) = Vector(24), quadratic(24)
