@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import UserError, first_line
 from lowmem.sources.probe import Prober, Shift
+from lowmem.sources.slopes import one_number
 
 
 def evaluate_at_once(prober: Prober, loss_fn: Callable[[], Tensor], shifts: Sequence[Shift]) -> list[Tensor]:
@@ -38,11 +39,7 @@ def evaluate_at_once(prober: Prober, loss_fn: Callable[[], Tensor], shifts: Sequ
 
     def one(i: Tensor) -> Tensor:
         with _batched(prober, shifts, i):
-            loss = loss_fn()
-        if loss.numel() != 1:
-            raise UserError(
-                f"the loss of a batch is one number, got shape {tuple(loss.shape)}: take its mean"
-            )
+            loss = one_number(loss_fn())
         return loss.detach().reshape(())
 
     try:

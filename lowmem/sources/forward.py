@@ -38,6 +38,7 @@ from lowmem.sources.slopes import (
     bounded,
     evaluating,
     is_hollow,
+    one_number,
     refuse_compiled,
     values,
 )
@@ -131,11 +132,7 @@ def _evaluated(params: Named, loss_fn: Callable[[], Tensor], z: Perturbation) ->
             raise UserError(
                 f"forward_gradient: {first_line(error)}; use mezo, which needs values of the loss alone"
             ) from error
-        if loss.numel() != 1:
-            raise UserError(
-                f"the loss of a batch is one number, got shape {tuple(loss.shape)}: take its mean"
-            )
-        value, tangent = forward_ad.unpack_dual(loss)  # type: ignore[no-untyped-call]
+        value, tangent = forward_ad.unpack_dual(one_number(loss))  # type: ignore[no-untyped-call]
         if tangent is None and is_hollow(value):
             tangent = torch.zeros_like(value)
         if tangent is None:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,19 +75,34 @@ def refuse_compiled(model: nn.Module | None) -> None:
             )
 
 
-def checked(loss: Tensor) -> Tensor:
+def one_number(loss: Any) -> Tensor:
+    """A loss as it is.
+
+    Raises:
+        UserError: it is no tensor, or not one number.
+    """
+    if not isinstance(loss, Tensor):
+        raise UserError(
+            f"the loss of a batch is a tensor of one number, got {type(loss).__name__}: "
+            "a score becomes one by torch.tensor(score)"
+        )
+    if loss.numel() != 1:
+        raise UserError(f"the loss of a batch is one number, got shape {tuple(loss.shape)}: take its mean")
+    return loss
+
+
+def checked(loss: Any) -> Tensor:
     """A loss as a 0-D tensor; one that is too coarse is told.
 
     Raises:
-        UserError: it is not one number.
+        UserError: it is no tensor, or not one number.
     """
-    if loss.numel() != 1:
-        raise UserError(f"the loss of a batch is one number, got shape {tuple(loss.shape)}: take its mean")
-    if loss.dtype in HALF:
+    found = one_number(loss)
+    if found.dtype in HALF:
         log.warning(
-            "the loss is %s, too coarse to tell two probes apart: compute it from logits.float()", loss.dtype
+            "the loss is %s, too coarse to tell two probes apart: compute it from logits.float()", found.dtype
         )
-    return loss.detach().reshape(())
+    return found.detach().reshape(())
 
 
 def is_hollow(x: Tensor) -> bool:

@@ -323,6 +323,14 @@ def little_reading(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("method", ["mezo", "fzoo", "forward_gradient"])
+@pytest.mark.parametrize("score", [3.0, (torch.ones(()),)], ids=str)
+def test_a_score_that_is_no_tensor_is_refused_with_the_remedy(method: str, score: Any) -> None:
+    """An objective need not be differentiable, so that it is easily a Python number."""
+    with pytest.raises(UserError, match=rf"got {type(score).__name__}.*torch\.tensor"):
+        lowmem.optimizer(Vector(4), method, lr=0.1).backward(lambda: score)
+
+
 def test_nothing_to_train_is_refused_with_the_remedy() -> None:
     with pytest.raises(UserError, match="set requires_grad"):
         lowmem.optimizer(Vector(4).requires_grad_(False), "mezo")
