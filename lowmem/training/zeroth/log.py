@@ -26,6 +26,7 @@ from lowmem.errors import UserError, first_line
 from lowmem.optim.optimizer import LowMemOptimizer
 from lowmem.optim.shards import gathered
 from lowmem.optim.strategy import Strategy
+from lowmem.optim.tensors.marks import trains
 from lowmem.sources.slopes import Along, Slope
 
 NAME = "zo_log.safetensors"
@@ -42,10 +43,12 @@ class ReplayLog:
     Args:
         header: strategy, groups, shapes, dtype and hash of the base, versions; plain values.
         steps: (clock, slopes by evaluation, numbers by group) for each step.
+        left: why the run has left what a log can say; later steps are not in it. "" as long as they are.
     """
 
     header: dict[str, Any]
     steps: list[tuple[int, list[list[float]], list[list[float]]]] = field(default_factory=list)
+    left: str = ""
 
     @classmethod
     def of(
@@ -57,7 +60,7 @@ class ReplayLog:
             optimizer: that will take the steps; model: the base; origin: what else it belongs to.
 
         Raises:
-            UserError: a strategy with gradients, or state of earlier steps.
+            UserError: a strategy with gradients, state of earlier steps, or frozen parameters.
         """
         _source(optimizer.strategy)
         if problem := unreplayable(optimizer):
@@ -84,8 +87,9 @@ class ReplayLog:
         def before(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if any(x is not None for x in (*args[1:], *kwargs.values())):  # the first one is the optimizer
                 raise UserError("a run with a log steps by optimizer.backward(loss) and optimizer.step()")
-            if len(optimizer.param_groups) != len(self.header["groups"]):
-                raise UserError("a run with a log keeps its parameter groups: add them before the log begins")
+            self.left = self.left or self._other(optimizer)
+            if self.left:
+                return
             slopes = [[slope.c for slope in evidence] for evidence in optimizer._evidence]
             numbers = [_numbers(group) for group in optimizer.param_groups]
             self.steps.append((int(optimizer.param_groups[0]["step"]), slopes, numbers))
@@ -94,7 +98,20 @@ class ReplayLog:
 
     def cut(self, count: int) -> ReplayLog:
         """The log of the first steps alone."""
-        return ReplayLog(self.header, self.steps[:count])
+        return ReplayLog(self.header, self.steps[:count], self.left if count > len(self.steps) else "")
+
+    def _other(self, optimizer: LowMemOptimizer) -> str:
+        """What is not trained as it was when the log began, and what to do; "" where all is the same."""
+        now = {name: trains(p) for name, p in optimizer.named_parameters()}
+        if (
+            len(optimizer.param_groups) != len(self.header["groups"])
+            or now.keys() != self.header["parameters"].keys()
+        ):
+            return "a log is of the parameter groups that it began with: add them before it begins"
+        frozen = next((name for name, on in now.items() if not on), None)
+        return (
+            f"{frozen!r} was frozen on the way, which a log does not say: freeze it before" if frozen else ""
+        )
 
     def elsewhere(self, optimizer: LowMemOptimizer) -> str:
         """Why steps of this optimizer have other bits than those of the log; "" where they have the same."""
@@ -171,7 +188,13 @@ class ReplayLog:
     # ---- the file ----
 
     def save(self, path: Path) -> None:
-        """Write the log, a safetensors file with the header as its metadata."""
+        """Write the log, a safetensors file with the header as its metadata.
+
+        Raises:
+            UserError: later steps of the run are not in it.
+        """
+        if self.left:
+            raise UserError(f"the log ends after {len(self.steps)} steps of the run: {self.left}")
         from safetensors.torch import save_file
 
         rows = [[one for group in numbers for one in group] for _, _, numbers in self.steps]
@@ -225,6 +248,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def unreplayable(optimizer: LowMemOptimizer) -> str:
     """Why a log cannot begin at an optimizer's next step, and what to do; "" where it can."""
+    if frozen := next((name for name, p in optimizer.named_parameters() if not trains(p)), None):
+        return f"{frozen!r} is frozen, which a log does not say: make the optimizer without it"
     step = optimizer.param_groups[0]["step"]
     held = any(isinstance(x, Tensor) for state in optimizer.state.values() for x in state.values())
     if not (step and held):

@@ -141,7 +141,11 @@ class ZerothOrder:
             self.replay_log = self.replay_log.cut(steps)
 
     def save_log(self, folder: Path) -> None:
-        """Put the log into a folder, where there is one."""
+        """Put the log into a folder, where there is one that the run has not left."""
+        if self.replay_log is not None and self.replay_log.left:
+            self.tell(f"{self.replay_log.left}; this run leaves no {NAME}")
+            self._end_log()
+            self.replay_log = None
         if self.replay_log is not None and self.args.should_save:
             self.replay_log.save(folder / NAME)
 

@@ -188,7 +188,7 @@ def test_steps_that_were_skipped_are_skipped_again(tmp_path: Path) -> None:
     assert equal(replayed(ReplayLog.load(tmp_path / NAME), torch.bfloat16, "mezo", {}), after[-1])
 
 
-def test_a_log_of_another_version_or_of_later_groups_is_refused(tmp_path: Path) -> None:
+def test_a_log_of_another_version_is_refused(tmp_path: Path) -> None:
     model = net(torch.float32)
     optimizer = make(model, "mezo")
     log = ReplayLog.of(optimizer, model)
@@ -200,11 +200,38 @@ def test_a_log_of_another_version_or_of_later_groups_is_refused(tmp_path: Path) 
     log.save(tmp_path / NAME)
     with pytest.raises(UserError, match="not the log"):
         ReplayLog.load(tmp_path / NAME)
+
+
+@pytest.mark.parametrize("how", ["frozen", "added"])
+def test_a_log_ends_where_other_tensors_are_trained(how: str, tmp_path: Path) -> None:
+    """It does not say so, and gave other weights without a word; the run goes on."""
+    model = net(torch.float32)
+    optimizer = make(model, "mezo")
+    log = ReplayLog.of(optimizer, model)
     log.follow(optimizer)
-    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(3)))], "role": "vector"})
-    optimizer.backward(lambda: loss_of(model, 0), model)
-    with pytest.raises(UserError, match="keeps its parameter groups"):
-        optimizer.step()
+    after = run(model, optimizer, 0, 2)
+    if how == "frozen":
+        model.up.weight.requires_grad_(False)
+    else:
+        optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(3)))], "role": "vector"})
+    assert not equal(run(model, optimizer, 2, 4)[-1], after[-1])
+    with pytest.raises(UserError, match="ends after 2 steps"):
+        log.save(tmp_path / NAME)
+    assert equal(replayed(log.cut(2), torch.float32, "mezo", {}), after[-1])
+    if how == "frozen":
+        with pytest.raises(UserError, match=r"up\.weight.*is frozen"):
+            ReplayLog.of(optimizer, model)
+
+
+def test_a_schedule_that_puts_tensors_aside_is_in_the_log() -> None:
+    """They follow from the clock, and are trained all the same."""
+    model, options = net(torch.float32), {"schedule": "blocks", "switch_gap": 1}
+    optimizer = make(model, "mezo", **options)
+    log = ReplayLog.of(optimizer, model)
+    log.follow(optimizer)
+    after = run(model, optimizer, 0, 3)
+    assert not log.left
+    assert equal(replayed(log, torch.float32, "mezo", options), after[-1])
 
 
 @pytest.mark.parametrize("what", ["torch", "device"])
