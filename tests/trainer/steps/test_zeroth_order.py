@@ -9,6 +9,7 @@ from tiny_runs import BASE, Rows, assert_equal, keep_only, logged, trainer, weig
 
 from lowmem.training.arguments import LowMemSFTConfig
 from lowmem.training.trainer import LowMemSFTTrainer
+from lowmem.training.zeroth.log import NAME, ReplayLog
 
 MEZO = {"optim": "mezo", "optim_args": "eps_perturb=0.001", "learning_rate": 1e-4}
 
@@ -180,3 +181,34 @@ def test_each_step_takes_the_rate_of_the_schedule_and_the_run_says_how_long_it_i
     assert taken == pytest.approx([1e-4 * factor for factor in (0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4)])
     assert len(said) == 1
     assert "this one takes 6 of 2, lr 0.0001" in said[0]
+
+
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+
+
+class Freeze(transformers.TrainerCallback):
+    """Gradual freezing, as users write it."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 3:
+            next(model.parameters()).requires_grad_(False)
+
+
+def test_a_run_that_its_log_cannot_tell_goes_on_and_says_so(tmp_path, monkeypatch):
+    """Frozen on the way, or resumed under another torch."""
+    frozen, said = trainer(tmp_path / "frozen", max_steps=4, **SAVED, **MEZO), []
+    frozen.add_callback(Freeze())
+    frozen.tell = said.append
+    frozen.train()
+    assert ["was frozen on the way" in line for line in said] == [False, True]
+    assert not (tmp_path / "frozen" / "checkpoint-4" / NAME).exists()
+    log = ReplayLog.load(tmp_path / "frozen" / "checkpoint-2" / NAME)
+    assert len(log.steps) == 2
+    log.header["torch"] = "0.9"
+    monkeypatch.setattr(ReplayLog, "load", lambda path: log)
+    keep_only(tmp_path / "frozen", 2)
+    resumed = trainer(tmp_path / "frozen", max_steps=4, **SAVED, **MEZO)
+    resumed.tell = said.append
+    resumed.train(resume_from_checkpoint=True)
+    assert "torch 0.9, here" in said[-1]
+    assert resumed.replay_log is None
