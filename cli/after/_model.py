@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lowmem.errors import UserError
+
 from .. import render
 
 Model = Annotated[
@@ -34,4 +36,6 @@ def loaded(model: str, base: str | None, dtype: str) -> tuple[Any, Any]:
     render.say(f"load {model}")
     with quiet():
         tuned, tokenizer = load_tuned(model, dtype, base=base)
+    if not tuned.can_generate():
+        raise UserError(f"{model} gives a text a score and makes none: name a language model")
     return tuned.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

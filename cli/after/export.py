@@ -26,6 +26,7 @@ def command(
     from lowmem.models.entries import resolve
     from lowmem.models.gguf import write as writing
     from lowmem.models.loading import locate
+    from lowmem.models.merging import merged
     from lowmem.models.quiet import quiet
 
     writing.check_kind(kind)
@@ -36,7 +37,7 @@ def command(
             writing.check_config(resolve((base or base_of(model)) if adapter else model).config())
             render.say(f"load {model}")
             tuned, tokenizer = load_tuned(model, "float32" if kind == "f32" else "bfloat16", base=base)
-            whole = tuned.merge_and_unload(safe_merge=True) if adapter else tuned
+            whole = merged(tuned, model) if adapter else tuned
             render.say(f"write {gguf}")
             writing.write(whole, tokenizer, gguf, kind, Path(model).resolve().name)
     except writing.NotKnownError as error:

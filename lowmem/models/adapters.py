@@ -3,9 +3,10 @@
 A folder that PEFT wrote holds an adapter and the name of its base. That name has to mean the same
 model on another machine, so it is a Hub id wherever there is one (`published_name`): never the place
 in a cache at which the base happened to lie. `load_tuned` puts the two together for use,
-`merge` into one model of the ordinary kind:
+`merge` into one model of the ordinary kind (`lowmem.models.merging`).
 
-    W <- W + dW,  for LoRA  dW = (alpha / r) B A,  in fp32 and rounded once to the dtype of W
+PEFT takes whatever of an adapter's file fits, and starts the rest afresh. Here each of its tensors must
+have its place, and each place its tensor: an adapter of a deeper model is none of this one.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import UserError, first_line, ran_out_of_room
+from lowmem.errors import UserError, first_line, nearest, ran_out_of_room
 from lowmem.models.entries import resolve
-from lowmem.models.loading import load_model
+from lowmem.models.loading import check_vocabulary, load_model
+from lowmem.models.merging import merged
 from lowmem.models.quiet import quiet
+from lowmem.models.scoring import with_score
+from lowmem.texts import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -57,15 +61,9 @@ def base_of(folder: str | Path) -> str:
     Raises:
         UserError: no adapter there, or one that names no base.
     """
-    file = Path(folder).expanduser() / CONFIG
-    if not file.is_file():
-        raise UserError(f"{folder} holds no adapter (no {CONFIG}): name the folder of a run with --lora-rank")
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    base = _fields(Path(folder).expanduser()).get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{file} names no base model: give one with --base")
+        raise UserError(f"{Path(folder) / CONFIG} names no base model: give one with --base")
     return str(base)
 
 
@@ -111,6 +109,9 @@ def load_tuned(
         raise UserError(f"the base of {folder}: {error}; or name another place with --base") from error
     if (folder / "tokenizer_config.json").is_file():  # with the chat template that it was trained with
         tokenizer = _tokenizer_of(folder)
+        check_vocabulary(model, tokenizer, f"{folder} on {named}")
+    if _fields(folder).get("task_type") == "SEQ_CLS":
+        model = with_score(model, tokenizer)
     return _with_adapter(model, folder, named), tokenizer
 
 
@@ -119,7 +120,7 @@ def merge(
 ) -> str:
     """Write the model that an adapter and its base make together.
 
-    Holds the base once, and beside it the change of one matrix (m, n): 4 m n bytes.
+    Holds the base once, and what `lowmem.models.merging.merged` holds beside it.
 
     Args:
         folder: of the adapter.
@@ -136,15 +137,8 @@ def merge(
     named = base or base_of(folder)
     with whole_folder(out) as made:
         model, tokenizer = load_tuned(str(folder), dtype, base=named)
-        kind = str(getattr(model.peft_config["default"], "peft_type", "?")).rpartition(".")[2]
-        if not hasattr(model.base_model, "merge_and_unload"):
-            raise UserError(f"{folder}: {kind} adds no weights that could be merged; use it as it is")
-        try:
-            with quiet():
-                merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-        except (ValueError, NotImplementedError) as error:
-            raise UserError(f"{folder} ({kind}) cannot be merged: {first_line(error)}") from error
-        merged.save_pretrained(made)
+        whole: PreTrainedModel = merged(model, str(folder))
+        whole.save_pretrained(made)
         tokenizer.save_pretrained(made)
     return named
 
@@ -176,21 +170,68 @@ def whole_folder(out: Path) -> Iterator[Path]:
         ) from error
 
 
+def _fields(folder: Path) -> dict[str, Any]:
+    """What an adapter's configuration says."""
+    if not (file := folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no adapter (no {CONFIG}): name the folder of a run with --lora-rank")
+    return read_json(file)
+
+
 def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of all classes, as a damaged file has it
+        raise UserError(f"cannot read the tokenizer in {folder}: {first_line(error)}") from error
     return tokenizer
 
 
 def _with_adapter(model: Any, folder: Path, base: str) -> Any:
-    from peft import PeftModel
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+    from safetensors import SafetensorError
 
     from lowmem.models.vectorfit import register
 
     register()
+    kind, known = _fields(folder).get("peft_type"), [str(k.value) for k in PEFT_TYPE_TO_CONFIG_MAPPING]
+    if kind not in known:
+        raise UserError(f"{folder / CONFIG}: PEFT has no method {kind!r}; {nearest(str(kind), known)}")
+    if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
+        raise UserError(f"{folder} has no adapter_model.safetensors: is the copy complete?")
+    places = set(model.state_dict())
     try:
         with quiet():
-            return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (RuntimeError, ValueError, OSError) as error:
+            tuned = PeftModel.from_pretrained(model, str(folder)).eval()
+            _check_places(tuned, folder, places)
+    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} does not go with {base}: {first_line(error)}") from error
+    return tuned
+
+
+def _check_places(tuned: Any, folder: Path, base: set[str]) -> None:
+    """Compare the tensors of an adapter's file with those that such an adapter of this model has.
+
+    Args:
+        tuned: with the adapter; folder: it was read from; base: names of the base's own tensors, of which
+            an adapter may bring some along (embeddings).
+
+    Raises:
+        ValueError: one has no place, or a place has none.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    found = set(load_peft_weights(str(folder), device="cpu"))
+    brought = {name for name in found if _bare(name) in base}
+    for left, what in (
+        (found - wanted - brought, "of its tensors have no place in that model"),
+        (wanted - found, "tensors that it has in that model are not in its file"),
+    ):
+        if left:
+            raise ValueError(f"{len(left)} {what} (first {min(left)})")
+
+
+def _bare(name: str) -> str:
+    """Name of a tensor in the base, of that which PEFT gives it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

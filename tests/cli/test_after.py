@@ -195,3 +195,27 @@ def test_export_says_the_command_where_it_does_not_know(tiny_model: Path, tmp_pa
     assert f"python {command}" in said.splitlines()
     assert said.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_what_an_adapter_cannot_become_is_said_in_a_line(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from lowmem.models.quiet import quiet
+
+    with quiet(), torch.random.fork_rng(devices=[]):
+        prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), prompts).save_pretrained(
+            tmp_path / "p"
+        )
+        scores = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+        scorer = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+        get_peft_model(scorer, scores).save_pretrained(tmp_path / "s")
+    for folder in ("p", "s"):
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / folder)
+    said = run("export", "--model", tmp_path / "p", "--gguf", tmp_path / "a.gguf", code=2).stderr
+    assert said.splitlines()[-1].endswith(
+        "PROMPT_TUNING adds no weights that could be merged; use it as it is"
+    )
+    said = run("generate", "--model", tmp_path / "s", "a", code=2).stderr
+    assert "gives a text a score" in said.splitlines()[-1]
