@@ -107,6 +107,7 @@ def answer(
     inputs = _encode(tokenizer, asked).to(model.device)
     count = int(inputs["input_ids"].shape[1])
     most = room(model, count, chosen.max_new_tokens)
+    ends = sorted(stops(model, tokenizer))
     began, was = time.perf_counter(), model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -116,6 +117,7 @@ def answer(
             output = model.generate(
                 **inputs,
                 **_settings(chosen, tokenizer),
+                eos_token_id=ends or None,
                 max_new_tokens=most,
                 logits_processor=[_finite],
                 streamer=_streamer(tokenizer, tell),
@@ -128,7 +130,7 @@ def answer(
         prompt_tokens=count,
         tokens=len(made),
         seconds=time.perf_counter() - began,
-        ended=len(made) < most or made[-1] in _ends(model),
+        ended=len(made) < most or made[-1] in ends,
         most=most,
     )
 
@@ -143,18 +145,30 @@ def _finite(ids: Any, scores: Any) -> Any:
     return scores
 
 
-def _ends(model: Any) -> list[int]:
-    ids = model.generation_config.eos_token_id
-    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+def stops(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens at which generation ends: those of the generation settings, the model and the tokenizer."""
+    found: list[Any] = []
+    for said in (model.generation_config, model.config, tokenizer):
+        ids = getattr(said, "eos_token_id", None)
+        found += ids if isinstance(ids, (list, tuple)) else [ids]
+    return {one for one in found if isinstance(one, int)}
 
 
 def _settings(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
-    """For `generate`; what greedy search would ignore is unset, or transformers warns of it."""
+    """For `generate`; what greedy search would ignore is unset, or transformers warns of it.
+
+    A model's own settings may ask for beams or several answers, which cannot be told as they come.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     common = {
         "pad_token_id": pad,
         "use_cache": True,
         "top_k": None,
+        "num_beams": 1,
+        "num_beam_groups": 1,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "tokenizer": tokenizer,  # reads the model's stop strings, if it has any
     }
     if sampling.temperature == 0:
         return {**common, "do_sample": False, "temperature": None, "top_p": None}

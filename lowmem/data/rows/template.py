@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.console import Console
 from lowmem.data.examples import ensure_chat_template
+from lowmem.models.talk import stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,15 +33,6 @@ def check_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
             f"the chat template never ends an answer with {names}: the model will not learn to stop; "
             f"let the template write eos_token after each answer"
         )
-
-
-def stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which generation ends: those of the generation settings, the model and the tokenizer."""
-    found: list[Any] = []
-    for said in (model.generation_config, model.config, tokenizer):
-        ids = getattr(said, "eos_token_id", None)
-        found += ids if isinstance(ids, (list, tuple)) else [ids]
-    return {one for one in found if isinstance(one, int)}
 
 
 def never_ends(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> bool:
