@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import io
+import sys
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -39,3 +41,8 @@ def loaded(model: str, base: str | None, dtype: str) -> tuple[Any, Any]:
     if not tuned.can_generate():
         raise UserError(f"{model} gives a text a score and makes none: name a language model")
     return tuned.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def typed() -> TextIO:
+    """Standard input; an empty one where it is closed."""
+    return sys.stdin or io.StringIO()

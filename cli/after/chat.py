@@ -11,7 +11,7 @@ from lowmem.errors import UserError
 
 from .. import render
 from ..app import Json
-from ._model import POSITIONS, Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded
+from ._model import POSITIONS, Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded, typed
 
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer"
 
@@ -62,8 +62,8 @@ def command(
 
 def _read() -> str | None:
     """The next line; None at the end of the input."""
-    if sys.stdin.isatty():
+    if typed().isatty():
         sys.stderr.write("> ")
         sys.stderr.flush()
-    line = sys.stdin.readline()
+    line = typed().readline()
     return line.strip() if line else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from lowmem.errors import UserError
 
 from .. import render
 from ..app import Json
-from ._model import POSITIONS, Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded
+from ._model import POSITIONS, Base, Dtype, MaxNewTokens, Model, Seed, Temperature, TopP, loaded, typed
 
 
 def command(
@@ -34,7 +33,7 @@ def command(
     from lowmem.models.talk import Sampling, answer
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = typed().read() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty; give a text, or - and a text on stdin")
     if raw and system:

@@ -177,6 +177,8 @@ def _settings(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
 
 def _encode(tokenizer: Any, asked: str | Sequence[Message]) -> Any:
     """Token ids of a text, or of messages up to where the answer begins."""
+    for text in [asked] if isinstance(asked, str) else [message["content"] for message in asked]:
+        _check_text(text)
     if isinstance(asked, str):
         return tokenizer(asked, return_tensors="pt", return_token_type_ids=False)
     if not tokenizer.chat_template:
@@ -187,6 +189,14 @@ def _encode(tokenizer: Any, asked: str | Sequence[Message]) -> Any:
         )
     except Exception as error:  # a template raises whatever its author chose
         raise UserError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _check_text(text: str) -> None:
+    """Refuse what tokenizers cannot take: Python reads bytes that are no UTF-8 as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not UTF-8 (character {error.start}); convert it first") from error
 
 
 def _streamer(tokenizer: Any, tell: Tell | None) -> Any:

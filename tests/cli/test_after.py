@@ -126,6 +126,8 @@ def test_chat_remembers_until_reset(adapter: Path, tmp_path: Path) -> None:
         (("generate", "--model", "{model}", "a", "--system", "b"), "no chat template"),
         (("generate", "--model", "{model}", "a", "--base", "gpt2"), "is no adapter"),
         (("generate", "--model", "{model}", "a" * 300), "the prompt has 300 tokens"),
+        (("generate", "--model", "{model}", "a\udcff"), "the text is not UTF-8 (character 1)"),
+        (("generate", "--model", "{model}", "--raw", "a\udcff"), "the text is not UTF-8 (character 1)"),
         (("chat", "--model", "{model}"), "no chat template"),
         (("chat", "--model", "{new}"), "no such folder"),
     ],
@@ -219,3 +221,10 @@ def test_what_an_adapter_cannot_become_is_said_in_a_line(tiny_model: Path, tmp_p
     )
     said = run("generate", "--model", tmp_path / "s", "a", code=2).stderr
     assert "gives a text a score" in said.splitlines()[-1]
+
+
+def test_a_closed_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem.cli.after._model import typed
+
+    monkeypatch.setattr("sys.stdin", None)
+    assert typed().read() == ""
