@@ -34,9 +34,10 @@ def command(
     adapter = is_adapter(model)
     try:
         with quiet():
-            writing.check_config(resolve((base or base_of(model)) if adapter else model).config())
+            config = resolve((base or base_of(model)) if adapter else model).config()
+            writing.check_config(config)
             render.say(f"load {model}")
-            tuned, tokenizer = load_tuned(model, "float32" if kind == "f32" else "bfloat16", base=base)
+            tuned, tokenizer = load_tuned(model, writing.held_in(config, kind, adapter), base=base)
             whole = merged(tuned, model) if adapter else tuned
             render.say(f"write {gguf}")
             writing.write(whole, tokenizer, gguf, kind, Path(model).resolve().name)

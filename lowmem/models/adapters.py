@@ -150,12 +150,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Raises:
         UserError: `out` holds something, its parent is missing, or the disk is full.
     """
+    out = out.resolve()  # the folder that a link or "." stands for
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists: name a new folder")
-    if not out.resolve().parent.is_dir():
-        raise UserError(f"there is no folder {str(out.resolve().parent)!r}; create it first")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {str(out.parent)!r}; create it first")
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.resolve().parent) as beside:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
             made = Path(beside) / "whole"
             made.mkdir()
             yield made

@@ -185,6 +185,34 @@ def test_export_writes_an_adapter_with_its_base(adapter: Path, tiny_model: Path,
     assert ours["blk.0.ffn_down.weight"] == pytest.approx(twice["blk.0.ffn_down.weight"], rel=0.01, abs=1e-2)
 
 
+def test_export_rounds_weights_once(tiny_model: Path, tmp_path: Path) -> None:
+    import gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with torch.random.fork_rng(devices=[]):
+        whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        torch.nn.init.normal_(whole.model.embed_tokens.weight)
+    whole.save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "whole")
+    run("export", "--model", tmp_path / "whole", "--gguf", tmp_path / "a.gguf", "--type", "f16")
+    found = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert (found["token_embd.weight"] == whole.model.embed_tokens.weight.detach().half().numpy()).all()
+
+
+def test_merge_fills_the_folder_one_is_in(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    run("merge", adapter, ".")
+    assert (tmp_path / "in" / "model.safetensors").is_file()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    run("merge", adapter, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "other" / "model.safetensors").is_file()
+
+
 def test_export_says_the_command_where_it_does_not_know(tiny_model: Path, tmp_path: Path) -> None:
     import shutil
 

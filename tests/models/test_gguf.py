@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers import models as kinds
 
 from lowmem.errors import UserError
@@ -132,6 +132,7 @@ def test_the_words_of_a_file_that_others_converted(tmp_path: Path) -> None:
     [
         ("gpt2", {}, "the architecture gpt2"),
         ("llama", {"attention_bias": True}, "biases of attention"),
+        ("qwen3", {"attention_bias": True}, "biases of attention"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear"),
     ],
 )
@@ -155,3 +156,55 @@ def test_a_file_that_exists_stays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'bf16'"):
         writing.write(model("llama"), tokenizer(), tmp_path / "b.gguf", "bf61")
     assert logging.getLogger("gguf.gguf_writer").level == logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda core: setattr(core, "normalizer", normalizers.Lowercase()), "changes text first .Lowercase"),
+        (lambda core: setattr(core.model, "ignore_merges", True), "with ignore_merges"),
+        (lambda core: setattr(core.model, "end_of_word_suffix", "</w>"), "with end_of_word_suffix"),
+    ],
+)
+def test_tokens_that_another_reader_would_not_find_are_refused(change: Any, said: str) -> None:
+    words = tokenizer()
+    change(words.backend_tokenizer)
+    with pytest.raises(writing.NotKnownError, match=said):
+        writing._vocabulary(words, 264)
+    kept = tokenizer("qwen2")
+    kept.backend_tokenizer.normalizer = normalizers.NFC()
+    assert writing._vocabulary(kept, 264)["tokenizer.ggml.pre"] == "qwen2"
+
+
+def test_several_chat_templates_keep_their_names(tmp_path: Path) -> None:
+    import gguf
+
+    words = tokenizer()
+    words.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    writing.write(model("llama"), words, tmp_path / "a.gguf")
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    told = {key: value.contents() for key, value in fields.items() if "chat_template" in key}
+    assert told == {
+        "tokenizer.chat_template": "{{ messages }}",
+        "tokenizer.chat_template.tool_use": "{{ tools }}",
+        "tokenizer.chat_templates": ["tool_use"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("own", "kind", "adapter", "held"),
+    [
+        ("float32", "f16", False, "float32"),
+        ("float16", "f16", False, "float16"),
+        ("bfloat16", "q8_0", False, "bfloat16"),
+        ("bfloat16", "q8_0", True, "float32"),
+        ("bfloat16", "bf16", True, "bfloat16"),
+        ("float32", "bf16", True, "float32"),
+        ("float32", "bf16", False, "bfloat16"),
+        ("bfloat16", "f32", False, "float32"),
+        (None, "f16", False, "float32"),
+    ],
+)
+def test_nothing_is_rounded_before_it_is_written(own: Any, kind: str, adapter: bool, held: str) -> None:
+    config = transformers.LlamaConfig(dtype=own)
+    assert writing.held_in(config, kind, adapter) == held

@@ -81,6 +81,20 @@ def check_kind(kind: str) -> None:
         raise UserError(f"no type {kind!r}: {nearest(kind, TYPES)}")
 
 
+def held_in(config: Any, kind: str, adapter: bool = False) -> str:
+    """The dtype to load weights in, so that nothing is rounded before it is written as `kind`.
+
+    Args:
+        config: of the model, or of an adapter's base; kind: of matrices.
+        adapter: whether one is merged first: its sum is rounded to that dtype.
+    """
+    own = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if adapter:
+        return "bfloat16" if kind == "bf16" and own == "bfloat16" else "float32"
+    narrow = "bfloat16" if kind == "bf16" else own
+    return narrow if kind != "f32" and narrow in ("bfloat16", "float16") else "float32"
+
+
 def check_target(file: Path) -> None:
     """Refuse a file that exists, or whose folder does not."""
     if file.exists():
@@ -99,7 +113,7 @@ def check_config(config: Any) -> None:
     rules = [
         (config.model_type not in ARCHITECTURES, f"the architecture {config.model_type}"),
         (rope.get("rope_type", "default") != "default", f"rotations of the kind {rope.get('rope_type')}"),
-        (config.model_type == "llama" and getattr(config, "attention_bias", False), "biases of attention"),
+        (config.model_type != "qwen2" and getattr(config, "attention_bias", False), "biases of attention"),
         (getattr(config, "mlp_bias", False), "biases of the MLP"),
         (getattr(config, "use_sliding_window", False), "a sliding window"),
         (act != "silu", f"the activation {act}"),
@@ -147,6 +161,8 @@ def _vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     if core["model"]["type"] != "BPE" or core["model"].get("byte_fallback"):
         raise NotKnownError(f"a tokenizer of the kind {core['model']['type']} is not known here")
+    pre = _pre_tokenizer(core.get("pre_tokenizer") or {})
+    _check_words(core, pre)
     words = {at: token for token, at in tokenizer.get_vocab().items()}
     added = {token["id"]: _CONTROL if token["special"] else _USER for token in core["added_tokens"]}
     special = {
@@ -156,16 +172,37 @@ def _vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     }
     found: dict[str, Any] = {
         "model": "gpt2",
-        "pre": _pre_tokenizer(core.get("pre_tokenizer") or {}),
+        "pre": pre,
         "tokens": [words.get(at, f"[PAD{at}]") for at in range(rows)],
         "token_type": [added.get(at, _NORMAL) if at in words else _UNUSED for at in range(rows)],
         "merges": [m if isinstance(m, str) else " ".join(m) for m in core["model"]["merges"]],
         "add_bos_token": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
         **{f"{key}_token_id": at for key, at in special.items() if at is not None},
     }
-    if tokenizer.chat_template:
-        found["chat_template"] = tokenizer.chat_template
-    return {f"tokenizer.{'' if k == 'chat_template' else 'ggml.'}{k}": v for k, v in found.items() if v != []}
+    return {f"tokenizer.ggml.{k}": v for k, v in found.items() if v != []} | _templates(tokenizer)
+
+
+def _templates(tokenizer: Any) -> dict[str, Any]:
+    """The chat template; of several the default one has no name, the others are listed."""
+    told = tokenizer.chat_template or {}
+    named = {"default": told} if isinstance(told, str) else dict(told)
+    found = {f"tokenizer.chat_template.{name}": text for name, text in named.items() if name != "default"}
+    if found:
+        found["tokenizer.chat_templates"] = [name for name in named if name != "default"]
+    return found | ({"tokenizer.chat_template": named["default"]} if "default" in named else {})
+
+
+def _check_words(core: Mapping[str, Any], pre: str) -> None:
+    """Refuse what llama.cpp does not do to text or words, and would read other tokens without.
+
+    NFC is left out by its own converter too; it takes whole words before merges for llama-bpe alone.
+    """
+    changes, kind = core.get("normalizer"), core["model"]
+    if changes and changes["type"] != "NFC":
+        raise NotKnownError(f"a tokenizer that changes text first ({changes['type']}) is not known here")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if kind.get(name) and (name, pre) != ("ignore_merges", "llama-bpe"):
+            raise NotKnownError(f"a tokenizer with {name} is not known here")
 
 
 def _pre_tokenizer(rule: Mapping[str, Any]) -> str:
