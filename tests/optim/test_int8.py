@@ -201,10 +201,12 @@ def test_what_cannot_be_is_refused_with_the_way_out() -> None:
         quantize_weights_(nn.Linear(4, 4), "int3")
     with pytest.raises(UserError, match="for int8 weights take"):
         lowmem.optimizer(model, "adamw", writer="kahan")
-    stack = nn.Module()
-    stack.experts = nn.Parameter(torch.ones(2, 3, 5))
-    with pytest.raises(UserError, match="no multiple of 256"):
+    stack = nn.ModuleList([nn.Linear(4, 4), nn.Module()])
+    stack[1].experts = nn.Parameter(torch.ones(2, 3, 5))
+    with pytest.raises(UserError, match=r"1\.experts is a stack .* 15 elements, which is no multiple"):
         quantize_weights_(stack)
+    assert not isinstance(stack[0].weight, Int8Weight)  # refused as a whole
+    assert stack[0].weight.numel() == 16
     with pytest.raises(UserError, match="change by a step"), torch.no_grad():
         model.weight.mul_(2.0)
     with pytest.raises(UserError, match="take qzo"):

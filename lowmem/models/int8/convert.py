@@ -7,13 +7,14 @@ asked for. What has one dimension, convolutions and fp32 leftovers such as posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
+from lowmem.optim.int8.coding import BLOCK
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
@@ -53,6 +54,7 @@ def quantize_weights_(model: Model, kind: str = "int8", *, embeddings: bool = Fa
         raise UserError(f"weights: unknown kind {kind!r}; {nearest(kind, KINDS)}")
     _refuse(model)
     wanted = set(chosen(model, embeddings=embeddings))
+    _check_stacks(model, wanted)
     made: dict[int, nn.Parameter] = {}
     kept = []  # an id stands for its tensor as long as that lives
     for module in model.modules():
@@ -147,3 +149,13 @@ def _refuse(model: nn.Module) -> None:
         raise UserError(
             "weights int8: this model is sharded (FSDP2), which is not possible yet; leave one out"
         )
+
+
+def _check_stacks(model: nn.Module, wanted: Container[int]) -> None:
+    """Refuse stacks that scales do not divide, before a weight is converted and its memory given back."""
+    for name, p in model.named_parameters():
+        if id(p) in wanted and p.dim() > 2 and p[0].numel() % BLOCK:
+            raise UserError(
+                f"weights int8: {name} is a stack of matrices of {p[0].numel()} elements, which is no "
+                f"multiple of {BLOCK}; leave weights out"
+            )
