@@ -82,8 +82,9 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], list[str]]:
 
     if len(text) > SIZE:
         raise ValueError(f"it has {len(text):,} characters, settings have at most {SIZE:,}")
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)  # refuses control characters already
         node = loader.get_single_node()
         if _unfolded(node, {}) > NODES:
             raise ValueError(f"it stands for more than {NODES:,} values once its anchors are unfolded")
@@ -93,7 +94,8 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], list[str]]:
     except yaml.YAMLError as error:
         raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if not isinstance(value, dict) or not isinstance(node, yaml.MappingNode):
         raise ValueError(f"it must map names to values, as in 'lr: 1e-4'; got {type(value).__name__}")
     return {str(key): inner for key, inner in value.items()}, [str(key.value) for key, _ in node.value]

@@ -136,7 +136,7 @@ def parse_args(text: str) -> dict[str, Any]:
             raise UserError(f"adapter_args: {part!r} is not name=value")
         try:
             read = [yaml.safe_load(one) for one in value.split("+")]
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # no such day, thousands of digits
             raise UserError(f"adapter_args: {part!r} cannot be read: {first_line(error)}") from error
         found[name.strip()] = read if len(read) > 1 else read[0]
     return found

@@ -242,6 +242,7 @@ def test_how_yaml_is_read(line: str, name: str, value: Any, tmp_path: Path) -> N
         ("- lr\n", "must map names to values"),
         ("", "must map names to values"),
         ("lr: [1\n", "is not valid YAML"),
+        ("lr: \x00\n", "is not valid YAML"),
         ("lr: {a: b}\nmodel: gpt2\noptim: adamw", "lr: {'a': 'b'} is not a number"),
         ("seed: true\nmodel: gpt2\noptim: adamw", "seed: True is not a whole number"),
         ("data: 2015\nmodel: gpt2\noptim: adamw", "data: 2015 is not a text; put it in quotes"),

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lowmem.errors import UserError
 from lowmem.models.adapters import load_tuned, merge
+from lowmem.models.peft_methods import parse_args
 from lowmem.models.quiet import quiet
 
 IDS = torch.arange(20)[None]
@@ -160,3 +161,9 @@ def test_a_damaged_adapter_is_said_in_a_line(harm: Any, said: str, tmp_path: Pat
 def _set(run: Path, **fields: Any) -> None:
     file = run / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("value", ["2026-13-45", "1" * 5000, "[" * 5000, "\x00"])
+def test_a_value_that_yaml_cannot_make_is_said_in_a_line(value: str) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        parse_args(f"r={value}")
