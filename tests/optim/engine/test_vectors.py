@@ -29,9 +29,10 @@ METHODS = {
     "lion": ("lion", {"modifiers": "cautious"}),
 }
 PAIRS = [
-    *((torch.bfloat16, method) for method in METHODS),
-    *((torch.float32, method) for method in ("sgd", "companded8", "int4")),
-    *((torch.float16, method) for method in ("adamw", "int8")),
+    *((torch.bfloat16, method) for method in ("adamw", "companded8", "lion")),
+    (torch.float32, "int4"),
+    (torch.float16, "int8"),
+    (torch.float32, "sgd"),
 ]
 
 
