@@ -292,12 +292,7 @@ def displaced_bytes(
     p = nn.Parameter(like(shape, dtype, "meta", coded))
     optimizer = LowMemOptimizer([{"params": [("w", p)], "role": role}], strategy)
     optimizer.init_state()
-    return sum(_size_of(w) for w, _, _ in displacements(optimizer))
-
-
-def _size_of(x: Tensor) -> int:
-    parts = (x.codes, x.scale) if isinstance(x, Int8Weight) else (x,)
-    return sum(part.numel() * part.element_size() for part in parts)
+    return _bytes([w.clone() for w, _, _ in displacements(optimizer)])
 
 
 def _gradient(strategy: Strategy, p: nn.Parameter) -> Tensor | Blocks:

@@ -68,9 +68,7 @@ def traced_sizes(run: Run, seq_len: int) -> list[int]:
     """Batch sizes that are traced at a length, ascending."""
     if run.loss != "chunked":
         return list(BATCHES)
-    full = max(
-        1, CHUNK // seq_len
-    )  # rows of a full tile; of many tiles a trace takes long, and all are alike
+    full = max(1, CHUNK // seq_len)  # rows of a full tile: many take long to trace, and all are alike
     return sorted({1, full, 2 * full, 4 * full})
 
 

@@ -147,9 +147,7 @@ class SPSA(Along):
         return found
 
     def _slopes(self, values: list[float]) -> list[float]:
-        if not all(
-            map(math.isfinite, values)
-        ):  # a bound, or a weight by curvature, would make a number of it
+        if not all(map(math.isfinite, values)):  # of which a bound or a curvature would make a number
             return [math.nan] * self.queries
         first, sides = int(self.estimator.base), len(self.estimator.sides)
         pairs = [values[i : i + sides] for i in range(first, len(values), sides)]

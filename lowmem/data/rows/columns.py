@@ -46,11 +46,8 @@ _WHOLE = ("messages", "conversations")  # nothing but messages can stand there
 _AS_MESSAGES = {"question": "prompt", "answer": "completion"}  # where one of them holds messages
 SYSTEMS = ("system_prompt", "system_message", "system_instruction")
 TALKS = ("conversation", "dialog", "dialogue", "chat", "turns")
-SEVERAL = (
-    "answers",
-    "outputs",
-    "targets",
-)  # a text there may be a list that a table has no other way to hold
+SEVERAL = ("answers", "outputs", "targets")
+"""A text there may be a list that a table has no other way to hold."""
 _TEXT = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
 _TOKEN = re.compile(rf"""{_TEXT}|array\(|,\s*dtype=[^()]*\)|[\[\]{{}}(),:]|\s+|[^\s\[\]{{}}(),:'"]+""")
 _TEXTS = re.compile(rf"\s*\[\s*{_TEXT}(?:\s+(?:{_TEXT}|\.\.\.))+\s*\]\s*")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UserError, nearest
-from lowmem.optim.int8.coding import BLOCK
+from lowmem.optim.int8.coding import BLOCK, divides
 from lowmem.optim.int8.tensor import Int8Weight
 from lowmem.optim.strategy import Strategy
 from lowmem.optim.tensors import roles
@@ -154,7 +154,7 @@ def _refuse(model: nn.Module) -> None:
 def _check_stacks(model: nn.Module, wanted: Container[int]) -> None:
     """Refuse stacks that scales do not divide, before a weight is converted and its memory given back."""
     for name, p in model.named_parameters():
-        if id(p) in wanted and p.dim() > 2 and p[0].numel() % BLOCK:
+        if id(p) in wanted and not divides(p.shape):
             raise UserError(
                 f"weights int8: {name} is a stack of matrices of {p[0].numel()} elements, which is no "
                 f"multiple of {BLOCK}; leave weights out"

@@ -10,7 +10,8 @@ found, and found anew, inside the kernel that steps its block. Scales are fp32: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,15 @@ def blocks(count: int) -> int:
     2
     """
     return -(-count // BLOCK)
+
+
+def divides(shape: Sequence[int]) -> bool:
+    """Whether no block lies in two matrices of a stack; of other tensors it never does.
+
+    >>> divides((2, 16, 16)), divides((2, 3, 5)), divides((3, 5))
+    (True, False, True)
+    """
+    return len(shape) < 3 or math.prod(shape[1:]) % BLOCK == 0
 
 
 def coded_bytes(count: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UserError
-from lowmem.optim.int8.coding import BLOCK, blocks, decoded, encoded, pieces
+from lowmem.optim.int8.coding import BLOCK, blocks, decoded, divides, encoded, pieces
 
 aten = torch.ops.aten
 PRODUCTS: dict[Any, Callable[..., Any]] = {}
@@ -71,7 +71,7 @@ class Int8Weight(Tensor):
             UserError: a stack of matrices that are no multiple of a block each.
         """
         codes = torch.empty(shape, dtype=torch.int8, device=device)
-        if codes.dim() > 2 and codes[0].numel() % BLOCK:
+        if not divides(codes.shape):
             raise UserError(
                 f"int8 weights: a stack of matrices of {codes[0].numel()} elements, which is no multiple of "
                 f"{BLOCK}; leave it in {dtype}"
